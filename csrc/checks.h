@@ -1,0 +1,338 @@
+// From tensors to validated, dense operands: every check and every message that a user can meet.
+//
+// Nothing is allocated, copied or written before the last check has passed. A message is one sentence: the op, the
+// argument, what came, what was expected.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "dtype.h"
+#include "kernels/epilogue.h"
+#include "kernels/fold.h"
+#include "kernels/memory_format.h"
+#include "torch_shim.h"
+
+namespace fused_conv_bn {
+
+constexpr int64_t kMaxDim = 5;
+using Strides = std::array<int64_t, kMaxDim>;
+
+// A tensor argument with its name and its metadata, read once. Refers to the argument.
+struct Operand {
+  const char* name;
+  const Tensor* tensor;
+  int64_t dim;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t numel;
+  ScalarType dtype;
+  Device device;
+
+  Operand(const char* argument, const Tensor& t)
+      : name(argument),
+        tensor(&t),
+        dim(t.dim()),
+        sizes(t.sizes().data()),
+        strides(t.strides().data()),
+        numel(t.numel()),
+        dtype(t.scalar_type()),
+        device(device_of(t)) {}
+
+  std::string shape() const {
+    std::string text = "[";
+    for (int64_t d = 0; d < dim; ++d) {
+      text += (d == 0 ? "" : ", ") + std::to_string(sizes[d]);
+    }
+    return text + "]";
+  }
+
+  bool same_shape(const Operand& other) const {
+    return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
+  }
+};
+using OptionalOperand = std::optional<Operand>;
+
+inline OptionalOperand optional_operand(const char* name, const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalOperand(Operand(name, *tensor)) : std::nullopt;
+}
+
+// ---- memory layout ---------------------------------------------------------------------------------------------------
+
+// The dimensions from the innermost to the outermost one of a channels_last tensor: C, then space from the last, then N.
+inline int64_t channels_last_order(int64_t dim, int64_t position) {
+  return position == 0 ? 1 : (position == dim - 1 ? 0 : dim - position);
+}
+
+// PyTorch's Tensor.suggest_memory_format(): whether the strides read as channels_last (4-D) or channels_last_3d (5-D).
+// Extents of 1 make strides ambiguous, and what is ambiguous counts as contiguous.
+inline bool suggests_channels_last(const Operand& x) {
+  if (x.dim < 4 || x.strides[1] == 0) {
+    return false;
+  }
+  int64_t least = 0;
+  for (int64_t position = 0; position < x.dim; ++position) {
+    const int64_t d = channels_last_order(x.dim, position);
+    if (x.sizes[d] == 0 || x.strides[d] < least || (d == 0 && least == x.strides[1])) {
+      return false;
+    }
+    least = x.strides[d] * (x.sizes[d] > 1 ? x.sizes[d] : 1);
+  }
+  return true;
+}
+
+inline Strides dense_strides(const Operand& x, bool channels_last) {
+  Strides strides{};
+  int64_t next = 1;
+  for (int64_t position = 0; position < x.dim; ++position) {
+    const int64_t d = channels_last ? channels_last_order(x.dim, position) : x.dim - 1 - position;
+    strides[d] = next;
+    next *= x.sizes[d] > 1 ? x.sizes[d] : 1;
+  }
+  return strides;
+}
+
+// Whether x's elements lie as the given strides say. The strides of extents of 1 do not count.
+inline bool has_strides(const Operand& x, const Strides& strides) {
+  for (int64_t d = 0; d < x.dim; ++d) {
+    if (x.sizes[d] > 1 && x.strides[d] != strides[d]) {
+      return x.numel == 0;
+    }
+  }
+  return true;
+}
+
+inline bool is_dense(const Operand& x) {
+  return has_strides(x, dense_strides(x, false)) || (x.dim >= 4 && has_strides(x, dense_strides(x, true)));
+}
+
+inline MemoryFormat memory_format(int64_t dim, bool channels_last) {
+  if (!channels_last) {
+    return MemoryFormat::Contiguous;
+  }
+  return dim == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// ---- checks ----------------------------------------------------------------------------------------------------------
+
+inline void check_same_device(const char* op, const Operand& x, const Operand& reference) {
+  if (x.device != reference.device) {
+    fail(op, ": ", x.name, " is on ", x.device.name(), ", expected ", reference.device.name(), ", where ",
+         reference.name, " is");
+  }
+}
+
+inline void check_like(const char* op, const Operand& x, const Operand& input) {
+  if (!x.same_shape(input)) {
+    fail(op, ": ", x.name, " has shape ", x.shape(), ", expected ", input.shape(), ", the shape of input");
+  }
+  if (x.dtype != input.dtype) {
+    fail(op, ": ", x.name, " has dtype ", dtype_name(x.dtype), ", expected ", dtype_name(input.dtype),
+         ", the dtype of input");
+  }
+  check_same_device(op, x, input);
+}
+
+inline void check_input(const char* op, const Operand& input) {
+  if (input.dim < 2 || input.dim > kMaxDim) {
+    fail(op, ": input has shape ", input.shape(),
+         ", expected 2 to 5 dimensions: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W)");
+  }
+  if (!is_supported(input.dtype)) {
+    fail(op, ": input has dtype ", dtype_name(input.dtype), ", expected " FCB_DTYPE_NAMES);
+  }
+  if (input.sizes[1] > kMaxChannels) {
+    fail(op, ": input has ", input.sizes[1], " channels, expected at most ", kMaxChannels);
+  }
+}
+
+// A tensor of one element a channel, with one of two dtypes (which may be the same).
+inline void check_channel_param(const char* op, const Operand& x, int64_t channels, const char* channels_from,
+                                ScalarType dtype, ScalarType other_dtype, const Operand& reference) {
+  if (x.dim != 1 || x.sizes[0] != channels) {
+    fail(op, ": ", x.name, " has shape ", x.shape(), ", expected [", channels, "], one element for each channel of ",
+         channels_from);
+  }
+  if (x.dtype != dtype && x.dtype != other_dtype) {
+    fail(op, ": ", x.name, " has dtype ", dtype_name(x.dtype), ", expected ", dtype_name(dtype),
+         dtype == other_dtype ? "" : " or ", dtype == other_dtype ? "" : dtype_name(other_dtype), " with a ",
+         reference.name, " of dtype ", dtype_name(reference.dtype));
+  }
+  check_same_device(op, x, reference);
+}
+
+inline Activation parse_activation(const char* op, const std::string& name) {
+  static constexpr std::pair<const char*, Activation> kActivations[] = {{"none", Activation::none},
+                                                                        {"relu", Activation::relu},
+                                                                        {"relu6", Activation::relu6},
+                                                                        {"silu", Activation::silu},
+                                                                        {"hardswish", Activation::hardswish}};
+  for (const auto& [known, activation] : kActivations) {
+    if (name == known) {
+      return activation;
+    }
+  }
+  fail(op, ": activation is '", name, "', expected 'none', 'relu', 'relu6', 'silu' or 'hardswish'");
+}
+
+// [first, last) addresses of a non-empty tensor.
+inline std::pair<uintptr_t, uintptr_t> extent(const Operand& x) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim; ++d) {
+    last += (x.sizes[d] - 1) * x.strides[d];
+  }
+  const auto first = reinterpret_cast<uintptr_t>(x.tensor->data_ptr());
+  return {first, first + static_cast<uintptr_t>(last + 1) * x.tensor->element_size()};
+}
+
+// What is written must not change what is still to be read. The same tensor as a whole is fine where every element is
+// read just before it is written (`elementwise`); operands that are not dense are copied before anything is written.
+inline void check_overlap(const char* op, const Operand& target, const Operand& x, bool elementwise) {
+  if (target.numel == 0 || x.numel == 0 || !is_dense(target) || !is_dense(x)) {
+    return;
+  }
+  const auto [target_first, target_last] = extent(target);
+  const auto [first, last] = extent(x);
+  if (target_first >= last || first >= target_last) {
+    return;
+  }
+  const bool same = first == target_first && x.same_shape(target) && std::equal(x.strides, x.strides + x.dim, target.strides);
+  if (!(same && elementwise)) {
+    fail(op, ": ", target.name, " shares memory with ", x.name, ", expected ",
+         elementwise ? "the same tensor or separate memory" : "separate memory");
+  }
+}
+
+inline void check_target(const char* op, const Operand& target, const Operand& input) {
+  check_like(op, target, input);
+  for (int64_t d = 0; d < target.dim; ++d) {
+    if (target.sizes[d] > 1 && target.strides[d] == 0) {
+      fail(op, ": ", target.name, " has stride 0 in dimension ", d, ", expected a memory location for each element");
+    }
+  }
+}
+
+// ---- operands of the kernels -----------------------------------------------------------------------------------------
+
+// The BN tensors (and a convolution's bias) as operands, in the order of the schema.
+struct BnOperands {
+  Operand running_mean;
+  Operand running_var;
+  OptionalOperand weight;
+  OptionalOperand bias;
+  OptionalOperand conv_bias;
+  double scaling_factor;
+  double eps;
+
+  template <typename F>
+  void for_each(F&& f) const {
+    f(running_mean);
+    f(running_var);
+    for (const OptionalOperand* x : {&weight, &bias, &conv_bias}) {
+      if (x->has_value()) {
+        f(**x);
+      }
+    }
+  }
+
+  void check(const char* op, int64_t channels, const char* channels_from, ScalarType dtype,
+             const Operand& reference) const {
+    if (eps < 0) {
+      fail(op, ": eps is ", eps, ", expected 0 or more");
+    }
+    for_each([&](const Operand& x) {
+      check_channel_param(op, x, channels, channels_from, dtype, acc_dtype(dtype), reference);
+    });
+  }
+};
+
+// What had to be copied, kept alive while a kernel is launched on it.
+using Copies = std::array<OptionalTensor, 5>;
+
+// A one-dimensional operand's data as contiguous elements of `dtype`.
+inline const void* channel_data(const Operand& x, ScalarType dtype, OptionalTensor& copy) {
+  if (x.dtype == dtype && (x.sizes[0] <= 1 || x.strides[0] == 1)) {
+    return x.tensor->data_ptr();
+  }
+  copy = torch::stable::contiguous(torch::stable::to(*x.tensor, dtype));
+  return copy->data_ptr();
+}
+
+// f(BnParams<P>): the view of checked BN operands that kernels take. P is T, the element type of `dtype`, if all operands
+// have it, else acc_t<T>: kernels know no mixtures.
+template <typename T, typename F>
+void dispatch_bn_params(const BnOperands& bn, ScalarType dtype, F&& f) {
+  Copies copies;
+  const auto as = [&](auto tag, ScalarType param_dtype) {
+    using P = typename decltype(tag)::type;
+    const auto param = [&](const Operand& x, OptionalTensor& copy) {
+      return ChannelParam<P>{static_cast<const P*>(channel_data(x, param_dtype, copy))};
+    };
+    const auto optional_param = [&](const OptionalOperand& x, OptionalTensor& copy) {
+      return x.has_value() ? param(*x, copy) : ChannelParam<P>{nullptr};
+    };
+    f(BnParams<P>{param(bn.running_mean, copies[0]), param(bn.running_var, copies[1]),
+                  optional_param(bn.weight, copies[2]), optional_param(bn.bias, copies[3]),
+                  optional_param(bn.conv_bias, copies[4]), bn.scaling_factor, bn.eps});
+  };
+  bool uniform = true;
+  bn.for_each([&](const Operand& x) { uniform = uniform && x.dtype == dtype; });
+  if (uniform) {
+    as(TypeTag<T>{}, dtype);
+  } else {
+    as(TypeTag<acc_t<T>>{}, acc_dtype(dtype));
+  }
+}
+
+// The operands of an elementwise kernel: dense, in one memory layout. `copies` keeps alive what had to be copied.
+struct Elementwise {
+  const void* input;
+  const void* residual;  // nullptr: none
+  Tensor output;
+  const Tensor* copy_to;  // where the result belongs, if that is not `output`
+  Shape shape;
+  Device device;
+  std::array<OptionalTensor, 2> copies;
+
+  // Call once the kernel is launched.
+  void finish() {
+    if (copy_to != nullptr) {
+      Tensor target = *copy_to;
+      torch::stable::copy_(target, output);
+    }
+  }
+};
+
+// Checks are done; allocates and copies. `target`: the tensor to write to, nullptr for a new one.
+inline Elementwise make_elementwise(const Operand& input, const OptionalOperand& residual, const Operand* target) {
+  const bool channels_last = suggests_channels_last(input);
+  const Strides strides = dense_strides(input, channels_last);
+  int64_t inner = 1;
+  for (int64_t d = 2; d < input.dim && !channels_last; ++d) {
+    inner *= input.sizes[d];
+  }
+  const bool in_place = target != nullptr && has_strides(*target, strides);
+  Elementwise e{nullptr,
+                nullptr,
+                in_place ? *target->tensor
+                         : empty_strided(input.dim, input.sizes, strides.data(), input.dtype, input.device),
+                target == nullptr || in_place ? nullptr : target->tensor,
+                Shape{input.numel, input.sizes[1], inner},
+                input.device,
+                {}};
+  const auto dense_data = [&](const Operand& x, OptionalTensor& copy) -> const void* {
+    if (has_strides(x, strides)) {
+      return x.tensor->data_ptr();
+    }
+    copy = torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last));
+    return copy->data_ptr();
+  };
+  e.input = dense_data(input, e.copies[0]);
+  e.residual = residual.has_value() ? dense_data(*residual, e.copies[1]) : nullptr;
+  return e;
+}
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,18 @@
+// How the elementwise ops reach the CUDA kernels.
+#pragma once
+
+#include "../checks.h"
+#include "../kernels/scale_shift.cuh"
+
+namespace fused_conv_bn {
+
+template <typename T, Activation A, bool kResidual, typename Source>
+void run_elementwise_cuda(const char* op, const Elementwise& e, const Source& source) {
+  const CudaScope cuda(e.device);
+  const cudaError_t status = launch_scale_shift<A, kResidual>(
+      static_cast<const T*>(e.input), static_cast<const T*>(e.residual), static_cast<T*>(e.output.data_ptr()), e.shape,
+      source, cuda.stream());
+  cuda.check_launch(op, status);
+}
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,134 @@
+// What this library needs of PyTorch beyond torch/csrc/stable, and the only file that calls the C shims directly.
+//
+// Everything here is in the stable ABI of torch 2.10. What every op call needs goes to the narrowest shim there is: the
+// torch::stable wrappers of the same operations look the operator up by name and box its arguments each time.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace fused_conv_bn {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Becomes a RuntimeError in Python. (STD_TORCH_CHECK would add our file names and line numbers to the sentence.)
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline void check_shim(AOTITorchError status, const char* what) {
+  if (status != TORCH_SUCCESS) {
+    fail("fused_conv_bn: PyTorch could not ", what, "; its own message is on stderr");
+  }
+}
+
+struct Device {
+  int32_t type;
+  int32_t index;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+  bool operator!=(const Device& other) const { return !(*this == other); }
+
+  std::string name() const {
+    if (type == aoti_torch_device_type_cpu()) {
+      return "cpu";
+    }
+    const std::string kind = type == aoti_torch_device_type_cuda() ? "cuda" : "device type " + std::to_string(type);
+    return kind + ":" + std::to_string(index);
+  }
+};
+
+inline Device device_of(const Tensor& tensor) {
+  Device device{};
+  check_shim(aoti_torch_get_device_type(tensor.get(), &device.type), "read a tensor's device");
+  check_shim(aoti_torch_get_device_index(tensor.get(), &device.index), "read a tensor's device");
+  return device;
+}
+
+// Takes over an argument of schema type `str`. (torch::stable's conversion to std::string leaks it, as of torch 2.13.)
+inline std::string take_string(StringHandle handle) {
+  const char* data = nullptr;
+  size_t length = 0;
+  check_shim(torch_string_length(handle, &length), "read a string argument");
+  check_shim(torch_string_c_str(handle, &data), "read a string argument");
+  std::string result(data, length);
+  check_shim(torch_delete_string(handle), "release a string argument");
+  return result;
+}
+
+inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype,
+                            const Device& device) {
+  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  check_shim(aoti_torch_empty_strided(dim, sizes, strides, shim_dtype, device.type, device.index, &handle),
+             "allocate memory for the result");
+  return Tensor(handle);
+}
+
+#if defined(__CUDACC__)
+
+// Makes a tensor's device the current one for a scope, and knows the stream that PyTorch is using on it.
+class CudaScope {
+ public:
+  explicit CudaScope(const Device& device) : index_(device.index) {
+    int32_t current = -1;
+    check_shim(aoti_torch_get_current_device_index(&current), "name the current CUDA device");
+    if (current != index_) {
+      guard_.emplace(index_);
+    }
+    void* stream = nullptr;
+    check_shim(aoti_torch_get_current_cuda_stream(index_, &stream), "name the current CUDA stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  // Call with what a launch returned.
+  void check_launch(const char* op, cudaError_t status) const {
+    if (status == cudaSuccess) {
+      return;
+    }
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion) {
+      fail(op, ": cuda:", index_, " has compute capability ", attribute(cudaDevAttrComputeCapabilityMajor), ".",
+           attribute(cudaDevAttrComputeCapabilityMinor), ", and this build of fused_conv_bn has code for ",
+           FCB_CUDA_ARCHS, "; install a build that covers it (python -m fused_conv_bn info lists what is installed)");
+    }
+    fail(op, ": CUDA reports ", cudaGetErrorName(status), " (", cudaGetErrorString(status), ") on cuda:", index_);
+  }
+
+ private:
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, name, index_);
+    return value;
+  }
+
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  int32_t index_;
+  cudaStream_t stream_ = nullptr;
+};
+
+#endif
+
+}  // namespace fused_conv_bn

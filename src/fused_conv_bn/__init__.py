@@ -1,0 +1,20 @@
+"""Conv -> BatchNorm -> scale -> activation for PyTorch at the speed of memory."""
+
+from . import _loader
+
+_loader.load()
+
+from . import _fake, reference  # noqa: E402, F401  (the ops exist from here on)
+from .modules import ConvBnScale2d  # noqa: E402
+from .ops import bn_scale, bn_scale_, fold_bn, scale_shift, scale_shift_  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConvBnScale2d",
+    "bn_scale",
+    "bn_scale_",
+    "fold_bn",
+    "reference",
+    "scale_shift",
+    "scale_shift_",
+]

@@ -1,0 +1,98 @@
+"""Loads the compiled libraries that belong to the running torch.
+
+``_cpu.so`` defines the ops and has their CPU kernels; ``_cu<major>.so`` adds the CUDA kernels and is chosen by the CUDA
+version that torch was built for. None of them is a Python module: they register their kernels when they are loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).parent
+MIN_TORCH = (2, 10)
+
+loaded: dict[str, Path] = {}
+"""The libraries in use, by name (``"cpu"``, ``"cu13"``)."""
+
+
+def check_torch(version: str) -> None:
+    """Raises ImportError unless ``version`` (``torch.__version__``) has the ABI that the libraries are built for."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None or (int(match[1]), int(match[2])) < MIN_TORCH:
+        raise ImportError(
+            f"fused_conv_bn needs torch {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer, and torch {version} is installed: "
+            f"pip install --upgrade torch"
+        )
+
+
+def shipped(directory: Path = PACKAGE) -> dict[str, Path]:
+    """The libraries that are installed, by name."""
+    return {path.stem[1:]: path for path in sorted(directory.glob("_c*.so"))}
+
+
+def library_names(cuda: str | None, directory: Path = PACKAGE) -> list[str]:
+    """The names of the libraries for a torch built for CUDA version ``cuda`` (``torch.version.cuda``; None: no CUDA).
+
+    Raises ImportError if one of them is not installed.
+    """
+    have = shipped(directory)
+    if "cpu" not in have:
+        raise ImportError(
+            f"fused_conv_bn: its library _cpu.so is missing from {directory}: "
+            f"reinstall it (pip install --force-reinstall fused_conv_bn), or, in a source tree, run make build"
+        )
+    if cuda is None:
+        return ["cpu"]
+    name = f"cu{cuda.split('.')[0]}"
+    if name not in have:
+        built = ", ".join(f"CUDA {n[2:]}" for n in have if n != "cpu") or "no CUDA"
+        raise ImportError(
+            f"fused_conv_bn: torch is built for CUDA {cuda}, and this installation of fused_conv_bn has libraries for "
+            f"{built}: install a torch for one of these, or a fused_conv_bn that has _{name}.so"
+        )
+    return ["cpu", name]
+
+
+def load_library(name: str, path: Path) -> None:
+    """Opens one library. Raises ImportError if the file is not what it should be."""
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"fused_conv_bn: {path} could not be loaded ({error}): the file is damaged or for another platform, "
+            f"reinstall it (pip install --force-reinstall fused_conv_bn)"
+        ) from None
+    loaded[name] = path
+
+
+def load() -> None:
+    """Loads what the running torch needs. Does not initialise CUDA."""
+    check_torch(torch.__version__)
+    have = shipped()
+    for name in library_names(torch.version.cuda):
+        load_library(name, have[name])
+
+
+def cuda_archs() -> str | None:
+    """The compute capabilities that the CUDA library has code for (``"8.0 9.0 12.0+PTX"``); None without one."""
+    if all(name == "cpu" for name in loaded):
+        return None
+    return torch.ops.fused_conv_bn.cuda_archs()
+
+
+def covers(capability: tuple[int, int], archs: str) -> bool:
+    """Whether code for ``archs`` runs on a GPU of the given compute capability.
+
+    Machine code runs on the same major and an equal or higher minor version, PTX on everything newer.
+    """
+    for arch in archs.split():
+        number, _, ptx = arch.partition("+")
+        major, minor = (int(part.rstrip("af")) for part in number.split("."))
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if ptx and (major, minor) <= capability:
+            return True
+    return False

@@ -1,0 +1,212 @@
+"""Drop-in modules: PyTorch's own ops where a gradient is needed, the fused ones where it is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _loader, ops
+from .reference import ACTIVATIONS
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _state(tensor: Any) -> tuple[Any, ...]:
+    """What changes when a tensor is replaced, written to or given other storage. Holds the tensor, so that its identity
+    is not reused. Raises RuntimeError for an inference tensor, which keeps no version."""
+    if not isinstance(tensor, Tensor):
+        return (tensor,)
+    return (tensor, tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)
+
+
+def _same(a: tuple[Any, ...] | None, b: tuple[Any, ...]) -> bool:
+    if a is None or len(a) != len(b):
+        return False
+    return all(x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else x == y for x, y in zip(a, b, strict=True))
+
+
+class ConvBnScale2d(nn.Module):
+    """``nn.Conv2d``, then ``nn.BatchNorm2d``, then a factor, and optionally a residual and an activation.
+
+    Equivalent to::
+
+        y = activation(bn(conv(x)) * scaling_factor + residual)
+
+    with ``self.conv``, ``self.bn`` and ``self.scaling_factor`` as a model would define them: same parameters, same random
+    draws in the constructor, same ``state_dict`` keys, same results in training and evaluation.
+
+    In evaluation mode, where no gradient is needed, it runs the convolution without its bias and one fused in-place pass
+    for the rest. BN, factor and bias are folded into a scale and a shift per channel once and kept until one of them
+    changes: assigned or written to in place, loaded, moved or cast; also every ``train()`` or ``eval()`` drops them. (A
+    write through ``tensor.data`` is invisible to PyTorch; call ``eval()`` after one.) In training mode, where a gradient is
+    needed, with hooks on ``conv`` or ``bn``, or with a ``conv`` or ``bn`` of another class, PyTorch's ops run.
+
+    Args:
+        in_channels, out_channels, kernel_size: as in ``nn.Conv2d``.
+        scaling_factor: a float or a tensor of no dimensions.
+        stride, padding, dilation, groups, bias, padding_mode: as in ``nn.Conv2d``.
+        eps, momentum, affine, track_running_stats: as in ``nn.BatchNorm2d``.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown activation, or a ``scaling_factor`` tensor with dimensions.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        scaling_factor: float | Tensor = 1.0,
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self._adopt(conv, bn, scaling_factor, activation)
+
+    @classmethod
+    def from_modules(
+        cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, scaling_factor: float | Tensor = 1.0, activation: str = "none"
+    ) -> ConvBnScale2d:
+        """Wraps existing modules; they are used, not copied. The training mode is that of ``bn``.
+
+        Raises:
+            ValueError: as the constructor does, or if ``bn`` has another number of channels than ``conv`` puts out.
+        """
+        if conv.out_channels != bn.num_features:
+            raise ValueError(
+                f"from_modules: bn has {bn.num_features} features, expected {conv.out_channels}, conv's out_channels"
+            )
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._adopt(conv, bn, scaling_factor, activation)
+        self.training = bn.training
+        return self
+
+    def _adopt(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, scaling_factor: float | Tensor, activation: str) -> None:
+        if activation not in ACTIVATIONS:
+            known = ", ".join(repr(name) for name in ACTIVATIONS)
+            raise ValueError(f"ConvBnScale2d: activation is {activation!r}, expected one of {known}")
+        if isinstance(scaling_factor, Tensor) and scaling_factor.dim() != 0:
+            raise ValueError(
+                f"ConvBnScale2d: scaling_factor has shape {list(scaling_factor.shape)}, "
+                f"expected a float or a tensor of no dimensions"
+            )
+        self.conv = conv
+        self.bn = bn
+        self.scaling_factor = scaling_factor
+        self.activation = activation
+        self._drop_folded()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x``: (N, in_channels, H, W). ``residual``: of the result's shape and dtype, added before the activation."""
+        if self._fusible(x, residual):
+            y = self.conv._conv_forward(x, self.conv.weight, None)
+            if residual is None or (residual.shape == y.shape and residual.dtype == y.dtype):
+                scale, shift = self._folded()
+                torch.ops.fused_conv_bn.scale_shift_(y, scale, shift, residual=residual, activation=self.activation)
+                return y
+        return self._forward_plain(x, residual)
+
+    def _forward_plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = self.bn(self.conv(x)) * self.scaling_factor
+        if residual is not None:
+            y = y + residual
+        return ACTIVATIONS[self.activation](y)
+
+    # ---- when the fused ops may run ----------------------------------------------------------------------------------
+
+    def _fusible(self, x: Tensor, residual: Tensor | None) -> bool:
+        conv, bn = self.conv, self.bn
+        if self.training or bn.training or bn.running_mean is None or bn.running_var is None:
+            return False
+        if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return False
+        if _has_hooks(conv) or _has_hooks(bn):
+            return False
+        if x.dim() != 4 or x.device.type not in ("cpu", "cuda") or (x.is_cuda and len(_loader.loaded) < 2):
+            return False
+        if torch.is_grad_enabled():
+            tensors = (x, residual, conv.weight, conv.bias, bn.weight, bn.bias, self.scaling_factor)
+            return not any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+        return True
+
+    # ---- the folded scale and shift ----------------------------------------------------------------------------------
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        bn, factor = self.bn, self.scaling_factor
+        number = 1.0 if isinstance(factor, Tensor) else float(factor)
+        assert bn.running_mean is not None and bn.running_var is not None
+        with torch.no_grad():
+            scale, shift = ops.fold_bn(
+                bn.running_mean, bn.running_var, bn.weight, bn.bias, number, bn.eps, self.conv.bias
+            )
+            if isinstance(factor, Tensor):
+                scale, shift = scale * factor, shift * factor
+        return scale, shift
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return self._fold()
+        bn = self.bn
+        try:
+            sources = (self.conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, self.scaling_factor, bn.eps)
+            key = tuple(part for source in sources for part in _state(source))
+        except RuntimeError:  # inference tensors: nothing tells when they change
+            return self._fold()
+        if not _same(self._folded_key, key):
+            self._folded_pair = self._fold()
+            self._folded_key = key
+        assert self._folded_pair is not None
+        return self._folded_pair
+
+    def _drop_folded(self) -> None:
+        self._folded_key: tuple[Any, ...] | None = None
+        self._folded_pair: tuple[Tensor, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> ConvBnScale2d:
+        self._drop_folded()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ConvBnScale2d:
+        self._drop_folded()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded_key": None, "_folded_pair": None}
+
+    def extra_repr(self) -> str:
+        text = f"scaling_factor={self.scaling_factor}"
+        return text if self.activation == "none" else f"{text}, activation={self.activation}"

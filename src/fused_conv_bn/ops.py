@@ -1,0 +1,174 @@
+"""The functions of this package: ``torch.ops.fused_conv_bn.*`` with documentation and a guard against lost gradients.
+
+All of them work on CUDA and CPU tensors of dtype float32, float16, bfloat16 or float64. Inputs have 2 to 5 dimensions,
+(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); contiguous and channels_last tensors are used as they are, others are
+copied once, and results have the strides that ``F.batch_norm`` would give. 16-bit inputs are computed in float32. The
+per-channel BN tensors have shape (C,) and the dtype of the input, or float32 if that is a 16-bit one.
+
+They keep no autograd graph. With grad mode on and an argument that requires grad they raise RuntimeError, rather than
+return a tensor whose gradient would be silently missing. Every other wrong argument raises RuntimeError too, before
+anything is written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.fused_conv_bn
+
+
+def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op}: {name} requires grad, and {op} keeps no autograd graph: call it under torch.no_grad() or pass "
+                f"{name}.detach(); ConvBnScale2d runs PyTorch's own ops where a gradient is needed"
+            )
+
+
+def fold_bn(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    conv_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Folds BatchNorm's inference parameters, a scaling factor and a convolution's bias into one affine per channel.
+
+    Equivalent to::
+
+        scale = weight / sqrt(running_var + eps) * scaling_factor
+        shift = (bias + (conv_bias - running_mean) * weight / sqrt(running_var + eps)) * scaling_factor
+
+    computed in float64. A missing ``weight`` counts as 1, a missing ``bias`` or ``conv_bias`` as 0.
+
+    Args:
+        running_mean, running_var, weight, bias, conv_bias: shape (C,); float32, one 16-bit dtype, a mixture of these
+            two, or all float64.
+        scaling_factor: factor on the result of BatchNorm.
+        eps: as in ``nn.BatchNorm2d``, 0 or more.
+
+    Returns:
+        (scale, shift), each of shape (C,), float32, or float64 for float64 arguments: what :func:`scale_shift` takes.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or eps that does not fit, or an argument that requires grad in grad mode.
+    """
+    _refuse_grad(
+        "fold_bn", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, conv_bias=conv_bias
+    )
+    return _ops.fold_bn(running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias)
+
+
+def bn_scale(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """BatchNorm in inference mode, times a scaling factor, in one pass over memory.
+
+    Equivalent to ``F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps) * scaling_factor``.
+
+    Args:
+        input: 2 to 5 dimensions, channels in dimension 1.
+        running_mean, running_var, weight, bias: shape (C,); ``weight`` and ``bias`` may be None.
+        scaling_factor: factor on the result.
+        eps: as in ``nn.BatchNorm2d``, 0 or more.
+        out: written to and returned if given; of ``input``'s shape, dtype and device, and either ``input`` itself or
+            memory of its own.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype.
+
+    Raises:
+        RuntimeError: an argument that does not fit, or that requires grad in grad mode.
+    """
+    _refuse_grad(
+        "bn_scale",
+        input=input,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+        out=out,
+    )
+    if out is None:
+        return _ops.bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps)
+    _ops.bn_scale.out(input, running_mean, running_var, weight, bias, scaling_factor, eps, out=out)
+    return out
+
+
+def bn_scale_(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`bn_scale` in place. Returns ``input``."""
+    _refuse_grad(
+        "bn_scale_", input=input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    _ops.bn_scale_(input, running_mean, running_var, weight, bias, scaling_factor, eps)
+    return input
+
+
+def scale_shift(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    out: Tensor | None = None,
+) -> Tensor:
+    """An affine per channel, an optional residual and an optional activation, in one pass over memory.
+
+    Equivalent to ``activation(input * scale[:, None, None] + shift[:, None, None] + residual)``, rounded once.
+
+    Args:
+        input: 2 to 5 dimensions, channels in dimension 1.
+        scale, shift: shape (C,), float32 (float64 for float64 input), as :func:`fold_bn` returns them.
+        residual: shape, dtype and device of ``input``.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``. NaN passes through.
+        out: written to and returned if given; of ``input``'s shape, dtype and device, and either ``input`` or
+            ``residual`` itself or memory of its own.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype.
+
+    Raises:
+        RuntimeError: an argument that does not fit, or that requires grad in grad mode.
+    """
+    _refuse_grad("scale_shift", input=input, scale=scale, shift=shift, residual=residual, out=out)
+    if out is None:
+        return _ops.scale_shift(input, scale, shift, residual=residual, activation=activation)
+    _ops.scale_shift.out(input, scale, shift, residual=residual, activation=activation, out=out)
+    return out
+
+
+def scale_shift_(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """:func:`scale_shift` in place. Returns ``input``."""
+    _refuse_grad("scale_shift_", input=input, scale=scale, shift=shift, residual=residual)
+    _ops.scale_shift_(input, scale, shift, residual=residual, activation=activation)
+    return input

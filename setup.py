@@ -1,12 +1,13 @@
 """Builds the libraries of fused_conv_bn: _cpu always, _cu13 where a CUDA 13 compiler is found.
 
-The libraries use only the LibTorch stable ABI of torch 2.10 and contain no Python symbol, so that one wheel serves every
-later torch and every Python: they are plain shared libraries that ``torch.ops.load_library`` opens.
+The libraries use only the LibTorch stable ABI of torch 2.10 and contain no Python symbol, so that one wheel serves
+every later torch and every Python: they are plain shared libraries that ``torch.ops.load_library`` opens.
 
 Environment:
     TORCH_CUDA_ARCH_LIST   compute capabilities to compile for, as for any PyTorch extension ("9.0" or "8.0;9.0+PTX").
                            Default: 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX.
-    FUSED_CONV_BN_CUDA     "0": build without CUDA; "1": fail if there is no CUDA compiler. Default: build _cu13 if there is one.
+    FUSED_CONV_BN_CUDA     "0": build without CUDA; "1": fail if there is no CUDA compiler.
+                           Default: build _cu13 if there is one.
     CUDA_HOME              a CUDA 13 toolkit to use instead of the one from PyPI.
 """
 
@@ -137,6 +138,12 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, use_ninja=True, no_python_abi_suffix=True, **kwargs)
+
+    def finalize_options(self):
+        super().finalize_options()
+        # Else setuptools keeps a library that is newer than its sources, also one for other compute capabilities. What
+        # has to be compiled again, ninja decides: it compares command lines too.
+        self.force = True
 
     def build_extension(self, extension):
         # A directory for each library: two ninja files in one would drop each other's records.

@@ -109,6 +109,18 @@ inline bool is_dense(const Operand& x) {
   return has_strides(x, dense_strides(x, false)) || (x.dim >= 4 && has_strides(x, dense_strides(x, true)));
 }
 
+// Whether eager's F.batch_norm would put out x's shape as channels_last. Its CPU kernels ask for a dense layout first,
+// contiguous before channels_last; cuDNN's go by the strides alone. They differ where extents of 1 leave a choice.
+inline bool computes_channels_last(const Operand& x) {
+  if (x.device.type != aoti_torch_device_type_cpu()) {
+    return suggests_channels_last(x);
+  }
+  if (x.dim < 4 || has_strides(x, dense_strides(x, false))) {
+    return false;
+  }
+  return has_strides(x, dense_strides(x, true)) || suggests_channels_last(x);
+}
+
 inline MemoryFormat memory_format(int64_t dim, bool channels_last) {
   if (!channels_last) {
     return MemoryFormat::Contiguous;
@@ -199,7 +211,8 @@ inline void check_overlap(const char* op, const Operand& target, const Operand& 
   if (target_first >= last || first >= target_last) {
     return;
   }
-  const bool same = first == target_first && x.same_shape(target) && std::equal(x.strides, x.strides + x.dim, target.strides);
+  const bool same = first == target_first && x.same_shape(target) &&
+                    std::equal(x.strides, x.strides + x.dim, target.strides);
   if (!(same && elementwise)) {
     fail(op, ": ", target.name, " shares memory with ", x.name, ", expected ",
          elementwise ? "the same tensor or separate memory" : "separate memory");
@@ -293,6 +306,7 @@ struct Elementwise {
   const void* residual;  // nullptr: none
   Tensor output;
   const Tensor* copy_to;  // where the result belongs, if that is not `output`
+  bool fresh;             // `output` was just allocated
   Shape shape;
   Device device;
   std::array<OptionalTensor, 2> copies;
@@ -308,21 +322,22 @@ struct Elementwise {
 
 // Checks are done; allocates and copies. `target`: the tensor to write to, nullptr for a new one.
 inline Elementwise make_elementwise(const Operand& input, const OptionalOperand& residual, const Operand* target) {
-  const bool channels_last = suggests_channels_last(input);
+  const bool channels_last = computes_channels_last(input);
   const Strides strides = dense_strides(input, channels_last);
   int64_t inner = 1;
   for (int64_t d = 2; d < input.dim && !channels_last; ++d) {
     inner *= input.sizes[d];
   }
   const bool in_place = target != nullptr && has_strides(*target, strides);
-  Elementwise e{nullptr,
-                nullptr,
-                in_place ? *target->tensor
-                         : empty_strided(input.dim, input.sizes, strides.data(), input.dtype, input.device),
-                target == nullptr || in_place ? nullptr : target->tensor,
-                Shape{input.numel, input.sizes[1], inner},
-                input.device,
-                {}};
+  Elementwise e{
+      nullptr,
+      nullptr,
+      in_place ? *target->tensor : empty_strided(input.dim, input.sizes, strides.data(), input.dtype, input.device),
+      target == nullptr || in_place ? nullptr : target->tensor,
+      !in_place,
+      Shape{input.numel, input.sizes[1], inner},
+      input.device,
+      {}};
   const auto dense_data = [&](const Operand& x, OptionalTensor& copy) -> const void* {
     if (has_strides(x, strides)) {
       return x.tensor->data_ptr();

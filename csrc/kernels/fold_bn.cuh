@@ -22,8 +22,8 @@ template <typename P>
 cudaError_t launch_fold_bn(const BnParams<P>& bn, acc_t<P>* scale, acc_t<P>* shift, int64_t channels,
                            cudaStream_t stream) {
   if (channels > 0) {
-    fold_bn_kernel<<<static_cast<uint32_t>((channels + 127) / 128), 128, 0, stream>>>(
-        bn, scale, shift, static_cast<uint32_t>(channels));
+    fold_bn_kernel<<<static_cast<uint32_t>((channels + 127) / 128), 128, 0, stream>>>(bn, scale, shift,
+                                                                                      static_cast<uint32_t>(channels));
   }
   return cudaGetLastError();
 }

@@ -52,13 +52,18 @@ struct BnSource {
   Acc eps;
 
   __device__ __forceinline__ Affine<Acc> operator()(uint32_t c) const {
-    return fold_for<T>(running_mean.at(c, 0), running_var.at(c, 1), weight.at(c, 1), bias.at(c, 0), scaling_factor, eps);
+    return fold_for<T>(running_mean.at(c, 0), running_var.at(c, 1), weight.at(c, 1), bias.at(c, 0), scaling_factor,
+                       eps);
   }
 };
 
 template <typename T, typename P>
 BnSource<T, P> make_bn_source(const BnParams<P>& bn) {
-  return {bn.running_mean, bn.running_var, bn.weight, bn.bias, static_cast<acc_t<T>>(bn.scaling_factor),
+  return {bn.running_mean,
+          bn.running_var,
+          bn.weight,
+          bn.bias,
+          static_cast<acc_t<T>>(bn.scaling_factor),
           static_cast<acc_t<T>>(bn.eps)};
 }
 

@@ -1,17 +1,19 @@
 // The elementwise kernel on the CPU: the same epilogue over runs of elements, vectorised by the compiler.
 //
 // Every loop body is one always-inline function, compiled twice: for the baseline instruction set and for x86-64-v3 (AVX2
-// and FMA), which is chosen at run time. Large outputs go to memory by non-temporal stores: an ordinary store first reads
-// the line that it overwrites, a third of the traffic.
+// and FMA), which is chosen at run time. Large outputs may go to memory by non-temporal stores: an ordinary store first
+// reads the line that it overwrites, a third of the traffic.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "epilogue.h"
@@ -21,8 +23,10 @@
 namespace fused_conv_bn {
 
 constexpr int kLineBytes = 64;
-// Outputs from this size on do not stay in a cache for whoever reads them next.
-constexpr int64_t kStreamingBytes = int64_t{4} << 20;
+constexpr int kBlock = 64;  // elements: whole lines for every T
+// An output of this size or more that is written again and again goes past the caches. New memory does not: its pages are
+// being zeroed by the kernel as we write them, so that their lines are in the cache anyway.
+constexpr int64_t kStreamingBytes = int64_t{32} << 20;
 // Planes shorter than this are treated as part of a longer period with an affine for each element.
 constexpr int64_t kMinRun = 32;
 // And such periods are repeated up to this length, so that a run is worth its set-up.
@@ -42,70 +46,121 @@ struct ElementAffine {
   FCB_HD Affine<Acc> operator()(int64_t i) const { return {center[i], scale[i], shift[i]}; }
 };
 
-template <typename T, typename AffineOf, Activation A, bool kResidual>
-FCB_HD void run_span(const T* input, const T* residual, T* output, int64_t begin, int64_t end, const AffineOf& affine) {
-  for (int64_t i = begin; i < end; ++i) {
-    const acc_t<T> x = to_acc(input[i]);
-    if constexpr (kResidual) {
-      output[i] = from_acc<T>(epilogue<A>(x, affine(i), to_acc(residual[i])));
-    } else {
-      output[i] = from_acc<T>(epilogue<A>(x, affine(i)));
-    }
-  }
-}
-
-// One cache line into a buffer, then past the caches.
-template <typename T, typename AffineOf, Activation A, bool kResidual>
-FCB_HD void run_line(const T* input, const T* residual, T* output, int64_t i, const AffineOf& affine) {
 #if defined(__x86_64__)
-  constexpr int kLine = kLineBytes / static_cast<int>(sizeof(T));
-  alignas(kLineBytes) T line[kLine];
-  for (int k = 0; k < kLine; ++k) {
-    const acc_t<T> x = to_acc(input[i + k]);
-    if constexpr (kResidual) {
-      line[k] = from_acc<T>(epilogue<A>(x, affine(i + k), to_acc(residual[i + k])));
-    } else {
-      line[k] = from_acc<T>(epilogue<A>(x, affine(i + k)));
-    }
+// float16 has conversion instructions that compilers do not find by themselves. Calls, not inlined: their callers are
+// compiled for the baseline before they are inlined where these instructions exist.
+__attribute__((target("avx2,f16c"))) inline void convert(const float16* from, float* to, int n) {
+  int k = 0;
+  for (; k + 8 <= n; k += 8) {
+    _mm256_storeu_ps(to + k, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k))));
   }
-  for (int k = 0; k < kLineBytes; k += 16) {
-    const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(reinterpret_cast<const char*>(line) + k));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(output + i) + k), part);
+  for (; k < n; ++k) {
+    to[k] = to_acc(from[k]);
   }
-#else
-  run_span<T, AffineOf, A, kResidual>(input, residual, output, i, i + kLineBytes / static_cast<int64_t>(sizeof(T)),
-                                      affine);
+}
+__attribute__((target("avx2,f16c"))) inline void convert(const float* from, float16* to, int n) {
+  int k = 0;
+  for (; k + 8 <= n; k += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), half);
+  }
+  for (; k < n; ++k) {
+    to[k] = from_acc<float16>(from[k]);
+  }
+}
 #endif
+
+template <bool kV3, typename T>
+FCB_HD void load(const T* from, acc_t<T>* to, int n) {
+#if defined(__x86_64__)
+  if constexpr (kV3 && std::is_same_v<T, float16>) {
+    return convert(from, to, n);
+  }
+#endif
+  for (int k = 0; k < n; ++k) {
+    to[k] = to_acc(from[k]);
+  }
+}
+template <bool kV3, typename T>
+FCB_HD void store(const acc_t<T>* from, T* to, int n) {
+#if defined(__x86_64__)
+  if constexpr (kV3 && std::is_same_v<T, float16>) {
+    return convert(from, to, n);
+  }
+#endif
+  for (int k = 0; k < n; ++k) {
+    to[k] = from_acc<T>(from[k]);
+  }
 }
 
-template <typename T, typename AffineOf, Activation A, bool kResidual>
+// Elements [i, i + n) with n <= kBlock, by way of the stack: load, compute and store are loops of their own, since
+// compilers vectorise the 16-bit conversions only by themselves. `streaming`: n is kBlock and output + i begins a line.
+template <bool kV3, typename T, typename AffineOf, Activation A, bool kResidual>
+FCB_HD void run_block(const T* input, const T* residual, T* output, int64_t i, int n, const AffineOf& affine,
+                      bool streaming) {
+  acc_t<T> x[kBlock];
+  load<kV3>(input + i, x, n);
+  if constexpr (kResidual) {
+    acc_t<T> r[kBlock];
+    load<kV3>(residual + i, r, n);
+    for (int k = 0; k < n; ++k) {
+      x[k] = epilogue<A>(x[k], affine(i + k), r[k]);
+    }
+  } else {
+    for (int k = 0; k < n; ++k) {
+      x[k] = epilogue<A>(x[k], affine(i + k));
+    }
+  }
+#if defined(__x86_64__)
+  if (streaming) {
+    alignas(kLineBytes) T y[kBlock];
+    store<kV3>(x, y, kBlock);
+    constexpr int kStep = static_cast<int>(sizeof(__m128i) / sizeof(T));
+    for (int k = 0; k < kBlock; k += kStep) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(output + i + k),
+                       _mm_load_si128(reinterpret_cast<const __m128i*>(y + k)));
+    }
+    return;
+  }
+#endif
+  store<kV3>(x, output + i, n);
+}
+
+template <bool kV3, typename T, typename AffineOf, Activation A, bool kResidual>
 FCB_HD void run_body(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine, bool streaming) {
   int64_t i = 0;
   if (streaming) {
-    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
     const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(output) % kLineBytes);
-    const int64_t head = std::min(n, (kLineBytes - misaligned) % kLineBytes / static_cast<int64_t>(sizeof(T)));
-    run_span<T, AffineOf, A, kResidual>(input, residual, output, 0, head, affine);
-    for (i = head; i + kLine <= n; i += kLine) {
-      run_line<T, AffineOf, A, kResidual>(input, residual, output, i, affine);
+    i = std::min(n, (kLineBytes - misaligned) % kLineBytes / static_cast<int64_t>(sizeof(T)));
+    run_block<kV3, T, AffineOf, A, kResidual>(input, residual, output, 0, static_cast<int>(i), affine, false);
+    for (; i + kBlock <= n; i += kBlock) {
+      run_block<kV3, T, AffineOf, A, kResidual>(input, residual, output, i, kBlock, affine, true);
     }
   }
-  run_span<T, AffineOf, A, kResidual>(input, residual, output, i, n, affine);
+  for (; i + kBlock <= n; i += kBlock) {
+    run_block<kV3, T, AffineOf, A, kResidual>(input, residual, output, i, kBlock, affine, false);
+  }
+  run_block<kV3, T, AffineOf, A, kResidual>(input, residual, output, i, static_cast<int>(n - i), affine, false);
 }
 
 template <typename T, typename AffineOf, Activation A, bool kResidual>
 void run_baseline(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine, bool streaming) {
-  run_body<T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
+  run_body<false, T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
 }
 
 #if defined(__x86_64__)
 template <typename T, typename AffineOf, Activation A, bool kResidual>
 __attribute__((target("arch=x86-64-v3"))) void run_v3(const T* input, const T* residual, T* output, int64_t n,
                                                       const AffineOf& affine, bool streaming) {
-  run_body<T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
+  run_body<true, T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
 }
-inline bool has_v3() {
-  static const bool result = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+// ATEN_CPU_CAPABILITY=default holds PyTorch's own kernels to the baseline, and so it does ours.
+inline bool use_v3() {
+  static const bool result = [] {
+    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+    const bool held = capability != nullptr && std::strcmp(capability, "default") == 0;
+    return !held && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }();
   return result;
 }
 #endif
@@ -113,7 +168,7 @@ inline bool has_v3() {
 template <typename T, typename AffineOf, Activation A, bool kResidual>
 void run(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine, bool streaming) {
 #if defined(__x86_64__)
-  if (has_v3()) {
+  if (use_v3()) {
     return run_v3<T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
   }
 #endif
@@ -121,9 +176,9 @@ void run(const T* input, const T* residual, T* output, int64_t n, const AffineOf
 }
 
 // affine_of(c): the affine of channel c. parallel_for(begin, end, grain, body(begin, end)): as in PyTorch.
-// input, residual and output are dense with the given shape; output may be input.
+// input, residual and output are dense with the given shape; output may be input. `fresh`: output was just allocated.
 template <Activation A, bool kResidual, typename T, typename AffineSource, typename ParallelFor>
-void launch_scale_shift(const T* input, const T* residual, T* output, const Shape& shape,
+void launch_scale_shift(const T* input, const T* residual, T* output, bool fresh, const Shape& shape,
                         const AffineSource& affine_of, const ParallelFor& parallel_for) {
   using Acc = acc_t<T>;
   constexpr int64_t kGrain = 16384;
@@ -151,7 +206,8 @@ void launch_scale_shift(const T* input, const T* residual, T* output, const Shap
       shift[i] = shift[same];
     }
   }
-  const bool streaming = output != input && shape.numel * static_cast<int64_t>(sizeof(T)) >= kStreamingBytes;
+  const int64_t bytes = shape.numel * static_cast<int64_t>(sizeof(T));
+  const bool streaming = !fresh && output != input && bytes >= kStreamingBytes;
   parallel_for(int64_t{0}, shape.numel, kGrain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t run_index = begin / run_length;

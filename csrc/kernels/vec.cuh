@@ -20,9 +20,7 @@ struct Vec {
 // 16-byte accesses in so many words: left to itself, the compiler may merge one with the element-wise path beside it.
 __device__ __forceinline__ uint4 load_words(const void* address) {
   uint4 w;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-               : "l"(address));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(address));
   return w;
 }
 __device__ __forceinline__ void store_words(void* address, const uint4& w) {

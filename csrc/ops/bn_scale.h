@@ -21,10 +21,13 @@ Tensor call_bn_scale(const char* op, const Tensor& input, const Tensor& running_
                      const OptionalTensor& weight, const OptionalTensor& bias, double scaling_factor, double eps,
                      const Tensor* target, const char* target_name, const Launch& launch) {
   const Operand x("input", input);
-  const BnOperands bn{Operand("running_mean", running_mean), Operand("running_var", running_var),
-                optional_operand("weight", weight),    optional_operand("bias", bias),
-                std::nullopt,                          scaling_factor,
-                eps};
+  const BnOperands bn{Operand("running_mean", running_mean),
+                      Operand("running_var", running_var),
+                      optional_operand("weight", weight),
+                      optional_operand("bias", bias),
+                      std::nullopt,
+                      scaling_factor,
+                      eps};
   check_input(op, x);
   bn.check(op, x.sizes[1], "input", x.dtype, x);
   const OptionalOperand out = target == nullptr ? std::nullopt : OptionalOperand(Operand(target_name, *target));

@@ -8,19 +8,18 @@ namespace {
 Tensor run(const char* op, const Tensor& input, const Tensor& running_mean, const Tensor& running_var,
            const OptionalTensor& weight, const OptionalTensor& bias, double scaling_factor, double eps,
            const Tensor* target, const char* target_name) {
-  return call_bn_scale(
-      op, input, running_mean, running_var, weight, bias, scaling_factor, eps, target, target_name,
-      [&](const Elementwise& e, const BnOperands& bn, ScalarType dtype) {
-        dispatch_bn_types(bn, dtype, [&](auto tag, const auto& params) {
-          using T = typename decltype(tag)::type;
-          const auto affine_of = [&](uint32_t c) { return fold_channel<T>(params, c); };
-          run_elementwise_cpu<T, Activation::none, false>(e, affine_of);
-        });
-      });
+  return call_bn_scale(op, input, running_mean, running_var, weight, bias, scaling_factor, eps, target, target_name,
+                       [&](const Elementwise& e, const BnOperands& bn, ScalarType dtype) {
+                         dispatch_bn_types(bn, dtype, [&](auto tag, const auto& params) {
+                           using T = typename decltype(tag)::type;
+                           const auto affine_of = [&](uint32_t c) { return fold_channel<T>(params, c); };
+                           run_elementwise_cpu<T, Activation::none, false>(e, affine_of);
+                         });
+                       });
 }
 
-Tensor bn_scale_cpu(const Tensor input, const Tensor running_mean, const Tensor running_var, const OptionalTensor weight,
-                  const OptionalTensor bias, double scaling_factor, double eps) {
+Tensor bn_scale_cpu(const Tensor input, const Tensor running_mean, const Tensor running_var,
+                    const OptionalTensor weight, const OptionalTensor bias, double scaling_factor, double eps) {
   return run("bn_scale", input, running_mean, running_var, weight, bias, scaling_factor, eps, nullptr, nullptr);
 }
 

@@ -10,18 +10,17 @@ namespace fused_conv_bn {
 // launch(BnParams<P>, acc_t<P>* scale, acc_t<P>* shift, channels, device) runs the kernel.
 template <typename Launch>
 std::tuple<Tensor, Tensor> call_fold_bn(const Tensor& running_mean, const Tensor& running_var,
-                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                        double scaling_factor, double eps, const OptionalTensor& conv_bias,
-                                        const Launch& launch) {
+                                        const OptionalTensor& weight, const OptionalTensor& bias, double scaling_factor,
+                                        double eps, const OptionalTensor& conv_bias, const Launch& launch) {
   const char* op = "fold_bn";
   const Operand mean("running_mean", running_mean);
   const BnOperands bn{mean,
-                Operand("running_var", running_var),
-                optional_operand("weight", weight),
-                optional_operand("bias", bias),
-                optional_operand("conv_bias", conv_bias),
-                scaling_factor,
-                eps};
+                      Operand("running_var", running_var),
+                      optional_operand("weight", weight),
+                      optional_operand("bias", bias),
+                      optional_operand("conv_bias", conv_bias),
+                      scaling_factor,
+                      eps};
   if (mean.dim != 1 || mean.numel > kMaxChannels) {
     fail(op, ": running_mean has shape ", mean.shape(), ", expected one dimension, of at most ", kMaxChannels,
          " channels");

@@ -4,19 +4,18 @@
 namespace fused_conv_bn {
 namespace {
 
-std::tuple<Tensor, Tensor> fold_bn_cpu(const Tensor running_mean, const Tensor running_var,
-                                       const OptionalTensor weight, const OptionalTensor bias, double scaling_factor,
-                                       double eps, const OptionalTensor conv_bias) {
-  return call_fold_bn(
-      running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias,
-      [](const auto& params, auto* scale, auto* shift, int64_t channels, const Device&) {
-        using Acc = std::remove_pointer_t<decltype(scale)>;
-        for (int64_t c = 0; c < channels; ++c) {
-          const Affine<double> affine = fold_to_pair(params, static_cast<uint32_t>(c));
-          scale[c] = static_cast<Acc>(affine.scale);
-          shift[c] = static_cast<Acc>(affine.shift);
-        }
-      });
+std::tuple<Tensor, Tensor> fold_bn_cpu(const Tensor running_mean, const Tensor running_var, const OptionalTensor weight,
+                                       const OptionalTensor bias, double scaling_factor, double eps,
+                                       const OptionalTensor conv_bias) {
+  return call_fold_bn(running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias,
+                      [](const auto& params, auto* scale, auto* shift, int64_t channels, const Device&) {
+                        using Acc = std::remove_pointer_t<decltype(scale)>;
+                        for (int64_t c = 0; c < channels; ++c) {
+                          const Affine<double> affine = fold_to_pair(params, static_cast<uint32_t>(c));
+                          scale[c] = static_cast<Acc>(affine.scale);
+                          shift[c] = static_cast<Acc>(affine.shift);
+                        }
+                      });
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ Tensor run(const char* op, const Tensor& input, const Tensor& scale, const Tenso
 }
 
 Tensor scale_shift_cpu(const Tensor input, const Tensor scale, const Tensor shift, const OptionalTensor residual,
-                     StringHandle activation) {
+                       StringHandle activation) {
   return run("scale_shift", input, scale, shift, residual, activation, nullptr, nullptr);
 }
 

@@ -22,17 +22,17 @@ Tensor run(const char* op, const Tensor& input, const Tensor& scale, const Tenso
 }
 
 Tensor scale_shift_cuda(const Tensor input, const Tensor scale, const Tensor shift, const OptionalTensor residual,
-                     StringHandle activation) {
+                        StringHandle activation) {
   return run("scale_shift", input, scale, shift, residual, activation, nullptr, nullptr);
 }
 
 void scale_shift_out_cuda(const Tensor input, const Tensor scale, const Tensor shift, const OptionalTensor residual,
-                         StringHandle activation, const Tensor out) {
+                          StringHandle activation, const Tensor out) {
   run("scale_shift", input, scale, shift, residual, activation, &out, "out");
 }
 
 void scale_shift_inplace_cuda(const Tensor input, const Tensor scale, const Tensor shift, const OptionalTensor residual,
-                             StringHandle activation) {
+                              StringHandle activation) {
   run("scale_shift_", input, scale, shift, residual, activation, &input, "input");
 }
 

@@ -1,8 +1,15 @@
 """Conv -> BatchNorm -> scale -> activation for PyTorch at the speed of memory."""
 
+import sys
+
 from . import _loader
 
-_loader.load()
+try:
+    _loader.load()
+except ImportError as error:
+    if sys.argv[:1] == ["-m"]:  # python -m fused_conv_bn: the sentence, without a traceback
+        raise SystemExit(str(error)) from None
+    raise
 
 from . import _fake, reference  # noqa: E402, F401  (the ops exist from here on)
 from .modules import ConvBnScale2d  # noqa: E402

@@ -9,20 +9,28 @@ import torch
 from torch import Tensor
 
 
-def _suggested_format(x: Tensor) -> torch.memory_format:
-    """``Tensor.suggest_memory_format()`` of C++, as csrc/checks.h has it."""
-    if x.dim() < 4 or x.stride(1) == 0:
+def _result_format(x: Tensor) -> torch.memory_format:
+    """The memory format that csrc/checks.h computes in: its computes_channels_last() and suggests_channels_last()."""
+    if x.dim() < 4:
+        return torch.contiguous_format
+    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.device.type == "cpu":
+        if x.is_contiguous():
+            return torch.contiguous_format
+        if x.is_contiguous(memory_format=channels_last):
+            return channels_last
+    if x.stride(1) == 0:
         return torch.contiguous_format
     least = 0
     for d in (1, *range(x.dim() - 1, 1, -1), 0):
         if x.size(d) == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
             return torch.contiguous_format
         least = x.stride(d) * x.size(d) if x.size(d) > 1 else x.stride(d)
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return channels_last
 
 
 def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=_suggested_format(x))
+    return torch.empty_like(x, memory_format=_result_format(x))
 
 
 def _acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,7 @@ version that torch was built for. None of them is a Python module: they register
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import torch
@@ -56,9 +57,22 @@ def library_names(cuda: str | None, directory: Path = PACKAGE) -> list[str]:
     return ["cpu", name]
 
 
+def check_complete(path: Path) -> None:
+    """Raises OSError for a file that ends before its ELF section headers do: opening it would kill the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        raise OSError("not an ELF file")
+    (offset,) = struct.unpack_from("<Q", header, 0x28)
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    if path.stat().st_size < offset + size * count:
+        raise OSError(f"{path.stat().st_size} bytes, expected {offset + size * count}")
+
+
 def load_library(name: str, path: Path) -> None:
     """Opens one library. Raises ImportError if the file is not what it should be."""
     try:
+        check_complete(path)
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(

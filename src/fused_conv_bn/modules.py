@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _loader, ops
 from .reference import ACTIVATIONS
@@ -19,9 +20,11 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _state(tensor: Any) -> tuple[Any, ...]:
     """What changes when a tensor is replaced, written to or given other storage. Holds the tensor, so that its identity
-    is not reused. Raises RuntimeError for an inference tensor, which keeps no version."""
+    is not reused. Raises RuntimeError for what keeps no version (inference tensors) or has no storage (fake tensors)."""
     if not isinstance(tensor, Tensor):
         return (tensor,)
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise RuntimeError("a subclass of Tensor")
     return (tensor, tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)
 
 
@@ -38,14 +41,15 @@ class ConvBnScale2d(nn.Module):
 
         y = activation(bn(conv(x)) * scaling_factor + residual)
 
-    with ``self.conv``, ``self.bn`` and ``self.scaling_factor`` as a model would define them: same parameters, same random
-    draws in the constructor, same ``state_dict`` keys, same results in training and evaluation.
+    with ``self.conv``, ``self.bn`` and ``self.scaling_factor`` as a model would define them: same parameters, same
+    random draws in the constructor, same ``state_dict`` keys, same results in training and evaluation.
 
-    In evaluation mode, where no gradient is needed, it runs the convolution without its bias and one fused in-place pass
-    for the rest. BN, factor and bias are folded into a scale and a shift per channel once and kept until one of them
-    changes: assigned or written to in place, loaded, moved or cast; also every ``train()`` or ``eval()`` drops them. (A
-    write through ``tensor.data`` is invisible to PyTorch; call ``eval()`` after one.) In training mode, where a gradient is
-    needed, with hooks on ``conv`` or ``bn``, or with a ``conv`` or ``bn`` of another class, PyTorch's ops run.
+    In evaluation mode, where no gradient is needed, it runs the convolution without its bias and one fused in-place
+    pass for the rest. BN, factor and bias are folded into a scale and a shift per channel once and kept until one of
+    them changes: assigned or written to in place, loaded, moved or cast; also every ``train()`` or ``eval()`` drops
+    them. (A write through ``tensor.data`` is invisible to PyTorch; call ``eval()`` after one.) In training mode, where
+    a gradient is needed, with hooks on ``conv`` or ``bn``, or with a ``conv`` or ``bn`` of another class, PyTorch's ops
+    run.
 
     Args:
         in_channels, out_channels, kernel_size: as in ``nn.Conv2d``.
@@ -59,6 +63,9 @@ class ConvBnScale2d(nn.Module):
         ValueError: an unknown activation, or a ``scaling_factor`` tensor with dimensions.
     """
 
+    _folded_key: tuple[Any, ...] | None
+    _folded_pair: tuple[Tensor, Tensor] | None
+
     def __init__(
         self,
         in_channels: int,
@@ -70,7 +77,7 @@ class ConvBnScale2d(nn.Module):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -158,6 +165,8 @@ class ConvBnScale2d(nn.Module):
             return False
         if x.dim() != 4 or x.device.type not in ("cpu", "cuda") or (x.is_cuda and len(_loader.loaded) < 2):
             return False
+        if forward_ad._current_level >= 0:  # forward-mode AD, which neither grad mode nor requires_grad shows
+            return False
         if torch.is_grad_enabled():
             tensors = (x, residual, conv.weight, conv.bias, bn.weight, bn.bias, self.scaling_factor)
             return not any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
@@ -178,13 +187,18 @@ class ConvBnScale2d(nn.Module):
         return scale, shift
 
     def _folded(self) -> tuple[Tensor, Tensor]:
+        bn = self.bn
         if torch.compiler.is_compiling():
             return self._fold()
-        bn = self.bn
+        assert bn.running_mean is not None  # _fusible() made sure
+        if bn.running_mean.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._fold()  # into the graph: it runs at each replay, on what the parameters are then
         try:
-            sources = (self.conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, self.scaling_factor, bn.eps)
+            # F.batch_norm updates the running statistics without giving them a new version: num_batches_tracked tells.
+            bn_state = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.eps)
+            sources = (self.conv.bias, self.scaling_factor, *bn_state)
             key = tuple(part for source in sources for part in _state(source))
-        except RuntimeError:  # inference tensors: nothing tells when they change
+        except RuntimeError:  # nothing tells when they change
             return self._fold()
         if not _same(self._folded_key, key):
             self._folded_pair = self._fold()
@@ -193,8 +207,8 @@ class ConvBnScale2d(nn.Module):
         return self._folded_pair
 
     def _drop_folded(self) -> None:
-        self._folded_key: tuple[Any, ...] | None = None
-        self._folded_pair: tuple[Tensor, Tensor] | None = None
+        self._folded_key = None
+        self._folded_pair = None
 
     def train(self, mode: bool = True) -> ConvBnScale2d:
         self._drop_folded()

@@ -1,24 +1,34 @@
 """The functions of this package: ``torch.ops.fused_conv_bn.*`` with documentation and a guard against lost gradients.
 
 All of them work on CUDA and CPU tensors of dtype float32, float16, bfloat16 or float64. Inputs have 2 to 5 dimensions,
-(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); contiguous and channels_last tensors are used as they are, others are
-copied once, and results have the strides that ``F.batch_norm`` would give. 16-bit inputs are computed in float32. The
-per-channel BN tensors have shape (C,) and the dtype of the input, or float32 if that is a 16-bit one.
+(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); contiguous and channels_last tensors are used as they are, others
+are copied once, and results have the strides that ``F.batch_norm`` would give. 16-bit inputs are computed in float32.
+The per-channel BN tensors have shape (C,) and the dtype of the input, or float32 if that is a 16-bit one.
 
-They keep no autograd graph. With grad mode on and an argument that requires grad they raise RuntimeError, rather than
-return a tensor whose gradient would be silently missing. Every other wrong argument raises RuntimeError too, before
-anything is written.
+They keep no autograd graph. With grad mode on and an argument that requires grad, or with one that carries a
+forward-mode tangent, they raise RuntimeError, rather than return a tensor whose derivative would be silently missing.
+Every other wrong argument raises RuntimeError too, before anything is written. A tensor that is written to counts as
+modified, so that autograd refuses to use it where it needed the old values.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 _ops = torch.ops.fused_conv_bn
 
 
 def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
+    if forward_ad._current_level >= 0:
+        for name, tensor in tensors.items():
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    f"{op}: {name} has a forward-mode tangent, and {op} has no derivative: ConvBnScale2d runs "
+                    f"PyTorch's own ops where one is needed"
+                )
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
@@ -106,6 +116,7 @@ def bn_scale(
     if out is None:
         return _ops.bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps)
     _ops.bn_scale.out(input, running_mean, running_var, weight, bias, scaling_factor, eps, out=out)
+    increment_version(out)
     return out
 
 
@@ -123,6 +134,7 @@ def bn_scale_(
         "bn_scale_", input=input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     _ops.bn_scale_(input, running_mean, running_var, weight, bias, scaling_factor, eps)
+    increment_version(input)
     return input
 
 
@@ -157,6 +169,7 @@ def scale_shift(
     if out is None:
         return _ops.scale_shift(input, scale, shift, residual=residual, activation=activation)
     _ops.scale_shift.out(input, scale, shift, residual=residual, activation=activation, out=out)
+    increment_version(out)
     return out
 
 
@@ -171,4 +184,5 @@ def scale_shift_(
     """:func:`scale_shift` in place. Returns ``input``."""
     _refuse_grad("scale_shift_", input=input, scale=scale, shift=shift, residual=residual)
     _ops.scale_shift_(input, scale, shift, residual=residual, activation=activation)
+    increment_version(input)
     return input

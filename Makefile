@@ -1,0 +1,153 @@
+# Every task around this repository: `make` lists them. On a Linux machine with Python 3.10 or newer, a C++ compiler and
+# a network, each of them first installs what it needs into .venv and builds what has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+CUDA_TOOLKIT ?= cuda-toolkit[nvcc,cudart,cccl]==13.0.*
+ARGS ?=
+
+CPU_LIBRARY := src/fused_conv_bn/_cpu.so
+CUDA_LIBRARY := src/fused_conv_bn/_cu13.so
+SOURCES := setup.py $(shell find csrc -type f)
+CLANG_FORMATTED := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+STATE := build/make
+
+# VENV= (empty) uses $(PYTHON) as it is and installs nothing.
+ifneq ($(strip $(VENV)),)
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+BASE_PYTHON := $(or $(shell command -v $(PYTHON) 2>/dev/null),$(PYTHON))
+INSTALLED := $(VENV)/.installed
+else
+PY := $(or $(shell command -v $(PYTHON) 2>/dev/null),$(PYTHON))
+BIN := $(patsubst %/,%,$(dir $(PY)))
+INSTALLED :=
+endif
+
+# torch looks for ninja in PATH.
+export PATH := $(BIN):$(PATH)
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The compute capabilities of this machine's GPUs. CUDA 13 compiles for 7.5 and newer.
+GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| awk '/^[0-9]+\.[0-9]+$$/ && $$1 >= 7.5' | sort -u)
+# An in-place build is for this machine. 9.0 stands in where there is no GPU.
+ifneq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
+ARCHS := $(strip $(TORCH_CUDA_ARCH_LIST))
+else
+ARCHS := $(or $(GPU_ARCHS),9.0)
+unexport TORCH_CUDA_ARCH_LIST
+endif
+
+say = @printf '%s\n' "make: $(1)"
+
+.PHONY: help demo test bench build wheel lint format clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo     check and time the fused ops against PyTorch on this machine'
+	@echo 'make test     run the tests; ARGS="-k name -x" goes to pytest'
+	@echo 'make bench    run the benchmark; ARGS="--help" lists its options'
+	@echo 'make build    build the libraries in place, for the GPU at hand'
+	@echo 'make wheel    build the wheel for all supported GPUs into wheels/dist'
+	@echo 'make lint     check style and types; make format repairs what a tool can'
+	@echo 'make clean    delete what was built'
+	@echo
+	@echo 'PYTHON=python3.12          the Python that .venv is made of'
+	@echo 'TORCH=torch==2.14.1        another torch'
+	@echo 'TORCH_CUDA_ARCH_LIST=9.0   compute capabilities to compile for'
+	@echo 'PYTHON=/path/python VENV=  use that Python as it is and install nothing'
+
+demo: build
+	$(call say,demo)
+	@$(PY) -m fused_conv_bn demo $(ARGS)
+
+bench: build
+	$(call say,benchmark)
+	@$(PY) -m fused_conv_bn bench $(ARGS)
+
+# Also without a GPU the tests read the CUDA library's machine code.
+test: $(CUDA_LIBRARY)
+	$(call say,tests)
+	@$(PY) -m pytest $(ARGS)
+
+# The CUDA library takes longer to build: without a GPU, only a torch that is built for CUDA asks for it.
+build: $(INSTALLED)
+ifneq ($(GPU_ARCHS)$(strip $(TORCH_CUDA_ARCH_LIST)),)
+	@$(MAKE) --no-print-directory $(CUDA_LIBRARY)
+else
+	@if $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; \
+		then $(MAKE) --no-print-directory $(CUDA_LIBRARY); \
+		else $(MAKE) --no-print-directory $(CPU_LIBRARY); fi
+endif
+
+wheel: $(INSTALLED)
+	$(call say,wheel for $(or $(strip $(TORCH_CUDA_ARCH_LIST)),all supported GPUs) (about 5 minutes on two cores for all of them))
+	@rm -rf build/wheel/lib* build/wheel/bdist*
+	$(call setup_py,FUSED_CONV_BN_CUDA=1,build --build-base build/wheel bdist_wheel --dist-dir wheels/dist)
+	@ls -l wheels/dist/*.whl
+
+lint: $(INSTALLED)
+	$(call say,ruff)
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check .
+	$(call say,mypy)
+	@$(PY) -m mypy
+	$(call say,clang-format)
+	@clang-format --dry-run --Werror $(CLANG_FORMATTED)
+
+format: $(INSTALLED)
+	$(call say,ruff and clang-format)
+	@$(PY) -m ruff check --quiet --fix --exit-zero .
+	@$(PY) -m ruff format --quiet .
+	@clang-format -i $(CLANG_FORMATTED)
+
+clean:
+	$(call say,deleting what was built; .venv stays)
+	@rm -rf build wheels/dist src/*.egg-info src/fused_conv_bn/_c*.so .mypy_cache .ruff_cache .pytest_cache
+	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- the virtual environment -----------------------------------------------------------------------------------------
+
+# A file that holds a setting, touched when the setting changes: what depends on the file is then made again.
+record = @mkdir -p $(@D); echo '$(1)' | cmp -s - $@ || echo '$(1)' > $@
+
+ifneq ($(INSTALLED),)
+WANTED := $(PYTHON) $(TORCH) $(CUDA_TOOLKIT)
+
+$(VENV)/.wanted: FORCE
+	$(call record,$(WANTED))
+
+$(INSTALLED): requirements/dev.txt $(VENV)/.wanted
+	$(call say,installing $(TORCH) and the development tools into $(VENV); PyPI has 3 GB of CUDA libraries for torch)
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON=...")'
+	@$(BASE_PYTHON) -m venv --clear $(VENV)
+	@echo '$(WANTED)' > $(VENV)/.wanted
+	@$(PY) -m pip install --quiet '$(TORCH)' '$(CUDA_TOOLKIT)' -r requirements/dev.txt
+	@echo '$(CURDIR)/src' > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fused_conv_bn.pth
+	@touch $@
+endif
+
+# ---- the libraries, in place -----------------------------------------------------------------------------------------
+
+# $(1): environment, $(2): arguments. Shows the output only if it fails.
+define setup_py
+	@command -v $${CXX:-c++} > /dev/null || { echo 'A C++ compiler is needed, for example: apt install g++' >&2; exit 1; }
+	@mkdir -p $(STATE)
+	@$(1) $(PY) setup.py $(2) > $(STATE)/log 2>&1 || { tail -n 80 $(STATE)/log; exit 1; }
+endef
+
+$(CPU_LIBRARY): $(SOURCES) | $(INSTALLED)
+	$(call say,building $@)
+	$(call setup_py,FUSED_CONV_BN_CUDA=0,build_ext --inplace)
+	@touch $@
+
+$(STATE)/archs: FORCE
+	$(call record,$(ARCHS))
+
+$(CUDA_LIBRARY): $(SOURCES) $(STATE)/archs | $(INSTALLED) $(CPU_LIBRARY)
+	$(call say,building $@ for compute capability $(ARCHS))
+	$(call setup_py,FUSED_CONV_BN_CUDA=1 TORCH_CUDA_ARCH_LIST='$(ARCHS)',build_ext --inplace)
+	@touch $(CPU_LIBRARY) $@

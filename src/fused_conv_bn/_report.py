@@ -1,0 +1,244 @@
+"""What bench.py says: the machine it ran on, and tables and charts of the dict that its --json writes."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCE_ROOT = Path(__file__).resolve().parents[2]  # in a source tree, that is
+
+cudnn: Any = torch.backends.cudnn  # which has types only in part
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+HEADER = ["case", "MB", "copy us", "ours us", "ours/copy", "share %", "eager us", "eager/ours"]
+HEADER += ["compile us", "compile/ours", "naive us", "bytes moved", "GB/s"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def short(number: float) -> str:
+    """Three digits, or all of the integer part."""
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+
+
+def cells(row: Row) -> list[str]:
+    def us(name: str) -> str:
+        return f"{row['us'][name]['median']:.1f}" if name in row["us"] else "n/a"
+
+    def ratio(name: str) -> str:
+        return f"{row[name]:.2f}" if name in row else "n/a"
+
+    ours = [us("copy"), us("ours"), ratio("ours/copy"), f"{row['share_of_copy_percent']:.0f}"]
+    rivals = [us("eager"), ratio("eager/ours"), us("compile"), ratio("compile/ours"), us("naive")]
+    moved = [f"{row['bytes_moved']:,}", short(row["gb_per_s"]["ours"])]
+    return [row["case"], short(row["tensor_bytes"] / 1e6), *ours, *rivals, *moved]
+
+
+def print_tables(report: Report) -> None:
+    device, versions, checks = report["device"], report["versions"], report["validation"]
+    where = device["name"] if device["kind"] == "cuda" else f"{device['name']}, {device['threads']} threads"
+    print(f"{where}; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    commit = f"{report['commit'] or 'unknown'}{' with changes' if report['dirty'] else ''}"
+    print(f"commit {commit}, {report['date']}, {report['seconds']:.0f} s\n")
+    worst = max(checks, key=lambda c: float(c["ours"] / c["limit"]))
+    print(f"accuracy: {len(checks)} cases, each within max(2 * eager's error, one rounding); the nearest to that:")
+    print(f"{worst['case']}: ours {worst['ours']:.2g}, eager {worst['eager']:.2g}, limit {worst['limit']:.2g}\n")
+    rows = [
+        ("ConvBnScale2d at KernelBench 2.73 (MB: its output; copy: one that moves as many bytes)", report["module"])
+    ]
+    rows.append(("bn_scale (MB: one tensor; GB/s: ours)", report["bn_scale"]))
+    for title, part in rows:
+        print(f"{title}\n{table(HEADER, [cells(row) for row in part])}\n")
+    host = [[name, f"{h['us']:.2f}", f"{h['over torch.mul']:.2f}"] for name, h in report["host_us"].items()]
+    print(f"host time of one call, input (1, 4, 2, 2)\n{table(['call', 'us', '/ torch.mul'], host)}\n")
+    print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
+    every = report["module"] + report["bn_scale"]
+    for name, why in sorted({pair for row in every for pair in row["missing"].items()}):
+        print(f"n/a for {name}: {why}")
+    limited = sorted({f"{row['case']} ({name})" for row in every for name, s in row["us"].items() if s["host_limited"]})
+    if limited:
+        print(f"the host did not keep ahead of the device, and these times are too long: {', '.join(limited)}")
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def describe(device: str, commit: str | None) -> Report:
+    """The code and the machine that the numbers belong to."""
+    from . import __version__
+
+    dirty = None
+    if commit is None:
+        commit, dirty = git_state()
+    hardware: dict[str, Any] = {"kind": device, "name": cpu_name(), "threads": torch.get_num_threads()}
+    versions = {"fused_conv_bn": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        hardware.update(name=gpu.name, multiprocessors=gpu.multi_processor_count, cpu=cpu_name())
+        hardware["l2_bytes"] = getattr(gpu, "L2_cache_size", None)
+        driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"])
+        versions.update(cuda=str(torch.version.cuda), cudnn=str(cudnn.version()), driver=driver or "unknown")
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": hardware,
+        "versions": versions,
+        "flags": {
+            "cudnn.allow_tf32": cudnn.allow_tf32,
+            "cudnn.benchmark": cudnn.benchmark,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        },
+    }
+
+
+def output_of(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """HEAD, and whether what is measured differs from it. (None, None) where the package is not in its own checkout."""
+    if not (SOURCE_ROOT / ".git").exists() or not (SOURCE_ROOT / "src" / "fused_conv_bn").exists():
+        return None, None
+    git = ["git", "-C", str(SOURCE_ROOT)]
+    status = output_of([*git, "status", "--porcelain", "--", "src", "csrc", "setup.py"])
+    return output_of([*git, "rev-parse", "HEAD"]), None if status is None else bool(status)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {"nchw": "contiguous (NCHW)", "channels_last": "channels_last"}
+# By name: label, colour, style. The later ones are drawn over the earlier ones.
+RIVALS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "naive": ("naive kernel", "#E69F00", {"marker": "v"}),
+    "eager": ("eager", "#D55E00", {"marker": "s"}),
+    "ours": ("fused_conv_bn", "#0072B2", {"marker": "o"}),
+    "copy": ("device copy", "#111111", {"linestyle": "--", "linewidth": 1.3}),
+    "compile": ("torch.compile", "#007a5a", {"marker": "D", "markerfacecolor": "none", "linestyle": "none"}),
+}
+DTYPES = {"float32": "#0072B2", "float16": "#D55E00", "bfloat16": "#E69F00", "float64": "#009E73"}
+OTHER_SHAPES = {256: ("P", "C = 256, 14x14"), 2048: ("X", "C = 2048, 7x7")}
+
+
+def series(report: Report, layout: str, dtype: str) -> list[Row]:
+    rows = [r for r in report["bn_scale"] if (r["layout"], r["dtype"], r["main"]) == (layout, dtype, True)]
+    return sorted(rows, key=lambda r: int(r["tensor_bytes"]))
+
+
+def size_axis(axes: Any, report: Report) -> None:
+    sizes = [r["tensor_bytes"] for r in report["bn_scale"]]
+    ticks = {2**12: "4 KB", 2**16: "64 KB", 2**20: "1 MB", 2**24: "16 MB", 2**28: "256 MB"}
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
+    axes.set_xticks([t for t in ticks if min(sizes) / 1.6 <= t <= max(sizes) * 1.6])
+    axes.set_xticklabels([label for t, label in ticks.items() if min(sizes) / 1.6 <= t <= max(sizes) * 1.6])
+    axes.minorticks_off()
+    axes.tick_params(labelsize=9)
+    axes.set_xlabel("size of the tensor")
+    axes.grid(True, color="#e4e4e4", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_times(report: Report, plt: Any) -> Any:
+    figure, panels = plt.subplots(1, 2, figsize=(8, 4.6), sharey=True)
+    for axes, (layout, title) in zip(panels, LAYOUTS.items(), strict=True):
+        for dtype in DTYPES:
+            rows = series(report, layout, dtype)
+            if dtype != "float32" and rows:
+                points = ([r["tensor_bytes"] for r in rows], [r["us"]["ours"]["median"] for r in rows])
+                axes.plot(*points, color="#9cc9e6", linewidth=1, label="fused_conv_bn, other dtypes")
+        for name, (label, colour, style) in RIVALS.items():
+            rows = [r for r in series(report, layout, "float32") if name in r["us"]]
+            if rows:
+                points = ([r["tensor_bytes"] for r in rows], [r["us"][name]["median"] for r in rows])
+                axes.plot(*points, **{"color": colour, "label": label, "markersize": 5, "linewidth": 1.6, **style})
+        size_axis(axes, report)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda us, _: f"{us:g}")
+        axes.set_title(title, fontsize=10)
+    panels[0].set_ylabel("time of a call, µs")
+    legend_below(figure, panels)
+    figure.suptitle(f"bn_scale, float32, on {report['device']['name']}", fontsize=11)
+    return figure
+
+
+def draw_shares(report: Report, plt: Any) -> Any:
+    shares = [r["share_of_copy_percent"] for r in report["bn_scale"]]
+    figure, panels = plt.subplots(1, 2, figsize=(8, 4.6), sharey=True)
+    for axes, (layout, title) in zip(panels, LAYOUTS.items(), strict=True):
+        axes.axhline(100, color="#222222", linestyle="--", linewidth=1.2, label="device copy")
+        for dtype, colour in DTYPES.items():
+            rows = series(report, layout, dtype)
+            if rows:
+                points = ([r["tensor_bytes"] for r in rows], [r["share_of_copy_percent"] for r in rows])
+                axes.plot(*points, color=colour, marker="o", markersize=4, linewidth=1.6, label=dtype)
+        others = [r for r in report["bn_scale"] if r["layout"] == layout and not r["main"]]
+        for row in others:
+            style = {"marker": OTHER_SHAPES[row["shape"][1]][0], "color": DTYPES[row["dtype"]], "linestyle": "none"}
+            axes.plot(row["tensor_bytes"], row["share_of_copy_percent"], markersize=7, markeredgecolor="white", **style)
+        for marker, label in OTHER_SHAPES.values() if others else ():
+            axes.plot([], [], marker=marker, color="#777777", linestyle="none", markersize=7, label=label)
+        size_axis(axes, report)
+        axes.set_title(title, fontsize=10)
+        axes.set_ylim(max(0, min(shares) // 20 * 20 - 20), max(110, 1.05 * max(shares)))
+    panels[0].set_ylabel("copy time / our time, %")
+    legend_below(figure, panels)
+    figure.suptitle(f"bn_scale's share of the copy's rate, on {report['device']['name']}", fontsize=11)
+    return figure
+
+
+def legend_below(figure: Any, panels: Any) -> None:
+    """One legend for both panels, each label once."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    columns = min(len(entries), 4 if len(entries) > 6 else 3)
+    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    rows = -(-len(entries) // columns)
+    figure.tight_layout(rect=(0, 0.01 + 0.05 * rows, 1, 0.97))
+
+
+def draw_charts(report: Report, directory: Path) -> list[Path]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if not report["bn_scale"]:
+        return []
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw in (("bn_scale_time.png", draw_times), ("bn_scale_share.png", draw_shares)):
+        figure = draw(report, plt)
+        paths.append(directory / name)
+        figure.savefig(paths[-1], dpi=200)
+        plt.close(figure)
+    return paths

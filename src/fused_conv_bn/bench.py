@@ -1,0 +1,464 @@
+"""``python -m fused_conv_bn bench``: checks the ops against float64, then times them against a copy and their rivals.
+
+One run does all of it, on the GPU if there is one, else on the CPU. Times compare only within a run: every row has the
+time of a device copy that moves as many bytes, measured in turn with everything else in that row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import importlib.util
+import json
+import math
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _report, modules, reference
+from ._stopwatch import FOOTPRINT, MAX_PAIRS, Rivals, Stopwatch, pairs_of, spread
+
+NAIVE_SOURCE = _report.SOURCE_ROOT / "benchmarks" / "naive_bn_scale.cu"
+
+MB = 1 << 20
+PROBLEM_73 = 128 * 64 * 126 * 126 * 4  # bytes of the tensor that KernelBench 2.73 applies BN to
+SIZES = [*(4**k * 4096 for k in range(9)), PROBLEM_73, 1024 * MB]
+QUICK_SIZES = [4096, 16 * MB, PROBLEM_73]
+CPU_MAX_MB = 64
+OTHER_SHAPES = {(256, 14): (16 * MB, 512 * MB), (2048, 7): (16 * MB, 512 * MB)}  # (C, H = W): sizes
+COMPILED_SIZES = {torch.float32: (4096, 16 * MB, PROBLEM_73), torch.float16: (PROBLEM_73,)}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+SCALING_FACTOR = 2.0
+EPS = 1e-5
+
+CHECKED_AT_ONCE = 1 << 24  # elements, so that the float64 copies stay small
+
+NOTES = {
+    "device time": "CUDA: the time between two events around the calls, over their number, so with the gaps between "
+    "launches. A spinning kernel before the first event holds the device back until the host has queued all calls; "
+    "where it did not, host_limited is true. CPU: wall time.",
+    "repeats": "median, min and max over the repeats; in each, the rivals of a row take turns, in alternating order.",
+    "buffers": f"calls rotate over pairs of input and output of {FOOTPRINT // MB} MB or more in all, so that they come "
+    f"from memory; at most {MAX_PAIRS} pairs, so tensors under 2 MB may come from a cache.",
+    "outputs": "copy is out.copy_(x), ours bn_scale.out; copy, ours and naive write preallocated outputs. eager and "
+    "compile take theirs from the caching allocator, which costs no device time and hands them the same memory, which "
+    "may still be cached, each time. The modules allocate, all of them.",
+    "copy": "bytes_moved is what has to be: the input read once, the output written once. The copy of a row moves as "
+    "many. The share of its rate is copy time / our time.",
+    "eager": "bn_scale: F.batch_norm(x, ...) * s. Module: bn(conv(x)) * s. Backend flags as given under flags.",
+    "compile": "torch.compile(eager, dynamic=False), default mode, at a few sizes and within a limit of compile time.",
+    "naive": "benchmarks/naive_bn_scale.cu: a thread per element, 1/sqrt and two 64-bit divisions in each; fp32 NCHW.",
+    "validation": "norm of the error over norm of the float64 result (for float64: long double, first and last image), "
+    "with random running statistics and affine; ours must be within max(2 * eager's, one rounding of the dtype).",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    parser.add_argument("--quick", action="store_true", help="three sizes, fp32 and fp16, no torch.compile")
+    parser.add_argument("--max-mb", type=float, help=f"leave out larger tensors (default on the CPU: {CPU_MAX_MB})")
+    parser.add_argument("--repeats", type=int, default=5, help="timings per number (default: 5)")
+    parser.add_argument("--module-batch", type=int, help="batch of the module (default: 128, on the CPU 8)")
+    parser.add_argument(
+        "--compile-budget", type=float, metavar="S", help="no torch.compile after S seconds (default: 45)"
+    )
+    parser.add_argument("--commit", help="recorded in the JSON (default: what git says)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
+    parser.add_argument("--charts", type=Path, metavar="DIR", help="draw PNGs into DIR (needs matplotlib)")
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, take an earlier run's --json")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.charts and importlib.util.find_spec("matplotlib") is None:
+        print("bench: --charts needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 1
+    if args.from_json:
+        report = json.loads(args.from_json.read_text())
+    else:
+        try:
+            report = measure(args)
+        except InaccurateError as error:
+            print(f"bench: stopped before any timing: {error}", file=sys.stderr)
+            return 1
+    if args.json and not args.from_json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    _report.print_tables(report)
+    if args.charts:
+        for path in _report.draw_charts(report, args.charts):
+            print(f"wrote {path}")
+    return 0
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    nominal_bytes: int
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    layout: str
+    main: bool  # of the sweep over sizes, not one of the other shapes
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)} {self.layout} {'x'.join(map(str, self.shape))}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def bn_cases(sizes: Sequence[int], dtypes: Sequence[torch.dtype], max_bytes: float, others: bool) -> Iterator[Case]:
+    """Sizes are met to within a few percent: the batch takes up what the image leaves over."""
+    for layout in LAYOUTS:
+        for dtype in dtypes:
+            for size in (s for s in sizes if s <= max_bytes):
+                pixels = size // dtype.itemsize // 64
+                side = next(s for s in (126, 32, 16, 8, 4, 2, 1) if s * s <= pixels or s == 1)
+                batch = max(1, round(pixels / side**2))
+                yield Case(size, (batch, 64, side, side), dtype, layout, True)
+            for (channels, side), other_sizes in OTHER_SHAPES.items() if others else ():
+                for size in (s for s in other_sizes if s <= max_bytes):
+                    batch = round(size / (dtype.itemsize * channels * side**2))
+                    yield Case(size, (batch, channels, side, side), dtype, layout, False)
+
+
+def random_bn(channels: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """running_mean, running_var, weight, bias: far from the identity that a fresh BatchNorm nearly is."""
+    mean, weight, bias = (torch.randn(channels, device=device) for _ in range(3))
+    var = torch.rand(channels, device=device) * 4 + 0.1
+    return [t.to(dtype) for t in (mean, var, weight, bias)]
+
+
+def random_input(case: Case, device: str) -> Tensor:
+    x = torch.empty(case.shape, dtype=case.dtype, device=device, memory_format=LAYOUTS[case.layout])
+    x.normal_(0.5, 2.0)
+    return x
+
+
+class Plain(nn.Module):
+    """The rival of ConvBnScale2d: the model as one would write it."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.conv(x))
+        return y * SCALING_FACTOR
+
+
+def problem_73(batch: int, dtype: torch.dtype, layout: str, device: str) -> tuple[Plain, nn.Module, Tensor]:
+    """The plain model and ours, which share their parameters, and their input."""
+    conv, bn = nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64)
+    parameters = random_bn(64, torch.float32, "cpu")
+    for target, source in zip((bn.running_mean, bn.running_var, bn.weight, bn.bias), parameters, strict=True):
+        assert target is not None
+        target.copy_(source)
+    plain = Plain(conv, bn).eval().to(device, dtype).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+    case = Case(0, (batch, 8, 128, 128), dtype, layout, True)
+    return plain, modules.ConvBnScale2d.from_modules(conv, bn, SCALING_FACTOR).eval(), random_input(case, device)
+
+
+class NaiveKernel:
+    """The naive kernel, compiled here and now. ``why_not``: why it cannot run, if so."""
+
+    def __init__(self, device: str) -> None:
+        self.kernel: Callable[..., None] | None = None
+        self.why_not = ""
+        if device != "cuda":
+            self.why_not = "needs a GPU"
+        elif not NAIVE_SOURCE.is_file():
+            self.why_not = "benchmarks/naive_bn_scale.cu is only in the source tree"
+        else:
+            try:
+                self.kernel = torch.cuda._compile_kernel(NAIVE_SOURCE.read_text(), "naive_bn_scale")
+            except Exception as error:  # NVRTC may be missing, the function is private: neither stops a benchmark
+                self.why_not = first_line(error)
+
+    def why_not_for(self, case: Case) -> str:
+        return self.why_not or ("" if (case.dtype, case.layout) == (torch.float32, "nchw") else "fp32 NCHW only")
+
+    def __call__(self, x: Tensor, bn: list[Tensor], out: Tensor) -> None:
+        assert self.kernel is not None
+        images, channels, plane = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+        bits = [struct.unpack("i", struct.pack("f", value))[0] for value in (SCALING_FACTOR, EPS)]
+        blocks = (x.numel() + 255) // 256
+        self.kernel((blocks, 1, 1), (256, 1, 1), [x, *bn, out, images, channels, plane, *bits])
+
+
+class Compiler:
+    """torch.compile within a limit of time: a compile takes seconds, and a benchmark has two minutes."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.spent = 0.0
+
+    def __call__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor] | str:
+        """The compiled function, or why there is none."""
+        if self.spent >= self.budget:
+            return f"limit of {self.budget:g} s of compile time reached"
+        start = time.perf_counter()
+        try:
+            torch._dynamo.reset()
+            compiled: Callable[[Tensor], Tensor] = torch.compile(function, dynamic=False)
+            compiled(x)
+            return compiled
+        except Exception as error:  # no Triton, no C++ compiler, ...: the row says so
+            return first_line(error)
+        finally:
+            self.spent += time.perf_counter() - start
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+class InaccurateError(Exception):
+    pass
+
+
+Truth = Callable[[Tensor], tuple[Tensor, Tensor | float]]  # the result as a sum of two, as one float64 may not hold it
+
+
+def relative_errors(outputs: dict[str, Tensor], x: Tensor, truth: Truth, elements: int) -> dict[str, float]:
+    """||y - truth|| / ||truth|| of each output, a few images at a time."""
+    errors, norm = dict.fromkeys(outputs, 0.0), 0.0
+    step = max(1, CHECKED_AT_ONCE // elements)
+    for i in range(0, len(x), step):
+        high, low = truth(x[i : i + step])
+        norm += float(high.square().sum())
+        for name, y in outputs.items():
+            errors[name] += float((y[i : i + step].double() - high - low).square().sum())
+    # math.sqrt(NaN) is NaN, and NaN is not within any limit.
+    return {name: math.sqrt(error) / math.sqrt(norm) for name, error in errors.items()}
+
+
+def double_truth(bn: list[Tensor]) -> Truth:
+    mean, var, weight, bias = (t.double() for t in bn)
+    return lambda x: (reference.bn_scale(x.double(), mean, var, weight, bias, SCALING_FACTOR, EPS), 0.0)
+
+
+def long_double_truth(bn: list[Tensor]) -> Truth:
+    import numpy as np
+
+    def wide(t: Tensor) -> Any:
+        return t.cpu().numpy().astype(np.longdouble)
+
+    mean, var, weight, bias = (wide(t).reshape(1, -1, 1, 1) for t in bn)
+
+    def truth(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = ((wide(x) - mean) / np.sqrt(var + np.longdouble(EPS)) * weight + bias) * np.longdouble(SCALING_FACTOR)
+        high = y.astype(np.float64)
+        low = (y - high).astype(np.float64)
+        return torch.from_numpy(high).to(x.device), torch.from_numpy(low).to(x.device)
+
+    return truth
+
+
+def check(label: str, dtype: torch.dtype, errors: dict[str, float]) -> dict[str, Any]:
+    limit = max(2 * errors["eager"], torch.finfo(dtype).eps / 2)
+    if not errors["ours"] <= limit:
+        found = f"relative error {errors['ours']:.3g}, allowed {limit:.3g} (eager: {errors['eager']:.3g})"
+        raise InaccurateError(f"{label}: {found}")
+    return {"case": label, "limit": limit, **errors}
+
+
+def eager_bn_scale(x: Tensor, bn: list[Tensor]) -> Tensor:
+    return F.batch_norm(x, bn[0], bn[1], bn[2], bn[3], False, 0.0, EPS) * SCALING_FACTOR
+
+
+def ours_out(x: Tensor, bn: list[Tensor], out: Tensor) -> None:
+    torch.ops.fused_conv_bn.bn_scale.out(x, bn[0], bn[1], bn[2], bn[3], SCALING_FACTOR, EPS, out=out)
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the rows of a run share."""
+
+    device: str
+    repeats: int
+    naive: NaiveKernel
+    compiler: Compiler
+    watch: Stopwatch
+
+    def check_bn_scale(self, case: Case) -> dict[str, Any]:
+        x, bn = random_input(case, self.device), random_bn(case.shape[1], case.dtype, self.device)
+        outputs = {"eager": eager_bn_scale(x, bn), "ours": torch.full_like(x, math.nan)}
+        ours_out(x, bn, outputs["ours"])
+        if not self.naive.why_not_for(case):
+            outputs["naive"] = torch.full_like(x, math.nan)
+            self.naive(x, bn, outputs["naive"])
+        if case.dtype == torch.float64:
+            x, outputs = x[[0, -1]], {name: y[[0, -1]] for name, y in outputs.items()}
+        truth = long_double_truth(bn) if case.dtype == torch.float64 else double_truth(bn)
+        return check(str(case), case.dtype, relative_errors(outputs, x, truth, x[0].numel()))
+
+    def check_module(self, label: str, plain: Plain, ours: nn.Module, x: Tensor) -> dict[str, Any]:
+        outputs = {"eager": plain(x), "ours": ours(x)}
+        wide = copy.deepcopy(plain).double()
+        errors = relative_errors(outputs, x, lambda part: (wide(part.double()), 0.0), outputs["ours"][0].numel())
+        return check(label, x.dtype, errors)
+
+    def time_bn_scale(self, case: Case) -> dict[str, Any]:
+        pairs = pairs_of(2 * case.bytes)
+        bn = random_bn(case.shape[1], case.dtype, self.device)
+        xs = [random_input(case, self.device) for _ in range(pairs)]
+        outs = [torch.empty_like(x) for x in xs]
+        rivals: Rivals = {
+            "copy": lambda i: outs[i].copy_(xs[i]),
+            "ours": lambda i: ours_out(xs[i], bn, outs[i]),
+            "eager": lambda i: eager_bn_scale(xs[i], bn),
+        }
+        missing = {"compile": "not among the compiled sizes", "naive": self.naive.why_not_for(case)}
+        if case.main and case.nominal_bytes in COMPILED_SIZES.get(case.dtype, ()):
+            missing["compile"] = self.add_compiled(rivals, lambda x: eager_bn_scale(x, bn), xs)
+        if not missing["naive"]:
+            rivals["naive"] = lambda i: self.naive(xs[i], bn, outs[i])
+        row = {"case": str(case), "dtype": dtype_name(case.dtype), "layout": case.layout, "shape": list(case.shape)}
+        sizes = {"main": case.main, "nominal_bytes": case.nominal_bytes, "tensor_bytes": case.bytes}
+        return {**row, **sizes, **self.time_row(rivals, 2 * case.bytes, pairs, missing)}
+
+    def time_module(self, label: str, plain: Plain, ours: nn.Module, x: Tensor) -> dict[str, Any]:
+        y = ours(x)
+        moved = x.nbytes + y.nbytes
+        pairs = pairs_of(moved)
+        xs = [x, *(x.clone() for _ in range(pairs - 1))]
+        sources = [torch.randn(moved // 2 // x.itemsize, device=self.device).to(x.dtype) for _ in range(pairs)]
+        targets = [torch.empty_like(source) for source in sources]
+        rivals: Rivals = {
+            "copy": lambda i: targets[i].copy_(sources[i]),
+            "ours": lambda i: ours(xs[i]),
+            "eager": lambda i: plain(xs[i]),
+        }
+        missing = {"compile": self.add_compiled(rivals, plain, xs)}
+        row = {"case": label, "dtype": dtype_name(x.dtype), "shape": list(x.shape), "output_shape": list(y.shape)}
+        return {**row, "tensor_bytes": y.nbytes, **self.time_row(rivals, moved, pairs, missing)}
+
+    def add_compiled(self, rivals: Rivals, function: Callable[[Tensor], Tensor], xs: list[Tensor]) -> str:
+        compiled = self.compiler(function, xs[0])
+        if isinstance(compiled, str):
+            return compiled
+        rivals["compile"] = lambda i: compiled(xs[i])
+        return ""
+
+    def time_row(self, rivals: Rivals, moved: int, pairs: int, missing: dict[str, str]) -> dict[str, Any]:
+        stats, calls = self.watch.compare(rivals, pairs, self.repeats)
+        us = {name: float(s["median"]) for name, s in stats.items()}
+        return {
+            "bytes_moved": moved,
+            "us": stats,
+            "missing": {name: why for name, why in missing.items() if why},
+            "ours/copy": us["ours"] / us["copy"],
+            "share_of_copy_percent": 100 * us["copy"] / us["ours"],
+            **{f"{name}/ours": t / us["ours"] for name, t in us.items() if name not in ("copy", "ours")},
+            "gb_per_s": {name: moved / t / 1e3 for name, t in us.items()},
+            "calls": calls,
+            "buffer_pairs": pairs,
+            "footprint_bytes": pairs * moved,
+        }
+
+
+def time_host(watch: Stopwatch, device: str, rounds: int = 300, calls: int = 20) -> dict[str, Any]:
+    """Wall time that a call takes of the host: the device is idle before each batch of calls, its queue never full."""
+    x, bn = torch.randn(1, 4, 2, 2, device=device), random_bn(4, torch.float32, device)
+    op = torch.ops.fused_conv_bn.bn_scale
+    rivals: dict[str, Callable[[int], object]] = {
+        "torch.mul": lambda i: torch.mul(x, x),
+        "eager": lambda i: eager_bn_scale(x, bn),
+        "ours": lambda i: op(x, bn[0], bn[1], bn[2], bn[3], SCALING_FACTOR, EPS),
+    }
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            times[name].append(watch.host_us(run, range(calls)))
+    mul = statistics.median(times["torch.mul"])
+    return {
+        name: {"us": statistics.median(us), "over torch.mul": statistics.median(us) / mul, "min": min(us)}
+        for name, us in times.items()
+    }
+
+
+def time_import(runs: int) -> dict[str, float]:
+    """Milliseconds that the package adds to ``import torch``."""
+    code = "import time, torch; t = time.perf_counter(); import fused_conv_bn; print((time.perf_counter() - t) * 1e3)"
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path}
+
+    def once() -> float:
+        command = [sys.executable, "-c", code]
+        return float(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+
+    return spread([once() for _ in progress(range(runs), "import")])
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """``items`` behind a progress bar on stderr, if tqdm is installed."""
+    try:
+        tqdm: Any = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        return items
+    bar: Iterable[Any] = tqdm(items, desc=what, leave=False, file=sys.stderr)
+    return bar
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    began = time.perf_counter()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    max_bytes = math.inf if args.max_mb is None and device == "cuda" else (args.max_mb or CPU_MAX_MB) * MB
+    sizes, dtypes = (QUICK_SIZES, DTYPES[:2]) if args.quick else (SIZES, DTYPES)
+    cases = list(bn_cases(sizes, dtypes, max_bytes, others=not args.quick))
+    batch = args.module_batch or (128 if device == "cuda" else 8)
+    budget = args.compile_budget if args.compile_budget is not None else (0 if args.quick else 45)
+    bench = Bench(device, args.repeats, NaiveKernel(device), Compiler(budget), Stopwatch(device))
+
+    models = []
+    for dtype, layout in ((torch.float32, "nchw"), (torch.float16, "channels_last")):
+        models.append((f"{dtype_name(dtype)} {layout} batch {batch}", *problem_73(batch, dtype, layout, device)))
+    checks = [bench.check_module(*model) for model in models]
+    checks += [bench.check_bn_scale(case) for case in progress(cases, "validate")]
+    imported = time_import(1 if args.quick else 5)
+    module = [bench.time_module(*model) for model in progress(models, "module")]
+    models.clear()  # their memory is needed
+    return {
+        **_report.describe(device, args.commit),
+        "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
+        "notes": NOTES,
+        "validation": checks,
+        "module": module,
+        "bn_scale": [bench.time_bn_scale(case) for case in progress(cases, "bn_scale")],
+        "compile_s": bench.compiler.spent,
+        "host_us": time_host(bench.watch, device),
+        "import_ms": imported,
+        "seconds": time.perf_counter() - began,
+    }

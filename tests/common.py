@@ -1,0 +1,65 @@
+"""What all tests share: the dtypes, random BatchNorm statistics, and the yardstick "no less accurate than eager"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# One row for each dtype that the ops take: its unit roundoff, the largest relative error of rounding to nearest.
+DTYPES: dict[torch.dtype, float] = {
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float64: 2.0**-53,
+}
+
+DEVICES = ("cpu", "cuda")
+"""The parameters of the fixture ``device`` (conftest.py)."""
+
+
+def random_bn(
+    channels: int, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(running_mean, running_var, weight, bias), none near those of a fresh BatchNorm, which is almost the identity.
+
+    The variances span four orders of magnitude, within what float16 holds as normal numbers. Drawn on the generator's
+    device, so that all devices get the same numbers, and in float32, so that those for float64 are exact in float32.
+    """
+
+    def draw(distribution: Callable[..., Tensor]) -> Tensor:
+        return distribution(channels, generator=generator, device=generator.device, dtype=torch.float32)
+
+    values = draw(torch.randn), 10 ** (4 * draw(torch.rand) - 2), draw(torch.randn), draw(torch.randn)
+    running_mean, running_var, weight, bias = (value.to(device, dtype) for value in values)
+    return running_mean, running_var, weight, bias
+
+
+def error(y: Tensor, truth: Tensor) -> float:
+    """|y - truth| / |truth|, Euclidean, in float64. NaN where ``y`` has one; 0 for empty tensors."""
+    assert y.shape == truth.shape, (y.shape, truth.shape)
+    y, truth = y.detach().double(), truth.detach().double()
+    distance, norm = torch.linalg.vector_norm(y - truth).item(), torch.linalg.vector_norm(truth).item()
+    return distance / norm if norm else distance
+
+
+def assert_no_worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """Holds ``ours`` to twice eager's error. ``truth`` is computed in float64, ``eager`` in the dtype of ``ours``.
+
+    For float64 nothing is more exact than eager itself. There ``eager`` is to be its float32 result for the same
+    numbers (all of them exact in float32), which tells how many unit roundoffs this computation costs; ``truth``, eager
+    in float64, is off by as many, so that ``ours`` may be 2 + 1 times as many away from it.
+
+    Twice is the project's promise. What is added to it is the cost of storing a result at all: rounding to nearest errs
+    uniformly by up to u * 2^e, with u the unit roundoff and 2^e the binade, which is u/sqrt(3) in norm for significands
+    near 1 and u/sqrt(12) for those near 2, so roughly u/2. An eager result is closer than that only by luck (few
+    elements, or values that happen to be representable), and nobody can be held to luck.
+    """
+    double = ours.dtype == torch.float64
+    assert eager.dtype == (torch.float32 if double else ours.dtype), (ours.dtype, eager.dtype)
+    u = DTYPES[ours.dtype]
+    eagers = error(eager, truth) / DTYPES[eager.dtype]
+    allowed = (3 if double else 2) * eagers + 0.5
+    got = error(ours, truth) / u
+    assert got <= allowed, f"error {got:.3g} unit roundoffs, allowed {allowed:.3g}, eager's {eagers:.3g}"

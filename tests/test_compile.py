@@ -1,0 +1,391 @@
+"""The ops under torch.compile, torch.export, fake and meta tensors, and what autograd makes of them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fused_conv_bn as fcb
+from common import DTYPES, assert_no_worse_than_eager, random_bn
+
+OPS = torch.ops.fused_conv_bn
+C = 5
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "2d": lambda: torch.randn(4, C),
+    "3d": lambda: torch.randn(2, C, 7),
+    "4d": lambda: torch.randn(2, C, 4, 3),
+    "5d": lambda: torch.randn(2, C, 2, 4, 3),
+    "channels_last": lambda: torch.randn(2, C, 4, 3).contiguous(memory_format=torch.channels_last),
+    "channels_last_3d": lambda: torch.randn(2, C, 2, 4, 3).contiguous(memory_format=torch.channels_last_3d),
+    "every second column": lambda: torch.randn(2, C, 4, 6)[..., ::2],
+    "sliced channels": lambda: torch.randn(2, 2 * C, 4, 3)[:, :C],
+    "sliced channels_last": lambda: torch.randn(2, 2 * C, 4, 3).contiguous(memory_format=torch.channels_last)[:, :C],
+    "sliced height of channels_last": lambda: torch.randn(2, C, 8, 3).contiguous(memory_format=torch.channels_last)[
+        :, :, 1:5
+    ],
+    "transposed": lambda: torch.randn(2, C, 4, 3).transpose(2, 3),
+    "transposed 2d": lambda: torch.randn(C, 4).t(),
+    "permuted 3d": lambda: torch.randn(2, 7, C).permute(0, 2, 1),
+    "permuted batch": lambda: torch.randn(4, C, 2, 3).permute(2, 1, 0, 3),
+    "no batch": lambda: torch.randn(0, C, 4, 3),
+    "no batch, channels_last": lambda: torch.randn(0, C, 4, 3).contiguous(memory_format=torch.channels_last),
+    "no width": lambda: torch.randn(2, C, 4, 0),
+    "batch of 1": lambda: torch.randn(1, C, 4, 3),
+    "batch of 1, channels_last": lambda: torch.randn(1, C, 4, 3).contiguous(memory_format=torch.channels_last),
+    "1x1 pixels": lambda: torch.randn(2, C, 1, 1),
+    "1x1 pixels, channels_last": lambda: torch.randn(2, C, 1, 1).contiguous(memory_format=torch.channels_last),
+    "1 column": lambda: torch.randn(2, C, 4, 1),
+    "1 column, channels_last": lambda: torch.randn(2, C, 4, 1).contiguous(memory_format=torch.channels_last),
+    "batch of 1 and 1x1 pixels": lambda: torch.randn(1, C, 1, 1).contiguous(memory_format=torch.channels_last),
+    "1 channel": lambda: torch.randn(2, 1, 4, 3),
+    "1 channel, channels_last": lambda: torch.randn(2, 1, 4, 3).to(memory_format=torch.channels_last),
+    "1 channel, channels_last by strides": lambda: torch.randn(2, 4, 3, 1).permute(0, 3, 1, 2),
+    "all 1": lambda: torch.randn(1, 1, 1, 1),
+    "odd strides of 1s": lambda: torch.randn(99).as_strided((1, C, 1, 3), (7, 3, 50, 1)),
+    "expanded batch": lambda: torch.randn(1, C, 4, 3).expand(2, -1, -1, -1),
+    "expanded channels": lambda: torch.randn(2, 1, 4, 3).expand(-1, C, -1, -1),
+    "expanded pixels": lambda: torch.randn(2, C, 1, 1).expand(-1, -1, 4, 3),
+    "expanded channels_last": lambda: (
+        torch.randn(2, C, 1, 3).contiguous(memory_format=torch.channels_last).expand(-1, -1, 4, -1)
+    ),
+    "5d transposed": lambda: torch.randn(2, C, 2, 4, 3).transpose(2, 4),
+}
+WRITABLE = [name for name in LAYOUTS if not name.startswith("expanded")]
+OPCHECKED = ("2d", "4d", "5d", "channels_last", "every second column", "sliced channels_last")
+
+
+def bn_of(x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return random_bn(x.size(1), x.dtype, x.device, generator)
+
+
+def scale_shift_of(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    scale, shift = OPS.fold_bn(*bn_of(x, generator))
+    return scale, shift
+
+
+# op -> (args, kwargs) for an input. Each overload of the package, with and without its optional arguments.
+CALLS: dict[str, tuple[Any, Callable[[Tensor, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]]] = {
+    "bn_scale": (OPS.bn_scale.default, lambda x, g: ((x, *bn_of(x, g), 1.7, 1e-3), {})),
+    "bn_scale without affine": (OPS.bn_scale.default, lambda x, g: ((x, *bn_of(x, g)[:2]), {})),
+    "bn_scale.out": (OPS.bn_scale.out, lambda x, g: ((x, *bn_of(x, g), 1.7), {"out": torch.empty_like(x)})),
+    "bn_scale_": (OPS.bn_scale_.default, lambda x, g: ((x, *bn_of(x, g), 1.7), {})),
+    "scale_shift": (OPS.scale_shift.default, lambda x, g: ((x, *scale_shift_of(x, g)), {"activation": "silu"})),
+    "scale_shift with residual": (
+        OPS.scale_shift.default,
+        lambda x, g: ((x, *scale_shift_of(x, g)), {"residual": torch.randn_like(x), "activation": "relu"}),
+    ),
+    "scale_shift.out": (
+        OPS.scale_shift.out,
+        lambda x, g: ((x, *scale_shift_of(x, g)), {"residual": torch.randn_like(x), "out": torch.empty_like(x)}),
+    ),
+    "scale_shift_": (OPS.scale_shift_.default, lambda x, g: ((x, *scale_shift_of(x, g)), {"activation": "relu6"})),
+}
+
+
+def layout(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sample on another device and in another dtype, with the strides that it has."""
+    x = LAYOUTS[name]()
+    y = torch.empty(x.untyped_storage().nbytes() // 4 + 1, device=device, dtype=dtype).normal_()
+    return y.as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+# ---- schemas, fakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPCHECKED)
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck(call: str, name: str, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    op, arguments = CALLS[call]
+    torch.library.opcheck(op, *arguments(layout(name, device, dtype), generator))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("optional", [0, 2])
+def test_opcheck_fold_bn(optional: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    bn = random_bn(C, dtype, device, generator)
+    conv_bias = torch.randn(C, generator=generator).to(device, dtype) if optional else None
+    arguments = (*bn[: 2 + optional], *[None] * (2 - optional), 1.7, 1e-3, conv_bias)
+    torch.library.opcheck(OPS.fold_bn.default, arguments)
+
+
+def test_every_overload_is_opchecked() -> None:
+    """Guards the lists above: a new op needs samples."""
+    checked = {op for op, _ in CALLS.values()} | {OPS.fold_bn.default, OPS.cuda_archs.default}
+    defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_conv_bn::")}
+    assert {op.name() for op in checked} == defined
+
+
+@pytest.mark.parametrize("call", ["bn_scale", "scale_shift with residual"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_fake_is_like_real(name: str, call: str, device: str, generator: torch.Generator) -> None:
+    """And both have the strides of F.batch_norm's result (empty results have no addresses to agree on)."""
+    op, arguments = CALLS[call]
+    x = layout(name, device)
+    args, kwargs = arguments(x, generator)
+    real = op(*args, **kwargs)
+    with FakeTensorMode() as mode:
+        fake = op(
+            *(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args),
+            **{k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()},
+        )
+    eager = torch.nn.functional.batch_norm(x, *bn_of(x, generator), False, 0.0)
+    described = [(y.size(), y.stride(), y.dtype, y.device.type) for y in (real, fake, eager)]
+    assert described[0] == described[1]
+    # In two dimensions PyTorch's CUDA kernels keep a permutation; cuDNN and the CPU put out a memory format, as we do.
+    kept = x.is_cuda and name == "transposed 2d"
+    assert described[0] == described[2] or x.numel() == 0 or kept
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bn_dtype", [None, torch.float32])
+def test_fake_dtypes(dtype: torch.dtype, bn_dtype: torch.dtype | None, generator: torch.Generator) -> None:
+    if dtype == torch.float64 and bn_dtype is not None:
+        bn_dtype = None  # float64 goes with float64 only
+    x, bn = torch.randn(2, C, 3).to(dtype), random_bn(C, bn_dtype or dtype, "cpu", generator)
+    meta = [t.to("meta") for t in (x, *bn)]
+    for real, fake in zip(OPS.fold_bn(*bn), OPS.fold_bn(*meta[1:]), strict=True):
+        assert (real.dtype, real.shape) == (fake.dtype, fake.shape)
+    assert OPS.bn_scale(x, *bn).dtype == OPS.bn_scale(*meta).dtype == dtype
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_meta_tensors(call: str, generator: torch.Generator) -> None:
+    op, arguments = CALLS[call]
+    args, kwargs = arguments(layout("channels_last"), generator)
+    args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+    kwargs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    y = op(*args, **kwargs)
+    if y is not None:
+        assert y.is_meta and y.shape == args[0].shape and y.stride() == args[0].stride()
+
+
+def test_module_on_meta_tensors_under_a_fake_mode() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        module = fcb.ConvBnScale2d(4, 6, 3, 2.0).eval()
+        assert module(torch.randn(2, 4, 9, 8)).shape == module(torch.randn(2, 4, 9, 8)).shape == (2, 6, 7, 6)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+SHAPES = [(2, 9, 8), (3, 10, 12), (5, 7, 20), (4, 16, 16), (8, 30, 5)]
+
+
+def module(generator: torch.Generator, device: str = "cpu", **kwargs: Any) -> fcb.ConvBnScale2d:
+    m = fcb.ConvBnScale2d(4, 6, 3, 1.7, activation="silu", **kwargs)
+    for target, value in zip(
+        (m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias),
+        random_bn(6, torch.float32, "cpu", generator),
+        strict=True,
+    ):
+        target.data.copy_(value)
+    return m.to(device).eval()
+
+
+def check(y: Tensor, m: fcb.ConvBnScale2d, *args: Tensor) -> None:
+    """Holds ``y`` to the accuracy of the module's ops run one by one."""
+    args = (*args, None)[:2]
+    double = [None if a is None else a.double() for a in args]
+    truth = copy.deepcopy(m).double()._forward_plain(*double)
+    assert_no_worse_than_eager(y, m._forward_plain(*args), truth)
+
+
+def test_one_graph_for_all_shapes(device: str, generator: torch.Generator) -> None:
+    m, counter = module(generator, device), CompileCounter()
+    compiled = torch.compile(m, fullgraph=True, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for n, h, w in SHAPES:
+            x = torch.randn(n, 4, h, w, device=device)
+            assert torch.equal(compiled(x), m(x))
+    assert counter.frame_count == 1
+
+
+def test_shapes_become_dynamic_by_themselves(device: str, generator: torch.Generator) -> None:
+    """torch.compile's default: the first shape is compiled as it is, the second as any shape."""
+    m, counter = module(generator, device), CompileCounter()
+    compiled = torch.compile(m, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for n, h, w in SHAPES:
+            compiled(torch.randn(n, 4, h, w, device=device))
+    assert counter.frame_count == 2
+
+
+def test_inductor(device: str, generator: torch.Generator) -> None:
+    m = module(generator, device)
+    compiled = torch.compile(m, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for n, h, w in SHAPES:
+            x, residual = (torch.randn(n, c, h - d, w - d, device=device) for c, d in ((4, 0), (6, 2)))
+            check(compiled(x, residual), m, x, residual)
+        m.bn.running_mean.add_(1)  # a compiled module folds on every call: it cannot be stale
+        check(compiled(x, residual), m, x, residual)
+
+
+def test_compiled_functions(device: str, generator: torch.Generator) -> None:
+    """Each op through its Python function, with writes to an input of the graph, functionalised by AOTAutograd."""
+
+    def f(x: Tensor, bn: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        scale, shift = fcb.fold_bn(*bn, 1.7)
+        y = fcb.bn_scale(x, *bn)
+        out = torch.empty_like(x)
+        fcb.bn_scale(y, *bn, out=out)
+        fcb.scale_shift(out * 2, scale, shift, residual=y, activation="relu", out=out)
+        fcb.bn_scale_(y, *bn)
+        return fcb.scale_shift_(x, scale, shift, residual=y), out, fcb.scale_shift(x, scale, shift), y
+
+    x = torch.randn(3, C, 4, 6, device=device)
+    bn = random_bn(C, torch.float32, device, generator)
+    x1, x2 = x.clone(), x.clone()
+    expected = f(x1, bn)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(x2, bn)
+    for a, b in zip((*expected, x1), (*got, x2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_training_has_gradients(device: str, generator: torch.Generator) -> None:
+    """In float64: what is compared is formulas (AOTAutograd decomposes BatchNorm), not roundings."""
+    m = module(generator, device).double()
+    x = torch.randn(3, 4, 9, 8, device=device, dtype=torch.float64)
+    results = []
+    for f in (m, torch.compile(m, fullgraph=True, backend="aot_eager")):
+        m.zero_grad()
+        f(x).square().sum().backward()
+        results.append([p.grad for p in m.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_export(grad: bool, device: str, generator: torch.Generator) -> None:
+    """Where no gradient is needed, the exported program has the fused ops; both survive saving."""
+    m = module(generator, device)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(
+            m, (torch.randn(2, 4, 9, 8, device=device),), dynamic_shapes={"x": {0: torch.export.Dim("n", min=1)}}
+        )
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert ("fused_conv_bn.scale_shift_.default" in targets) != grad
+    assert ("aten.batch_norm.default" in targets) == grad
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    for loaded in (program, torch.export.load(buffer)):
+        for batch in (1, 7):
+            x = torch.randn(batch, 4, 9, 8, device=device)
+            with torch.no_grad():
+                check(loaded.module()(x), m, x)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+FUNCTIONS = {"fold_bn": 5, "bn_scale": 5, "bn_scale_": 5, "scale_shift": 4, "scale_shift_": 4}  # how many tensors
+REQUIRES = [(name, i) for name, count in FUNCTIONS.items() for i in range(count)]
+
+
+def function_arguments(name: str, device: str, generator: torch.Generator) -> tuple[list[Tensor], Callable[..., Any]]:
+    """Its tensors, and the call with them."""
+    x = torch.randn(2, C, 4, 3, device=device)
+    mean, var, weight, bias = random_bn(C, torch.float32, device, generator)
+    f = getattr(fcb, name)
+    if name == "fold_bn":
+        return [mean, var, weight, bias, mean + 1], lambda m, v, w, b, cb: f(m, v, w, b, conv_bias=cb)
+    if name.startswith("bn_scale"):
+        return [x, mean, var, weight, bias], f
+    return [x, mean, var, torch.randn_like(x)], lambda x, scale, shift, r: f(x, scale, shift, residual=r)
+
+
+@pytest.mark.parametrize(("name", "which"), REQUIRES)
+def test_functions_refuse_to_lose_a_gradient(name: str, which: int, device: str, generator: torch.Generator) -> None:
+    tensors, call = function_arguments(name, device, generator)
+    tensors[which].requires_grad_()
+    before = [t.detach().clone() for t in tensors]
+    message = rf"^{name}: \w+ requires grad, and {name} keeps no autograd graph: call it under torch.no_grad\(\) or"
+    with pytest.raises(RuntimeError, match=message):
+        call(*tensors)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True)), "something was written"
+    with torch.no_grad():
+        call(*tensors)
+
+
+@pytest.mark.parametrize(("name", "which"), REQUIRES)
+def test_functions_refuse_to_lose_a_tangent(name: str, which: int, device: str, generator: torch.Generator) -> None:
+    tensors, call = function_arguments(name, device, generator)
+
+    def of_one(t: Tensor) -> Any:
+        return call(*tensors[:which], t, *tensors[which + 1 :])
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match=rf"^{name}: \w+ has a forward-mode tangent"):
+        torch.func.jvp(of_one, (tensors[which],), (torch.ones_like(tensors[which]),))
+
+
+@pytest.mark.parametrize("name", ["bn_scale", "scale_shift"])
+def test_out_that_requires_grad_is_refused(name: str, device: str, generator: torch.Generator) -> None:
+    tensors, _ = function_arguments(name, device, generator)
+    out = torch.zeros_like(tensors[0], requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"{name}: out requires grad"):
+        getattr(fcb, name)(*tensors[:3], out=out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("write", ["scale_shift_", "bn_scale_", "scale_shift.out", "bn_scale.out"])
+def test_writes_count_as_modifications(write: str, device: str, generator: torch.Generator) -> None:
+    """As with PyTorch's in-place ops: autograd raises where it saved what was overwritten, also under no_grad."""
+    name, _, out = write.partition(".")
+    tensors, _ = function_arguments(name, device, generator)
+    saved = tensors[0].requires_grad_().sigmoid()
+    with torch.no_grad():
+        if out:
+            getattr(fcb, name)(saved.clone(), *tensors[1:3], out=saved)
+        else:
+            getattr(fcb, name)(saved, *tensors[1:3])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["fold_bn", "bn_scale", "scale_shift"])
+def test_raw_ops_warn_in_backward(name: str, device: str, generator: torch.Generator) -> None:
+    """PyTorch's fallback for ops without a derivative: the gradient is missing, and a warning says so."""
+    tensors, _ = function_arguments(name, device, generator)
+    tensors[0].requires_grad_()
+    y = getattr(OPS, name)(*(tensors[:3] if name == "scale_shift" else tensors[:4]))
+    y = y[0] if isinstance(y, tuple) else y
+    assert y.requires_grad
+    with pytest.warns(UserWarning, match=f"fused_conv_bn::{name}: an autograd kernel was not registered"):
+        y.sum().backward()
+    assert tensors[0].grad is None
+
+
+@pytest.mark.parametrize("write", ["scale_shift_", "bn_scale_", "scale_shift.out", "bn_scale.out"])
+def test_raw_ops_that_write_are_invisible_to_autograd(write: str, device: str, generator: torch.Generator) -> None:
+    """Ops that return nothing pass PyTorch's fallback by: no warning, no graph, no new version. Hence the functions."""
+    name, _, out = write.partition(".")
+    tensors, _ = function_arguments(name, device, generator)
+    x, per_channel = tensors[0], [t.requires_grad_() for t in tensors[1:3]]
+    version = x._version
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if out:
+            getattr(OPS, name).out(x.clone(), *per_channel, out=x)
+        else:
+            getattr(OPS, name)(x, *per_channel)
+    assert not x.requires_grad and x._version == version

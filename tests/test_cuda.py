@@ -1,0 +1,162 @@
+"""What only a GPU can show: devices, streams, graphs, asynchrony and tensors of more than 2^31 elements."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+import torch
+from common import random_bn
+
+import fused_conv_bn as fcb
+from fused_conv_bn import _loader, reference
+
+pytestmark = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+
+
+def test_the_library_covers_this_gpu(device):
+    archs = _loader.cuda_archs()
+    assert archs is not None and _loader.covers(torch.cuda.get_device_capability(), archs)
+
+
+def test_devices_must_agree(device):
+    x, c3 = torch.randn(2, 3, 4, 4), torch.ones(3)
+    with pytest.raises(RuntimeError, match="bn_scale: running_var is on cpu, expected cuda:0, where input is"):
+        fcb.bn_scale(x.cuda(), c3.cuda(), c3)
+    with pytest.raises(RuntimeError, match="bn_scale: running_mean is on cuda:0, expected cpu, where input is"):
+        fcb.bn_scale(x, c3.cuda(), c3)
+    with pytest.raises(RuntimeError, match="scale_shift: out is on cpu, expected cuda:0"):
+        fcb.scale_shift(x.cuda(), c3.cuda(), c3.cuda(), out=x.clone())
+    with pytest.raises(RuntimeError, match="fold_bn: running_var is on cuda:0, expected cpu"):
+        fcb.fold_bn(c3, c3.cuda())
+    torch.cuda.synchronize()  # no error is left behind
+
+
+def test_current_stream(device, generator):
+    """Work waits for what the current stream holds, and is done when that stream is."""
+    x = torch.randn(8, 64, 56, 56, generator=generator).to(device)
+    bn = random_bn(64, torch.float32, device, generator)
+    expected = fcb.bn_scale(x + 1, *bn)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = x + 1
+        ours = fcb.bn_scale(late, *bn)
+        done = torch.cuda.Event()
+        done.record()
+    assert not done.query()  # neither op waited for the stream
+    done.synchronize()
+    assert torch.equal(ours, expected)
+
+
+def test_no_synchronisation(device, generator):
+    x = torch.randn(4, 32, 14, 14, generator=generator).to(device)
+    bn = random_bn(32, torch.float32, device, generator)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scale, shift = fcb.fold_bn(*bn, 2.0)
+        fcb.bn_scale_(x, *bn)
+        fcb.scale_shift(x[:, :, ::2], scale, shift, residual=x[:, :, 1::2], activation="silu")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_cuda_graph(device, generator, warm):
+    """Captured and replayed on new data; also a kernel whose first call ever is the captured one."""
+    dtype = torch.float32 if warm else torch.bfloat16
+    shape = (4, 24, 9, 9) if warm else (4, 24, 3, 3)
+    activation = "relu" if warm else "relu6"
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    bn = random_bn(24, dtype, device, generator)
+    if warm:
+        fcb.scale_shift(fcb.bn_scale(x, *bn), *fcb.fold_bn(*bn), activation=activation)
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        y = fcb.scale_shift(fcb.bn_scale(x, *bn), *fcb.fold_bn(*bn), activation=activation)
+    for _ in range(3):
+        x.copy_(torch.randn(shape, generator=generator))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, fcb.scale_shift(fcb.bn_scale(x, *bn), *fcb.fold_bn(*bn), activation=activation))
+
+
+def test_a_new_thread(device, generator):
+    """A thread that has never touched CUDA."""
+    x = torch.randn(2, 8, 5, 5, generator=generator).to(device)
+    bn = random_bn(8, torch.float32, device, generator)
+    result = []
+    thread = threading.Thread(target=lambda: result.append(fcb.bn_scale(x, *bn)))
+    thread.start()
+    thread.join()
+    assert torch.equal(result[0], fcb.bn_scale(x, *bn))
+
+
+def test_two_gpus(device, two_gpus, generator):
+    """Tensors on cuda:1 while cuda:0 is current, on a side stream of cuda:1, and the current device is left alone."""
+    first, second = two_gpus
+    torch.cuda.set_device(first)
+    x = torch.randn(4, 32, 28, 28, generator=generator)
+    bn = random_bn(32, torch.float32, "cpu", generator)
+    expected = fcb.bn_scale(x.to(first), *(t.to(first) for t in bn)).cpu()
+    there = x.to(second), *(t.to(second) for t in bn)
+    assert torch.equal(fcb.bn_scale(*there).cpu(), expected)
+    assert torch.cuda.current_device() == 0
+    scale, shift = fcb.fold_bn(*there[1:])
+    assert scale.device == torch.device(second)
+    out = torch.full_like(there[0], math.nan)
+    stream = torch.cuda.Stream(second)
+    with torch.cuda.stream(stream):  # makes cuda:1 current inside
+        torch.cuda._sleep(20_000_000)
+        late = there[0] + 0
+        fcb.bn_scale(late, *there[1:], out=out)
+    stream.synchronize()
+    assert torch.equal(out.cpu(), expected)
+    with pytest.raises(RuntimeError, match="running_mean is on cuda:0, expected cuda:1, where input is"):
+        fcb.bn_scale(there[0], bn[0].to(first), *there[2:])
+    result = []
+    thread = threading.Thread(target=lambda: result.append(fcb.bn_scale_(there[0].clone(), *there[1:])))
+    thread.start()
+    thread.join()
+    assert torch.equal(result[0].cpu(), expected)
+    model = fcb.ConvBnScale2d(32, 8, 3, 2.0).eval().to(second)
+    with torch.no_grad():
+        assert model(there[0]).device == torch.device(second)
+
+
+BIG = 2**31
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [
+        ((3, 5, BIG // 15 + 7), torch.contiguous_format),  # several launches, planes across their borders
+        ((1, 2, BIG // 2 + 5), torch.contiguous_format),  # planes longer than a launch
+        ((BIG // (8 * 16 * 16) + 1, 8, 16, 16), torch.channels_last),
+        ((BIG // (7 * 16 * 16) + 1, 7, 16, 16), torch.channels_last),  # the periodic kernel
+        ((BIG // 4096 + 1, 4096), torch.contiguous_format),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_more_than_2_31_elements(device, shape, memory_format):
+    x = torch.empty(shape, device=device, dtype=torch.float16, memory_format=memory_format).normal_()
+    assert x.numel() > BIG
+    bn = random_bn(shape[1], torch.float16, device, torch.Generator().manual_seed(1))
+    pairs = [(x, fcb.bn_scale(x, *bn, 1.7))]
+    offset = torch.empty(x.numel() + 1, device=device, dtype=torch.float16)[1:]
+    pairs.append((x, fcb.bn_scale(x, *bn, 1.7, out=offset.as_strided(shape, x.stride(), offset.storage_offset()))))
+    for source, ours in pairs:
+        # Chunks along the first dimension that has enough of them, so that eager stays below 2^31.
+        dim = 0 if shape[0] > 2 else 2
+        size = -(-shape[dim] // 16)
+        mean, var, weight, bias = (t.float() for t in bn)
+        scale = weight * torch.rsqrt(var + 1e-5) * 1.7
+        # Float32 roundings of the terms, about six of them, and one rounding to float16, which may fall either way.
+        terms = 6 * scale.abs() + (mean * scale).abs() + (bias * 1.7).abs()  # |x| < 6 in all but absurdly rare draws
+        slack = 6 * 2.0**-24 * reference.per_channel(terms, x.dim())
+        for a, b in zip(source.split(size, dim), ours.split(size, dim), strict=True):
+            eager = reference.bn_scale(a.float(), mean, var, weight, bias, 1.7)
+            assert bool(((eager - b.float()).abs() <= 2.0**-11 * eager.abs() + slack + 2.0**-25).all())

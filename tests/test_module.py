@@ -1,0 +1,718 @@
+"""ConvBnScale2d against the model it replaces, in evaluation and training, and what keeps its folded BN fresh."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import DTYPES, assert_no_worse_than_eager, error, random_bn
+from fused_conv_bn import ConvBnScale2d
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+BN_ARGUMENTS = ("eps", "momentum", "affine", "track_running_stats")
+FUSED = "fused_conv_bn::scale_shift_"
+FOLD = "fused_conv_bn::fold_bn"
+
+
+class Plain(nn.Module):
+    """The model that a user replaces."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Any, scaling_factor: Any = 1.0, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        bn = {name: kwargs.pop(name) for name in BN_ARGUMENTS if name in kwargs}
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)
+        self.bn = nn.BatchNorm2d(out_channels, **bn)
+        self.scaling_factor = scaling_factor
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
+        y = self.bn(self.conv(x)) * self.scaling_factor
+        return ACTIVATIONS[activation](y if residual is None else y + residual)
+
+
+class Ops(TorchDispatchMode):
+    """Records the names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    def count(self, part: str) -> int:
+        return sum(part in name for name in self.names)
+
+
+def ops_of(module: nn.Module, *args: Any) -> Ops:
+    with torch.no_grad(), Ops() as ops:
+        module(*args)
+    return ops
+
+
+def randomize(module: nn.Module, generator: torch.Generator) -> None:
+    """Random statistics and affine parameters: a fresh BatchNorm would hide a module that leaves BN out."""
+    for bn in module.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            targets = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+            for target, value in zip(targets, random_bn(bn.num_features, torch.float64, "cpu", generator), strict=True):
+                if target is not None:
+                    target.data.copy_(value)
+
+
+def models(
+    generator: torch.Generator,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    activation: str = "none",
+    **kwargs: Any,
+) -> tuple[Plain, ConvBnScale2d]:
+    """Both modules with the same random state, in evaluation mode."""
+    arguments: dict[str, Any] = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "scaling_factor": 1.7, **kwargs}
+    plain, ours = Plain(**arguments), ConvBnScale2d(**arguments, activation=activation)
+    randomize(plain, generator)
+    ours.load_state_dict(plain.state_dict())
+    return plain.to(device, dtype).eval(), ours.to(device, dtype).eval()
+
+
+def sample(
+    generator: torch.Generator, device: str = "cpu", dtype: torch.dtype = torch.float32, batch: int = 3
+) -> Tensor:
+    return torch.randn(batch, 4, 9, 8, generator=generator).to(device, dtype)
+
+
+def check(y: Tensor, plain: nn.Module, *args: Any) -> Tensor:
+    """Holds ``y`` to the accuracy, dtype and strides of ``plain(*args)``, which is returned."""
+
+    def run(dtype: torch.dtype) -> Tensor:
+        """On the CPU: CUDA's hardswish multiplies float64 by a float32 1/6."""
+        cast = [a.to("cpu", dtype) if isinstance(a, Tensor) else a for a in args]
+        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+            return copy.deepcopy(plain).to("cpu", dtype)(*cast).to(y.device)
+
+    with torch.no_grad():
+        eager = plain(*args)
+    assert (y.dtype, y.stride()) == (eager.dtype, eager.stride())
+    assert_no_worse_than_eager(y, run(torch.float32) if y.dtype == torch.float64 else eager, run(torch.float64))
+    return eager
+
+
+CASES = {
+    "plain": {},
+    "no_scaling": {"scaling_factor": 1.0},
+    "int_scaling": {"scaling_factor": -2},
+    "tensor_scaling": {"scaling_factor": torch.tensor(0.37)},
+    "no_bias": {"bias": False},
+    "no_affine": {"affine": False},
+    "no_bias_no_affine": {"bias": False, "affine": False},
+    "no_stats": {"track_running_stats": False},
+    "no_momentum": {"momentum": None},
+    "eps": {"eps": 0.1},
+    "stride": {"stride": (2, 1), "padding": (1, 2)},
+    "dilation": {"dilation": 2},
+    "groups": {"groups": 2},
+    "depthwise_1x1": {"groups": 2, "kernel_size": 1},
+    "same": {"padding": "same", "kernel_size": (3, 2)},
+    **{mode: {"padding_mode": mode, "padding": (1, 2)} for mode in ("zeros", "reflect", "replicate", "circular")},
+}
+cases = pytest.mark.parametrize("case", CASES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+# ---- construction ----------------------------------------------------------------------------------------------------
+
+
+@cases
+def test_constructor_and_state_dict_are_those_of_the_plain_model(case: str) -> None:
+    arguments = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "scaling_factor": 2.0, **CASES[case]}
+    positional = [arguments.pop(name) for name in ("in_channels", "out_channels", "kernel_size", "scaling_factor")]
+    torch.manual_seed(3)
+    plain, plain_next = Plain(*positional, **arguments), torch.rand(1)
+    torch.manual_seed(3)
+    ours, ours_next = ConvBnScale2d(*positional, **arguments), torch.rand(1)
+    assert torch.equal(plain_next, ours_next), "the constructors draw different numbers of random numbers"
+    mine, theirs = ours.state_dict(), plain.state_dict()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert ours.load_state_dict(theirs, strict=True) == plain.load_state_dict(mine, strict=True)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert repr(ours.conv) == repr(plain.conv) and repr(ours.bn) == repr(plain.bn)
+
+
+def test_constructor_passes_device_and_dtype() -> None:
+    module = ConvBnScale2d(4, 6, 3, device="meta", dtype=torch.float16)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.float16)}
+    assert module.bn.running_var.dtype == torch.float16
+    assert module.eval()(torch.empty(2, 4, 9, 8, device="meta", dtype=torch.float16)).shape == (2, 6, 7, 6)
+
+
+def test_parameter_as_scaling_factor_is_registered() -> None:
+    module = ConvBnScale2d(4, 6, 3, nn.Parameter(torch.tensor(2.0)))
+    assert "scaling_factor" in module.state_dict()
+    assert module.eval()(torch.randn(1, 4, 9, 8)).requires_grad
+
+
+def test_constructor_refuses() -> None:
+    with pytest.raises(ValueError, match=r"activation is 'gelu', expected one of 'none', 'relu'"):
+        ConvBnScale2d(4, 6, 3, activation="gelu")
+    with pytest.raises(ValueError, match=r"scaling_factor has shape \[1\], expected a float or a tensor of no dim"):
+        ConvBnScale2d(4, 6, 3, torch.ones(1))
+
+
+def test_from_modules_uses_the_modules(generator: torch.Generator) -> None:
+    conv, bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+    assert ConvBnScale2d.from_modules(conv, bn).training
+    randomize(bn, generator)
+    module = ConvBnScale2d.from_modules(conv, bn.eval(), 0.5, "relu")
+    assert module.conv is conv and module.bn is bn and not module.training
+    x = sample(generator)
+    with torch.no_grad():
+        plain = Plain(4, 6, 3, 0.5).eval()
+        plain.conv, plain.bn = conv, bn
+        check(module(x), plain, x, None, "relu")
+    with pytest.raises(ValueError, match="bn has 7 features, expected 6, conv's out_channels"):
+        ConvBnScale2d.from_modules(conv, nn.BatchNorm2d(7))
+    with pytest.raises(ValueError, match="activation is 'tanh'"):
+        ConvBnScale2d.from_modules(conv, bn, activation="tanh")
+
+
+def test_repr_names_what_is_special() -> None:
+    assert "scaling_factor=2.0, activation=relu" in repr(ConvBnScale2d(4, 6, 3, 2.0, activation="relu"))
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@cases
+@dtypes
+def test_eval(case: str, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, dtype, **CASES[case])
+    x = sample(generator, device, dtype)
+    with torch.no_grad():
+        check(ours(x), plain, x)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@dtypes
+def test_eval_with_residual_and_activation(
+    activation: str, with_residual: bool, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> None:
+    plain, ours = models(generator, device, dtype, activation)
+    x = sample(generator, device, dtype)
+    residual = torch.randn(3, 6, 7, 6, generator=generator).to(device, dtype) if with_residual else None
+    with torch.no_grad():
+        y = ours(x, residual)
+        check(y, plain, x, residual, activation)
+    ops = ops_of(ours, x, residual)
+    assert ops.count(FUSED) == 1 and ops.count("convolution") == 1 and ops.count("batch_norm") == 0
+    assert ops.count("aten::add") == ops.count("aten::mul") == 0
+
+
+@cases
+def test_no_grad_runs_one_convolution_and_the_fused_op(case: str, device: str, generator: torch.Generator) -> None:
+    _, ours = models(generator, device, **CASES[case])
+    ops = ops_of(ours, sample(generator, device))
+    fused = case != "no_stats"  # without running statistics the batch's own are needed
+    assert (ops.count(FUSED), ops.count("convolution"), ops.count("batch_norm") == 0) == (fused, 1, fused)
+
+
+def test_inputs_stay_as_they_are(device: str, generator: torch.Generator) -> None:
+    _, ours = models(generator, device, activation="relu", kernel_size=1)
+    x, residual = sample(generator, device), torch.randn(3, 6, 9, 8, generator=generator).to(device)
+    before = copy.deepcopy((x, residual, ours.state_dict()))
+    with torch.no_grad():
+        ours(x, residual)
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+    assert all(torch.equal(value, before[2][name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_parameters_without_grad_fuse_in_any_grad_mode(mode: Any, device: str, generator: torch.Generator) -> None:
+    _, ours = models(generator, device)
+    x = sample(generator, device)
+    with mode():
+        expected = ours(x)
+    ours.requires_grad_(False)
+    with Ops() as ops:
+        y = ours(x)
+    assert ops.count(FUSED) == 1 and torch.equal(y, expected)
+    with Ops() as ops:
+        assert ours(x.clone().requires_grad_()).requires_grad
+    assert ops.count(FUSED) == 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_eval_gradients(activation: str, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, torch.float64, activation)
+    assert_same_gradients(plain, ours, sample(generator, device, torch.float64), activation)
+
+
+def assert_same_gradients(plain: Plain, ours: ConvBnScale2d, x: Tensor, activation: str = "none") -> None:
+    """Bit by bit: the same ops of PyTorch run. The input's gradient, the parameters' and a residual's."""
+    results = []
+    for module, extra in ((plain, {"activation": activation}), (ours, {})):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        residual = torch.linspace(-1, 1, y.numel(), device=x.device, dtype=x.dtype).view_as(y).requires_grad_()
+        y = module(leaf, residual, **extra)
+        (y * torch.linspace(0, 2, y.numel(), device=x.device, dtype=x.dtype).view_as(y)).sum().backward()
+        results.append([y, leaf.grad, residual.grad, *(p.grad for p in module.parameters())])
+    for expected, got in zip(*results, strict=True):
+        assert expected is not None and got is not None
+        assert torch.equal(expected, got)
+
+
+def test_forward_mode_derivative(generator: torch.Generator) -> None:
+    """A dual tensor does not require grad, and neither do these parameters."""
+    plain, ours = models(generator, dtype=torch.float64)
+    x, direction = sample(generator, dtype=torch.float64), sample(generator, dtype=torch.float64)
+    for module in (plain, ours):
+        module.requires_grad_(False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            (_, expected), (_, got) = (torch.func.jvp(module, (x,), (direction,)) for module in (plain, ours))
+        assert torch.equal(expected, got)
+
+
+def test_residual_that_does_not_fit_takes_the_plain_path(device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, torch.float32, "relu")
+    x = sample(generator, device)
+    for shape, dtype in (((6, 1, 1), torch.float32), ((3, 6, 7, 6), torch.float64), ((3, 6, 7, 6), torch.float16)):
+        residual = torch.randn(shape, generator=generator).to(device, dtype)
+        with torch.no_grad():
+            y = ours(x, residual)
+            assert torch.equal(y, plain(x, residual, "relu")), (shape, dtype)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="size of tensor"):
+        ours(x, torch.zeros(3, 6, 7, 5, device=device))
+
+
+def test_strided_residual(device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device)
+    x = sample(generator, device)
+    residual = torch.randn(3, 7, 6, 6, generator=generator).to(device).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        check(ours(x, residual), plain, x, residual)
+    assert ops_of(ours, x, residual).count(FUSED) == 1
+
+
+@dtypes
+def test_channels_last(dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, dtype)
+    x = sample(generator, device, dtype)
+    for weights in (torch.contiguous_format, torch.channels_last):
+        for inputs in (torch.contiguous_format, torch.channels_last):
+            plain, ours = plain.to(memory_format=weights), ours.to(memory_format=weights)
+            with torch.no_grad():
+                laid = x.to(memory_format=inputs)
+                check(ours(laid), plain, laid)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 9, 8), (1, 4, 3, 3), (1, 4, 9, 3)], ids=str)
+def test_small_batches(shape: tuple[int, ...], device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device)
+    x = torch.randn(shape, generator=generator).to(device)
+    with torch.no_grad():
+        check(ours(x), plain, x)
+
+
+def test_unbatched_input_raises_as_in_the_plain_model(generator: torch.Generator) -> None:
+    for module in models(generator):
+        with torch.no_grad(), pytest.raises(ValueError, match="expected 4D input"):
+            module(torch.randn(4, 9, 8))
+
+
+def test_conv_errors_are_those_of_the_plain_model(generator: torch.Generator) -> None:
+    messages = []
+    for module in models(generator):
+        with torch.no_grad(), pytest.raises(RuntimeError) as raised:
+            module(torch.randn(1, 5, 9, 8))
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device)
+    x = sample(generator, device)
+    with torch.no_grad(), torch.autocast(device, dtype=dtype):
+        assert check(ours(x), plain, x).dtype == dtype
+        assert ops_of(ours, x).count(FUSED) == 1
+    with torch.autocast(device, dtype=dtype):
+        assert torch.equal(ours(x), plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_conv_with_a_float32_bn(dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device)
+    for module in (plain, ours):
+        module.conv.to(dtype)
+    x = sample(generator, device, dtype)
+    with torch.no_grad():
+        check(ours(x), plain, x)
+    assert ops_of(ours, x).count(FUSED) == 1
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("reflect", "replicate")])
+def test_training_is_pytorchs(case: str, device: str, generator: torch.Generator) -> None:
+    """Bit by bit. (The gradients of the two paddings left out are not deterministic on CUDA.)"""
+    plain, ours = models(generator, device, **CASES[case])
+    for _ in range(2):
+        assert_same_gradients(plain.train(), ours.train(), sample(generator, device))
+    mine, theirs = ours.state_dict(), plain.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    if CASES[case].get("track_running_stats", True):
+        assert ours.bn.num_batches_tracked == 4
+    with torch.no_grad():  # evaluation after training: with the statistics as they are now
+        x = sample(generator, device)
+        check(ours.eval()(x), plain.eval(), x)
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate"])
+def test_training_forward_with_other_paddings(padding_mode: str, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, padding=1, padding_mode=padding_mode)
+    x = sample(generator, device)
+    assert torch.equal(ours.train()(x), plain.train()(x))
+    assert torch.equal(ours.bn.running_var, plain.bn.running_var)
+
+
+@pytest.mark.parametrize("part", ["module", "bn"])
+def test_training_mode_without_grad_updates_statistics(part: str, generator: torch.Generator) -> None:
+    """Either flag alone: self.training is what users set, bn.training what BatchNorm obeys."""
+    plain, ours = models(generator)
+    for module in (plain, ours):
+        module.bn.train()
+        if part == "module":
+            module.training = True
+    x = sample(generator)
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x))
+    assert torch.equal(ours.bn.running_mean, plain.bn.running_mean)
+
+
+def test_frozen_bn_in_a_training_module(generator: torch.Generator) -> None:
+    plain, ours = models(generator)
+    for module in (plain, ours):
+        module.train()
+        module.bn.eval()
+    assert_same_gradients(plain, ours, sample(generator))
+    assert ours.bn.num_batches_tracked == 0
+
+
+# ---- the folded scale and shift --------------------------------------------------------------------------------------
+
+
+def assign(owner: str, name: str) -> Callable[[ConvBnScale2d], None]:
+    def change(module: ConvBnScale2d) -> None:
+        part = module.get_submodule(owner)
+        old = getattr(part, name)
+        new = old.detach() * 1.5 + 0.25
+        setattr(part, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
+    return change
+
+
+def write(owner: str, name: str, mode: Any = torch.no_grad) -> Callable[[ConvBnScale2d], None]:
+    def change(module: ConvBnScale2d) -> None:
+        with mode():
+            getattr(module.get_submodule(owner), name).mul_(1.5).add_(0.25)
+
+    return change
+
+
+def write_data_then_eval(module: ConvBnScale2d) -> None:
+    module.bn.running_mean.data.add_(1)
+    module.bn.weight.data = module.bn.weight.data * 2
+    module.eval()
+
+
+def swap_data(module: ConvBnScale2d) -> None:
+    module.bn.weight.data = module.bn.weight.data * 2
+
+
+def load(module: ConvBnScale2d, assign: bool = False) -> None:
+    module.load_state_dict(
+        {k: v * 2 if v.is_floating_point() else v for k, v in module.state_dict().items()}, assign=assign
+    )
+
+
+def step(module: ConvBnScale2d) -> None:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    with torch.enable_grad():
+        module(torch.ones(2, 4, 9, 8)).sum().backward()
+    optimizer.step()
+
+
+def train_forward(module: ConvBnScale2d) -> None:
+    with torch.no_grad():
+        module.train()(torch.full((2, 4, 9, 8), 3.0))
+    module.eval()
+
+
+def train_bn_only(module: ConvBnScale2d) -> None:
+    """Moves the statistics with no train() or eval() of the module itself."""
+    module.bn.train()
+    with torch.no_grad():
+        module(torch.full((2, 4, 9, 8), 3.0))
+    module.bn.eval()
+
+
+def set_attribute(owner: str, name: str, value: Any) -> Callable[[ConvBnScale2d], None]:
+    return lambda module: setattr(module.get_submodule(owner), name, value)
+
+
+STATE = [("conv", "weight"), ("conv", "bias"), *(("bn", n) for n in ("weight", "bias", "running_mean", "running_var"))]
+CHANGES: dict[str, Callable[[ConvBnScale2d], Any]] = {
+    **{f"write {owner}.{name}": write(owner, name) for owner, name in STATE},
+    **{f"inference write {owner}.{name}": write(owner, name, torch.inference_mode) for owner, name in STATE},
+    **{f"assign {owner}.{name}": assign(owner, name) for owner, name in STATE},
+    "write scaling_factor": write("", "scaling_factor"),
+    "assign scaling_factor tensor": assign("", "scaling_factor"),
+    "assign scaling_factor float": set_attribute("", "scaling_factor", 3.0),
+    "eps": set_attribute("bn", "eps", 0.5),
+    "drop bn.weight": set_attribute("bn", "weight", None),
+    "drop conv.bias": set_attribute("conv", "bias", None),
+    "new bn": lambda module: setattr(module, "bn", nn.BatchNorm2d(6).eval()),
+    "activation": set_attribute("", "activation", "relu"),
+    "load": load,
+    "load by assignment": lambda module: load(module, assign=True),
+    "data swapped": swap_data,
+    "data written, then eval": write_data_then_eval,
+    "optimizer step": step,
+    "train forward": train_forward,
+    "train forward of bn alone": train_bn_only,
+    "half": lambda module: (module.half(), module.float()),
+    "double": lambda module: module.double(),
+    "apply": lambda module: module.apply(lambda m: write("", "running_var")(m) if m is module.bn else None),
+    "reset": lambda module: module.bn.reset_parameters(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_folded_pair_follows_every_change(change: str, generator: torch.Generator) -> None:
+    _, ours = models(generator, scaling_factor=torch.tensor(1.7))
+    x = sample(generator)
+    with torch.no_grad():
+        before = ours(x)
+        CHANGES[change](ours)
+        x = x.to(ours.conv.weight.dtype)
+        y = ours(x)
+        plain = Plain(4, 6, 3)
+        plain.conv, plain.bn, plain.scaling_factor = ours.conv, ours.bn, ours.scaling_factor
+        check(y, plain, x, None, ours.activation)
+    if change not in ("half", "double"):
+        # A change that left the results alone would prove nothing: far beyond rounding.
+        assert error(y, before) > 1e-2
+
+
+def test_float_scaling_factor_change(generator: torch.Generator) -> None:
+    _, ours = models(generator)
+    x = sample(generator)
+    with torch.no_grad():
+        before = ours(x)
+        ours.scaling_factor = 3.4
+        assert torch.equal(ours(x), before * 2)  # 1.7 * 2: only exponents differ
+
+
+def test_folds_once(device: str, generator: torch.Generator) -> None:
+    for factor in (1.7, torch.tensor(1.7)):
+        _, ours = models(generator, device, scaling_factor=factor)
+        x = sample(generator, device)
+        with torch.no_grad(), Ops() as ops:
+            for _ in range(3):
+                ours(x)
+        assert (ops.count(FOLD), ops.count(FUSED)) == (1, 3)
+        with torch.inference_mode(), Ops() as ops:
+            ours(x)
+        assert (ops.count(FOLD), ops.count(FUSED)) == (0, 1)
+        with torch.no_grad():
+            ours.conv.weight.mul_(2)  # not part of what is folded
+        assert ops_of(ours, x).count(FOLD) == 0
+        assert ops_of(ours.eval(), x).count(FOLD) == 1
+
+
+def test_inference_tensors_fold_each_time(generator: torch.Generator) -> None:
+    """They keep no version, so nothing would tell of a write."""
+    with torch.inference_mode():
+        ours = ConvBnScale2d(4, 6, 3, 1.7).eval()
+        randomize(ours, generator)
+    x = sample(generator)
+    assert ours.bn.weight.is_inference()
+    with torch.inference_mode():
+        before = ours(x)
+        ours.bn.running_mean.add_(1)
+        plain = Plain(4, 6, 3, 1.7)
+        plain.conv, plain.bn = ours.conv, ours.bn
+        y = ours(x)
+        check(y, plain, x)
+        assert error(y, before) > 1e-2
+    assert ops_of(ours, x).count(FOLD) == 1
+
+
+COPIES: dict[str, Callable[[nn.Module], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": lambda module: torch_round_trip(module),
+}
+
+
+def torch_round_trip(module: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies(how: str, device: str, generator: torch.Generator) -> None:
+    _, ours = models(generator, device, activation="silu", scaling_factor=torch.tensor(1.7))
+    x = sample(generator, device)
+    with torch.no_grad():
+        y = ours(x)  # a folded pair is kept now
+        twin = COPIES[how](ours)
+        assert twin._folded_pair is None, "a copy carries what it can compute"
+        assert torch.equal(twin(x), y) and repr(twin) == repr(ours)
+        twin.bn.running_mean.add_(1)
+        twin.scaling_factor.mul_(2)
+        assert error(twin(x), y) > 1e-2
+        assert torch.equal(ours(x), y)
+        ours.bn.bias.add_(1)
+        assert error(ours(x), y) > 1e-2
+
+
+def test_moves(two_gpus: tuple[str, str], generator: torch.Generator) -> None:
+    plain, ours = models(generator)
+    x = sample(generator)
+    with torch.no_grad():
+        for place in (two_gpus[0], two_gpus[1], "cpu"):
+            y = ours.to(place)(x.to(place))
+            assert y.device == torch.device(place)
+            check(y, plain.to(place), x.to(place))
+
+
+def test_moves_to_cuda_and_back(device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator)
+    x = sample(generator)
+    with torch.no_grad():
+        for place in (device, "cpu"):
+            ours(x.to(ours.conv.weight.device))
+            y = ours.to(place)(x.to(place))
+            check(y, plain.to(place), x.to(place))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("warm", [False, True])
+def test_cuda_graph(warm: bool, device: str, generator: torch.Generator) -> None:
+    """A replay sees new parameters, as the plain model's would; capturing leaves no unfilled pair behind."""
+    plain, ours = models(generator, device)
+    x = sample(generator, device)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad():
+        plain(x)  # cuDNN and its workspace are set up outside the capture
+        if warm:
+            ours(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            y = ours(x)
+        check(ours(x), plain, x)  # before any replay
+        for _ in range(2):
+            for module in (plain, ours):
+                module.bn.running_mean.add_(1)
+                module.conv.bias.mul_(2)
+            x.copy_(sample(generator))
+            graph.replay()
+            torch.cuda.synchronize()
+            check(y, plain, x)
+
+
+# ---- where PyTorch's ops must run ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["conv", "bn"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_run(part: str, kind: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator)
+    seen = []
+    for module in (plain, ours):
+        register = getattr(getattr(module, part), f"register_{kind}_hook")
+        handle = register(lambda *args: seen.append(args[0]))
+    x = sample(generator)
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x))
+    assert seen == [getattr(ours, part), getattr(plain, part)]
+    handle.remove()
+    assert ops_of(ours, x).count(FUSED) == 1
+
+
+def test_parametrized_weight(device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device)
+    for module in (plain, ours):
+        torch.nn.utils.parametrizations.weight_norm(module.conv)
+        with torch.no_grad():
+            module.conv.parametrizations.weight.original0.mul_(3)
+    x = sample(generator, device)
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x))
+    ours.conv.parametrizations.weight.original0.data.mul_(2)
+    with torch.no_grad():
+        assert error(ours(x), plain(x)) > 1e-2
+
+
+def test_subclasses_run_their_own_forward(generator: torch.Generator) -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    plain, ours = models(generator, scaling_factor=1.0)
+    bn = Doubled(6).eval()
+    bn.load_state_dict(plain.bn.state_dict())
+    ours.bn = bn
+    x = sample(generator)
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x) * 2)
+
+
+def test_sync_batchnorm_in_eval(device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device)
+    x = sample(generator, device)
+    with torch.no_grad():
+        ours(x)
+        ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours).eval()
+        assert type(ours.bn) is nn.SyncBatchNorm
+        check(ours(x), plain, x)
+    assert ops_of(ours, x).count(FUSED) == 1
+
+
+def test_inside_a_model(device: str, generator: torch.Generator) -> None:
+    """A model's train(), eval(), to() and load_state_dict() reach the module through its parent."""
+    plain = nn.Sequential(Plain(4, 4, 3, 2.0, padding=1), nn.ReLU(), Plain(4, 6, 1, 0.5))
+    ours = nn.Sequential(ConvBnScale2d(4, 4, 3, 2.0, padding=1), nn.ReLU(), ConvBnScale2d(4, 6, 1, 0.5))
+    randomize(plain, generator)
+    x = sample(generator, device)
+    plain.to(device).eval()
+    ours.to(device).eval()
+    with torch.no_grad():
+        ours(x)
+        ours.load_state_dict(plain.state_dict())
+        check(ours(x), plain, x)
+    assert ops_of(ours, x).count(FUSED) == 2

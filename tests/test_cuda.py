@@ -7,9 +7,9 @@ import threading
 
 import pytest
 import torch
-from common import random_bn
 
 import fused_conv_bn as fcb
+from common import random_bn
 from fused_conv_bn import _loader, reference
 
 pytestmark = pytest.mark.parametrize("device", ["cuda"], indirect=True)
@@ -49,6 +49,30 @@ def test_current_stream(device, generator):
     assert not done.query()  # neither op waited for the stream
     done.synchronize()
     assert torch.equal(ours, expected)
+
+
+def test_folded_parameters_across_streams(device, generator):
+    """A module folds on one stream and runs on another, which must wait for the fold."""
+    model = fcb.ConvBnScale2d(4, 8, 3, 2.0).eval().to(device)
+    bn = random_bn(8, torch.float32, device, generator)
+    for target, value in zip((model.bn.running_mean, model.bn.running_var), bn, strict=False):
+        target.copy_(value)
+    x = torch.randn(2, 4, 9, 9, generator=generator).to(device)
+    with torch.no_grad():
+        expected = model(x).clone()
+        model.eval()  # drops what was folded
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(50_000_000)
+            model(x)
+        with torch.cuda.stream(second):
+            y = model(x)
+            done = torch.cuda.Event()
+            done.record()
+        assert not done.query()  # it waits for the first stream, and the host for neither
+        done.synchronize()
+    assert torch.equal(y, expected)
 
 
 def test_no_synchronisation(device, generator):

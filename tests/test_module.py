@@ -716,3 +716,13 @@ def test_inside_a_model(device: str, generator: torch.Generator) -> None:
         ours.load_state_dict(plain.state_dict())
         check(ours(x), plain, x)
     assert ops_of(ours, x).count(FUSED) == 2
+
+
+def test_replaced_forward_runs(device: str, generator: torch.Generator) -> None:
+    """Libraries that move weights about replace a module's forward on the instance."""
+    plain, ours = models(generator, device)
+    x = sample(generator, device)
+    original = ours.conv.forward
+    ours.conv.forward = lambda x: 2 * original(x)  # type: ignore[method-assign]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain.bn(2 * plain.conv(x)) * plain.scaling_factor)

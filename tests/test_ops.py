@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DTYPES, random_bn
 from torch import Tensor
 
 import fused_conv_bn as fcb
+from common import DTYPES, random_bn
 from fused_conv_bn import reference
 
 EPS = 1e-5

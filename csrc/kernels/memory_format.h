@@ -5,6 +5,7 @@
 // beyond the numbers in ChannelMap.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "scalar.h"
@@ -64,25 +65,23 @@ struct ChannelMap {
   FCB_HD uint32_t wrap(uint32_t c) const { return c - channels.div(c) * channels.divisor; }
 };
 
-// The map for elements that start at `begin` of a tensor (begin may be negative: a vector may start before the tensor),
-// and in `count` how many elements from max(begin, 0) on it is valid for.
-inline ChannelMap make_channel_map(const Shape& shape, int64_t begin, int64_t& count) {
+// The map for a launch that covers `count` elements from `begin` on, and whose element 0 lies `lead` elements before that.
+// May reduce count.
+inline ChannelMap make_channel_map(const Shape& shape, int64_t begin, int lead, int64_t& count) {
   const int64_t period = shape.channels * shape.inner;
-  const int64_t start = ((begin % period) + period) % period;
   ChannelMap map;
   map.channels = FastDiv(static_cast<uint32_t>(shape.channels));
-  map.first_channel = static_cast<uint32_t>(start / shape.inner);
   if (shape.inner <= kMaxLaunchElements) {
+    const int64_t start = (begin % period - lead + period * lead) % period;  // period * lead: lead may exceed a period
     map.inner = FastDiv(static_cast<uint32_t>(shape.inner));
+    map.first_channel = static_cast<uint32_t>(start / shape.inner);
     map.first_position = static_cast<uint32_t>(start % shape.inner);
     return map;
   }
-  // Planes longer than a launch: stay inside one plane, so that there is one channel.
-  const int64_t element = begin < 0 ? 0 : begin;
-  const int64_t left = shape.inner - element % shape.inner;
-  count = count < left ? count : left;
-  map.first_channel = static_cast<uint32_t>((element % period) / shape.inner);
+  // Planes longer than a launch: stay inside one, so that there is one channel.
+  count = std::min(count, shape.inner - begin % shape.inner);
   map.inner = FastDiv((uint32_t{1} << 31) - 1);
+  map.first_channel = static_cast<uint32_t>(begin % period / shape.inner);
   map.first_position = 0;
   return map;
 }

@@ -219,8 +219,9 @@ __global__ void __launch_bounds__(kThreads) scale_shift_columns_kernel(const Sca
   }
 }
 
+// With the 4 blocks named (64 registers a thread) the compiler does not try for more, and spills nothing.
 template <typename T, typename Source, Activation A, bool kResidual, int kRows>
-__global__ void __launch_bounds__(kThreads) scale_shift_periodic_kernel(const ScaleShiftParams<T, Source> p) {
+__global__ void __launch_bounds__(kThreads, 4) scale_shift_periodic_kernel(const ScaleShiftParams<T, Source> p) {
   constexpr int V = Vec<T>::kSize;
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   // Consecutive threads take consecutive vectors of kRows rows, the next ones those of the rows behind them.
@@ -288,7 +289,7 @@ cudaError_t launch_scale_shift(const T* input, const T* residual, T* output, con
     p.input_aligned = misalignment(p.input) == misalignment(p.output);
     p.residual_aligned = misalignment(p.residual) == misalignment(p.output);
     count = std::min(shape.numel - begin, kMaxLaunchElements);
-    p.channels = make_channel_map(shape, begin - p.lead, count);
+    p.channels = make_channel_map(shape, begin, p.lead, count);
     p.numel = static_cast<int>(count);
     p.vectors = static_cast<uint32_t>((p.lead + count + V - 1) / V);
     const auto blocks = [](uint32_t threads) { return (threads + kThreads - 1) / kThreads; };

@@ -13,14 +13,19 @@ from .reference import ACTIVATIONS
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward()."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
     )
 
 
 def _state(tensor: Any) -> tuple[Any, ...]:
     """What changes when a tensor is replaced, written to or given other storage. Holds the tensor, so that its identity
-    is not reused. Raises RuntimeError for what keeps no version (inference tensors) or has no storage (fake tensors)."""
+    is not reused. Raises RuntimeError for what keeps no version (inference tensors) or no data (fake tensors)."""
     if not isinstance(tensor, Tensor):
         return (tensor,)
     if type(tensor) not in (Tensor, nn.Parameter):
@@ -65,6 +70,7 @@ class ConvBnScale2d(nn.Module):
 
     _folded_key: tuple[Any, ...] | None
     _folded_pair: tuple[Tensor, Tensor] | None
+    _folded_on: tuple[torch.cuda.Stream, torch.cuda.Event] | None
 
     def __init__(
         self,
@@ -203,12 +209,28 @@ class ConvBnScale2d(nn.Module):
         if not _same(self._folded_key, key):
             self._folded_pair = self._fold()
             self._folded_key = key
+            self._folded_on = None
+            if self._folded_pair[0].is_cuda:
+                stream = torch.cuda.current_stream(self._folded_pair[0].device)
+                self._folded_on = (stream, stream.record_event())
         assert self._folded_pair is not None
+        self._join_streams(self._folded_pair)
         return self._folded_pair
+
+    def _join_streams(self, pair: tuple[Tensor, Tensor]) -> None:
+        """Orders the current CUDA stream behind the fold, if that ran on another one. The host waits for nothing."""
+        if self._folded_on is None:
+            return
+        stream, done = torch.cuda.current_stream(pair[0].device), self._folded_on[1]
+        if stream != self._folded_on[0]:
+            stream.wait_event(done)
+            for tensor in pair:
+                tensor.record_stream(stream)
 
     def _drop_folded(self) -> None:
         self._folded_key = None
         self._folded_pair = None
+        self._folded_on = None
 
     def train(self, mode: bool = True) -> ConvBnScale2d:
         self._drop_folded()
@@ -219,7 +241,7 @@ class ConvBnScale2d(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded_key": None, "_folded_pair": None}
+        return {**self.__dict__, "_folded_key": None, "_folded_pair": None, "_folded_on": None}
 
     def extra_repr(self) -> str:
         text = f"scaling_factor={self.scaling_factor}"

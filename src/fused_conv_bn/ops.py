@@ -130,9 +130,7 @@ def bn_scale_(
     eps: float = 1e-5,
 ) -> Tensor:
     """:func:`bn_scale` in place. Returns ``input``."""
-    _refuse_grad(
-        "bn_scale_", input=input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
+    _refuse_grad("bn_scale_", input=input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _ops.bn_scale_(input, running_mean, running_var, weight, bias, scaling_factor, eps)
     increment_version(input)
     return input

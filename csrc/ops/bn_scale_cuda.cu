@@ -5,39 +5,19 @@
 namespace fused_conv_bn {
 namespace {
 
-Tensor run(const char* op, const Tensor& input, const Tensor& running_mean, const Tensor& running_var,
-           const OptionalTensor& weight, const OptionalTensor& bias, double scaling_factor, double eps,
-           const Tensor* target, const char* target_name) {
-  return call_bn_scale(op, input, running_mean, running_var, weight, bias, scaling_factor, eps, target, target_name,
-                       [&](const Elementwise& e, const BnOperands& bn, ScalarType dtype) {
-                         dispatch_bn_types(bn, dtype, [&](auto tag, const auto& params) {
-                           using T = typename decltype(tag)::type;
-                           run_elementwise_cuda<T, Activation::none, false>(op, e, make_bn_source<T>(params));
-                         });
-                       });
-}
-
-Tensor bn_scale_cuda(const Tensor input, const Tensor running_mean, const Tensor running_var,
-                     const OptionalTensor weight, const OptionalTensor bias, double scaling_factor, double eps) {
-  return run("bn_scale", input, running_mean, running_var, weight, bias, scaling_factor, eps, nullptr, nullptr);
-}
-
-void bn_scale_out_cuda(const Tensor input, const Tensor running_mean, const Tensor running_var,
-                       const OptionalTensor weight, const OptionalTensor bias, double scaling_factor, double eps,
-                       const Tensor out) {
-  run("bn_scale", input, running_mean, running_var, weight, bias, scaling_factor, eps, &out, "out");
-}
-
-void bn_scale_inplace_cuda(const Tensor input, const Tensor running_mean, const Tensor running_var,
-                           const OptionalTensor weight, const OptionalTensor bias, double scaling_factor, double eps) {
-  run("bn_scale_", input, running_mean, running_var, weight, bias, scaling_factor, eps, &input, "input");
-}
+struct CudaKernel {
+  template <typename T, typename P>
+  static void run(const char* op, const Elementwise& e, const BnParams<P>& params) {
+    run_elementwise_cuda<T, Activation::none, false>(op, e, make_bn_source<T>(params));
+  }
+};
 
 }  // namespace
-}  // namespace fused_conv_bn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
-  m.impl("bn_scale", TORCH_BOX(&fused_conv_bn::bn_scale_cuda));
-  m.impl("bn_scale.out", TORCH_BOX(&fused_conv_bn::bn_scale_out_cuda));
-  m.impl("bn_scale_", TORCH_BOX(&fused_conv_bn::bn_scale_inplace_cuda));
+  m.impl("bn_scale", TORCH_BOX(&BnScale<CudaKernel>::functional));
+  m.impl("bn_scale.out", TORCH_BOX(&BnScale<CudaKernel>::out));
+  m.impl("bn_scale_", TORCH_BOX(&BnScale<CudaKernel>::in_place));
 }
+
+}  // namespace fused_conv_bn

@@ -5,42 +5,19 @@
 namespace fused_conv_bn {
 namespace {
 
-Tensor run(const char* op, const Tensor& input, const Tensor& scale, const Tensor& shift,
-           const OptionalTensor& residual, StringHandle activation, const Tensor* target, const char* target_name) {
-  return call_scale_shift(
-      op, input, scale, shift, residual, activation, target, target_name,
-      [&](const Elementwise& e, const void* scale_data, const void* shift_data, Activation parsed, ScalarType dtype) {
-        dispatch_dtype(dtype, [&](auto tag) {
-          using T = typename decltype(tag)::type;
-          const auto* scales = static_cast<const acc_t<T>*>(scale_data);
-          const auto* shifts = static_cast<const acc_t<T>*>(shift_data);
-          dispatch_epilogue(parsed, e.residual != nullptr, [&](auto a, auto has_residual) {
-            run_elementwise_cuda<T, a(), has_residual()>(op, e, FoldedSource<acc_t<T>>{{scales}, {shifts}});
-          });
-        });
-      });
-}
-
-Tensor scale_shift_cuda(const Tensor input, const Tensor scale, const Tensor shift, const OptionalTensor residual,
-                        StringHandle activation) {
-  return run("scale_shift", input, scale, shift, residual, activation, nullptr, nullptr);
-}
-
-void scale_shift_out_cuda(const Tensor input, const Tensor scale, const Tensor shift, const OptionalTensor residual,
-                          StringHandle activation, const Tensor out) {
-  run("scale_shift", input, scale, shift, residual, activation, &out, "out");
-}
-
-void scale_shift_inplace_cuda(const Tensor input, const Tensor scale, const Tensor shift, const OptionalTensor residual,
-                              StringHandle activation) {
-  run("scale_shift_", input, scale, shift, residual, activation, &input, "input");
-}
+struct CudaKernel {
+  template <typename T, Activation A, bool kResidual>
+  static void run(const char* op, const Elementwise& e, const acc_t<T>* scale, const acc_t<T>* shift) {
+    run_elementwise_cuda<T, A, kResidual>(op, e, FoldedSource<acc_t<T>>{{scale}, {shift}});
+  }
+};
 
 }  // namespace
-}  // namespace fused_conv_bn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
-  m.impl("scale_shift", TORCH_BOX(&fused_conv_bn::scale_shift_cuda));
-  m.impl("scale_shift.out", TORCH_BOX(&fused_conv_bn::scale_shift_out_cuda));
-  m.impl("scale_shift_", TORCH_BOX(&fused_conv_bn::scale_shift_inplace_cuda));
+  m.impl("scale_shift", TORCH_BOX(&ScaleShift<CudaKernel>::functional));
+  m.impl("scale_shift.out", TORCH_BOX(&ScaleShift<CudaKernel>::out));
+  m.impl("scale_shift_", TORCH_BOX(&ScaleShift<CudaKernel>::in_place));
 }
+
+}  // namespace fused_conv_bn

@@ -98,27 +98,41 @@ FCB_HD void store(const acc_t<T>* from, T* to, int n) {
 template <bool kV3, typename T, typename AffineOf, Activation A, bool kResidual>
 FCB_HD void run_block(const T* input, const T* residual, T* output, int64_t i, int n, const AffineOf& affine,
                       bool streaming) {
-  acc_t<T> x[kBlock];
-  load<kV3>(input + i, x, n);
+  using Acc = acc_t<T>;
+  constexpr bool kConverts = !std::is_same_v<T, Acc>;
+  alignas(kLineBytes) Acc x[kBlock];
+  if constexpr (kConverts) {
+    load<kV3>(input + i, x, n);
+  }
+  Acc r[kResidual ? kBlock : 1];
   if constexpr (kResidual) {
-    acc_t<T> r[kBlock];
     load<kV3>(residual + i, r, n);
-    for (int k = 0; k < n; ++k) {
-      x[k] = epilogue<A>(x[k], affine(i + k), r[k]);
+  }
+  for (int k = 0; k < n; ++k) {
+    Acc value;
+    if constexpr (kConverts) {
+      value = x[k];
+    } else {
+      value = input[i + k];  // copied to the stack first, a block of these becomes a slow string instruction
     }
-  } else {
-    for (int k = 0; k < n; ++k) {
-      x[k] = epilogue<A>(x[k], affine(i + k));
+    if constexpr (kResidual) {
+      x[k] = epilogue<A>(value, affine(i + k), r[k]);
+    } else {
+      x[k] = epilogue<A>(value, affine(i + k));
     }
   }
 #if defined(__x86_64__)
   if (streaming) {
-    alignas(kLineBytes) T y[kBlock];
-    store<kV3>(x, y, kBlock);
-    constexpr int kStep = static_cast<int>(sizeof(__m128i) / sizeof(T));
-    for (int k = 0; k < kBlock; k += kStep) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(output + i + k),
-                       _mm_load_si128(reinterpret_cast<const __m128i*>(y + k)));
+    alignas(kLineBytes) T converted[kConverts ? kBlock : 1];
+    const void* from = x;
+    if constexpr (kConverts) {
+      store<kV3>(x, converted, kBlock);
+      from = converted;
+    }
+    auto* to = reinterpret_cast<__m128i*>(output + i);
+    constexpr int kStores = kBlock * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(__m128i));
+    for (int k = 0; k < kStores; ++k) {
+      _mm_stream_si128(to + k, _mm_load_si128(static_cast<const __m128i*>(from) + k));
     }
     return;
   }

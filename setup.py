@@ -73,16 +73,16 @@ def gencode(arch: str) -> list[str]:
     return flags
 
 
-def library(name: str, sources: list[str], cxx: list[str], nvcc: list[str], link: list[str], cuda_home: Path | None):
+def library(name: str, sources: list[str], nvcc: list[str], link: list[str], cuda_home: Path | None):
     """One library. Only libtorch.so is linked by name: it brings what each torch splits its symbols over."""
+    # As system headers: our warnings are errors, theirs are not.
     torch_include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     lib_dir = str(Path(torch.__file__).parent / "lib")
     extension_class = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
     extension = extension_class(
         name=f"fused_conv_bn.{name}",
         sources=sources,
-        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")),
-        extra_compile_args={"cxx": CXX_FLAGS + torch_include + cxx, "nvcc": nvcc},
+        extra_compile_args={"cxx": CXX_FLAGS + torch_include, "nvcc": nvcc + torch_include},
         extra_link_args=[
             "-Wl,--no-as-needed",
             "-ltorch",
@@ -102,7 +102,7 @@ def library(name: str, sources: list[str], cxx: list[str], nvcc: list[str], link
 def extensions():
     ops = ROOT / "csrc" / "ops"
     cpu_sources = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ops.glob("*_cpu.cpp"))]
-    result = [library("_cpu", cpu_sources, [], [], [], None)]
+    result = [library("_cpu", cpu_sources, [], [], None)]
     want_cuda = os.environ.get("FUSED_CONV_BN_CUDA", "")
     cuda_home = None if want_cuda == "0" else find_cuda_home()
     if cuda_home is None:
@@ -114,7 +114,6 @@ def extensions():
         return result
     cpp_extension.CUDA_HOME = str(cuda_home)  # with a CPU build of torch, torch itself ignores $CUDA_HOME
     names = " ".join(archs())
-    defines = ["-DUSE_CUDA", f'-DFCB_CUDA_ARCHS=\\"{names}\\"']
     nvcc = [
         "-std=c++20",
         "-O3",
@@ -123,13 +122,13 @@ def extensions():
         "-Werror=all-warnings",
         "-Xcompiler=-Wall,-Wextra,-Werror,-Wno-maybe-uninitialized,-g0,-fvisibility=hidden",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        *defines,
-        *[flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)],
+        "-DUSE_CUDA",
+        f'-DFCB_CUDA_ARCHS=\\"{names}\\"',
         *[flag for arch in archs() for flag in gencode(arch)],
     ]
     cuda_sources = sorted(str(p.relative_to(ROOT)) for p in ops.glob("*_cuda.cu"))
     link = [f"-L{cuda_home / 'lib'}", f"-L{cuda_home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    result.append(library(f"_cu{CUDA_MAJOR}", cuda_sources, [], nvcc, link, cuda_home))
+    result.append(library(f"_cu{CUDA_MAJOR}", cuda_sources, nvcc, link, cuda_home))
     return result
 
 

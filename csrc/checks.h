@@ -170,7 +170,7 @@ inline void check_channel_param(const char* op, const Operand& x, int64_t channe
   }
   if (x.dtype != dtype && x.dtype != other_dtype) {
     fail(op, ": ", x.name, " has dtype ", dtype_name(x.dtype), ", expected ", dtype_name(dtype),
-         dtype == other_dtype ? "" : " or ", dtype == other_dtype ? "" : dtype_name(other_dtype), " with a ",
+         dtype == other_dtype ? "" : " or ", dtype == other_dtype ? "" : dtype_name(other_dtype), " with ",
          reference.name, " of dtype ", dtype_name(reference.dtype));
   }
   check_same_device(op, x, reference);

@@ -590,7 +590,7 @@ def test_copies(how: str, device: str, generator: torch.Generator) -> None:
     with torch.no_grad():
         y = ours(x)  # a folded pair is kept now
         twin = COPIES[how](ours)
-        assert twin._folded_pair is None, "a copy carries what it can compute"
+        assert twin._folded is None, "a copy carries what it can compute"
         assert torch.equal(twin(x), y) and repr(twin) == repr(ours)
         twin.bn.running_mean.add_(1)
         twin.scaling_factor.mul_(2)

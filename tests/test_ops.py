@@ -406,7 +406,7 @@ BAD = [
     (lambda: fcb.bn_scale(X.int(), C3, C3), "bn_scale: input has dtype Int, expected float32, float16, bfloat16 or float64"),
     (lambda: fcb.bn_scale(X, C4, C3), r"bn_scale: running_mean has shape \[4\], expected \[3\]"),
     (lambda: fcb.bn_scale(X, C3, C3.view(1, 3)), r"bn_scale: running_var has shape \[1, 3\], expected \[3\]"),
-    (lambda: fcb.bn_scale(X, C3, C3, C3.double()), "bn_scale: weight has dtype float64, expected float32 with a input of dtype float32"),
+    (lambda: fcb.bn_scale(X, C3, C3, C3.double()), "bn_scale: weight has dtype float64, expected float32 with input of dtype float32"),
     (lambda: fcb.bn_scale(X.half(), C3, C3, C3, C3.bfloat16()), "bn_scale: bias has dtype bfloat16, expected float16 or float32"),
     (lambda: fcb.bn_scale(X, C3, C3, eps=-1.0), "bn_scale: eps is -1, expected 0 or more"),
     (lambda: fcb.bn_scale(X, C3, C3, out=torch.empty(2, 3, 4, 5)), r"bn_scale: out has shape \[2, 3, 4, 5\], expected \[2, 3, 4, 4\]"),

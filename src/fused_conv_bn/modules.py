@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,19 @@ def _state(tensor: Any) -> tuple[Any, ...]:
     return (tensor, tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device)
 
 
-def _same(a: tuple[Any, ...] | None, b: tuple[Any, ...]) -> bool:
-    if a is None or len(a) != len(b):
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    if len(a) != len(b):
         return False
     return all(x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else x == y for x, y in zip(a, b, strict=True))
+
+
+class _Folded(NamedTuple):
+    """What a fold gave and what it was made of; replaced as a whole, so that threads never see parts of two."""
+
+    key: tuple[Any, ...]
+    pair: tuple[Tensor, Tensor]
+    stream: torch.cuda.Stream | None  # that the fold ran on, and its end there; None on the CPU
+    done: torch.cuda.Event | None
 
 
 class ConvBnScale2d(nn.Module):
@@ -68,9 +77,7 @@ class ConvBnScale2d(nn.Module):
         ValueError: an unknown activation, or a ``scaling_factor`` tensor with dimensions.
     """
 
-    _folded_key: tuple[Any, ...] | None
-    _folded_pair: tuple[Tensor, Tensor] | None
-    _folded_on: tuple[torch.cuda.Stream, torch.cuda.Event] | None
+    _folded: _Folded | None
 
     def __init__(
         self,
@@ -141,14 +148,14 @@ class ConvBnScale2d(nn.Module):
         self.bn = bn
         self.scaling_factor = scaling_factor
         self.activation = activation
-        self._drop_folded()
+        self._folded = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x``: (N, in_channels, H, W). ``residual``: of the result's shape and dtype, added before the activation."""
         if self._fusible(x, residual):
             y = self.conv._conv_forward(x, self.conv.weight, None)
             if residual is None or (residual.shape == y.shape and residual.dtype == y.dtype):
-                scale, shift = self._folded()
+                scale, shift = self._scale_and_shift()
                 torch.ops.fused_conv_bn.scale_shift_(y, scale, shift, residual=residual, activation=self.activation)
                 return y
         return self._forward_plain(x, residual)
@@ -192,7 +199,7 @@ class ConvBnScale2d(nn.Module):
                 scale, shift = scale * factor, shift * factor
         return scale, shift
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         bn = self.bn
         if torch.compiler.is_compiling():
             return self._fold()
@@ -206,42 +213,29 @@ class ConvBnScale2d(nn.Module):
             key = tuple(part for source in sources for part in _state(source))
         except RuntimeError:  # nothing tells when they change
             return self._fold()
-        if not _same(self._folded_key, key):
-            self._folded_pair = self._fold()
-            self._folded_key = key
-            self._folded_on = None
-            if self._folded_pair[0].is_cuda:
-                stream = torch.cuda.current_stream(self._folded_pair[0].device)
-                self._folded_on = (stream, stream.record_event())
-        assert self._folded_pair is not None
-        self._join_streams(self._folded_pair)
-        return self._folded_pair
-
-    def _join_streams(self, pair: tuple[Tensor, Tensor]) -> None:
-        """Orders the current CUDA stream behind the fold, if that ran on another one. The host waits for nothing."""
-        if self._folded_on is None:
-            return
-        stream, done = torch.cuda.current_stream(pair[0].device), self._folded_on[1]
-        if stream != self._folded_on[0]:
-            stream.wait_event(done)
-            for tensor in pair:
+        folded = self._folded
+        stream = torch.cuda.current_stream(bn.running_mean.device) if bn.running_mean.is_cuda else None
+        if folded is None or not _same(folded.key, key):
+            pair = self._fold()
+            folded = _Folded(key, pair, stream, None if stream is None else stream.record_event())
+            self._folded = folded
+        elif stream is not None and folded.done is not None and stream != folded.stream:
+            # Another stream's fold: this one waits for it, the host does not.
+            stream.wait_event(folded.done)
+            for tensor in folded.pair:
                 tensor.record_stream(stream)
-
-    def _drop_folded(self) -> None:
-        self._folded_key = None
-        self._folded_pair = None
-        self._folded_on = None
+        return folded.pair
 
     def train(self, mode: bool = True) -> ConvBnScale2d:
-        self._drop_folded()
+        self._folded = None
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ConvBnScale2d:
-        self._drop_folded()
+        self._folded = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded_key": None, "_folded_pair": None, "_folded_on": None}
+        return {**self.__dict__, "_folded": None}
 
     def extra_repr(self) -> str:
         text = f"scaling_factor={self.scaling_factor}"

@@ -79,6 +79,34 @@ def test_cuda_major_not_shipped(shipped: list[str], built: str, tmp_path: Path) 
     assert_one_sentence(error)
 
 
+@pytest.mark.parametrize(
+    ("cuda", "forced", "names"),
+    [
+        ("13.0", "cu12", ["cpu", "cu12"]),
+        ("14.1", "cu13", ["cpu", "cu13"]),
+        ("13.0", "cpu", ["cpu"]),
+        (None, "cpu", ["cpu"]),
+    ]
+    + [("12.8", "", ["cpu", "cu12"]), (None, None, ["cpu"])],
+)
+def test_forced(cuda: str | None, forced: str | None, names: list[str], tmp_path: Path) -> None:
+    assert _loader.library_names(cuda, install(tmp_path, "cpu", "cu12", "cu13"), forced) == names
+
+
+@pytest.mark.parametrize(
+    ("cuda", "forced", "message"),
+    [
+        ("13.0", "cu11", r"FUSED_CONV_BN_LIBRARY=cu11, expected one of the libraries in .*: cpu, cu12, cu13"),
+        ("13.0", "_cu12.so", r"FUSED_CONV_BN_LIBRARY=_cu12\.so, expected one of"),
+        (None, "cu12", r"FUSED_CONV_BN_LIBRARY=cu12, and the installed torch is built without CUDA: unset"),
+    ],
+)
+def test_forced_and_impossible(cuda: str | None, forced: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match=message) as error:
+        _loader.library_names(cuda, install(tmp_path, "cpu", "cu12", "cu13"), forced)
+    assert_one_sentence(error)
+
+
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +124,7 @@ def test_damaged_library(content: bytes, tmp_path: Path) -> None:
 
 
 def test_this_process_has_what_its_torch_needs() -> None:
-    assert list(_loader.loaded) == _loader.library_names(torch.version.cuda)
+    assert list(_loader.loaded) == _loader.library_names(torch.version.cuda, forced=os.environ.get(_loader.FORCE))
     assert all(path.parent == _loader.PACKAGE for path in _loader.loaded.values())
 
 
@@ -124,6 +152,14 @@ def test_import_of_a_damaged_installation(damage: str, tmp_path: Path) -> None:
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: fused_conv_bn: ") and str(package) in last and "reinstall it" in last
+
+
+def test_the_variable_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import fused_conv_bn; print(*fused_conv_bn._loader.loaded)"
+    monkeypatch.setenv(_loader.FORCE, "cpu")
+    assert python(code, _loader.PACKAGE.parent).stdout == "cpu\n"
+    monkeypatch.setenv(_loader.FORCE, "nothing")
+    assert "ImportError: fused_conv_bn: FUSED_CONV_BN_LIBRARY=nothing" in python(code, _loader.PACKAGE.parent).stderr
 
 
 def test_import_is_quick_and_leaves_cuda_alone() -> None:
@@ -160,6 +196,6 @@ def test_covers(capability: tuple[int, int], archs: str, covered: bool) -> None:
 
 def test_cuda_archs_are_those_of_a_loaded_library(device: str) -> None:
     archs = _loader.cuda_archs()
-    assert (archs is None) == (torch.version.cuda is None)
+    assert (archs is None) == (list(_loader.loaded) == ["cpu"])
     if device == "cuda":
         assert archs is not None and _loader.covers(torch.cuda.get_device_capability(), archs)

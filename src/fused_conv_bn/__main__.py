@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +34,16 @@ def table(rows: Rows, numbers_from: int | None = None) -> str:
 
 
 def library_rows() -> list[tuple[str, str]]:
-    rows = []
-    for name, path in _loader.shipped().items():
-        state = "loaded" if name in _loader.loaded else "not loaded: it is for another CUDA version than torch's"
-        if name not in _loader.loaded and torch.version.cuda is None:
-            state = "not loaded: torch is built without CUDA"
-        rows.append((f"library {name}", f"{path} ({state})"))
+    if os.environ.get(_loader.FORCE):
+        why = f"not loaded: {_loader.FORCE}={os.environ[_loader.FORCE]}"
+    elif torch.version.cuda is None:
+        why = "not loaded: torch is built without CUDA"
+    else:
+        why = "not loaded: it is for another CUDA version than torch's"
+    rows = [
+        (f"library {name}", f"{path} ({'loaded' if name in _loader.loaded else why})")
+        for name, path in _loader.shipped().items()
+    ]
     archs = _loader.cuda_archs()
     if archs is not None:
         rows.append(("CUDA code for", archs))

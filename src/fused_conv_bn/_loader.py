@@ -2,10 +2,15 @@
 
 ``_cpu.so`` defines the ops and has their CPU kernels; ``_cu<major>.so`` adds the CUDA kernels and is chosen by the CUDA
 version that torch was built for. None of them is a Python module: they register their kernels when they are loaded.
+
+The environment variable FUSED_CONV_BN_LIBRARY names another one to use: ``cu12`` or ``cu13``, or ``cpu`` to leave CUDA
+out. Each brings its own CUDA runtime, so any of them works with any torch that is built for CUDA and a driver that is
+new enough for both.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from pathlib import Path
@@ -14,6 +19,7 @@ import torch
 
 PACKAGE = Path(__file__).parent
 MIN_TORCH = (2, 10)
+FORCE = "FUSED_CONV_BN_LIBRARY"
 
 loaded: dict[str, Path] = {}
 """The libraries in use, by name (``"cpu"``, ``"cu13"``)."""
@@ -34,10 +40,11 @@ def shipped(directory: Path = PACKAGE) -> dict[str, Path]:
     return {path.stem[1:]: path for path in sorted(directory.glob("_c*.so"))}
 
 
-def library_names(cuda: str | None, directory: Path = PACKAGE) -> list[str]:
+def library_names(cuda: str | None, directory: Path = PACKAGE, forced: str | None = None) -> list[str]:
     """The names of the libraries for a torch built for CUDA version ``cuda`` (``torch.version.cuda``; None: no CUDA).
 
-    Raises ImportError if one of them is not installed.
+    ``forced`` is the value of FUSED_CONV_BN_LIBRARY: the name to use in place of the one that ``cuda`` asks for.
+    Raises ImportError if a library is not installed, or is forced and cannot work.
     """
     have = shipped(directory)
     if "cpu" not in have:
@@ -45,6 +52,17 @@ def library_names(cuda: str | None, directory: Path = PACKAGE) -> list[str]:
             f"fused_conv_bn: its library _cpu.so is missing from {directory}: "
             f"reinstall it (pip install --force-reinstall fused_conv_bn), or, in a source tree, run make build"
         )
+    if forced:
+        if forced not in have:
+            raise ImportError(
+                f"fused_conv_bn: {FORCE}={forced}, expected one of the libraries in {directory}: {', '.join(have)}"
+            )
+        if forced != "cpu" and cuda is None:
+            raise ImportError(
+                f"fused_conv_bn: {FORCE}={forced}, and the installed torch is built without CUDA: "
+                f"unset {FORCE}, or install a torch that is built for CUDA"
+            )
+        return list(dict.fromkeys(["cpu", forced]))
     if cuda is None:
         return ["cpu"]
     name = f"cu{cuda.split('.')[0]}"
@@ -52,7 +70,8 @@ def library_names(cuda: str | None, directory: Path = PACKAGE) -> list[str]:
         built = ", ".join(f"CUDA {n[2:]}" for n in have if n != "cpu") or "no CUDA"
         raise ImportError(
             f"fused_conv_bn: torch is built for CUDA {cuda}, and this installation of fused_conv_bn has libraries for "
-            f"{built}: install a torch for one of these, or a fused_conv_bn that has _{name}.so"
+            f"{built}: install a torch for one of these, or a fused_conv_bn that has _{name}.so, or set {FORCE} to "
+            f"one of {', '.join(have)} to use that"
         )
     return ["cpu", name]
 
@@ -86,7 +105,7 @@ def load() -> None:
     """Loads what the running torch needs. Does not initialise CUDA."""
     check_torch(torch.__version__)
     have = shipped()
-    for name in library_names(torch.version.cuda):
+    for name in library_names(torch.version.cuda, forced=os.environ.get(FORCE)):
         load_library(name, have[name])
 
 

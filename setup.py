@@ -1,36 +1,51 @@
-"""Builds the libraries of fused_conv_bn: _cpu always, _cu13 where a CUDA 13 compiler is found.
+"""Builds the libraries of fused_conv_bn: _cpu.so always, and _cu12.so or _cu13.so where a CUDA compiler is found.
 
 The libraries use only the LibTorch stable ABI of torch 2.10 and contain no Python symbol, so that one wheel serves
 every later torch and every Python: they are plain shared libraries that ``torch.ops.load_library`` opens.
 
 Environment:
+    FUSED_CONV_BN_CUDA     "0": build without CUDA. "12", "13", "12 13": build for these, fail without their compilers.
+                           "1": build for torch's CUDA, or if it has none the compiler's; fail without a compiler.
+                           Default: as "1" if torch is a build for CUDA, else for CUDA only if a compiler is found.
+    CUDA_HOME              a CUDA toolkit to use instead of the one from PyPI, the one in PATH, and /usr/local/cuda.
     TORCH_CUDA_ARCH_LIST   compute capabilities to compile for, as for any PyTorch extension ("9.0" or "8.0;9.0+PTX").
-                           Default: 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX.
-    FUSED_CONV_BN_CUDA     "0": build without CUDA; "1": fail if there is no CUDA compiler.
-                           Default: build _cu13 if there is one.
-    CUDA_HOME              a CUDA 13 toolkit to use instead of the one from PyPI.
+                           Default: those in wheels/matrix.json.
+    CXX                    the C++ compiler. Default: c++.
+    MAX_JOBS               how many compilers run at a time. Default: ninja's.
+    FUSED_CONV_BN_GLIBC    "2.28": link for this glibc, with PyPI's ziglang, as the wheels are. Default: the system's.
+
+This file is also the build backend that pyproject.toml names: setuptools', except that it asks for torch and the CUDA
+compiler only where they are needed.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
-import torch
-from setuptools import setup
-from torch.utils import cpp_extension
-from wheel.bdist_wheel import bdist_wheel
+from setuptools import Extension, build_meta, setup
+from setuptools.build_meta import *  # noqa: F403
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-DEFAULT_ARCHS = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
-CUDA_MAJOR = 13
+ROOT = Path(__file__).resolve().parent
+MATRIX = json.loads((ROOT / "wheels" / "matrix.json").read_text())
+MIN_TORCH = (2, 10)
+CUDA_REQUIREMENT = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"
 
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
+    "-fPIC",
+    "-DNDEBUG",
     "-Wall",
     "-Wextra",
     "-Werror",
@@ -43,29 +58,139 @@ CXX_FLAGS = [
 ]
 
 
-def find_cuda_home() -> Path | None:
-    """The CUDA 13 toolkit: $CUDA_HOME, else the one that PyPI's cuda-toolkit put next to torch's own CUDA packages."""
-    candidates = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    spec = importlib.util.find_spec("nvidia")
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        candidates.append(Path(location) / f"cu{CUDA_MAJOR}")
-    for candidate in candidates:
-        nvcc = candidate / "bin" / "nvcc"
-        if nvcc.exists():
-            text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-            if re.search(rf"release {CUDA_MAJOR}\.", text):
-                return candidate
-    return None
+def fail(message: str) -> NoReturn:
+    raise SystemExit(f"fused_conv_bn: {message}")
 
 
-def archs() -> list[str]:
-    return re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS).strip())
+# ---- what is installed -----------------------------------------------------------------------------------------------
+
+
+def site_packages() -> list[Path]:
+    """Where packages are, the environment that pip builds in first and the one that it installs into last.
+
+    pip hides the second from a build. The torch in it is the one that the result has to work with, and its headers
+    serve as well as those of another one, which would be a download of gigabytes.
+    """
+    return [Path(path) for path in dict.fromkeys([*sys.path, *map(sysconfig.get_path, ("purelib", "platlib"))])]
+
+
+class Torch:
+    """A torch to build against. It is not imported: only its headers and libtorch.so are used."""
+
+    def __init__(self, directory: Path):
+        self.include = directory / "include"
+        self.lib = directory / "lib"
+        text = (directory / "version.py").read_text()
+        version = re.search(r"^__version__ *= *'([^']+)'", text, re.MULTILINE)
+        cuda = re.search(r"^cuda *(?::.*)?= *'(\d+)\.", text, re.MULTILINE)
+        self.version = version[1] if version else "unknown"
+        self.cuda_major = int(cuda[1]) if cuda else None
+
+    def problem(self) -> str | None:
+        wanted = "{}.{}".format(*MIN_TORCH)
+        number = re.match(r"(\d+)\.(\d+)", self.version)
+        if number is None or (int(number[1]), int(number[2])) < MIN_TORCH:
+            return f"torch {self.version} is installed, and building needs {wanted} or newer: pip install -U torch"
+        if not (self.include / "torch" / "csrc" / "stable" / "library.h").exists():
+            return f"torch {self.version} has no C++ headers in {self.include}: reinstall it (pip install -U torch)"
+        return None
+
+
+def find_torch() -> Torch | str:
+    """The torch to build against, or a sentence that says why there is none."""
+    for path in site_packages():
+        if (path / "torch" / "version.py").exists():
+            torch = Torch(path / "torch")
+            return torch.problem() or torch
+    wanted = "{}.{}".format(*MIN_TORCH)
+    return f"building needs torch {wanted} or newer, and {sys.executable} has none: pip install torch"
+
+
+class Cuda:
+    """A CUDA toolkit: the compiler, its version, and the runtime that is linked statically."""
+
+    def __init__(self, home: Path):
+        self.nvcc = home / "bin" / "nvcc"
+        output = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"release (\d+)\.(\d+)", output)
+        self.version = (int(version[1]), int(version[2])) if version else (0, 0)
+        libs = [home / name / "libcudart_static.a" for name in ("lib", "lib64", "targets/x86_64-linux/lib")]
+        self.cudart = next((lib for lib in libs if lib.exists()), libs[0])
+
+
+def find_cuda() -> dict[int, Cuda]:
+    """The CUDA toolkits, by major version: of each the one that takes precedence."""
+    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    homes += [home for path in site_packages() for home in sorted((path / "nvidia").glob("cu[0-9]*"))]
+    nvcc = shutil.which("nvcc")
+    homes += [Path(nvcc).resolve().parent.parent] if nvcc else []
+    homes += [Path("/usr/local/cuda")]
+    found: dict[int, Cuda] = {}
+    for home in homes:
+        if (home / "bin" / "nvcc").exists():
+            cuda = Cuda(home)
+            found.setdefault(cuda.version[0], cuda)
+    return {major: cuda for major, cuda in found.items() if f"cu{major}" in MATRIX["libraries"]}
+
+
+def choose_cuda(torch_major: int | None, found: list[int]) -> list[int]:
+    """The CUDA versions to build for, by $FUSED_CONV_BN_CUDA. ``found`` are those that have a compiler."""
+    setting = os.environ.get("FUSED_CONV_BN_CUDA", "").strip()
+    if setting == "0":
+        return []
+    if setting in ("", "1"):
+        if torch_major is None and not found and not setting:
+            return []
+        # Another CUDA's library is of no use to this torch.
+        wanted = [torch_major or next(iter(found), 13)]
+    elif re.fullmatch(r"\d{2}([ ,;]+\d{2})*", setting):
+        wanted = [int(major) for major in re.split(r"[ ,;]+", setting)]
+    else:
+        fail(f"FUSED_CONV_BN_CUDA is {setting!r}, expected 0, 1, or CUDA versions such as 13 or '12 13'")
+    for major in wanted:
+        if f"cu{major}" not in MATRIX["libraries"]:
+            fail(f"CUDA {major} is not supported, only {', '.join(MATRIX['libraries'])} are: choose another torch")
+        if major not in found:
+            install = f"install one with pip install '{CUDA_REQUIREMENT}', or " if major == 13 else ""
+            fail(
+                f"no CUDA {major} compiler was found: {install}let CUDA_HOME name a CUDA {major} toolkit, "
+                f"or build without CUDA with FUSED_CONV_BN_CUDA=0"
+            )
+    return wanted
+
+
+# ---- the build backend -----------------------------------------------------------------------------------------------
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    """What pip installs for a build in isolation, besides pyproject.toml's list: what the environment lacks."""
+    requires = build_meta.get_requires_for_build_wheel(config_settings)
+    torch = find_torch()
+    if isinstance(torch, str):
+        requires.append("torch>={}.{}".format(*MIN_TORCH))
+    setting = os.environ.get("FUSED_CONV_BN_CUDA", "").strip()
+    # PyPI's torch is a build for CUDA 13.
+    needs_13 = isinstance(torch, str) or torch.cuda_major == 13 or setting == "1"
+    if 13 not in find_cuda() and (("13" in setting) if setting not in ("", "1") else needs_13):
+        requires.append(CUDA_REQUIREMENT)
+    return requires
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+
+# ---- the libraries ---------------------------------------------------------------------------------------------------
+
+
+def archs(library: str) -> list[str]:
+    setting = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    return re.split(r"[ ;,]+", setting) if setting else MATRIX["libraries"][library]["archs"]
 
 
 def gencode(arch: str) -> list[str]:
-    match = re.fullmatch(r"(\d+)\.(\d+a?)(\+PTX)?", arch)
+    match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
     if match is None:
-        raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {arch!r}, expected compute capabilities such as 9.0 or 12.0+PTX")
+        fail(f"TORCH_CUDA_ARCH_LIST has {arch!r}, expected compute capabilities such as 9.0 or 12.0+PTX")
     number = match[1] + match[2]
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}"]
     if match[3]:
@@ -73,88 +198,144 @@ def gencode(arch: str) -> list[str]:
     return flags
 
 
-def library(name: str, sources: list[str], nvcc: list[str], link: list[str], cuda_home: Path | None):
-    """One library. Only libtorch.so is linked by name: it brings what each torch splits its symbols over."""
-    # As system headers: our warnings are errors, theirs are not.
-    torch_include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    lib_dir = str(Path(torch.__file__).parent / "lib")
-    extension_class = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
-    extension = extension_class(
-        name=f"fused_conv_bn.{name}",
-        sources=sources,
-        extra_compile_args={"cxx": CXX_FLAGS + torch_include, "nvcc": nvcc + torch_include},
-        extra_link_args=[
-            "-Wl,--no-as-needed",
-            "-ltorch",
-            "-Wl,--as-needed",
-            f"-Wl,--version-script={ROOT / 'csrc' / 'exports.map'}",
-            "-Wl,--no-undefined-version",
-            *link,
-        ],
-        py_limited_api=True,
-    )
-    extension.libraries = []
-    extension.library_dirs = [lib_dir]
-    extension.runtime_library_dirs = []
-    return extension
-
-
-def extensions():
-    ops = ROOT / "csrc" / "ops"
-    cpu_sources = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ops.glob("*_cpu.cpp"))]
-    result = [library("_cpu", cpu_sources, [], [], None)]
-    want_cuda = os.environ.get("FUSED_CONV_BN_CUDA", "")
-    cuda_home = None if want_cuda == "0" else find_cuda_home()
-    if cuda_home is None:
-        if want_cuda == "1":
-            raise SystemExit(
-                "fused_conv_bn: no CUDA 13 compiler was found; install one with "
-                "pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*', or point CUDA_HOME to a toolkit"
-            )
-        return result
-    cpp_extension.CUDA_HOME = str(cuda_home)  # with a CPU build of torch, torch itself ignores $CUDA_HOME
-    names = " ".join(archs())
-    nvcc = [
+def nvcc_flags(name: str, cuda: Cuda) -> list[str]:
+    return [
         "-std=c++20",
         "-O3",
+        "-DNDEBUG",
         "--expt-extended-lambda",
-        "--compress-mode=size",
+        "--expt-relaxed-constexpr",
+        *(["--compress-mode=size"] if cuda.version >= (12, 8) else ["-Xfatbin=-compress-all"]),
         "-Werror=all-warnings",
-        "-Xcompiler=-Wall,-Wextra,-Werror,-Wno-maybe-uninitialized,-g0,-fvisibility=hidden",
+        "-Xcompiler=-fPIC,-Wall,-Wextra,-Werror,-Wno-maybe-uninitialized,-g0,-fvisibility=hidden",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DUSE_CUDA",
-        f'-DFCB_CUDA_ARCHS=\\"{names}\\"',
-        *[flag for arch in archs() for flag in gencode(arch)],
+        f'-DFCB_CUDA_ARCHS="{" ".join(archs(name))}"',
+        *[flag for arch in archs(name) for flag in gencode(arch)],
     ]
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in ops.glob("*_cuda.cu"))
-    link = [f"-L{cuda_home / 'lib'}", f"-L{cuda_home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    result.append(library(f"_cu{CUDA_MAJOR}", cuda_sources, nvcc, link, cuda_home))
-    return result
 
 
-class BuildExtension(cpp_extension.BuildExtension):
-    """Names the libraries _cpu.so and _cu13.so, and leaves the choice of CUDA to find_cuda_home()."""
+def extension(name: str) -> Extension:
+    """A library's name and sources; what else it takes is looked for when it is built."""
+    kind = "cpu.cpp" if name == "cpu" else "cuda.cu"
+    ops = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "ops").glob(f"*_{kind}"))
+    schemas = ["csrc/bindings.cpp"] if name == "cpu" else []
+    return Extension(f"fused_conv_bn._{name}", ["csrc/portable.cpp", *schemas, *ops])
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, use_ninja=True, no_python_abi_suffix=True, **kwargs)
 
-    def finalize_options(self):
-        super().finalize_options()
-        # Else setuptools keeps a library that is newer than its sources, also one for other compute capabilities. What
-        # has to be compiled again, ninja decides: it compares command lines too.
-        self.force = True
+class BuildExt(build_ext):
+    """Compiles each library with ninja, which knows what is out of date: it compares command lines and headers too."""
 
-    def build_extension(self, extension):
-        # A directory for each library: two ninja files in one would drop each other's records.
-        whole = self.build_temp
-        self.build_temp = str(Path(whole) / extension.name)
-        # torch's ninja rule for .cu files does not look at the headers they include.
-        newest_header = max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*.*h"))
-        for built in Path(self.build_temp).rglob("*.o"):
-            if built.stat().st_mtime < newest_header:
-                built.unlink()
-        super().build_extension(extension)
-        self.build_temp = whole
+    def get_ext_filename(self, fullname):
+        return f"{fullname.replace('.', os.sep)}.so"
+
+    def run(self):
+        torch = find_torch()
+        if isinstance(torch, str):
+            fail(torch)
+        self.torch = torch
+        self.cuda = find_cuda()
+        names = ["cpu", *(f"cu{major}" for major in choose_cuda(torch.cuda_major, list(self.cuda)))]
+        self.extensions = [ext for ext in self.extensions if ext.name.rpartition("._")[2] in names]
+        super().run()
+
+    def build_extensions(self):
+        cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+        if shutil.which(cxx[0]) is None:
+            fail(
+                f"building needs a C++ compiler, and {cxx[0]} is not in PATH: install one, for example with "
+                f"apt install g++, or let CXX name it; the wheel (pip install fused_conv_bn) needs none"
+            )
+        ninja = shutil.which("ninja") or next(
+            (str(path / "bin" / "ninja") for path in (Path(sys.prefix),) if (path / "bin" / "ninja").exists()), None
+        )
+        if ninja is None:
+            fail("building needs ninja, and it is not in PATH: pip install ninja")
+        for extension in self.extensions:
+            name = extension.name.rpartition("._")[2]
+            directory = Path(self.build_temp) / name
+            output = Path(self.get_ext_fullpath(extension.name))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            built = directory / output.name
+            toolkit = None if name == "cpu" else self.cuda[int(name[2:])]
+            write_ninja(directory, name, extension.sources, built, self.torch, cxx, toolkit)
+            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+            if subprocess.run([ninja, "-f", directory / "build.ninja", *jobs], cwd=ROOT).returncode != 0:
+                fail(f"{output.name} could not be compiled; the compiler's messages are above")
+            shutil.copyfile(built, output)
+            output.chmod(0o755)
+
+
+def write_ninja(
+    directory: Path, name: str, sources: list[str], output: Path, torch: Torch, cxx: list[str], cuda: Cuda | None
+) -> None:
+    """Writes directory/build.ninja, which runs in ROOT."""
+    # Paths of this machine, which would get into messages of torch's headers, become the same everywhere.
+    maps = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={torch.include}=torch"]
+    include = ["-isystem", str(torch.include)]  # as system headers: our warnings are errors, theirs are not
+    commands = {"cxx": [*cxx, *CXX_FLAGS, *maps, *include]}
+    libs: list[str] = []
+    if cuda is not None:
+        host = ["-ccbin", shutil.which(cxx[-1]) or cxx[-1]]
+        commands["nvcc"] = [str(cuda.nvcc), *host, *nvcc_flags(name, cuda), f"-Xcompiler={','.join(maps)}", *include]
+        libs = [str(cuda.cudart), "-ldl", "-lrt", "-lpthread"]
+
+    link = [*cxx, "-shared"]
+    glibc = os.environ.get("FUSED_CONV_BN_GLIBC", "").strip()
+    if glibc:
+        # zig knows the symbols of each glibc. Its own C++ library, unwinder and arithmetic stay out: -nostdlib.
+        link = [sys.executable, "-m", "ziglang", "cc", "-target", f"x86_64-linux-gnu.{glibc}", "-shared", "-nostdlib"]
+        runtime = ["libstdc++.so.6", "libgcc_s.so.1", "libgcc.a"]
+        libs += ["-Wl,--strip-all", *(compiler_file(cxx, name) for name in runtime), "-lm", "-lc"]
+    link_flags = [
+        f"-L{torch.lib}",
+        # libtorch.so alone: it brings what each torch splits its symbols over.
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-Wl,--as-needed",
+        "-Wl,--version-script=csrc/exports.map",
+        "-Wl,--no-undefined-version",
+        "-Wl,--build-id=sha1",
+        *libs,
+    ]
+
+    def quote(arguments: list[str]) -> str:
+        return shlex.join(arguments).replace("$", "$$")
+
+    def path(text: str | Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", os.path.relpath(text, ROOT))
+
+    lines = [f"builddir = {path(directory)}"]
+    for rule, command in commands.items():
+        dependencies = "-MD -MF $out.d"
+        lines += [
+            f"rule {rule}",
+            f"  command = {quote(command)} {dependencies} -c $in -o $out",
+            f"  description = {rule} $in",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+    lines += [
+        "rule link",
+        f"  command = {quote(link)} $in {quote(link_flags)} -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(path(directory / f"{Path(source).stem}.o"))
+        lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {path(ROOT / source)}")
+    lines.append(f"build {path(output)}: link {' '.join(objects)} | csrc/exports.map")
+    (directory / "build.ninja").write_text("\n".join(lines) + "\n")
+
+
+def compiler_file(cxx: list[str], name: str) -> str:
+    """The path of a library that comes with the compiler."""
+    found = subprocess.run([*cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+    return os.path.realpath(found.strip())
+
+
+# ---- the wheel -------------------------------------------------------------------------------------------------------
 
 
 class BdistWheel(bdist_wheel):
@@ -163,8 +344,16 @@ class BdistWheel(bdist_wheel):
     def get_tag(self):
         return ("py3", "none", super().get_tag()[2])
 
+    def write_wheelfile(self, *args, **kwargs):
+        super().write_wheelfile(*args, **kwargs)
+        # The last thing before the archive is made: what the user's umask gave the files is not part of a wheel.
+        for path in Path(self.bdist_dir).rglob("*"):
+            path.chmod(0o755 if path.is_dir() or path.suffix == ".so" else 0o644)
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension, "bdist_wheel": BdistWheel},
-)
+
+if __name__ == "__main__":
+    # BuildExt chooses from the list.
+    setup(
+        ext_modules=[extension(name) for name in MATRIX["libraries"]],
+        cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
+    )

@@ -13,6 +13,7 @@ Environment:
     CXX                    the C++ compiler. Default: c++.
     MAX_JOBS               how many compilers run at a time. Default: ninja's.
     FUSED_CONV_BN_GLIBC    "2.28": link for this glibc, with PyPI's ziglang, as the wheels are. Default: the system's.
+    FUSED_CONV_BN_LIBRARIES    paths of libraries, with colons between: take these and compile none; for wheels/build.py.
 
 This file is also the build backend that pyproject.toml names: setuptools', except that it asks for torch and the CUDA
 compiler only where they are needed.
@@ -20,6 +21,7 @@ compiler only where they are needed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -223,6 +225,42 @@ def extension(name: str) -> Extension:
     return Extension(f"fused_conv_bn._{name}", ["csrc/portable.cpp", *schemas, *ops])
 
 
+def library_of(ext: Extension) -> str:
+    """ "cpu" for fused_conv_bn._cpu."""
+    return ext.name.rpartition("._")[2]
+
+
+class Tools:
+    """What compiling takes, each looked for once; ends with a sentence that names what is missing."""
+
+    def __init__(self) -> None:
+        torch = find_torch()
+        if isinstance(torch, str):
+            fail(torch)
+        self.torch = torch
+        self.cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+        if shutil.which(self.cxx[-1]) is None:
+            fail(
+                f"building needs a C++ compiler, and {self.cxx[-1]} is not in PATH: install one, for example with "
+                f"apt install g++, or let CXX name it; the wheel (pip install fused_conv_bn) needs none"
+            )
+        ninja = shutil.which("ninja", path=os.pathsep.join([os.environ.get("PATH", ""), f"{sys.prefix}/bin"]))
+        if ninja is None:
+            fail("building needs ninja, and it is not in PATH: pip install ninja")
+        self.ninja = ninja
+        found = find_cuda()
+        self.cuda = {major: found[major] for major in choose_cuda(torch.cuda_major, list(found))}
+        self.glibc = os.environ.get("FUSED_CONV_BN_GLIBC", "").strip()
+        if self.glibc and importlib.util.find_spec("ziglang") is None:
+            fail(f"linking for glibc {self.glibc} needs ziglang, and {sys.executable} has none: pip install ziglang")
+
+    def from_compiler(self, name: str) -> str:
+        """The path of a library that comes with the C++ compiler."""
+        command = [*self.cxx, f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return os.path.realpath(found)
+
+
 class BuildExt(build_ext):
     """Compiles each library with ninja, which knows what is out of date: it compares command lines and headers too."""
 
@@ -230,64 +268,57 @@ class BuildExt(build_ext):
         return f"{fullname.replace('.', os.sep)}.so"
 
     def run(self):
-        torch = find_torch()
-        if isinstance(torch, str):
-            fail(torch)
-        self.torch = torch
-        self.cuda = find_cuda()
-        names = ["cpu", *(f"cu{major}" for major in choose_cuda(torch.cuda_major, list(self.cuda)))]
-        self.extensions = [ext for ext in self.extensions if ext.name.rpartition("._")[2] in names]
+        files = os.environ.get("FUSED_CONV_BN_LIBRARIES")
+        self.ready = {Path(file).name: file for file in files.split(os.pathsep)} if files else {}
+        if self.ready:
+            names = [Path(name).stem[1:] for name in self.ready]
+        else:
+            self.tools = Tools()
+            names = ["cpu", *(f"cu{major}" for major in self.tools.cuda)]
+        self.extensions = [ext for ext in self.extensions if library_of(ext) in names]
         super().run()
 
-    def build_extensions(self):
-        cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-        if shutil.which(cxx[0]) is None:
-            fail(
-                f"building needs a C++ compiler, and {cxx[0]} is not in PATH: install one, for example with "
-                f"apt install g++, or let CXX name it; the wheel (pip install fused_conv_bn) needs none"
-            )
-        ninja = shutil.which("ninja") or next(
-            (str(path / "bin" / "ninja") for path in (Path(sys.prefix),) if (path / "bin" / "ninja").exists()), None
-        )
-        if ninja is None:
-            fail("building needs ninja, and it is not in PATH: pip install ninja")
-        for extension in self.extensions:
-            name = extension.name.rpartition("._")[2]
-            directory = Path(self.build_temp) / name
-            output = Path(self.get_ext_fullpath(extension.name))
-            output.parent.mkdir(parents=True, exist_ok=True)
+    def build_extension(self, ext):
+        output = Path(self.get_ext_fullpath(ext.name))
+        built = self.ready.get(output.name)
+        if built is None:
+            directory = Path(self.build_temp) / library_of(ext)
             directory.mkdir(parents=True, exist_ok=True)
             built = directory / output.name
-            toolkit = None if name == "cpu" else self.cuda[int(name[2:])]
-            write_ninja(directory, name, extension.sources, built, self.torch, cxx, toolkit)
+            write_ninja(directory, library_of(ext), ext.sources, built, self.tools)
             jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-            if subprocess.run([ninja, "-f", directory / "build.ninja", *jobs], cwd=ROOT).returncode != 0:
+            if subprocess.run([self.tools.ninja, "-f", directory / "build.ninja", *jobs], cwd=ROOT).returncode != 0:
                 fail(f"{output.name} could not be compiled; the compiler's messages are above")
-            shutil.copyfile(built, output)
-            output.chmod(0o755)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Not written in place: a process may have the old one open.
+        new = output.with_suffix(".new")
+        shutil.copyfile(built, new)
+        new.chmod(0o755)
+        new.replace(output)
 
 
-def write_ninja(
-    directory: Path, name: str, sources: list[str], output: Path, torch: Torch, cxx: list[str], cuda: Cuda | None
-) -> None:
-    """Writes directory/build.ninja, which runs in ROOT."""
+def write_ninja(directory: Path, library: str, sources: list[str], output: Path, tools: Tools) -> None:
+    """Writes directory/build.ninja, which runs in ROOT and makes ``output``."""
+    torch = tools.torch
     # Paths of this machine, which would get into messages of torch's headers, become the same everywhere.
     maps = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={torch.include}=torch"]
     include = ["-isystem", str(torch.include)]  # as system headers: our warnings are errors, theirs are not
-    commands = {"cxx": [*cxx, *CXX_FLAGS, *maps, *include]}
+    compilers = {"cxx": [*tools.cxx, *CXX_FLAGS, *maps, *include]}
     libs: list[str] = []
-    if cuda is not None:
-        host = ["-ccbin", shutil.which(cxx[-1]) or cxx[-1]]
-        commands["nvcc"] = [str(cuda.nvcc), *host, *nvcc_flags(name, cuda), f"-Xcompiler={','.join(maps)}", *include]
+    if library != "cpu":
+        cuda = tools.cuda[int(library[2:])]
+        host = ["-ccbin", str(shutil.which(tools.cxx[-1]))]
+        flags = [*nvcc_flags(library, cuda), f"-Xcompiler={','.join(maps)}"]
+        compilers["nvcc"] = [str(cuda.nvcc), *host, *flags, *include]
         libs = [str(cuda.cudart), "-ldl", "-lrt", "-lpthread"]
 
-    link = [*cxx, "-shared"]
-    glibc = os.environ.get("FUSED_CONV_BN_GLIBC", "").strip()
-    if glibc:
+    linker = [*tools.cxx, "-shared"]
+    if tools.glibc:
         # zig knows the symbols of each glibc. Its own C++ library, unwinder and arithmetic stay out: -nostdlib.
-        link = [sys.executable, "-m", "ziglang", "cc", "-target", f"x86_64-linux-gnu.{glibc}", "-shared", "-nostdlib"]
-        runtime = ["libstdc++.so.6", "libgcc_s.so.1", "libgcc.a"]
-        libs += ["-Wl,--strip-all", *(compiler_file(cxx, name) for name in runtime), "-lm", "-lc"]
+        linker = [sys.executable, "-m", "ziglang", "cc", "-target", f"x86_64-linux-gnu.{tools.glibc}"]
+        linker += ["-shared", "-nostdlib", "-Wl,--strip-all"]
+        libs += [tools.from_compiler(name) for name in ("libstdc++.so.6", "libgcc_s.so.1", "libgcc.a")]
+        libs += ["-lm", "-lc"]
     link_flags = [
         f"-L{torch.lib}",
         # libtorch.so alone: it brings what each torch splits its symbols over.
@@ -303,36 +334,32 @@ def write_ninja(
     def quote(arguments: list[str]) -> str:
         return shlex.join(arguments).replace("$", "$$")
 
-    def path(text: str | Path) -> str:
+    def path(text: str | Path | None) -> str:
+        assert text is not None
         return re.sub(r"([$ :])", r"$\1", os.path.relpath(text, ROOT))
 
     lines = [f"builddir = {path(directory)}"]
-    for rule, command in commands.items():
-        dependencies = "-MD -MF $out.d"
+    for rule, command in compilers.items():
         lines += [
             f"rule {rule}",
-            f"  command = {quote(command)} {dependencies} -c $in -o $out",
+            f"  command = {quote(command)} -MD -MF $out.d -c $in -o $out",
             f"  description = {rule} $in",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
     lines += [
         "rule link",
-        f"  command = {quote(link)} $in {quote(link_flags)} -o $out",
+        f"  command = {quote(linker)} $in {quote(link_flags)} -o $out",
         "  description = link $out",
     ]
     objects = []
     for source in sources:
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
         objects.append(path(directory / f"{Path(source).stem}.o"))
-        lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {path(ROOT / source)}")
+        # A newer compiler at the same path compiles again, too.
+        lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)} | {path(shutil.which(compilers[rule][0]))}")
     lines.append(f"build {path(output)}: link {' '.join(objects)} | csrc/exports.map")
     (directory / "build.ninja").write_text("\n".join(lines) + "\n")
-
-
-def compiler_file(cxx: list[str], name: str) -> str:
-    """The path of a library that comes with the compiler."""
-    found = subprocess.run([*cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
-    return os.path.realpath(found.strip())
 
 
 # ---- the wheel -------------------------------------------------------------------------------------------------------

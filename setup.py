@@ -13,7 +13,7 @@ Environment:
     CXX                    the C++ compiler. Default: c++.
     MAX_JOBS               how many compilers run at a time. Default: ninja's.
     FUSED_CONV_BN_GLIBC    "2.28": link for this glibc, with PyPI's ziglang, as the wheels are. Default: the system's.
-    FUSED_CONV_BN_LIBRARIES    paths of libraries, with colons between: take these and compile none; for wheels/build.py.
+    FUSED_CONV_BN_LIBRARIES    paths of libraries, with colons between: take these and compile none (wheels/build.py).
 
 This file is also the build backend that pyproject.toml names: setuptools', except that it asks for torch and the CUDA
 compiler only where they are needed.

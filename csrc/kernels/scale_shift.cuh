@@ -162,8 +162,12 @@ __global__ void __launch_bounds__(kThreads) scale_shift_planes_kernel(const Scal
 template <typename T>
 constexpr int kColumnChannels = 32 * Vec<T>::kSize;
 
+// CUDA 12's compiler tries for 48 registers here, and spills; with 4 blocks named (64 registers) it does not.
+constexpr int kColumnBlocks = __CUDACC_VER_MAJOR__ < 13 ? 4 : 0;  // 0: unnamed
+
 template <typename T, typename Source, Activation A, bool kResidual, int kRows>
-__global__ void __launch_bounds__(kThreads) scale_shift_columns_kernel(const ScaleShiftParams<T, Source> p) {
+__global__ void __launch_bounds__(kThreads, kColumnBlocks)
+    scale_shift_columns_kernel(const ScaleShiftParams<T, Source> p) {
   using Acc = acc_t<T>;
   constexpr int V = Vec<T>::kSize;
   constexpr int kPerLoad = Vec<Acc>::kSize;

@@ -51,7 +51,7 @@ help:
 	@echo 'make test     run the tests; ARGS="-k name -x" goes to pytest'
 	@echo 'make bench    run the benchmark; ARGS="--help" lists its options'
 	@echo 'make build    build the libraries in place, for the GPU at hand'
-	@echo 'make wheel    build the wheel for all supported GPUs into wheels/dist'
+	@echo 'make wheel    build the wheel for all supported GPUs into wheels/dist; ARGS="all" also those for one CUDA each'
 	@echo 'make lint     check style and types; make format repairs what a tool can'
 	@echo 'make clean    delete what was built'
 	@echo
@@ -84,10 +84,7 @@ else
 endif
 
 wheel: $(INSTALLED)
-	$(call say,wheel for $(or $(strip $(TORCH_CUDA_ARCH_LIST)),all supported GPUs) (about 5 minutes on two cores for all of them))
-	@rm -rf build/wheel/lib* build/wheel/bdist*
-	$(call setup_py,FUSED_CONV_BN_CUDA=1,build --build-base build/wheel bdist_wheel --dist-dir wheels/dist)
-	@ls -l wheels/dist/*.whl
+	@$(PY) wheels/build.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(call say,ruff)

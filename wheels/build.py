@@ -25,7 +25,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "wheels"
-LOG = BUILD / "log"
 
 sys.path[:0] = [str(ROOT), str(ROOT / "wheels")]
 
@@ -42,7 +41,8 @@ def say(line: str) -> None:
 def run_setup(arguments: list[str], environment: dict[str, str]) -> None:
     """Runs setup.py. Shows ninja's progress; all of the output is in the log, its end here if it fails."""
     command = [sys.executable, "setup.py", *arguments]
-    with LOG.open("w") as log:
+    path = BUILD / "log"
+    with path.open("w") as log:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -57,8 +57,8 @@ def run_setup(arguments: list[str], environment: dict[str, str]) -> None:
             if re.match(r"\[\d+/\d+\] ", line):
                 print(f"  {line}", end="", flush=True)
     if process.wait() != 0:
-        tail = "\n".join(LOG.read_text().splitlines()[-60:])
-        raise SystemExit(f"{tail}\nwheels: setup.py failed, all of its output is in {LOG.relative_to(ROOT)}")
+        tail = "\n".join(path.read_text().splitlines()[-60:])
+        raise SystemExit(f"{tail}\nwheels: setup.py failed, all of its output is in {path}")
 
 
 def commit_date() -> str:
@@ -119,7 +119,7 @@ def pack(wheel: str, libraries: list[Path], local: str | None, out: Path) -> Pat
     return Path(shutil.copy(built, out / built.name))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     wheels = MATRIX["wheels"]
     parser = argparse.ArgumentParser(description="Builds wheels of this tree.")
     parser.add_argument(
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument(
         "--allow-missing", action="store_true", help="exit with 0 although a library could not be compiled"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     wanted = list(wheels) if "all" in args.wheels else list(dict.fromkeys(args.wheels))
     for name in wanted:
         if name not in wheels:

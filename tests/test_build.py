@@ -1,0 +1,471 @@
+"""Building from source and packing wheels: what is decided, what is refused, and what the user reads. Compiles nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fused_conv_bn import _loader
+
+pytest.importorskip("setuptools.command.bdist_wheel", reason="building needs setuptools 77 or newer")
+
+ROOT = Path(__file__).resolve().parents[1]
+MATRIX = json.loads((ROOT / "wheels" / "matrix.json").read_text())
+CUDA_LIBRARIES = [name for name in MATRIX["libraries"] if name != "cpu"]
+
+
+@pytest.fixture
+def project(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py, with none of its environment variables set."""
+    return load("setup", monkeypatch)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    module = load("build", monkeypatch)
+    monkeypatch.setattr(module, "BUILD", tmp_path / "build")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1600000000")
+    return module
+
+
+@pytest.fixture
+def toolchain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return load("toolchain", monkeypatch)
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for variable in [*filter(re.compile("FUSED_CONV_BN_").match, os.environ), "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"]:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.syspath_prepend(ROOT / "wheels")
+    monkeypatch.syspath_prepend(ROOT)
+    for module in ("setup", "build", "toolchain"):  # each test has its own
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return importlib.import_module(name)
+
+
+def sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
+    """The message of an error, which has to be one sentence."""
+    message = str(error.value)
+    assert "\n" not in message and not message.endswith(".") and ". " not in message, message
+    return message
+
+
+# ---- the matrix ------------------------------------------------------------------------------------------------------
+
+
+def test_matrix_is_consistent() -> None:
+    assert MATRIX["tag"] == f"py3-none-{MATRIX['platform']}"
+    for name, library in MATRIX["libraries"].items():
+        assert library["file"] == f"_{name}.so"
+        if name != "cpu":
+            assert library["cuda"].split(".")[0] == name[2:]
+            assert sum("+PTX" in arch for arch in library["archs"]) == 1 and "+PTX" in library["archs"][-1]
+    for name, wheel in MATRIX["wheels"].items():
+        assert wheel["local"] == (None if name == "fat" else name)
+        assert wheel["libraries"][0] == "cpu" and set(wheel["libraries"]) <= set(MATRIX["libraries"])
+        for library in wheel["libraries"][1:]:
+            assert name == "fat" or name == f"cu{MATRIX['libraries'][library]['cuda'].replace('.', '')}"
+    assert MATRIX["wheels"]["fat"]["libraries"] == list(MATRIX["libraries"])
+
+
+def test_loader_finds_the_files_of_the_matrix(tmp_path: Path) -> None:
+    for library in MATRIX["libraries"].values():
+        (tmp_path / library["file"]).touch()
+    assert set(_loader.shipped(tmp_path)) == set(MATRIX["libraries"])
+    for name in CUDA_LIBRARIES:
+        assert _loader.library_names(MATRIX["libraries"][name]["cuda"], tmp_path) == ["cpu", name]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)])
+def test_every_gpu_is_covered(capability: tuple[int, int]) -> None:
+    for name in CUDA_LIBRARIES:
+        assert _loader.covers(capability, " ".join(MATRIX["libraries"][name]["archs"]))
+
+
+def test_versions_are_the_same_everywhere(project: ModuleType) -> None:
+    torch = "torch>={}.{}".format(*_loader.MIN_TORCH)
+    assert project.MIN_TORCH == _loader.MIN_TORCH
+    assert MATRIX["requires_dist"] == [torch]
+    assert f'dependencies = ["{torch}"]' in (ROOT / "pyproject.toml").read_text()
+    assert f"CUDA_TOOLKIT ?= {project.CUDA_REQUIREMENT}\n" in (ROOT / "Makefile").read_text()
+    assert project.CUDA_REQUIREMENT.endswith(f"=={MATRIX['libraries']['cu13']['cuda']}.*")
+    spec = json.loads((ROOT / "wheels" / "cuda12.json").read_text())
+    assert spec["version"] == MATRIX["libraries"]["cu12"]["cuda"]
+
+
+# ---- compute capabilities --------------------------------------------------------------------------------------------
+
+
+def test_archs_are_those_of_the_matrix(project: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CUDA_LIBRARIES:
+        assert project.archs(name) == MATRIX["libraries"][name]["archs"]
+        flags = [flag for arch in project.archs(name) for flag in project.gencode(arch)]
+        assert len(flags) == len(project.archs(name)) + 1
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
+    assert project.archs("cu13") == ["8.0", "9.0a", "12.0+PTX"]
+    assert project.gencode("9.0a") == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert project.gencode("12.0+PTX")[1] == "-gencode=arch=compute_120,code=compute_120"
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "9", "9.0+ptx", "Hopper"])
+def test_arch_that_is_none(project: ModuleType, arch: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        project.gencode(arch)
+    assert repr(arch) in sentence(error)
+
+
+def test_flags_follow_the_compiler(project: ModuleType) -> None:
+    cuda = project.Cuda.__new__(project.Cuda)
+    cuda.version = (12, 4)
+    assert "-Xfatbin=-compress-all" in project.nvcc_flags("cu12", cuda)
+    cuda.version = (13, 0)
+    assert "--compress-mode=size" in project.nvcc_flags("cu13", cuda)
+
+
+# ---- what is installed -----------------------------------------------------------------------------------------------
+
+
+def install_torch(directory: Path, version: str, cuda: str | None, *, headers: bool = True) -> Path:
+    """Fakes as much of a torch as a build looks at."""
+    package = directory / "torch"
+    include = package / "include" / "torch" / "csrc" / "stable"
+    include.mkdir(parents=True)
+    if headers:
+        (include / "library.h").touch()
+    (package / "version.py").write_text(f"__version__ = {version!r}\ncuda: Optional[str] = {cuda!r}\n")
+    return directory
+
+
+def install_nvcc(home: Path, release: str) -> Path:
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
+    nvcc.chmod(0o755)
+    return home
+
+
+def use(project: ModuleType, monkeypatch: pytest.MonkeyPatch, *directories: Path) -> None:
+    """Lets a build see these packages only, and no compiler of the machine."""
+    monkeypatch.setattr(project, "site_packages", lambda: list(directories))
+    which = project.shutil.which
+    monkeypatch.setattr(project.shutil, "which", lambda name, **kw: None if name == "nvcc" else which(name, **kw))
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: not path.is_relative_to("/usr/local/cuda") and exists(path))
+
+
+@pytest.mark.parametrize(
+    ("version", "headers", "message"),
+    [
+        ("2.9.1+cu128", True, "torch 2.9.1+cu128 is installed, and building needs 2.10 or newer"),
+        ("2.13.0", False, "torch 2.13.0 has no C++ headers in"),
+        (None, True, "building needs torch 2.10 or newer, and"),
+    ],
+)
+def test_no_usable_torch(
+    project: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    version: str | None,
+    headers: bool,
+    message: str,
+) -> None:
+    if version:
+        install_torch(tmp_path, version, None, headers=headers)
+    use(project, monkeypatch, tmp_path)
+    with pytest.raises(SystemExit) as error:
+        project.Tools()
+    assert message in sentence(error) and "pip install" in sentence(error)
+
+
+def test_torch_of_the_build_comes_first(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = install_torch(tmp_path / "a", "2.14.0+cu130", "13.0")
+    use(project, monkeypatch, tmp_path, first, install_torch(tmp_path / "b", "2.13.0", None))
+    torch = project.find_torch()
+    assert (torch.version, torch.cuda_major, torch.lib) == ("2.14.0+cu130", 13, first / "torch" / "lib")
+
+
+def test_no_compiler() -> None:
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("fused_conv_bn: building needs a C++ compiler, and no-such-compiler is not in PATH")
+
+
+@pytest.mark.parametrize(
+    ("torch_major", "found", "setting", "expected"),
+    [
+        (None, [], "", []),
+        (None, [13], "", [13]),
+        (None, [12, 13], "", [12]),
+        (13, [12, 13], "", [13]),
+        (13, [13], "0", []),
+        (None, [13], "1", [13]),
+        (12, [13, 12], "1", [12]),
+        (None, [12, 13], "12 13", [12, 13]),
+        (13, [12], "12", [12]),
+        (13, [], "", "no CUDA 13 compiler was found: install one with pip install 'cuda-toolkit"),
+        (12, [13], "", "no CUDA 12 compiler was found: let CUDA_HOME name"),
+        (None, [], "1", "no CUDA 13 compiler"),
+        (None, [13], "12 13", "no CUDA 12 compiler"),
+        (11, [], "", "CUDA 11 is not supported"),
+        (None, [13], "yes", "FUSED_CONV_BN_CUDA is 'yes', expected 0, 1, or"),
+    ],
+)
+def test_choice_of_cuda(
+    project: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    torch_major: int | None,
+    found: list[int],
+    setting: str,
+    expected: list[int] | str,
+) -> None:
+    monkeypatch.setenv("FUSED_CONV_BN_CUDA", setting)
+    if isinstance(expected, list):
+        assert project.choose_cuda(torch_major, found) == expected
+        return
+    with pytest.raises(SystemExit) as error:
+        project.choose_cuda(torch_major, found)
+    assert expected in sentence(error)
+
+
+def test_cuda_home_comes_first(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install_nvcc(tmp_path / "nvidia" / "cu13", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(install_nvcc(tmp_path / "mine", "13.2")))
+    use(project, monkeypatch, tmp_path)
+    assert project.find_cuda()[13].version == (13, 2)
+    monkeypatch.setenv("CUDA_HOME", str(install_nvcc(tmp_path / "old", "12.4")))
+    assert {major: cuda.version for major, cuda in project.find_cuda().items()} == {12: (12, 4), 13: (13, 0)}
+
+
+@pytest.mark.parametrize(
+    ("torch", "nvcc", "setting", "expected"),
+    [
+        (("2.13.0+cpu", None), False, "", set()),
+        (("2.14.0+cu130", "13.0"), True, "", set()),
+        (("2.14.0+cu130", "13.0"), False, "", {"cuda-toolkit"}),
+        (("2.14.0+cu130", "13.0"), False, "0", set()),
+        (("2.14.0+cu126", "12.6"), False, "", set()),
+        (("2.13.0+cpu", None), False, "1", {"cuda-toolkit"}),
+        (("2.13.0+cpu", None), False, "13", {"cuda-toolkit"}),
+        (("2.9.0", "12.8"), False, "", {"torch", "cuda-toolkit"}),
+        (None, False, "0", {"torch"}),
+    ],
+)
+def test_isolated_build_installs_only_what_is_missing(
+    project: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    torch: tuple[str, str | None] | None,
+    nvcc: bool,
+    setting: str,
+    expected: set[str],
+) -> None:
+    if torch:
+        install_torch(tmp_path, *torch)
+    if nvcc:
+        install_nvcc(tmp_path / "nvidia" / "cu13", "13.0")
+    use(project, monkeypatch, tmp_path)
+    monkeypatch.setenv("FUSED_CONV_BN_CUDA", setting)
+    monkeypatch.setattr(project.build_meta, "get_requires_for_build_wheel", lambda config_settings: [])
+    assert {re.split(r"[\[>]", name)[0] for name in project.get_requires_for_build_wheel()} == expected
+
+
+# ---- the CUDA 12 compiler --------------------------------------------------------------------------------------------
+
+
+def make_deb(path: Path, files: dict[str, bytes]) -> Path:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    text = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\nx"), ("data.tar.xz", data.getvalue())):
+        text += f"{name:16}{0:<12}{0:<6}{0:<6}{'100644':8}{len(content):<10}`\n".encode() + content
+        text += b"\n" * (len(content) % 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text)
+    return path
+
+
+def make_spec(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, **change: object) -> Path:
+    """A mirror with a toolkit of one package, whose nvcc is a script, and a cuda12.json for it."""
+    script = b"#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n"
+    deb = make_deb(folder / "mirror" / "pool" / "nvcc_12~1.deb", {"usr/lib/nvcc": script, "usr/lib/x/y.h": b"text"})
+    archive = {
+        "debian": "pool/nvcc_12~1.deb",
+        "sha256": hashlib.sha256(deb.read_bytes()).hexdigest(),
+        "take": {"usr/lib/nvcc": "bin/nvcc", "usr/lib/x/": "include/"},
+    }
+    spec = folder / "cuda12.json"
+    spec.write_text(json.dumps({"version": "12.4", "archives": [{**archive, **change}]}))
+    monkeypatch.setattr(toolchain, "SPEC", spec)
+    monkeypatch.setenv("FUSED_CONV_BN_DEBIAN_MIRROR", (folder / "mirror").as_uri())
+    return deb
+
+
+def test_toolchain_is_set_up_once(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    deb = make_spec(toolchain, monkeypatch, tmp_path)
+    home = toolchain.ensure()
+    assert sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()) == [
+        "bin/nvcc",
+        "bin/nvcc.profile",
+        "include/y.h",
+    ]
+    assert os.access(home / "bin" / "nvcc", os.X_OK)
+    assert list(home.parent.iterdir()) == [home]
+    deb.unlink()
+    assert toolchain.ensure() == home
+
+
+@pytest.mark.parametrize(
+    ("damage", "change", "message"),
+    [
+        (lambda deb: deb.write_bytes(deb.read_bytes()[:-1]), {}, "nvcc_12~1.deb is damaged or not the file"),
+        (lambda deb: deb.unlink(), {}, "nvcc_12~1.deb could not be downloaded"),
+        (lambda deb: None, {"take": {"usr/lib/nvcc": "bin/nvcc", "etc/": "etc/"}}, "nvcc_12~1.deb has no etc/"),
+        (lambda deb: None, {"take": {"usr/lib/x/y.h": "bin/nvcc"}}, "its nvcc does not run here"),
+    ],
+)
+def test_toolchain_refuses(
+    toolchain: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    damage: object,
+    change: dict[str, object],
+    message: str,
+) -> None:
+    deb = make_spec(toolchain, monkeypatch, tmp_path, **change)
+    damage(deb)  # type: ignore[operator]
+    with pytest.raises(toolchain.ToolchainError) as error:
+        toolchain.ensure()
+    assert message in sentence(error)
+    assert list((tmp_path / "cache" / "fused_conv_bn").iterdir()) == []
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def fake_libraries(build: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> None:
+    """Instead of compiling, hands out files for these libraries and has no compiler for the others."""
+
+    def compile_library(name: str) -> Path:
+        if name not in names:
+            raise build.toolchain.ToolchainError("there is no network")
+        path = folder / MATRIX["libraries"][name]["file"]
+        path.write_text(name)
+        return path
+
+    monkeypatch.setattr(build, "compile_library", compile_library)
+
+
+def test_complete_wheels(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_libraries(build, monkeypatch, tmp_path, *MATRIX["libraries"])
+    build.main(["fat", "cu124", "--out", str(tmp_path / "out")])
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    for name in ("fat", "cu124"):
+        full = version[1] + ("" if name == "fat" else f"+{name}")
+        with zipfile.ZipFile(tmp_path / "out" / f"fused_conv_bn-{full}-{MATRIX['tag']}.whl") as wheel:
+            names = wheel.namelist()
+            metadata = wheel.read(f"fused_conv_bn-{full}.dist-info/METADATA").decode()
+            assert {f"{info.external_attr >> 16:o}" for info in wheel.infolist() if info.filename[-3:] == ".py"} == {
+                "100644"
+            }
+        files = [MATRIX["libraries"][library]["file"] for library in MATRIX["wheels"][name]["libraries"]]
+        assert sorted(n for n in names if n.endswith(".so")) == sorted(f"fused_conv_bn/{file}" for file in files)
+        assert sorted(path.name for path in (ROOT / "src" / "fused_conv_bn").glob("*.py")) == sorted(
+            Path(n).name for n in names if n.endswith(".py")
+        )
+        assert f"\nVersion: {full}\n" in metadata and "\nRequires-Dist: torch>=2.10\n" in metadata
+
+
+def test_wheel_is_reproducible(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_libraries(build, monkeypatch, tmp_path, *MATRIX["libraries"])
+    digests = set()
+    for umask in (0o022, 0o077):
+        previous = os.umask(umask)
+        try:
+            build.main(["--out", str(tmp_path / str(umask))])
+        finally:
+            os.umask(previous)
+        (wheel,) = (tmp_path / str(umask)).iterdir()
+        digests.add(hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_incomplete_wheel_does_not_look_complete(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_libraries(build, monkeypatch, tmp_path, "cpu", "cu13")
+    with pytest.raises(SystemExit) as error:
+        build.main(["fat", "cu124", "--out", str(tmp_path / "out")])
+    assert error.value.code not in (None, 0)
+    said = capsys.readouterr().err
+    assert "there is no library cu12, for want of its compiler: there is no network" in said
+    assert "the cu124 wheel was not built" in said
+    (wheel,) = (tmp_path / "out").iterdir()
+    assert "+partial-" in wheel.name
+    monkeypatch.setattr(build, "pack", lambda *arguments: wheel)
+    build.main(["fat", "--out", str(tmp_path / "out"), "--allow-missing"])
+
+
+def test_wheel_of_other_archs_does_not_look_complete(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_libraries(build, monkeypatch, tmp_path, *MATRIX["libraries"])
+    locals_ = []
+    monkeypatch.setattr(build, "pack", lambda name, libraries, local, out: locals_.append(local) or tmp_path)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    build.main(["all"])
+    assert locals_ == ["partial", "cpu", "cu124.partial", "cu130.partial"]
+
+
+# ---- the sdist -------------------------------------------------------------------------------------------------------
+
+
+def test_sdist_has_the_whole_tree(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        have = {name.partition("/")[2] for name in sdist.getnames()}
+    wanted = [
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+        ".ci/run",
+    ]
+    for pattern in ("csrc/**/*.*", "wheels/*.*", "src/**/*.py", "tests/*.py", "benchmarks/*.cu", "requirements/*"):
+        wanted += [str(file.relative_to(ROOT)) for file in ROOT.glob(pattern) if file.is_file()]
+    assert len(wanted) > 50
+    assert [name for name in wanted if name not in have and "__pycache__" not in name] == []
+    assert [name for name in have if name.endswith((".so", ".whl", ".pyc"))] == []

@@ -12,7 +12,7 @@ Environment:
                            Default: those in wheels/matrix.json.
     CXX                    the C++ compiler. Default: c++.
     MAX_JOBS               how many compilers run at a time. Default: ninja's.
-    FUSED_CONV_BN_GLIBC    "2.28": link for this glibc, with PyPI's ziglang, as the wheels are. Default: the system's.
+    FUSED_CONV_BN_GLIBC    "2.28": as the wheels are: linked for this glibc, with PyPI's ziglang, and reproducible.
     FUSED_CONV_BN_LIBRARIES    paths of libraries, with colons between: take these and compile none (wheels/build.py).
 
 This file is also the build backend that pyproject.toml names: setuptools', except that it asks for torch and the CUDA
@@ -303,13 +303,16 @@ def write_ninja(directory: Path, library: str, sources: list[str], output: Path,
     # Paths of this machine, which would get into messages of torch's headers, become the same everywhere.
     maps = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={torch.include}=torch"]
     include = ["-isystem", str(torch.include)]  # as system headers: our warnings are errors, theirs are not
+    cxx = str(shutil.which(tools.cxx[-1]))
     compilers = {"cxx": [*tools.cxx, *CXX_FLAGS, *maps, *include]}
+    programs: dict[str, list[str | Path]] = {"cxx": [cxx]}
     libs: list[str] = []
     if library != "cpu":
         cuda = tools.cuda[int(library[2:])]
-        host = ["-ccbin", str(shutil.which(tools.cxx[-1]))]
-        flags = [*nvcc_flags(library, cuda), f"-Xcompiler={','.join(maps)}"]
-        compilers["nvcc"] = [str(cuda.nvcc), *host, *flags, *include]
+        reproducible = ROOT / "wheels" / "nvcc.py"
+        flags = ["-ccbin", cxx, *nvcc_flags(library, cuda), f"-Xcompiler={','.join(maps)}", *include]
+        compilers["nvcc"] = [*([sys.executable, str(reproducible)] if tools.glibc else []), str(cuda.nvcc), *flags]
+        programs["nvcc"] = [cxx, cuda.nvcc, reproducible]
         libs = [str(cuda.cudart), "-ldl", "-lrt", "-lpthread"]
 
     linker = [*tools.cxx, "-shared"]
@@ -334,8 +337,7 @@ def write_ninja(directory: Path, library: str, sources: list[str], output: Path,
     def quote(arguments: list[str]) -> str:
         return shlex.join(arguments).replace("$", "$$")
 
-    def path(text: str | Path | None) -> str:
-        assert text is not None
+    def path(text: str | Path) -> str:
         return re.sub(r"([$ :])", r"$\1", os.path.relpath(text, ROOT))
 
     lines = [f"builddir = {path(directory)}"]
@@ -356,8 +358,8 @@ def write_ninja(directory: Path, library: str, sources: list[str], output: Path,
     for source in sources:
         rule = "nvcc" if source.endswith(".cu") else "cxx"
         objects.append(path(directory / f"{Path(source).stem}.o"))
-        # A newer compiler at the same path compiles again, too.
-        lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)} | {path(shutil.which(compilers[rule][0]))}")
+        # With the compilers among the inputs, a newer one at the same path compiles again.
+        lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)} | {' '.join(map(path, programs[rule]))}")
     lines.append(f"build {path(output)}: link {' '.join(objects)} | csrc/exports.map")
     (directory / "build.ninja").write_text("\n".join(lines) + "\n")
 

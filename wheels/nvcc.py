@@ -1,0 +1,76 @@
+"""Compiles one .cu file as nvcc would, to an object file that is the same on every machine and in every folder.
+
+    python wheels/nvcc.py NVCC FLAGS... -MD -MF DEPENDENCIES -c SOURCE -o OBJECT
+
+nvcc names internal symbols after its process, its temporary files and the folder it runs in; CUDA 12's has no option
+against that. So this asks nvcc for the commands that it would run (--dryrun) and runs them, with one change: the file
+that those names are taken from, which cudafe++ would write, is written here and says only what the source is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+
+def module_id(source: str) -> str:
+    """What cudafe++ would write but for the checksums, which are of the source's path in this tree alone."""
+    name = re.sub(r"\W", "_", Path(source).name)
+    return f"_{zlib.crc32(source.encode()):08x}_{len(name)}_{name}_00000000"
+
+
+def steps_of(plan: str) -> tuple[dict[str, str], list[str]]:
+    """The variables that nvcc sets for its commands, and the commands."""
+    variables: dict[str, str] = {}
+    commands: list[str] = []
+    for line in plan.splitlines():
+        step = line.removeprefix("#$ ")
+        if step == line:
+            continue
+        name, equals, value = step.partition("=")
+        if equals and re.fullmatch(r"\w+", name):
+            variables[name] = value
+        else:
+            commands.append(step)
+    return variables, commands
+
+
+def main(nvcc: str, *arguments: str) -> int:
+    *flags, md, mf, dependencies, c, source, o, target = arguments
+    if (md, mf, c, o) != ("-MD", "-MF", "-c", "-o"):
+        raise SystemExit("usage: nvcc.py NVCC FLAGS... -MD -MF DEPENDENCIES -c SOURCE -o OBJECT")
+    folder = Path(f"{target}.steps")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    ask = [nvcc, "--dryrun", "--keep", "--keep-dir", str(folder), *flags, c, source, o, target]
+    plan = subprocess.run(ask, capture_output=True, text=True)
+    variables, commands = steps_of(plan.stderr)
+    if plan.returncode != 0 or not commands:
+        print(plan.stderr, file=sys.stderr)
+        return plan.returncode or 1
+    id_file = folder / f"{Path(source).stem}.module_id"
+    id_file.write_text(module_id(source))
+    changed = 0
+    for command in commands:
+        changed += "--gen_module_id_file" in command
+        command = command.replace("--gen_module_id_file", "")
+        command = re.sub(r'--orig_src_path_name "[^"]*"', f'--orig_src_path_name "{source}"', command)
+        if re.search(r' -o "[^"]*\.cpp4\.ii"\s*$', command):  # the preprocessor for the host's half
+            command += f' -MD -MF "{dependencies}" -MT "{target}"'
+        status = subprocess.run(command, shell=True, env={**os.environ, **variables}).returncode
+        if status != 0:
+            return status
+    if changed != 1 or not Path(dependencies).exists():
+        print(f"{nvcc} runs other commands than this program knows: {commands}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

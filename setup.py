@@ -80,6 +80,7 @@ class Torch:
     """A torch to build against. It is not imported: only its headers and libtorch.so are used."""
 
     def __init__(self, directory: Path):
+        directory = directory.resolve()  # as compilers name it in messages, whatever links lead there
         self.include = directory / "include"
         self.lib = directory / "lib"
         text = (directory / "version.py").read_text()

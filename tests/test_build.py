@@ -51,7 +51,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.syspath_prepend(ROOT / "wheels")
     monkeypatch.syspath_prepend(ROOT)
-    for module in ("setup", "build", "toolchain"):  # each test has its own
+    for module in ("setup", "build", "toolchain", "nvcc"):  # each test has its own
         monkeypatch.delitem(sys.modules, module, raising=False)
     return importlib.import_module(name)
 
@@ -361,6 +361,38 @@ def test_toolchain_refuses(
         toolchain.ensure()
     assert message in sentence(error)
     assert list((tmp_path / "cache" / "fused_conv_bn").iterdir()) == []
+
+
+# ---- reproducible objects ----------------------------------------------------------------------------------------------
+
+FAKE_NVCC = """#!/bin/sh
+{
+  echo '#$ GREETING=hello'
+  echo "#\\$ sh preprocess.sh -o \\"$4/a.cpp4.ii\\" "
+  echo "#\\$ sh cudafe.sh --gen_module_id_file \\"$4/a.module_id\\" --orig_src_path_name \\"$PWD/a.cu\\" \\"$4/a.cpp4.ii\\" "
+} >&2
+"""
+
+
+def test_object_does_not_depend_on_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """nvcc's commands run with its variables, but without what it would name symbols after."""
+    nvcc = load("nvcc", monkeypatch)
+    results = []
+    for name in ("here", "there"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        (folder / "nvcc").write_text(FAKE_NVCC)
+        (folder / "nvcc").chmod(0o755)
+        (folder / "preprocess.sh").write_text('touch "$5"')  # -o FILE -MD -MF FILE
+        (folder / "cudafe.sh").write_text('{ echo "$GREETING $*"; cat "$1"; } > a.o')
+        assert nvcc.main("./nvcc", "-O3", "-MD", "-MF", "a.o.d", "-c", "a.cu", "-o", "a.o") == 0
+        assert sorted(path.name for path in folder.iterdir() if "a.o" in path.name) == ["a.o", "a.o.d"]
+        results.append((folder / "a.o").read_text())
+    assert results[0] == results[1]
+    assert results[0].startswith("hello ") and results[0].endswith(nvcc.module_id("a.cu"))
+    assert "--gen_module_id_file" not in results[0] and "--orig_src_path_name a.cu" in results[0]
+    assert len({nvcc.module_id(source) for source in ("a.cu", "b.cu", "x/a.cu")}) == 3
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------

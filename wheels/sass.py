@@ -1,0 +1,160 @@
+"""What the CUDA compiler made of the kernels, read from a built library with cuobjdump and judged here; needs no GPU.
+
+Every elementwise kernel reads and writes 16 bytes at a time, no kernel keeps anything in local memory, and there is
+code for every architecture that the library is meant for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KERNELS = ("scale_shift_planes_kernel", "scale_shift_columns_kernel", "scale_shift_periodic_kernel")
+
+
+@dataclass
+class Kernel:
+    """What is counted of one function on one architecture."""
+
+    arch: str
+    name: str
+    loads: int = 0  # global, 16 bytes
+    stores: int = 0
+    local: list[str] = field(default_factory=list)  # instructions on local memory: spilled registers, indexed arrays
+
+    @property
+    def residual(self) -> bool:
+        """The template argument behind the activation, in the mangled name."""
+        match = re.search(r"ActivationE\d+ELb([01])E", self.name)
+        assert match is not None, f"{self.name}: where is kResidual?"
+        return match[1] == "1"
+
+
+# ---- reading and judging cuobjdump's listings ------------------------------------------------------------------------
+
+
+def parse_sass(lines: Iterable[str]) -> list[Kernel]:
+    """The kernels in what ``cuobjdump -sass`` prints."""
+    kernels: list[Kernel] = []
+    arch = ""
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    for line in lines:
+        if match := instruction.match(line):
+            opcode = match[1]
+            if opcode.startswith("LDG.") and ".128" in opcode:
+                kernels[-1].loads += 1
+            elif opcode.startswith("STG.") and ".128" in opcode:
+                kernels[-1].stores += 1
+            elif re.match(r"(LDL|STL)\b", opcode):
+                kernels[-1].local.append(opcode)
+        elif match := re.match(r"\s*code for (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            kernels.append(Kernel(arch, match[1]))
+    return kernels
+
+
+def problems_of(kernels: list[Kernel]) -> list[str]:
+    """What is wrong with the kernels, a sentence each."""
+    if not kernels:
+        return ["the listing has no kernel"]
+    problems = []
+    for arch in sorted({kernel.arch for kernel in kernels}):
+        for name in KERNELS:
+            found = [k for k in kernels if k.arch == arch and name in k.name]
+            if {k.residual for k in found} != {False, True}:
+                problems.append(f"{arch}: {name} is missing, or missing with or without residual")
+            for kernel in found:
+                need = 2 if kernel.residual else 1
+                if kernel.loads < need:
+                    problems.append(f"{arch}: {kernel.name} has {kernel.loads} LDG.128, expected {need} or more")
+                if kernel.stores < 1:
+                    problems.append(f"{arch}: {kernel.name} has no STG.128")
+    problems += [f"{k.arch}: {k.name} uses local memory: {', '.join(k.local)}" for k in kernels if k.local]
+    return problems
+
+
+def stack_problems_of(text: str) -> list[str]:
+    """What is wrong in what ``cuobjdump -res-usage`` prints."""
+    usages = re.findall(r"Function (\S+):\s+(REG:.*)", text)
+    if not usages:
+        return ["the listing has no kernel"]
+    return [
+        f"{name} has a stack: {usage.strip()}, expected STACK:0 and LOCAL:0"
+        for name, usage in usages
+        if not (re.search(r"\bSTACK:0\b", usage) and re.search(r"\bLOCAL:0\b", usage))
+    ]
+
+
+def arch_problems_of(text: str, archs: list[str], fatbins: int) -> list[str]:
+    """What is wrong in what ``cuobjdump --list-elf --list-ptx`` prints of a library with so many fatbins.
+
+    There is one fatbin for each source file, and each is to have code for exactly ``archs`` (``["8.0", "9.0+PTX"]``).
+    """
+    expected = Counter[str]()
+    for arch in archs:
+        number, _, ptx = arch.partition("+")
+        sm = f"sm_{number.replace('.', '')}"
+        expected[f"machine code for {sm}"] = fatbins
+        expected[f"PTX for {sm}"] = fatbins if ptx else 0
+    found = Counter(
+        f"{'machine code' if kind == 'cubin' else 'PTX'} for {sm}"
+        for sm, kind in re.findall(r"\.(sm_\w+)\.(cubin|ptx)$", text, re.MULTILINE)
+    )
+    return [
+        f"{what} is in {found[what]} of {fatbins} fatbins, expected in {expected[what]}"
+        for what in sorted(expected | found)
+        if found[what] != expected[what]
+    ]
+
+
+# ---- running cuobjdump -----------------------------------------------------------------------------------------------
+
+
+def find_cuobjdump() -> str:
+    """PyPI's, which lies beside nvdisasm, or one from a toolkit."""
+    spec = importlib.util.find_spec("nvidia")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(location).glob("cu*/bin/cuobjdump")):
+            if os.access(path, os.X_OK):
+                return str(path)
+    found = shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError("cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return found
+
+
+def cuobjdump(library: Path, *options: str) -> Iterator[str]:
+    """The lines that it prints, as they come: the machine code of all architectures is 100 MB of text."""
+    command = [find_cuobjdump(), *options, str(library)]
+    # It starts nvdisasm from PATH.
+    env = {**os.environ, "PATH": f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        last = ""
+        for line in process.stdout:
+            yield line
+            last = line
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed: {last.strip()}")
+
+
+def kernel_problems(library: Path) -> list[str]:
+    return problems_of(parse_sass(cuobjdump(library, "-sass")))
+
+
+def stack_problems(library: Path) -> list[str]:
+    return stack_problems_of("".join(cuobjdump(library, "-res-usage")))
+
+
+def arch_problems(library: Path, archs: list[str], fatbins: int) -> list[str]:
+    if not fatbins:
+        return ["has no fatbin"]
+    return arch_problems_of("".join(cuobjdump(library, "--list-elf", "--list-ptx")), archs, fatbins)

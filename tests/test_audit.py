@@ -12,6 +12,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from pathlib import Path
 import pytest
 
 import audit
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11 or newer")
 
 ARCHS = ["9.0+PTX"]
 VERSION = "1.2.3"
@@ -462,6 +465,16 @@ def test_wheel_must_fail(name: str, workshop: Workshop, tmp_path: Path) -> None:
 
 def test_each_check_has_a_wheel_that_must_fail() -> None:
     assert {case.check for case in CASES.values()} == {check.__name__.removeprefix("check_") for check in audit.CHECKS}
+
+
+def test_missing_tools_are_failures(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = Draft(workshop, "cpu")
+    path = draft.write(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch_abi_audit", None)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    found = failures(path, draft.matrix)
+    assert found.keys() == {"twine", "contents", "torch_abi", "platform"}
+    assert found["torch_abi"] == ["torch-abi-audit is missing: pip install torch-abi-audit, with Python 3.11 or newer"]
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------

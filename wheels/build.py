@@ -29,6 +29,7 @@ BUILD = ROOT / "build" / "wheels"
 sys.path[:0] = [str(ROOT), str(ROOT / "wheels")]
 
 import setup as project  # noqa: E402
+
 import toolchain  # noqa: E402
 
 MATRIX = project.MATRIX

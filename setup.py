@@ -4,9 +4,10 @@ The libraries use only the LibTorch stable ABI of torch 2.10 and contain no Pyth
 every later torch and every Python: they are plain shared libraries that ``torch.ops.load_library`` opens.
 
 Environment:
-    FUSED_CONV_BN_CUDA     "0": build without CUDA. "12", "13", "12 13": build for these, fail without their compilers.
-                           "1": build for torch's CUDA, or if it has none the compiler's; fail without a compiler.
-                           Default: as "1" if torch is a build for CUDA, else for CUDA only if a compiler is found.
+    FUSED_CONV_BN_CUDA     "0": build without CUDA. "12", "13", "12 13": build for these.
+                           "1": build for torch's CUDA, or, if it has none, for the compiler's.
+                           Default: build for torch's CUDA, if it has one.
+                           What is asked for and has no compiler is an error.
     CUDA_HOME              a CUDA toolkit to use instead of the one from PyPI, the one in PATH, and /usr/local/cuda.
     TORCH_CUDA_ARCH_LIST   compute capabilities to compile for, as for any PyTorch extension ("9.0" or "8.0;9.0+PTX").
                            Default: those in wheels/matrix.json.
@@ -114,36 +115,46 @@ class Cuda:
 
     def __init__(self, home: Path):
         self.nvcc = home / "bin" / "nvcc"
-        output = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
+        output = ""
+        if os.access(self.nvcc, os.X_OK):
+            output = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
         version = re.search(r"release (\d+)\.(\d+)", output)
         self.version = (int(version[1]), int(version[2])) if version else (0, 0)
-        libs = [home / name / "libcudart_static.a" for name in ("lib", "lib64", "targets/x86_64-linux/lib")]
-        self.cudart = next((lib for lib in libs if lib.exists()), libs[0])
+        folders = ("lib", "lib64", "targets/x86_64-linux/lib", "lib/x86_64-linux-gnu")
+        archives = (home / folder / "libcudart_static.a" for folder in folders)
+        self.cudart = next((archive for archive in archives if archive.exists()), None)
+
+    def problem(self) -> str | None:
+        if self.version == (0, 0):
+            return f"{self.nvcc} is missing or does not run"
+        return None if self.cudart else f"{self.nvcc.parents[1]} has no libcudart_static.a"
 
 
 def find_cuda() -> dict[int, Cuda]:
     """The CUDA toolkits, by major version: of each the one that takes precedence."""
-    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    homes += [home for path in site_packages() for home in sorted((path / "nvidia").glob("cu[0-9]*"))]
-    nvcc = shutil.which("nvcc")
-    homes += [Path(nvcc).resolve().parent.parent] if nvcc else []
-    homes += [Path("/usr/local/cuda")]
     found: dict[int, Cuda] = {}
-    for home in homes:
-        if (home / "bin" / "nvcc").exists():
-            cuda = Cuda(home)
+    if home := os.environ.get("CUDA_HOME"):
+        cuda = Cuda(Path(home))
+        if problem := cuda.problem():
+            fail(f"CUDA_HOME is {home}, which is no CUDA toolkit: {problem}")
+        found[cuda.version[0]] = cuda
+    homes = [home for path in site_packages() for home in sorted((path / "nvidia").glob("cu[0-9]*"))]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(Path(nvcc).resolve().parents[1])
+    for folder in [*homes, Path("/usr/local/cuda")]:
+        cuda = Cuda(folder)
+        if cuda.problem() is None:
             found.setdefault(cuda.version[0], cuda)
-    return {major: cuda for major, cuda in found.items() if f"cu{major}" in MATRIX["libraries"]}
+    return found
 
 
-def choose_cuda(torch_major: int | None, found: list[int]) -> list[int]:
-    """The CUDA versions to build for, by $FUSED_CONV_BN_CUDA. ``found`` are those that have a compiler."""
+def choose_cuda(torch_major: int | None) -> dict[int, Cuda]:
+    """The CUDA versions to build for, by $FUSED_CONV_BN_CUDA, and their toolkits."""
     setting = os.environ.get("FUSED_CONV_BN_CUDA", "").strip()
-    if setting == "0":
-        return []
+    if setting == "0" or (not setting and torch_major is None):
+        return {}
+    found = find_cuda()
     if setting in ("", "1"):
-        if torch_major is None and not found and not setting:
-            return []
         # Another CUDA's library is of no use to this torch.
         wanted = [torch_major or next(iter(found), 13)]
     elif re.fullmatch(r"\d{2}([ ,;]+\d{2})*", setting):
@@ -159,7 +170,7 @@ def choose_cuda(torch_major: int | None, found: list[int]) -> list[int]:
                 f"no CUDA {major} compiler was found: {install}let CUDA_HOME name a CUDA {major} toolkit, "
                 f"or build without CUDA with FUSED_CONV_BN_CUDA=0"
             )
-    return wanted
+    return {major: found[major] for major in wanted}
 
 
 # ---- the build backend -----------------------------------------------------------------------------------------------
@@ -169,12 +180,14 @@ def get_requires_for_build_wheel(config_settings=None):
     """What pip installs for a build in isolation, besides pyproject.toml's list: what the environment lacks."""
     requires = build_meta.get_requires_for_build_wheel(config_settings)
     torch = find_torch()
+    major: int | None = 13  # PyPI's torch is a build for CUDA 13
     if isinstance(torch, str):
         requires.append("torch>={}.{}".format(*MIN_TORCH))
+    else:
+        major = torch.cuda_major
     setting = os.environ.get("FUSED_CONV_BN_CUDA", "").strip()
-    # PyPI's torch is a build for CUDA 13.
-    needs_13 = isinstance(torch, str) or torch.cuda_major == 13 or setting == "1"
-    if 13 not in find_cuda() and (("13" in setting) if setting not in ("", "1") else needs_13):
+    wants_13 = {"": major == 13, "0": False, "1": major in (13, None)}.get(setting, "13" in setting)
+    if wants_13 and 13 not in find_cuda():
         requires.append(CUDA_REQUIREMENT)
     return requires
 
@@ -249,8 +262,7 @@ class Tools:
         if ninja is None:
             fail("building needs ninja, and it is not in PATH: pip install ninja")
         self.ninja = ninja
-        found = find_cuda()
-        self.cuda = {major: found[major] for major in choose_cuda(torch.cuda_major, list(found))}
+        self.cuda = choose_cuda(torch.cuda_major)
         self.glibc = os.environ.get("FUSED_CONV_BN_GLIBC", "").strip()
         if self.glibc and importlib.util.find_spec("ziglang") is None:
             fail(f"linking for glibc {self.glibc} needs ziglang, and {sys.executable} has none: pip install ziglang")

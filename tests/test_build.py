@@ -154,6 +154,8 @@ def install_nvcc(home: Path, release: str) -> Path:
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
     nvcc.chmod(0o755)
+    (home / "lib").mkdir()
+    (home / "lib" / "libcudart_static.a").touch()
     return home
 
 
@@ -214,8 +216,8 @@ def test_no_compiler() -> None:
     ("torch_major", "found", "setting", "expected"),
     [
         (None, [], "", []),
-        (None, [13], "", [13]),
-        (None, [12, 13], "", [12]),
+        (None, [13], "", []),
+        (None, [12, 13], "1", [12]),
         (13, [12, 13], "", [13]),
         (13, [13], "0", []),
         (None, [13], "1", [13]),
@@ -239,11 +241,12 @@ def test_choice_of_cuda(
     expected: list[int] | str,
 ) -> None:
     monkeypatch.setenv("FUSED_CONV_BN_CUDA", setting)
+    monkeypatch.setattr(project, "find_cuda", lambda: dict.fromkeys(found))
     if isinstance(expected, list):
-        assert project.choose_cuda(torch_major, found) == expected
+        assert list(project.choose_cuda(torch_major)) == expected
         return
     with pytest.raises(SystemExit) as error:
-        project.choose_cuda(torch_major, found)
+        project.choose_cuda(torch_major)
     assert expected in sentence(error)
 
 
@@ -254,6 +257,20 @@ def test_cuda_home_comes_first(project: ModuleType, monkeypatch: pytest.MonkeyPa
     assert project.find_cuda()[13].version == (13, 2)
     monkeypatch.setenv("CUDA_HOME", str(install_nvcc(tmp_path / "old", "12.4")))
     assert {major: cuda.version for major, cuda in project.find_cuda().items()} == {12: (12, 4), 13: (13, 0)}
+
+
+def test_toolkit_without_what_is_needed(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that CUDA_HOME names is refused, another is passed over."""
+    home = install_nvcc(tmp_path / "nvidia" / "cu13", "13.0")
+    use(project, monkeypatch, tmp_path)
+    assert list(project.find_cuda()) == [13]
+    (home / "lib" / "libcudart_static.a").unlink()
+    assert project.find_cuda() == {}
+    for folder, message in ((home, "has no libcudart_static.a"), (tmp_path, "nvcc is missing or does not run")):
+        monkeypatch.setenv("CUDA_HOME", str(folder))
+        with pytest.raises(SystemExit) as error:
+            project.find_cuda()
+        assert message in sentence(error)
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,9 @@ class BuildExt(build_ext):
             self.tools = Tools()
             names = ["cpu", *(f"cu{major}" for major in self.tools.cuda)]
         self.extensions = [ext for ext in self.extensions if library_of(ext) in names]
+        # All that is in this folder gets into the wheel, also what an earlier build for something else left there.
+        for old in Path(self.build_lib, "fused_conv_bn").glob("_*.so"):
+            old.unlink()
         super().run()
 
     def build_extension(self, ext):

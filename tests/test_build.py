@@ -463,6 +463,21 @@ def test_wheel_is_reproducible(build: ModuleType, monkeypatch: pytest.MonkeyPatc
     assert len(digests) == 1
 
 
+def test_libraries_of_an_earlier_build_are_not_packed(tmp_path: Path) -> None:
+    (tmp_path / "_cpu.so").write_text("new")
+    package = tmp_path / "lib" / "fused_conv_bn"
+    package.mkdir(parents=True)
+    (package / "_cu13.so").write_text("old")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path / 'lib'}"],
+        cwd=ROOT,
+        env={**os.environ, "FUSED_CONV_BN_LIBRARIES": str(tmp_path / "_cpu.so")},
+        check=True,
+        capture_output=True,
+    )
+    assert [path.name for path in package.iterdir()] == ["_cpu.so"]
+
+
 def test_incomplete_wheel_does_not_look_complete(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

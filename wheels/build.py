@@ -96,7 +96,7 @@ def compile_library(library: str) -> Path:
         environment["CUDA_HOME"] = str(compiler_of(library))
         environment["FUSED_CONV_BN_CUDA"] = library[2:]
     run_setup(["build_ext", f"--build-lib={BUILD / 'lib'}", f"--build-temp={BUILD / 'temp'}"], environment)
-    return BUILD / "lib" / "fused_conv_bn" / MATRIX["libraries"][library]["file"]
+    return BUILD / "temp" / library / MATRIX["libraries"][library]["file"]
 
 
 def pack(wheel: str, libraries: list[Path], local: str | None, out: Path) -> Path:

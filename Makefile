@@ -43,7 +43,7 @@ endif
 
 say = @printf '%s\n' "make: $(1)"
 
-.PHONY: help demo test bench build wheel lint format clean FORCE
+.PHONY: help demo test bench build wheel compat lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +52,7 @@ help:
 	@echo 'make bench    run the benchmark; ARGS="--help" lists its options'
 	@echo 'make build    build the libraries in place, for the GPU at hand'
 	@echo 'make wheel    build the wheel for all supported GPUs into wheels/dist; ARGS="all" also those for one CUDA each'
+	@echo 'make compat   test the wheel of wheels/dist next to many versions of torch and Python'
 	@echo 'make lint     check style and types; make format repairs what a tool can'
 	@echo 'make clean    delete what was built'
 	@echo
@@ -85,6 +86,10 @@ endif
 
 wheel: $(INSTALLED)
 	@$(PY) wheels/build.py $(ARGS)
+
+compat:
+	$(call say,compatibility (20 GB of downloads and half an hour or more for all combinations))
+	@$(PYTHON) wheels/compat.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(call say,ruff)

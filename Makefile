@@ -99,6 +99,9 @@ lint: $(INSTALLED)
 	@$(PY) -m mypy
 	$(call say,clang-format)
 	@clang-format --dry-run --Werror $(CLANG_FORMATTED)
+	$(call say,shellcheck and actionlint)
+	@shellcheck .ci/run
+	@actionlint $(wildcard .github/workflows/*.yml)
 
 format: $(INSTALLED)
 	$(call say,ruff and clang-format)

@@ -29,6 +29,16 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
       "scale_shift_(Tensor(a!) input, Tensor scale, Tensor shift, *, Tensor? residual=None, str activation='none') -> "
       "()");
 
+  m.def(
+      "conv_scale_shift(Tensor input, Tensor weight, Tensor scale, Tensor shift, int[] stride, int[] padding, "
+      "int[] dilation, int groups, *, Tensor? residual=None, str activation='none', bool allow_tf32=False) -> Tensor");
+  // weight * scale and a scale of ones where that costs no accuracy, else both as they are: what conv_scale_shift does
+  // on the CPU in each call, for callers that keep the result.
+  m.def("_fold_conv_weight(Tensor weight, Tensor scale) -> (Tensor weight, Tensor scale)");
+  // What conv_scale_shift would run on CUDA for a problem and a GPU, both as the numbers of kernels/conv_params.h and
+  // conv_config.h in their order; `algorithm` forces one.
+  m.def("_conv_config(int[] problem, int[] gpu, str algorithm='') -> str");
+
   // The compute capabilities that the loaded CUDA library has code for; no kernel without one.
   m.def("cuda_archs() -> str");
 }

@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "dtype.h"
 #include "kernels/epilogue.h"
@@ -19,7 +20,16 @@
 namespace fused_conv_bn {
 
 constexpr int64_t kMaxDim = 5;
+using Sizes = std::array<int64_t, kMaxDim>;
 using Strides = std::array<int64_t, kMaxDim>;
+
+inline std::string list_text(const int64_t* values, int64_t count) {
+  std::string text = "[";
+  for (int64_t i = 0; i < count; ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(values[i]);
+  }
+  return text + "]";
+}
 
 // A tensor argument with its name and its metadata, read once. Refers to the argument.
 struct Operand {
@@ -42,13 +52,7 @@ struct Operand {
         dtype(t.scalar_type()),
         device(device_of(t)) {}
 
-  std::string shape() const {
-    std::string text = "[";
-    for (int64_t d = 0; d < dim; ++d) {
-      text += (d == 0 ? "" : ", ") + std::to_string(sizes[d]);
-    }
-    return text + "]";
-  }
+  std::string shape() const { return list_text(sizes, dim); }
 
   bool same_shape(const Operand& other) const {
     return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
@@ -84,15 +88,19 @@ inline bool suggests_channels_last(const Operand& x) {
   return true;
 }
 
-inline Strides dense_strides(const Operand& x, bool channels_last) {
+inline Strides dense_strides(int64_t dim, const int64_t* sizes, bool channels_last) {
   Strides strides{};
   int64_t next = 1;
-  for (int64_t position = 0; position < x.dim; ++position) {
-    const int64_t d = channels_last ? channels_last_order(x.dim, position) : x.dim - 1 - position;
+  for (int64_t position = 0; position < dim; ++position) {
+    const int64_t d = channels_last ? channels_last_order(dim, position) : dim - 1 - position;
     strides[d] = next;
-    next *= x.sizes[d] > 1 ? x.sizes[d] : 1;
+    next *= sizes[d] > 1 ? sizes[d] : 1;
   }
   return strides;
+}
+
+inline Strides dense_strides(const Operand& x, bool channels_last) {
+  return dense_strides(x.dim, x.sizes, channels_last);
 }
 
 // Whether x's elements lie as the given strides say. The strides of extents of 1 do not count.
@@ -226,6 +234,150 @@ inline void check_target(const char* op, const Operand& target, const Operand& i
       fail(op, ": ", target.name, " has stride 0 in dimension ", d, ", expected a memory location for each element");
     }
   }
+}
+
+// ---- convolutions ----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMaxSpace = kMaxDim - 2;
+using Window = std::array<int64_t, kMaxSpace>;  // a value for each spatial dimension
+
+// A convolution's arguments, checked.
+struct ConvArguments {
+  Operand input;
+  Operand weight;
+  Operand scale;
+  Operand shift;
+  OptionalOperand residual;
+  Window stride;
+  Window padding;
+  Window dilation;
+  int64_t groups;
+  Activation activation;
+  Sizes sizes;  // of the result
+  int64_t numel;
+
+  int64_t space() const { return input.dim - 2; }
+};
+
+// stride, padding or dilation: a value for each spatial dimension, or one for all of them, as in PyTorch.
+inline Window check_window(const char* op, const char* name, const std::vector<int64_t>& values, int64_t space,
+                           int64_t least) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  const auto count = static_cast<int64_t>(values.size());
+  if (count != 1 && count != space) {
+    fail(op, ": ", name, " has ", count, " values, expected 1", space == 1 ? "" : " or ",
+         space == 1 ? "" : std::to_string(space), ", for the ", space, " spatial dimension", space == 1 ? "" : "s",
+         " of input");
+  }
+  Window window{};
+  for (int64_t d = 0; d < space; ++d) {
+    window[d] = values[count == 1 ? 0 : d];
+    if (window[d] < least || window[d] > kMost) {
+      fail(op, ": ", name, " is ", list_text(values.data(), count), ", expected values from ", least, " to ", kMost);
+    }
+  }
+  return window;
+}
+
+inline void check_conv_weight(const char* op, const Operand& weight, const Operand& input, int64_t groups) {
+  if (weight.dim != input.dim) {
+    fail(op, ": weight has shape ", weight.shape(), ", expected ", input.dim,
+         " dimensions, as many as input: (output channels, input channels / groups, then the kernel)");
+  }
+  if (weight.dtype != input.dtype) {
+    fail(op, ": weight has dtype ", dtype_name(weight.dtype), ", expected ", dtype_name(input.dtype),
+         ", the dtype of input");
+  }
+  check_same_device(op, weight, input);
+  if (weight.numel == 0) {
+    fail(op, ": weight has shape ", weight.shape(), ", expected at least one element in each dimension");
+  }
+  if (groups < 1 || input.sizes[1] % groups != 0 || weight.sizes[0] % groups != 0) {
+    fail(op, ": groups is ", groups, ", expected a divisor of the ", input.sizes[1], " channels of input and of the ",
+         weight.sizes[0], " output channels of weight");
+  }
+  if (weight.sizes[1] != input.sizes[1] / groups) {
+    fail(op, ": weight has shape ", weight.shape(), ", expected ", input.sizes[1] / groups,
+         " in dimension 1, the channels of input, ", input.sizes[1], ", over groups, ", groups);
+  }
+  if (weight.sizes[0] > kMaxChannels) {
+    fail(op, ": weight has ", weight.sizes[0], " output channels, expected at most ", kMaxChannels);
+  }
+}
+
+inline ConvArguments check_conv(const char* op, const Tensor& input, const Tensor& weight, const Tensor& scale,
+                                const Tensor& shift, const std::vector<int64_t>& stride,
+                                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                int64_t groups, const OptionalTensor& residual, const std::string& activation) {
+  ConvArguments c{Operand("input", input),
+                  Operand("weight", weight),
+                  Operand("scale", scale),
+                  Operand("shift", shift),
+                  optional_operand("residual", residual),
+                  {},
+                  {},
+                  {},
+                  groups,
+                  Activation::none,
+                  {},
+                  1};
+  const Operand& x = c.input;
+  if (x.dim < 3) {
+    fail(op, ": input has shape ", x.shape(),
+         ", expected 3 to 5 dimensions: (N, C, L), (N, C, H, W) or (N, C, D, H, W)");
+  }
+  check_input(op, x);
+  for (int64_t d = 1; d < x.dim; ++d) {
+    if (x.sizes[d] == 0) {
+      fail(op, ": input has shape ", x.shape(), ", expected at least one element in each dimension but the first");
+    }
+  }
+  check_conv_weight(op, c.weight, x, groups);
+  c.stride = check_window(op, "stride", stride, c.space(), 1);
+  c.padding = check_window(op, "padding", padding, c.space(), 0);
+  c.dilation = check_window(op, "dilation", dilation, c.space(), 1);
+  c.sizes[0] = x.sizes[0];
+  c.sizes[1] = c.weight.sizes[0];
+  for (int64_t d = 0; d < c.space(); ++d) {
+    const int64_t padded = x.sizes[d + 2] + 2 * c.padding[d];
+    const int64_t taps = c.weight.sizes[d + 2];
+    if (taps - 1 > (padded - 1) / c.dilation[d]) {
+      fail(op, ": weight has shape ", c.weight.shape(), ", expected a kernel that fits into input of shape ", x.shape(),
+           ": in dimension ", d + 2, " that has ", padded, " elements with its padding, and ", taps,
+           " taps with dilation ", c.dilation[d], " cover more");
+    }
+    c.sizes[d + 2] = (padded - 1 - c.dilation[d] * (taps - 1)) / c.stride[d] + 1;
+  }
+  for (int64_t d = 0; d < x.dim; ++d) {
+    c.numel *= c.sizes[d];
+  }
+  for (const Operand* param : {&c.scale, &c.shift}) {
+    check_channel_param(op, *param, c.sizes[1], "the output", acc_dtype(x.dtype), acc_dtype(x.dtype), x);
+  }
+  if (c.residual.has_value()) {
+    const Operand& r = *c.residual;
+    if (r.dim != x.dim || !std::equal(r.sizes, r.sizes + r.dim, c.sizes.begin())) {
+      fail(op, ": residual has shape ", r.shape(), ", expected ", list_text(c.sizes.data(), x.dim),
+           ", the shape of the output");
+    }
+    if (r.dtype != x.dtype) {
+      fail(op, ": residual has dtype ", dtype_name(r.dtype), ", expected ", dtype_name(x.dtype),
+           ", the dtype of input");
+    }
+    check_same_device(op, r, x);
+  }
+  c.activation = parse_activation(op, activation);
+  return c;
+}
+
+// Whether eager's convolution puts its result out as channels_last: cuDNN and PyTorch's CPU kernels do if the input or
+// the weight reads as that, but for float64 on CUDA and in 5 dimensions, and for empty batches.
+inline bool computes_channels_last(const ConvArguments& c) {
+  const bool on_cpu = c.input.device.type == aoti_torch_device_type_cpu();
+  if (c.numel == 0 || (c.input.dtype == ScalarType::Double && !(on_cpu && c.input.dim == 4))) {
+    return false;
+  }
+  return suggests_channels_last(c.input) || suggests_channels_last(c.weight);
 }
 
 // ---- operands of the kernels -----------------------------------------------------------------------------------------

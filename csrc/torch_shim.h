@@ -5,6 +5,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,6 +21,7 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #endif
 
 namespace fused_conv_bn {
@@ -86,7 +88,37 @@ inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* st
   return Tensor(handle);
 }
 
+// PyTorch's aten::convolution, not transposed: whichever library it chooses, under its own flags. The lists have `space`
+// values each. bias: nullptr for none. The result is unknown to autograd, whose graph or tangent would be wrong for what
+// callers make of it.
+inline Tensor convolution(const Tensor& input, const Tensor& weight, const Tensor* bias, int64_t space,
+                          const int64_t* stride, const int64_t* padding, const int64_t* dilation, int64_t groups) {
+  constexpr int64_t kNoOutputPadding[] = {0, 0, 0};
+  AtenTensorHandle bias_handle = bias == nullptr ? nullptr : bias->get();
+  AtenTensorHandle result = nullptr;
 #if defined(__CUDACC__)
+  const auto shim = aoti_torch_cuda_convolution;
+#else
+  const auto shim = aoti_torch_cpu_convolution;
+#endif
+  check_shim(shim(input.get(), weight.get(), bias == nullptr ? nullptr : &bias_handle, stride, space, padding, space,
+                  dilation, space, 0, kNoOutputPadding, space, groups, &result),
+             "run its convolution");
+  const Tensor differentiable(result);
+  AtenTensorHandle plain = nullptr;
+  check_shim(aoti_torch__reinterpret_tensor(result, differentiable.dim(), differentiable.sizes().data(),
+                                            differentiable.strides().data(), 0, &plain),
+             "name a tensor's memory");
+  return Tensor(plain);
+}
+
+#if defined(__CUDACC__)
+
+inline int device_attribute(int32_t index, cudaDeviceAttr name) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, name, index);
+  return value;
+}
 
 // Makes a tensor's device the current one for a scope, and knows the stream that PyTorch is using on it.
 class CudaScope {
@@ -110,20 +142,16 @@ class CudaScope {
       return;
     }
     if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion) {
-      fail(op, ": cuda:", index_, " has compute capability ", attribute(cudaDevAttrComputeCapabilityMajor), ".",
-           attribute(cudaDevAttrComputeCapabilityMinor), ", and this build of fused_conv_bn has code for ",
-           FCB_CUDA_ARCHS, "; install a build that covers it (python -m fused_conv_bn info lists what is installed)");
+      fail(op, ": cuda:", index_, " has compute capability ",
+           device_attribute(index_, cudaDevAttrComputeCapabilityMajor), ".",
+           device_attribute(index_, cudaDevAttrComputeCapabilityMinor),
+           ", and this build of fused_conv_bn has code for ", FCB_CUDA_ARCHS,
+           "; install a build that covers it (python -m fused_conv_bn info lists what is installed)");
     }
     fail(op, ": CUDA reports ", cudaGetErrorName(status), " (", cudaGetErrorString(status), ") on cuda:", index_);
   }
 
  private:
-  int attribute(cudaDeviceAttr name) const {
-    int value = 0;
-    cudaDeviceGetAttribute(&value, name, index_);
-    return value;
-  }
-
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   int32_t index_;
   cudaStream_t stream_ = nullptr;

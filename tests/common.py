@@ -18,6 +18,9 @@ DTYPES: dict[torch.dtype, float] = {
 DEVICES = ("cpu", "cuda")
 """The parameters of the fixture ``device`` (conftest.py)."""
 
+CONV_ALGORITHMS = ("aten",)
+"""The algorithms of conv_scale_shift on CUDA, each of which tests force (conftest.py's ``conv_device``)."""
+
 
 def random_bn(
     channels: int, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from common import DEVICES
+from common import CONV_ALGORITHMS, DEVICES
 
 REQUIRED_GPUS = int(os.environ.get("FUSED_CONV_BN_REQUIRE_CUDA") or 0)
 
@@ -44,6 +44,16 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
         _need_gpus(1)
     return request.param
+
+
+@pytest.fixture(params=[("cpu", "by rule"), *(("cuda", name) for name in ("by rule", *CONV_ALGORITHMS))], ids="-".join)
+def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device for conv_scale_shift, with each of its algorithms forced there in turn."""
+    device, algorithm = request.param
+    if device == "cuda":
+        _need_gpus(1)
+    monkeypatch.setenv("FUSED_CONV_BN_CONV", "" if algorithm == "by rule" else algorithm)
+    return device
 
 
 @pytest.fixture

@@ -132,6 +132,8 @@ def test_opcheck_fold_bn(optional: int, dtype: torch.dtype, device: str, generat
 def test_every_overload_is_opchecked() -> None:
     """Guards the lists above: a new op needs samples."""
     checked = {op for op, _ in CALLS.values()} | {OPS.fold_bn.default, OPS.cuda_archs.default}
+    checked |= {OPS.conv_scale_shift.default, OPS._fold_conv_weight.default}  # in test_conv.py
+    checked |= {OPS._conv_config.default}  # takes no tensor
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_conv_bn::")}
     assert {op.name() for op in checked} == defined
 
@@ -287,7 +289,7 @@ def test_export(grad: bool, device: str, generator: torch.Generator) -> None:
             dynamic_shapes={"x": {0: torch.export.Dim("n", min=1, max=1024)}},
         )
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert ("fused_conv_bn.scale_shift_.default" in targets) != grad
+    assert ("fused_conv_bn.conv_scale_shift.default" in targets) != grad
     assert ("aten.batch_norm.default" in targets) == grad
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -301,7 +303,8 @@ def test_export(grad: bool, device: str, generator: torch.Generator) -> None:
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
-FUNCTIONS = {"fold_bn": 5, "bn_scale": 5, "bn_scale_": 5, "scale_shift": 4, "scale_shift_": 4}  # how many tensors
+# How many tensors each takes.
+FUNCTIONS = {"fold_bn": 5, "bn_scale": 5, "bn_scale_": 5, "scale_shift": 4, "scale_shift_": 4, "conv_scale_shift": 5}
 REQUIRES = [(name, i) for name, count in FUNCTIONS.items() for i in range(count)]
 
 
@@ -314,6 +317,11 @@ def function_arguments(name: str, device: str, generator: torch.Generator) -> tu
         return [mean, var, weight, bias, mean + 1], lambda m, v, w, b, cb: f(m, v, w, b, conv_bias=cb)
     if name.startswith("bn_scale"):
         return [x, mean, var, weight, bias], f
+    if name == "conv_scale_shift":
+        w = torch.randn(C, C, 3, 3, device=device)
+        return [x, w, mean, var, torch.randn_like(x)], lambda x, w, scale, shift, r: f(
+            x, w, scale, shift, padding=1, residual=r
+        )
     return [x, mean, var, torch.randn_like(x)], lambda x, scale, shift, r: f(x, scale, shift, residual=r)
 
 
@@ -365,12 +373,13 @@ def test_writes_count_as_modifications(write: str, device: str, generator: torch
         saved.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["fold_bn", "bn_scale", "scale_shift"])
+@pytest.mark.parametrize("name", ["fold_bn", "bn_scale", "scale_shift", "conv_scale_shift"])
 def test_raw_ops_warn_in_backward(name: str, device: str, generator: torch.Generator) -> None:
     """PyTorch's fallback for ops without a derivative: the gradient is missing, and a warning says so."""
     tensors, _ = function_arguments(name, device, generator)
     tensors[0].requires_grad_()
-    y = getattr(OPS, name)(*(tensors[:3] if name == "scale_shift" else tensors[:4]))
+    window = ([1], [1], [1], 1) if name == "conv_scale_shift" else ()
+    y = getattr(OPS, name)(*(tensors[:3] if name == "scale_shift" else tensors[:4]), *window)
     y = y[0] if isinstance(y, tuple) else y
     assert y.requires_grad
     with pytest.warns(UserWarning, match=f"fused_conv_bn::{name}: an autograd kernel was not registered"):

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
 }
 BN_ARGUMENTS = ("eps", "momentum", "affine", "track_running_stats")
-FUSED = "fused_conv_bn::scale_shift_"
+FUSED = "fused_conv_bn::conv_scale_shift"
 FOLD = "fused_conv_bn::fold_bn"
 
 
@@ -222,16 +222,16 @@ def test_eval_with_residual_and_activation(
         y = ours(x, residual)
         check(y, plain, x, residual, activation)
     ops = ops_of(ours, x, residual)
-    assert ops.count(FUSED) == 1 and ops.count("convolution") == 1 and ops.count("batch_norm") == 0
+    assert ops.count(FUSED) == 1 and ops.count("aten::convolution") == 0 and ops.count("batch_norm") == 0
     assert ops.count("aten::add") == ops.count("aten::mul") == 0
 
 
 @cases
-def test_no_grad_runs_one_convolution_and_the_fused_op(case: str, device: str, generator: torch.Generator) -> None:
+def test_no_grad_runs_the_fused_op_alone(case: str, device: str, generator: torch.Generator) -> None:
     _, ours = models(generator, device, **CASES[case])
     ops = ops_of(ours, sample(generator, device))
     fused = case != "no_stats"  # without running statistics the batch's own are needed
-    assert (ops.count(FUSED), ops.count("convolution"), ops.count("batch_norm") == 0) == (fused, 1, fused)
+    assert (ops.count(FUSED), ops.count("aten::convolution"), ops.count("batch_norm") == 0) == (fused, not fused, fused)
 
 
 def test_inputs_stay_as_they_are(device: str, generator: torch.Generator) -> None:
@@ -546,8 +546,8 @@ def test_folds_once(device: str, generator: torch.Generator) -> None:
             ours(x)
         assert (ops.count(FOLD), ops.count(FUSED)) == (0, 1)
         with torch.no_grad():
-            ours.conv.weight.mul_(2)  # not part of what is folded
-        assert ops_of(ours, x).count(FOLD) == 0
+            ours.conv.weight.mul_(2)
+        assert ops_of(ours, x).count(FOLD) == (device == "cpu")  # where the weight is part of what is folded
         assert ops_of(ours.eval(), x).count(FOLD) == 1
 
 

@@ -8,6 +8,26 @@ namespace fused_conv_bn {
 // Kernel::run<T, A, kResidual>(op, Elementwise, scale, shift) computes; scale and shift are acc_t<T>, one a channel.
 template <typename Kernel>
 struct ScaleShift {
+  // Everything is checked. Writes to `target`, or to a new tensor if it is nullptr.
+  static Tensor compute(const char* op, const Operand& x, const Operand& scale, const Operand& shift,
+                        const OptionalOperand& residual, Activation activation, const Operand* target) {
+    Elementwise e = make_elementwise(x, residual, target);
+    if (e.shape.numel > 0) {
+      OptionalTensor scale_copy, shift_copy;
+      const void* scales = channel_data(scale, scale.dtype, scale_copy);
+      const void* shifts = channel_data(shift, shift.dtype, shift_copy);
+      dispatch_dtype(x.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        dispatch_epilogue(activation, e.residual != nullptr, [&](auto a, auto has_residual) {
+          Kernel::template run<T, a(), has_residual()>(op, e, static_cast<const acc_t<T>*>(scales),
+                                                       static_cast<const acc_t<T>*>(shifts));
+        });
+      });
+      e.finish();
+    }
+    return e.output;
+  }
+
   static Tensor functional(Tensor input, Tensor scale, Tensor shift, OptionalTensor residual, StringHandle activation) {
     return call("scale_shift", input, scale, shift, residual, activation, nullptr, nullptr);
   }
@@ -49,22 +69,14 @@ struct ScaleShift {
         check_overlap(op, *out, *r, true);
       }
     }
-    Elementwise e = make_elementwise(x, r, out.has_value() ? &*out : nullptr);
-    if (e.shape.numel > 0) {
-      OptionalTensor scale_copy, shift_copy;
-      const void* scales = channel_data(scale_operand, scale_operand.dtype, scale_copy);
-      const void* shifts = channel_data(shift_operand, shift_operand.dtype, shift_copy);
-      dispatch_dtype(x.dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        dispatch_epilogue(activation, e.residual != nullptr, [&](auto a, auto has_residual) {
-          Kernel::template run<T, a(), has_residual()>(op, e, static_cast<const acc_t<T>*>(scales),
-                                                       static_cast<const acc_t<T>*>(shifts));
-        });
-      });
-      e.finish();
-    }
-    return e.output;
+    return compute(op, x, scale_operand, shift_operand, r, activation, out.has_value() ? &*out : nullptr);
   }
 };
+
+// In place, on what is checked already: how other ops apply the epilogue to memory. One for each library.
+void apply_scale_shift_cpu(const char* op, const Operand& x, const Operand& scale, const Operand& shift,
+                           const OptionalOperand& residual, Activation activation);
+void apply_scale_shift_cuda(const char* op, const Operand& x, const Operand& scale, const Operand& shift,
+                            const OptionalOperand& residual, Activation activation);
 
 }  // namespace fused_conv_bn

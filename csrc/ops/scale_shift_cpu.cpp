@@ -15,6 +15,11 @@ struct CpuKernel {
 
 }  // namespace
 
+void apply_scale_shift_cpu(const char* op, const Operand& x, const Operand& scale, const Operand& shift,
+                           const OptionalOperand& residual, Activation activation) {
+  ScaleShift<CpuKernel>::compute(op, x, scale, shift, residual, activation, &x);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CPU, m) {
   m.impl("scale_shift", TORCH_BOX(&ScaleShift<CpuKernel>::functional));
   m.impl("scale_shift.out", TORCH_BOX(&ScaleShift<CpuKernel>::out));

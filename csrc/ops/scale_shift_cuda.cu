@@ -14,6 +14,11 @@ struct CudaKernel {
 
 }  // namespace
 
+void apply_scale_shift_cuda(const char* op, const Operand& x, const Operand& scale, const Operand& shift,
+                            const OptionalOperand& residual, Activation activation) {
+  ScaleShift<CudaKernel>::compute(op, x, scale, shift, residual, activation, &x);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
   m.impl("scale_shift", TORCH_BOX(&ScaleShift<CudaKernel>::functional));
   m.impl("scale_shift.out", TORCH_BOX(&ScaleShift<CudaKernel>::out));

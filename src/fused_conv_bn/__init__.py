@@ -13,13 +13,14 @@ except ImportError as error:
 
 from . import _fake, reference  # noqa: E402, F401  (the ops exist from here on)
 from .modules import ConvBnScale2d  # noqa: E402
-from .ops import bn_scale, bn_scale_, fold_bn, scale_shift, scale_shift_  # noqa: E402
+from .ops import bn_scale, bn_scale_, conv_scale_shift, fold_bn, scale_shift, scale_shift_  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "ConvBnScale2d",
     "bn_scale",
     "bn_scale_",
+    "conv_scale_shift",
     "fold_bn",
     "reference",
     "scale_shift",

@@ -5,28 +5,44 @@ Sizes may be symbolic; nothing here asks for their values beyond comparisons tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def _result_format(x: Tensor) -> torch.memory_format:
-    """The memory format that csrc/checks.h computes in: its computes_channels_last() and suggests_channels_last()."""
-    if x.dim() < 4:
-        return torch.contiguous_format
-    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    if x.device.type == "cpu":
-        if x.is_contiguous():
-            return torch.contiguous_format
-        if x.is_contiguous(memory_format=channels_last):
-            return channels_last
-    if x.stride(1) == 0:
-        return torch.contiguous_format
+def _suggests_channels_last(x: Tensor) -> bool:
+    """suggests_channels_last() of csrc/checks.h."""
+    if x.dim() < 4 or x.stride(1) == 0:
+        return False
     least = 0
     for d in (1, *range(x.dim() - 1, 1, -1), 0):
         if x.size(d) == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
-            return torch.contiguous_format
+            return False
         least = x.stride(d) * x.size(d) if x.size(d) > 1 else x.stride(d)
-    return channels_last
+    return True
+
+
+def _channels_last(dim: int) -> torch.memory_format:
+    return torch.channels_last if dim == 4 else torch.channels_last_3d
+
+
+def _result_format(x: Tensor) -> torch.memory_format:
+    """The memory format that csrc/checks.h computes in: its computes_channels_last()."""
+    if x.dim() >= 4 and x.device.type == "cpu":
+        if x.is_contiguous():
+            return torch.contiguous_format
+        if x.is_contiguous(memory_format=_channels_last(x.dim())):
+            return _channels_last(x.dim())
+    return _channels_last(x.dim()) if _suggests_channels_last(x) else torch.contiguous_format
+
+
+def _conv_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The same for convolutions."""
+    double = input.dtype == torch.float64 and not (input.device.type == "cpu" and input.dim() == 4)
+    if input.size(0) == 0 or double or not (_suggests_channels_last(input) or _suggests_channels_last(weight)):
+        return torch.contiguous_format
+    return _channels_last(input.dim())
 
 
 def _like(x: Tensor) -> Tensor:
@@ -74,3 +90,41 @@ def _scale_shift_out(input, scale, shift, *, residual=None, activation="none", o
 @torch.library.register_fake("fused_conv_bn::scale_shift_")
 def _scale_shift_inplace(input, scale, shift, *, residual=None, activation="none"):
     return None
+
+
+def conv_output_size(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """The shape of a convolution's result. Each of the sequences has one value for each spatial dimension, or one."""
+    space = input.dim() - 2
+    windows = zip(*(list(x) * space if len(x) == 1 else x for x in (stride, padding, dilation)), strict=True)
+    size = [input.size(0), weight.size(0)]
+    for d, (s, p, dil) in enumerate(windows, 2):
+        size.append((input.size(d) + 2 * p - dil * (weight.size(d) - 1) - 1) // s + 1)
+    return size
+
+
+@torch.library.register_fake("fused_conv_bn::conv_scale_shift")
+def _conv_scale_shift(
+    input,
+    weight,
+    scale,
+    shift,
+    stride,
+    padding,
+    dilation,
+    groups,
+    *,
+    residual=None,
+    activation="none",
+    allow_tf32=False,
+):
+    size = conv_output_size(input, weight, stride, padding, dilation)
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_conv_format(input, weight))
+
+
+@torch.library.register_fake("fused_conv_bn::_fold_conv_weight")
+def _fold_conv_weight(weight, scale):
+    channels_last = _suggests_channels_last(weight)
+    memory_format = _channels_last(weight.dim()) if channels_last else torch.contiguous_format
+    return torch.empty_like(weight, memory_format=memory_format), torch.empty_like(scale)

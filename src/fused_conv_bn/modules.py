@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _loader, ops
+from ._fake import conv_output_size
 from .reference import ACTIVATIONS
 
 
@@ -43,7 +46,7 @@ class _Folded(NamedTuple):
     """What a fold gave and what it was made of; replaced as a whole, so that threads never see parts of two."""
 
     key: tuple[Any, ...]
-    pair: tuple[Tensor, Tensor]
+    tensors: tuple[Tensor | None, Tensor, Tensor]  # weight (None: the module's own), scale, shift
     stream: torch.cuda.Stream | None  # that the fold ran on, and its end there; None on the CPU
     done: torch.cuda.Event | None
 
@@ -58,9 +61,9 @@ class ConvBnScale2d(nn.Module):
     with ``self.conv``, ``self.bn`` and ``self.scaling_factor`` as a model would define them: same parameters, same
     random draws in the constructor, same ``state_dict`` keys, same results in training and evaluation.
 
-    In evaluation mode, where no gradient is needed, it runs the convolution without its bias and one fused in-place
-    pass for the rest. BN, factor and bias are folded into a scale and a shift per channel once and kept until one of
-    them changes: assigned or written to in place, loaded, moved or cast; also every ``train()`` or ``eval()`` drops
+    In evaluation mode, where no gradient is needed, all of it is one :func:`fused_conv_bn.conv_scale_shift`. BN, factor
+    and bias are folded into a scale and a shift per channel once, on the CPU also into the weight, and kept until one
+    of them changes: assigned or written to in place, loaded, moved or cast; also every ``train()`` or ``eval()`` drops
     them. (A write through ``tensor.data`` is invisible to PyTorch; call ``eval()`` after one.) In training mode, where
     a gradient is needed, with hooks on ``conv`` or ``bn``, or with a ``conv`` or ``bn`` of another class, PyTorch's ops
     run.
@@ -153,12 +156,37 @@ class ConvBnScale2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x``: (N, in_channels, H, W). ``residual``: of the result's shape and dtype, added before the activation."""
         if self._fusible(x, residual):
-            y = self.conv._conv_forward(x, self.conv.weight, None)
-            if residual is None or (residual.shape == y.shape and residual.dtype == y.dtype):
-                scale, shift = self._scale_and_shift()
-                torch.ops.fused_conv_bn.scale_shift_(y, scale, shift, residual=residual, activation=self.activation)
-                return y
+            conv = self.conv
+            padded, padding = self._padded(x)
+            size = conv_output_size(padded, conv.weight, conv.stride, padding, conv.dilation)
+            dtype = ops.autocast_dtype(x)
+            if min(size[2:]) > 0 and (residual is None or (list(residual.shape) == size and residual.dtype == dtype)):
+                weight, scale, shift = self._operands(dtype)
+                return torch.ops.fused_conv_bn.conv_scale_shift(
+                    padded,
+                    weight,
+                    scale,
+                    shift,
+                    conv.stride,
+                    padding,
+                    conv.dilation,
+                    conv.groups,
+                    residual=residual,
+                    activation=self.activation,
+                )
         return self._forward_plain(x, residual)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
+        """The input and what is left to pad it with, as ``nn.Conv2d`` does: zeros on both sides alike."""
+        conv = self.conv
+        if conv.padding_mode != "zeros":
+            return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
+        if not isinstance(conv.padding, str):
+            return x, conv.padding
+        right, left = conv._reversed_padding_repeated_twice[::2], conv._reversed_padding_repeated_twice[1::2]
+        if right == left:
+            return x, left[::-1]
+        return F.pad(x, conv._reversed_padding_repeated_twice), (0, 0)
 
     def _forward_plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = self.bn(self.conv(x)) * self.scaling_factor
@@ -178,6 +206,12 @@ class ConvBnScale2d(nn.Module):
             return False
         if x.dim() != 4 or x.device.type not in ("cpu", "cuda") or (x.is_cuda and len(_loader.loaded) < 2):
             return False
+        # Inputs that the convolution refuses get its own message.
+        channels = conv.weight.size(1) * conv.groups
+        if x.size(1) != channels or x.size(2) == 0 or x.size(3) == 0 or x.device != conv.weight.device:
+            return False
+        if ops.autocast_dtype(x) != ops.autocast_dtype(conv.weight):
+            return False
         if forward_ad._current_level >= 0:  # forward-mode AD, which neither grad mode nor requires_grad shows
             return False
         if torch.is_grad_enabled():
@@ -185,9 +219,10 @@ class ConvBnScale2d(nn.Module):
             return not any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
         return True
 
-    # ---- the folded scale and shift ----------------------------------------------------------------------------------
+    # ---- the folded scale, shift and weight --------------------------------------------------------------------------
 
-    def _fold(self) -> tuple[Tensor, Tensor]:
+    def _fold(self, dtype: torch.dtype, keeps_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight, scale, shift), the weight being the convolution's own unless a version of it is to be kept."""
         bn, factor = self.bn, self.scaling_factor
         number = 1.0 if isinstance(factor, Tensor) else float(factor)
         assert bn.running_mean is not None and bn.running_var is not None
@@ -197,34 +232,47 @@ class ConvBnScale2d(nn.Module):
             )
             if isinstance(factor, Tensor):
                 scale, shift = scale * factor, shift * factor
-        return scale, shift
+            if not keeps_weight:
+                return self.conv.weight, scale, shift
+            weight = self.conv.weight.detach().to(dtype)
+            if weight.device.type == "cpu" and weight.dtype == scale.dtype:
+                weight, scale = torch.ops.fused_conv_bn._fold_conv_weight(weight, scale)
+            return weight, scale, shift
 
-    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        bn = self.bn
+    def _operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, scale and shift of a convolution that computes in ``dtype``."""
+        bn, weight = self.bn, self.conv.weight
         if torch.compiler.is_compiling():
-            return self._fold()
+            return self._fold(dtype, False)
         assert bn.running_mean is not None  # _fusible() made sure
-        if bn.running_mean.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._fold()  # into the graph: it runs at each replay, on what the parameters are then
+        # The weight is cast as autocast would, and folded where conv_scale_shift would do so in each call.
+        folds_weight = weight.device.type == "cpu" and dtype.itemsize > 2 and self.activation == "none"
+        keeps_weight = folds_weight or weight.dtype != dtype
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Into the graph: it runs at each replay, on what the parameters are then.
+            return self._fold(dtype, keeps_weight)
         try:
             # F.batch_norm updates the running statistics without giving them a new version: num_batches_tracked tells.
             bn_state = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.eps)
-            sources = (self.conv.bias, self.scaling_factor, *bn_state)
+            sources = (self.conv.bias, self.scaling_factor, *bn_state, dtype, *((weight,) if keeps_weight else ()))
             key = tuple(part for source in sources for part in _state(source))
         except RuntimeError:  # nothing tells when they change
-            return self._fold()
+            return self._fold(dtype, False)
         folded = self._folded
         stream = torch.cuda.current_stream(bn.running_mean.device) if bn.running_mean.is_cuda else None
         if folded is None or not _same(folded.key, key):
-            pair = self._fold()
-            folded = _Folded(key, pair, stream, None if stream is None else stream.record_event())
+            own, scale, shift = self._fold(dtype, keeps_weight)
+            tensors = own if keeps_weight else None, scale, shift
+            folded = _Folded(key, tensors, stream, None if stream is None else stream.record_event())
             self._folded = folded
         elif stream is not None and folded.done is not None and stream != folded.stream:
             # Another stream's fold: this one waits for it, the host does not.
             stream.wait_event(folded.done)
-            for tensor in folded.pair:
-                tensor.record_stream(stream)
-        return folded.pair
+            for tensor in folded.tensors:
+                if tensor is not None:
+                    tensor.record_stream(stream)
+        kept, scale, shift = folded.tensors
+        return weight if kept is None else kept, scale, shift
 
     def train(self, mode: bool = True) -> ConvBnScale2d:
         self._folded = None

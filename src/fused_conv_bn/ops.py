@@ -13,6 +13,9 @@ modified, so that autograd refuses to use it where it needed the old values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -184,3 +187,102 @@ def scale_shift_(
     _ops.scale_shift_(input, scale, shift, residual=residual, activation=activation)
     increment_version(input)
     return input
+
+
+def conv_scale_shift(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    allow_tf32: bool = False,
+) -> Tensor:
+    """A convolution, then an affine per output channel, an optional residual and an optional activation.
+
+    Equivalent to::
+
+        activation(F.conv2d(input, weight, None, stride, padding, dilation, groups) * scale[:, None, None]
+                   + shift[:, None, None] + residual)
+
+    and with ``F.conv1d`` or ``F.conv3d`` for inputs of 3 or 5 dimensions. The memory format of the result is that of
+    PyTorch's convolution: channels_last if the input or the weight is. Under ``torch.autocast`` input, weight and
+    residual are cast as ``F.conv2d`` casts its arguments.
+
+    On CUDA a kernel of this package runs where there is a faster one, and else PyTorch's convolution and one pass in
+    place behind it. On the CPU it is the same pass, or none: without residual and activation, scale and shift are
+    folded into PyTorch's convolution where that costs no accuracy.
+    This package's kernels are as accurate as float32 arithmetic, whatever PyTorch's flags say, unless ``allow_tf32``
+    is set. PyTorch's convolution is what eager would run, and as accurate: cuDNN's follows
+    ``torch.backends.cudnn.allow_tf32``, which this function neither reads nor changes.
+
+    The environment variable FUSED_CONV_BN_PRINT_CONFIG=1 prints on stderr what runs on CUDA, once for each kind of
+    call; FUSED_CONV_BN_CONV names an algorithm to run instead, ``aten`` for PyTorch's convolution.
+
+    Args:
+        input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+        weight: (K, C / groups, and the kernel's extents), in the dtype of ``input``.
+        scale, shift: shape (K,), float32 (float64 for float64 input), as :func:`fold_bn` returns them.
+        stride, padding, dilation: an int for all spatial dimensions, or one for each. Padding is with zeros.
+        groups: divides C and K.
+        residual: of the result's shape, and the dtype and device of ``input``.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``. NaN passes through.
+        allow_tf32: lets float32 kernels of this package round products to TF32's 11 bits.
+
+    Returns:
+        A tensor of shape (N, K, ...) and the dtype of ``input``.
+
+    Raises:
+        RuntimeError: an argument that does not fit, or that requires grad in grad mode.
+    """
+    _refuse_grad("conv_scale_shift", input=input, weight=weight, scale=scale, shift=shift, residual=residual)
+    stride, padding, dilation = ((x,) if isinstance(x, int) else x for x in (stride, padding, dilation))
+    return _ops.conv_scale_shift(
+        input,
+        weight,
+        scale,
+        shift,
+        stride,
+        padding,
+        dilation,
+        groups,
+        residual=residual,
+        activation=activation,
+        allow_tf32=allow_tf32,
+    )
+
+
+# ---- autocast --------------------------------------------------------------------------------------------------------
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives to a tensor that takes part in a convolution."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _autocast_conv_scale_shift(
+    input: Tensor, weight: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    # Autocast is off inside, as in PyTorch's own autocast kernels. Without this one the convolution inside the op would
+    # be cast by itself, behind the back of what is computed from its result.
+    input, weight = (x.to(autocast_dtype(x)) for x in (input, weight))
+    residual = None if residual is None else residual.to(autocast_dtype(residual))
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return _ops.conv_scale_shift(input, weight, *args, residual=residual, **kwargs)
+
+
+_autocast_library = torch.library.Library("fused_conv_bn", "IMPL")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _autocast_library.impl("conv_scale_shift", _autocast_conv_scale_shift, _key)

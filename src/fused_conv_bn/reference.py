@@ -6,7 +6,7 @@ ops' own arguments they are eager PyTorch, whose error is the yardstick. They ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,3 +72,24 @@ def scale_shift(
     if residual is not None:
         y = y + residual
     return ACTIVATIONS[activation](y)
+
+
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def conv_scale_shift(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """Twin of :func:`fused_conv_bn.conv_scale_shift`."""
+    y = _CONVOLUTIONS[input.dim()](input, weight, None, stride, padding, dilation, groups)
+    return scale_shift(y, scale, shift, residual=residual, activation=activation)

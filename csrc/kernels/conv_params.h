@@ -1,0 +1,35 @@
+// A 2-D convolution as kernels see it, in cuDNN's letters: x (N, C, H, W) with w (K, C / groups, R, S) gives y (N, K, P, Q).
+#pragma once
+
+#include <cstdint>
+
+namespace fused_conv_bn {
+
+// What there is to compute, and how the tensors lie. select_config() looks at this alone.
+struct ConvProblem {
+  int64_t N;
+  int64_t C, H, W;
+  int64_t K, R, S;
+  int64_t P, Q;
+  int64_t stride_h, stride_w;
+  int64_t pad_h, pad_w;
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+  int element_bytes;   // of x, w, y and the residual: 2, 4 or 8
+  bool channels_last;  // x, y and the residual; else they are contiguous
+  bool has_residual;
+  bool allow_tf32;
+};
+
+// The operands. w may have any strides, counted in elements; everything else is dense.
+struct ConvOperands {
+  const void* x;
+  const void* w;
+  int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
+  const void* scale;     // K values of acc_t<T>
+  const void* shift;     // the same
+  const void* residual;  // nullptr: none
+  void* y;
+};
+
+}  // namespace fused_conv_bn

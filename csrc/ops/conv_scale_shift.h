@@ -1,0 +1,65 @@
+// conv_scale_shift, but for the device: what its CPU and CUDA kernels share.
+#pragma once
+
+#include "../checks.h"
+#include "../kernels/select_config.h"
+
+namespace fused_conv_bn {
+
+// Kernel::run(op, ConvArguments, allow_tf32) computes.
+template <typename Kernel>
+struct ConvScaleShift {
+  static Tensor functional(Tensor input, Tensor weight, Tensor scale, Tensor shift, std::vector<int64_t> stride,
+                           std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                           OptionalTensor residual, StringHandle activation, bool allow_tf32) {
+    const char* op = "conv_scale_shift";
+    const std::string activation_name = take_string(activation);
+    return Kernel::run(
+        op, check_conv(op, input, weight, scale, shift, stride, padding, dilation, groups, residual, activation_name),
+        allow_tf32);
+  }
+};
+
+// PyTorch's convolution of the input with `weight`, in the memory format that the result is to have.
+inline Tensor plain_convolution(const ConvArguments& c, const Tensor& weight, const Tensor* bias) {
+  Tensor y = convolution(*c.input.tensor, weight, bias, c.space(), c.stride.data(), c.padding.data(), c.dilation.data(),
+                         c.groups);
+  const bool channels_last = computes_channels_last(c);
+  // PyTorch's flags may have chosen another: then this is one copy.
+  return has_strides(Operand("output", y), dense_strides(c.input.dim, c.sizes.data(), channels_last))
+             ? y
+             : torch::stable::contiguous(y, memory_format(c.input.dim, channels_last));
+}
+
+// The algorithm that the user forces by name, else the one that select_config() prefers. problem: nullptr for what is not
+// two-dimensional, which PyTorch computes.
+inline ConvConfig choose_config(const char* op, const char* forced, const ConvProblem* problem, const GpuTraits& gpu) {
+  const bool force = forced != nullptr && *forced != '\0';
+  ConvAlgorithm algorithm = ConvAlgorithm::aten;
+  if (force) {
+    const std::optional<ConvAlgorithm> found = find_algorithm(forced);
+    if (!found.has_value()) {
+      std::ostringstream names;
+      for (const auto& known : kConvAlgorithms) {
+        names << (&known == &kConvAlgorithms[0] ? "'" : ", '") << known.first << "'";
+      }
+      fail(op, ": FUSED_CONV_BN_CONV is '", forced, "', expected one of ", names.str(),
+           ", or nothing for a choice by rule");
+    }
+    algorithm = *found;
+  }
+  if (algorithm == ConvAlgorithm::aten && (force || problem == nullptr)) {
+    return ConvConfig{};
+  }
+  if (!force) {
+    return select_config(*problem, gpu);
+  }
+  const std::optional<ConvConfig> config = problem == nullptr ? std::nullopt : configure(algorithm, *problem, gpu);
+  if (!config.has_value()) {
+    fail(op, ": FUSED_CONV_BN_CONV is '", forced,
+         "', which does not cover this convolution, expected 'aten' for it, or ", "nothing for a choice by rule");
+  }
+  return *config;
+}
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,128 @@
+// conv_scale_shift on CUDA: chooses an algorithm and runs it.
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <set>
+#include <sstream>
+
+#include "conv_scale_shift.h"
+#include "scale_shift.h"
+
+namespace fused_conv_bn {
+namespace {
+
+const GpuTraits& gpu_traits(int32_t index) {
+  static const std::vector<GpuTraits> all = [] {
+    int count = 0;
+    cudaGetDeviceCount(&count);
+    std::vector<GpuTraits> traits;
+    for (int i = 0; i < count; ++i) {
+      traits.push_back({device_attribute(i, cudaDevAttrComputeCapabilityMajor) * 10 +
+                            device_attribute(i, cudaDevAttrComputeCapabilityMinor),
+                        device_attribute(i, cudaDevAttrMultiProcessorCount),
+                        device_attribute(i, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                        device_attribute(i, cudaDevAttrMaxSharedMemoryPerMultiprocessor)});
+    }
+    return traits;
+  }();
+  return all.at(static_cast<size_t>(index));
+}
+
+ConvProblem make_problem(const ConvArguments& c, bool allow_tf32) {
+  const int64_t* x = c.input.sizes;
+  const int64_t* w = c.weight.sizes;
+  ConvProblem p{};
+  p.N = x[0], p.C = x[1], p.H = x[2], p.W = x[3];
+  p.K = w[0], p.R = w[2], p.S = w[3];
+  p.P = c.sizes[2], p.Q = c.sizes[3];
+  p.stride_h = c.stride[0], p.stride_w = c.stride[1];
+  p.pad_h = c.padding[0], p.pad_w = c.padding[1];
+  p.dilation_h = c.dilation[0], p.dilation_w = c.dilation[1];
+  p.groups = c.groups;
+  p.element_bytes = static_cast<int>(c.input.tensor->element_size());
+  p.channels_last = computes_channels_last(c);
+  p.has_residual = c.residual.has_value();
+  p.allow_tf32 = allow_tf32;
+  return p;
+}
+
+// FUSED_CONV_BN_PRINT_CONFIG=1: each choice on stderr, once.
+void print_config(const ConvArguments& c, bool allow_tf32, const ConvConfig& config) {
+  static std::mutex mutex;
+  static std::set<std::string> printed;
+  const auto window = [&](const Window& values) { return list_text(values.data(), c.space()); };
+  std::ostringstream text;
+  text << "fused_conv_bn: conv_scale_shift of " << c.input.shape() << " with " << c.weight.shape() << ", stride "
+       << window(c.stride) << ", padding " << window(c.padding) << ", dilation " << window(c.dilation) << ", groups "
+       << c.groups << ", " << dtype_name(c.input.dtype)
+       << (computes_channels_last(c) ? " channels_last" : " contiguous") << (c.residual.has_value() ? ", residual" : "")
+       << (allow_tf32 ? ", TF32" : "") << ": " << config_text(config) << "\n";
+  const std::string line = text.str();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (printed.insert(line).second) {
+    std::fputs(line.c_str(), stderr);
+  }
+}
+
+// An algorithm of this package: launch(TypeTag<T>, ConvOperands) starts its kernel. The operands are made dense in the
+// memory format of the result; the weight is taken as it lies.
+template <typename Launch>
+Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda, const Launch& launch) {
+  const bool channels_last = computes_channels_last(c);
+  OptionalTensor x_copy, residual_copy, scale_copy, shift_copy;
+  const auto dense_data = [&](const Operand& x, OptionalTensor& copy) -> const void* {
+    if (has_strides(x, dense_strides(x, channels_last))) {
+      return x.tensor->data_ptr();
+    }
+    copy = torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last));
+    return copy->data_ptr();
+  };
+  const Strides strides = dense_strides(c.input.dim, c.sizes.data(), channels_last);
+  Tensor y = empty_strided(c.input.dim, c.sizes.data(), strides.data(), c.input.dtype, c.input.device);
+  ConvOperands operands{};
+  operands.x = dense_data(c.input, x_copy);
+  operands.w = c.weight.tensor->data_ptr();
+  operands.w_stride_k = c.weight.strides[0], operands.w_stride_c = c.weight.strides[1];
+  operands.w_stride_r = c.weight.strides[2], operands.w_stride_s = c.weight.strides[3];
+  operands.scale = channel_data(c.scale, c.scale.dtype, scale_copy);
+  operands.shift = channel_data(c.shift, c.shift.dtype, shift_copy);
+  operands.residual = c.residual.has_value() ? dense_data(*c.residual, residual_copy) : nullptr;
+  operands.y = y.data_ptr();
+  dispatch_dtype(c.input.dtype, [&](auto tag) { cuda.check_launch(op, launch(tag, operands)); });
+  return y;
+}
+
+struct CudaKernel {
+  static Tensor run(const char* op, const ConvArguments& c, bool allow_tf32) {
+    const CudaScope cuda(c.input.device);
+    const GpuTraits& gpu = gpu_traits(c.input.device.index);
+    const bool two_dimensional = c.space() == 2 && c.numel > 0;
+    const ConvProblem problem = two_dimensional ? make_problem(c, allow_tf32) : ConvProblem{};
+    const ConvConfig config = choose_config(op, std::getenv("FUSED_CONV_BN_CONV"), two_dimensional ? &problem : nullptr,
+                                            gpu);
+    const char* print = std::getenv("FUSED_CONV_BN_PRINT_CONFIG");
+    if (print != nullptr && *print == '1') {
+      print_config(c, allow_tf32, config);
+    }
+    switch (config.algorithm) {
+      // Each algorithm with a kernel has its case here, and returns run_kernel(op, c, cuda, its launcher).
+      default:
+        return run_aten(op, c);
+    }
+  }
+
+  // PyTorch's convolution, then the epilogue in place.
+  static Tensor run_aten(const char* op, const ConvArguments& c) {
+    const Tensor y = plain_convolution(c, *c.weight.tensor, nullptr);
+    apply_scale_shift_cuda(op, Operand("output", y), c.scale, c.shift, c.residual, c.activation);
+    return y;
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
+  m.impl("conv_scale_shift", TORCH_BOX(&ConvScaleShift<CudaKernel>::functional));
+}
+
+}  // namespace fused_conv_bn

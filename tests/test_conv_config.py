@@ -1,0 +1,137 @@
+"""What conv_scale_shift chooses to run on CUDA, over thousands of problems, without a GPU.
+
+DOMAINS says what each algorithm can compute, in words of its own: neither the choice by rule nor a forced one may leave
+that.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+
+import pytest
+import torch
+
+from common import CONV_ALGORITHMS
+
+conv_config = torch.ops.fused_conv_bn._conv_config
+
+
+@dataclass(frozen=True)
+class Problem:
+    """kernels/conv_params.h's ConvProblem, in its order."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+    element_bytes: int
+    channels_last: bool
+    has_residual: bool
+    allow_tf32: bool
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """kernels/conv_config.h's GpuTraits, in its order."""
+
+    compute_capability: int
+    multiprocessors: int
+    shared_memory_per_block: int
+    shared_memory_per_multiprocessor: int
+
+
+GPUS = (
+    Gpu(75, 40, 65536, 65536),
+    Gpu(80, 108, 166912, 167936),
+    Gpu(86, 84, 101376, 102400),
+    Gpu(89, 142, 101376, 102400),
+    Gpu(90, 132, 232448, 233472),
+    Gpu(100, 148, 232448, 233472),
+    Gpu(120, 188, 101376, 102400),
+)
+
+DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
+    "aten": lambda p, gpu: True,
+}
+
+
+def random_problem(rng: random.Random) -> Problem:
+    """Stems, depthwise and dense layers, and now and then an extent far beyond the usual."""
+    while True:
+        kind = rng.choice(("few", "depthwise", "dense", "grouped"))
+        channels = rng.randint(1, 40) if kind == "few" else rng.choice((1, 3, 16, 64, 96, 144, 512, 2048))
+        groups = {"depthwise": channels, "grouped": rng.choice((1, 2, 4, 8, 32))}.get(kind, 1)
+        channels = -(-channels // groups) * groups
+        outputs = groups * rng.choice((1, 1, 2, rng.randint(1, 80)))
+        height, width = (rng.choice((1, 7, 14, 28, 56, 112, 224, rng.randint(1, 300))) for _ in range(2))
+        if rng.random() < 0.05:
+            width = rng.choice((1 << 16, (1 << 20) + 1, (1 << 31) + 5))
+        r, s = rng.choice(((1, 1), (3, 3), (5, 5), (7, 7), (rng.randint(1, 11), rng.randint(1, 11))))
+        stride, dilation = ((rng.choice((1, 1, 1, 2, 3)), rng.choice((1, 1, 1, 2, 3))) for _ in range(2))
+        pad = rng.choice(((0, 0), (r // 2, s // 2), (rng.randint(0, 9), rng.randint(0, 9))))
+        p = (height + 2 * pad[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+        q = (width + 2 * pad[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+        if p > 0 and q > 0:
+            return Problem(
+                rng.choice((1, 1, 2, 32, 128, 1 << 16)),
+                *(channels, height, width, outputs, r, s, p, q, *stride, *pad, *dilation, groups),
+                rng.choice((2, 4, 8)),
+                *(rng.random() < 0.5 for _ in range(3)),
+            )
+
+
+def configuration(problem: Problem, gpu: Gpu, algorithm: str = "") -> str:
+    return conv_config([int(value) for value in astuple(problem)], list(astuple(gpu)), algorithm)
+
+
+def test_every_algorithm_has_a_domain() -> None:
+    with pytest.raises(RuntimeError, match="FUSED_CONV_BN_CONV is 'no such'") as caught:
+        configuration(random_problem(random.Random(0)), GPUS[0], "no such")
+    known = re.findall(r"'(\w+)'", str(caught.value).partition("expected")[2])
+    assert known == list(DOMAINS) == list(CONV_ALGORITHMS)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.compute_capability}")
+def test_choices_stay_inside_the_domains(gpu: Gpu) -> None:
+    rng = random.Random(gpu.compute_capability)
+    for _ in range(2000):
+        problem = random_problem(rng)
+        chosen = configuration(problem, gpu)
+        assert DOMAINS[chosen.split()[0]](problem, gpu), (chosen, problem)
+        assert configuration(problem, gpu) == chosen
+
+
+@pytest.mark.parametrize("algorithm", DOMAINS)
+def test_forced_choices(algorithm: str) -> None:
+    """A forced algorithm runs wherever its domain allows, and refuses what is outside."""
+    rng = random.Random(7)
+    for _ in range(2000):
+        problem, gpu = random_problem(rng), rng.choice(GPUS)
+        try:
+            forced = configuration(problem, gpu, algorithm)
+        except RuntimeError as error:
+            assert f"'{algorithm}', which does not cover this convolution" in str(error)
+            assert not DOMAINS[algorithm](problem, gpu), problem
+        else:
+            assert forced.split()[0] == algorithm
+            assert DOMAINS[algorithm](problem, gpu), problem
+
+
+def test_lists_of_the_wrong_length() -> None:
+    with pytest.raises(RuntimeError, match="problem and gpu have 3 and 4 values, expected 20 and 4"):
+        conv_config([1, 2, 3], [90, 132, 1, 1])

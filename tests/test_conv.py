@@ -318,6 +318,16 @@ def test_large_magnitudes_that_cancel(conv_device, dtype, generator):
             check(call)
 
 
+@dtypes
+def test_large_shifts(conv_device, dtype, generator):
+    """A shift far beyond the sum that it is added to. Sums that begin with it would round each partial sum to its size."""
+    for problem in ("problem 73", "depthwise", "stem", "1x1"):
+        for formats in ("cc", "ll"):
+            call = make(generator, conv_device, dtype, *PROBLEMS[problem], formats=formats)
+            call.shift.mul_(100)
+            check(call)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scales_of_any_magnitude(conv_device, dtype, generator):
     """Also those that would take weights out of the range of their type, if they were folded into them."""

@@ -210,6 +210,12 @@ def make(
     return call
 
 
+def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:
+    """Whether the algorithm that is forced, if any, covers some of a test's calls; ``depthwise``: if those are among them."""
+    covers = {"few_channels": dtype != torch.float64, "depthwise": depthwise}
+    return covers.get(os.environ.get("FUSED_CONV_BN_CONV", ""), True)
+
+
 # ---- numbers -----------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +254,7 @@ def test_random_problems(conv_device, dtype, generator):
                 activation=names[draw(0, len(names))],
             )
         )
-    assert covered
+    assert covered or not is_covered(dtype, depthwise=False)
 
 
 @activations
@@ -265,7 +271,7 @@ def test_activations_and_residual(conv_device, dtype, activation, generator):
                     activation=activation,
                 )
             )
-    assert covered
+    assert covered or not is_covered(dtype, depthwise=True)
 
 
 PROBLEMS = {
@@ -336,7 +342,7 @@ def test_scales_of_any_magnitude(conv_device, dtype, generator):
         call.x.mul_(2.0 ** round(-1.66 * (least + most)))
         call.scale.copy_(10.0 ** torch.linspace(least, most, 16, dtype=torch.float64))
         assert call.scale.all() and call.eager().isfinite().all()
-        assert check(call)
+        assert check(call) or not is_covered(dtype, depthwise=False)
 
 
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0)
@@ -354,9 +360,16 @@ def test_non_finite_values_are_where_eager_has_them(conv_device, dtype, activati
         ours, eager = call.ours(), call.eager()
         if ours is not None:
             covered += 1
+            # cuDNN's Winograd kernels spread what is not finite to outputs that do not depend on it.
+            exact = call.to("cpu", torch.float64).eager().to(ours)
             for pattern in (torch.isnan, torch.isposinf, torch.isneginf):
-                assert torch.equal(pattern(ours), pattern(eager)), (problem, formats, pattern)
-    assert covered
+                found = pattern(ours)
+                assert torch.equal(found, pattern(eager)) or torch.equal(found, pattern(exact)), (
+                    problem,
+                    formats,
+                    pattern,
+                )
+    assert covered or not is_covered(dtype, depthwise=True)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

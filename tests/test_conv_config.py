@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 import pytest
 import torch
 
+import fused_conv_bn  # noqa: F401  # registers the ops
 from common import CONV_ALGORITHMS
 
 conv_config = torch.ops.fused_conv_bn._conv_config
@@ -67,7 +68,34 @@ GPUS = (
 
 DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
     "aten": lambda p, gpu: True,
+    "few_channels": lambda p, gpu: (
+        gpu.compute_capability >= 80
+        and p.groups == 1
+        and p.C <= 64
+        and p.R * p.S <= 256
+        and (p.element_bytes == 2 or p.element_bytes == 4 and p.C * p.R * p.S <= 512)
+        and max(p.C * p.H * p.W, p.K * p.P * p.Q, p.N * p.P * p.Q) <= 1 << 30
+        and max(p.H, p.W, p.K) <= 1 << 20
+    ),
+    "depthwise": lambda p, gpu: (
+        gpu.compute_capability >= 80
+        and p.groups == p.C == p.K
+        and (p.R, p.S) in ((3, 3), (5, 5))
+        and p.stride_h == p.stride_w in (1, 2)
+        and p.dilation_h == p.dilation_w == 1
+    ),
 }
+
+
+def fits(p: Problem, gpu: Gpu) -> bool:
+    """Whether the few_channels kernel's weights and an input patch surely fit into shared memory."""
+    channels = -(-p.C // 4) * 4
+    weights = (p.R * p.S * channels + 16) * (64 if p.K > 32 else 32)
+    rows, cols = (
+        7 * stride + (taps - 1) * dilation + 1
+        for stride, taps, dilation in ((p.stride_h, p.R, p.dilation_h), (p.stride_w, p.S, p.dilation_w))
+    )
+    return 4 * weights + 6 * rows * cols * (channels + 16) + 70000 < gpu.shared_memory_per_block
 
 
 def random_problem(rng: random.Random) -> Problem:
@@ -126,7 +154,7 @@ def test_forced_choices(algorithm: str) -> None:
             forced = configuration(problem, gpu, algorithm)
         except RuntimeError as error:
             assert f"'{algorithm}', which does not cover this convolution" in str(error)
-            assert not DOMAINS[algorithm](problem, gpu), problem
+            assert not DOMAINS[algorithm](problem, gpu) or not fits(problem, gpu), problem
         else:
             assert forced.split()[0] == algorithm
             assert DOMAINS[algorithm](problem, gpu), problem

@@ -32,4 +32,15 @@ struct ConvOperands {
   void* y;
 };
 
+// What select_config() knows of the GPU.
+struct GpuTraits {
+  int compute_capability;  // 90 for 9.0
+  int multiprocessors;
+  int shared_memory_per_block;  // the most a block may ask for, in bytes
+  int shared_memory_per_multiprocessor;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 }  // namespace fused_conv_bn

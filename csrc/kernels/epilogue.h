@@ -76,29 +76,36 @@ FCB_HD Acc epilogue(Acc x, const Affine<Acc>& affine, Acc residual) {
   return activate<A>((x - affine.center) * affine.scale + affine.shift + residual);
 }
 
-// Turns the run-time pair (activation, has_residual) into the compile-time arguments of
-// f(integral_constant<Activation>, bool_constant).
+// f(integral_constant<Activation>): a run-time activation as a compile-time one. On the host or in a kernel, as f is.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <typename F>
+FCB_HD void dispatch_activation(Activation activation, F&& f) {
+  switch (activation) {
+    case Activation::none:
+      return f(std::integral_constant<Activation, Activation::none>{});
+    case Activation::relu:
+      return f(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu6:
+      return f(std::integral_constant<Activation, Activation::relu6>{});
+    case Activation::silu:
+      return f(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::hardswish:
+      return f(std::integral_constant<Activation, Activation::hardswish>{});
+  }
+}
+
+// The same for the pair (activation, has_residual): f(integral_constant<Activation>, bool_constant).
 template <typename F>
 void dispatch_epilogue(Activation activation, bool has_residual, F&& f) {
-  const auto with_residual = [&](auto a) {
+  dispatch_activation(activation, [&](auto a) {
     if (has_residual) {
       f(a, std::true_type{});
     } else {
       f(a, std::false_type{});
     }
-  };
-  switch (activation) {
-    case Activation::none:
-      return with_residual(std::integral_constant<Activation, Activation::none>{});
-    case Activation::relu:
-      return with_residual(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::relu6:
-      return with_residual(std::integral_constant<Activation, Activation::relu6>{});
-    case Activation::silu:
-      return with_residual(std::integral_constant<Activation, Activation::silu>{});
-    case Activation::hardswish:
-      return with_residual(std::integral_constant<Activation, Activation::hardswish>{});
-  }
+  });
 }
 
 }  // namespace fused_conv_bn

@@ -28,6 +28,27 @@ __device__ __forceinline__ void store_words(void* address, const uint4& w) {
                : "memory");
 }
 
+// The same for 4 and 8 bytes, or 16.
+__device__ __forceinline__ void load_words(const void* address, uint32_t (&w)[1]) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(w[0]) : "l"(address));
+}
+__device__ __forceinline__ void load_words(const void* address, uint32_t (&w)[2]) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(address));
+}
+__device__ __forceinline__ void load_words(const void* address, uint32_t (&w)[4]) {
+  const uint4 words = load_words(address);
+  w[0] = words.x, w[1] = words.y, w[2] = words.z, w[3] = words.w;
+}
+__device__ __forceinline__ void store_words(void* address, const uint32_t (&w)[1]) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(w[0]) : "memory");
+}
+__device__ __forceinline__ void store_words(void* address, const uint32_t (&w)[2]) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(w[0]), "r"(w[1]) : "memory");
+}
+__device__ __forceinline__ void store_words(void* address, const uint32_t (&w)[4]) {
+  store_words(address, uint4{w[0], w[1], w[2], w[3]});
+}
+
 // Elements [e, e + kSize) of data; `whole`: all of them exist, else only those in [0, n) do, and the others read as 0;
 // `aligned`: data + e is a multiple of 16 bytes.
 template <typename T>

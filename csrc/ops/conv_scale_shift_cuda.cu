@@ -5,6 +5,7 @@
 #include <set>
 #include <sstream>
 
+#include "../kernels/conv_kernels.h"
 #include "conv_scale_shift.h"
 #include "scale_shift.h"
 
@@ -105,10 +106,24 @@ struct CudaKernel {
       print_config(c, allow_tf32, config);
     }
     switch (config.algorithm) {
-      // Each algorithm with a kernel has its case here, and returns run_kernel(op, c, cuda, its launcher).
-      default:
-        return run_aten(op, c);
+      case ConvAlgorithm::few_channels:
+        return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
+          using T = typename decltype(tag)::type;
+          if constexpr (sizeof(T) <= 4) {
+            return launch_conv_few_channels<T>(problem, operands, config.few_channels, gpu, c.activation,
+                                               cuda.stream());
+          }
+          return cudaErrorInvalidValue;
+        });
+      case ConvAlgorithm::depthwise:
+        return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
+          return launch_conv_depthwise<typename decltype(tag)::type>(problem, operands, c.activation, config.depthwise,
+                                                                     gpu.multiprocessors, cuda.stream());
+        });
+      case ConvAlgorithm::aten:
+        break;
     }
+    return run_aten(op, c);
   }
 
   // PyTorch's convolution, then the epilogue in place.

@@ -1,0 +1,142 @@
+// Which convolutions the few_channels kernel takes, and how they are cut into tiles: host code without CUDA, so that
+// select_config() and its tests can ask. The kernel reads the same numbers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "conv_params.h"
+#include "scalar.h"
+
+namespace fused_conv_bn {
+
+constexpr int kFewChannelsThreads = 256;
+constexpr int kFewChannelsPixels = 256;  // output pixels of a block's tile, at most: 32 a warp
+constexpr int kQuad = 4;                 // input channels that a thread feeds to one tensor core instruction
+
+// A block's tile, and how shared memory is laid out for it. Bytes, unless it says otherwise.
+struct FewChannelsTile {
+  int channels;        // output channels: 32 or 64
+  int p, q;            // output rows and columns
+  int x_rows, x_cols;  // of the input patch
+  int quads_per_tap;   // input channels, in fours
+  int k_steps;         // of four quads each
+  int x_pitch;         // from pixel to pixel, in the high and the low plane each
+  int x_plane;
+  int planes;       // 2 where float32 is split in two halves, else 1
+  int stage_row;    // from row to row of a contiguous tile, in elements; p rows follow each other directly if q == Q
+  int stage_pitch;  // from channel to channel of a contiguous tile, in elements
+  int stage_end;    // a place in each channel's stage for results outside the tile
+  int tiles_p, tiles_q;
+  int shared_memory;
+
+  int w_plane() const { return k_steps * (channels / 16) * 512; }
+};
+
+// The start of a block's shared memory: a table of fixed size (16 bytes, 4 words a channel, 2 a warp, 3 a pixel), then an
+// offset for each quad.
+FCB_HD constexpr int few_channels_header(int k_steps, int channels) {
+  return (16 + channels * 16 + kFewChannelsThreads / 32 * 8 + kFewChannelsPixels * 12 + (k_steps + 3) * 16 + 127) /
+         128 * 128;
+}
+
+inline FewChannelsTile few_channels_tile(const ConvProblem& c, int p, int q) {
+  FewChannelsTile t{};
+  t.channels = c.K > 32 ? 64 : 32;
+  t.p = p;
+  t.q = q;
+  t.x_rows = static_cast<int>((p - 1) * c.stride_h + (c.R - 1) * c.dilation_h + 1);
+  t.x_cols = static_cast<int>((q - 1) * c.stride_w + (c.S - 1) * c.dilation_w + 1);
+  t.quads_per_tap = static_cast<int>(ceil_div(c.C, kQuad));
+  t.k_steps = static_cast<int>(ceil_div(c.R * c.S * t.quads_per_tap, 4));
+  t.planes = c.element_bytes == 4 ? 2 : 1;
+  t.x_pitch = t.quads_per_tap * 8;
+  // Neighbouring output pixels are stride_w pixels apart: where that is a multiple of 64 bytes, they would meet in few banks.
+  if ((t.x_pitch * c.stride_w) % 64 == 0) {
+    t.x_pitch += c.stride_w % 2 == 0 ? 16 : 32;
+  }
+  const int64_t x_plane = round_up(int64_t{t.x_rows} * t.x_cols * t.x_pitch, 128);
+  t.x_plane = static_cast<int>(std::min<int64_t>(x_plane, INT32_MAX));
+  const int vector = 16 / c.element_bytes;
+  int64_t stage;
+  if (c.channels_last) {
+    stage = 0;
+  } else {
+    t.stage_row = static_cast<int>(q == c.Q ? q : round_up(q, vector) + vector);
+    t.stage_end = static_cast<int>(round_up(int64_t{p} * t.stage_row + vector, 2));
+    const int64_t positions = t.stage_end + vector + 2;
+    // Eight channels side by side, each with four pairs of pixels, in different banks.
+    const int wanted = 8;  // elements: 8 words (float32, stored in pairs) or 4
+    const int words32 = 128 / c.element_bytes;
+    t.stage_pitch = static_cast<int>(round_up(positions - wanted, words32) + wanted);
+    stage = int64_t{t.channels} * t.stage_pitch;
+  }
+  t.tiles_p = static_cast<int>(ceil_div(c.P, p));
+  t.tiles_q = static_cast<int>(ceil_div(c.Q, q));
+  const int64_t total = few_channels_header(t.k_steps, t.channels) + int64_t{t.planes} * t.w_plane() +
+                        std::max(t.planes * x_plane, stage * c.element_bytes);
+  t.shared_memory = static_cast<int>(std::min<int64_t>(total, INT32_MAX));
+  return t;
+}
+
+// Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds up to
+// more than twice what PyTorch's own float32 convolutions lose.
+constexpr int64_t kFewChannelsMostTerms = 512;
+
+inline bool few_channels_supports(const ConvProblem& c, const GpuTraits& gpu) {
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  if (c.element_bytes == 4 && c.C * c.R * c.S > kFewChannelsMostTerms) {
+    return false;
+  }
+  return gpu.compute_capability >= 80 && c.element_bytes <= 4 && c.groups == 1 && c.C <= 64 && c.R * c.S <= 256 &&
+         c.H <= 1 << 20 && c.W <= 1 << 20 && c.stride_h <= 1 << 10 && c.stride_w <= 1 << 10 && c.pad_h <= 1 << 20 &&
+         c.pad_w <= 1 << 20 && c.dilation_h <= 1 << 10 && c.dilation_w <= 1 << 10 && c.K <= 1 << 20 &&
+         c.C * c.H * c.W <= kLimit && c.K * c.P * c.Q <= kLimit && c.N * c.P * c.Q <= kLimit;
+}
+
+constexpr int kFewChannelsResidents = 2;  // blocks of a multiprocessor that registers suffice for
+
+inline int few_channels_blocks(const FewChannelsTile& t, const GpuTraits& gpu) {
+  return std::min(kFewChannelsResidents, gpu.shared_memory_per_multiprocessor / (t.shared_memory / 1024 + 1) / 1024);
+}
+
+// The tile that the blocks need least time for, by this count: tensor core work goes by 32 pixels, and loading an input
+// pixel costs about as much as a third of an output pixel's work. Waves of blocks count as a whole.
+inline bool few_channels_best_tile(const ConvProblem& c, const GpuTraits& gpu, FewChannelsTile& best) {
+  constexpr int64_t kMostSplits = 16;
+  double least = 0;
+  bool found = false;
+  for (int pixels = kFewChannelsPixels; pixels >= 64; pixels /= 2) {
+    const int64_t least_splits = ceil_div(c.Q, pixels);
+    for (int64_t splits = least_splits; splits < least_splits + kMostSplits && splits <= ceil_div(c.Q, 8); ++splits) {
+      int64_t q = ceil_div(c.Q, splits);
+      if (splits > 1) {
+        q = round_up(q, 2);
+      }
+      if (q > pixels) {
+        continue;
+      }
+      const int64_t p = std::min<int64_t>(c.P, pixels / q);
+      const FewChannelsTile t = few_channels_tile(c, static_cast<int>(p), static_cast<int>(q));
+      if (t.shared_memory > gpu.shared_memory_per_block) {
+        continue;
+      }
+      const int blocks = std::max(1, few_channels_blocks(t, gpu));
+      const int64_t tiles = c.N * t.tiles_p * t.tiles_q * ceil_div(c.K, t.channels);
+      const int64_t waves = ceil_div(tiles, int64_t{blocks} * gpu.multiprocessors);
+      double cost = static_cast<double>(round_up(p * q, 32)) + 32 + 0.3 * t.x_rows * t.x_cols;
+      if (!c.channels_last && q < c.Q) {
+        cost *= 1.0 + 8.0 / static_cast<double>(q);  // short runs in many planes
+      }
+      cost *= static_cast<double>(waves) * (blocks == 1 ? 0.7 : 1.0);
+      if (!found || cost < least) {
+        found = true;
+        least = cost;
+        best = t;
+      }
+    }
+  }
+  return found;
+}
+
+}  // namespace fused_conv_bn

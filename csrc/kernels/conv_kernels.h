@@ -1,0 +1,22 @@
+// The convolution kernels' launchers. Each is compiled by a file of its own in ops/, as it takes long.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "conv_config.h"
+#include "epilogue.h"
+
+namespace fused_conv_bn {
+
+// T: float, float16, bfloat16. The tile was made for the problem.
+template <typename T>
+cudaError_t launch_conv_few_channels(const ConvProblem& problem, const ConvOperands& operands,
+                                     const FewChannelsTile& tile, const GpuTraits& gpu, Activation activation,
+                                     cudaStream_t stream);
+
+// T: any. The plan was made for the problem.
+template <typename T>
+cudaError_t launch_conv_depthwise(const ConvProblem& problem, const ConvOperands& operands, Activation activation,
+                                  const DepthwisePlan& plan, int multiprocessors, cudaStream_t stream);
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,37 @@
+// Copies of 16 bytes from global to shared memory that a thread starts and waits for later. Compute capability 7.5 has
+// none: there they happen at once.
+#pragma once
+
+#include <cstdint>
+
+#include "vec.cuh"
+
+namespace fused_conv_bn {
+
+// Both addresses are multiples of 16 bytes. Where the source does not exist, it is not read and zeros are written. The
+// data does not go through L1.
+__device__ __forceinline__ void copy_async(void* to_shared, const void* from, bool exists = true) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+#else
+  *static_cast<uint4*>(to_shared) = exists ? load_words(from) : uint4{0, 0, 0, 0};
+#endif
+}
+
+// Ends a group of the copies that this thread started.
+__device__ __forceinline__ void copy_async_commit() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups of this thread but the latest kGroups. Others see the data after a barrier.
+template <int kGroups>
+__device__ __forceinline__ void copy_async_wait_all_but() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+}  // namespace fused_conv_bn

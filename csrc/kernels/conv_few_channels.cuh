@@ -209,9 +209,7 @@ class FewChannels {
         if (p.residual != nullptr) {
           add_residual(acc, locate(index));
         }
-        dispatch_activation(p.activation, [&](auto a) {
-          for_each([&](int i, int j, int e) { acc[i][j][e] = activate<decltype(a)::value>(acc[i][j][e]); });
-        });
+        dispatch_activation(p.activation, [&](auto a) { apply_activation<decltype(a)::value>(acc); });
       }
       const Tile tile = locate(index);
       if constexpr (kLast) {
@@ -722,6 +720,43 @@ class FewChannels {
 #pragma unroll
       for (int j = 0; j < kOwnPixels; ++j) {
         at(acc, i, j) = epilogue<Activation::none>(at(acc, i, j), affine);
+      }
+    }
+  }
+
+  template <Activation A>
+  static __device__ __forceinline__ void apply_activation(Product& acc) {
+    const auto apply = [&](int i) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          acc[i][j][e] = activate<A>(acc[i][j][e]);
+        }
+      }
+    };
+    if constexpr (A == Activation::silu || A == Activation::hardswish) {
+      // Divisions are long: one copy of them for 16 channels, through which the others go by turns.
+#pragma unroll 1
+      for (int turn = 0; turn < kM; ++turn) {
+        apply(0);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float first = acc[0][j][e];
+#pragma unroll
+            for (int i = 1; i < kM; ++i) {
+              acc[i - 1][j][e] = acc[i][j][e];
+            }
+            acc[kM - 1][j][e] = first;
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+        apply(i);
       }
     }
   }

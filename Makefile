@@ -9,7 +9,7 @@ ARGS ?=
 
 CPU_LIBRARY := src/fused_conv_bn/_cpu.so
 CUDA_LIBRARY := src/fused_conv_bn/_cu13.so
-SOURCES := setup.py $(shell find csrc -type f)
+SOURCES := setup.py wheels/matrix.json $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 STATE := build/make
 

@@ -10,6 +10,7 @@ Environment:
                            What is asked for and has no compiler is an error.
     CUDA_HOME              a CUDA toolkit to use instead of the one from PyPI, the one in PATH, and /usr/local/cuda.
     TORCH_CUDA_ARCH_LIST   compute capabilities to compile for, as for any PyTorch extension ("9.0" or "8.0;9.0+PTX").
+                           Kernels that not all of them can run are compiled for those that can.
                            Default: those in wheels/matrix.json.
     CXX                    the C++ compiler. Default: c++.
     MAX_JOBS               how many compilers run at a time. Default: ninja's.
@@ -22,6 +23,7 @@ compiler only where they are needed.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import json
 import os
@@ -198,20 +200,59 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 # ---- the libraries ---------------------------------------------------------------------------------------------------
 
 
-def archs(library: str) -> list[str]:
+def parse_arch(arch: str) -> tuple[int, int, str, bool]:
+    """Major, minor, the letter behind them, and whether there is to be PTX."""
+    match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+    if match is None:
+        fail(f"TORCH_CUDA_ARCH_LIST has {arch!r}, expected compute capabilities such as 9.0 or 12.0+PTX")
+    return int(match[1]), int(match[2]), match[3], match[4] is not None
+
+
+def matrix_archs(library: str, source: str = "", matrix: dict = MATRIX) -> list[str]:
+    """What the matrix says that a source file is compiled for; without a file, what the library as a whole is for."""
+    for kernels in matrix["kernels"]:
+        if any(fnmatch.fnmatch(Path(source).stem, pattern) for pattern in kernels["sources"]):
+            return kernels[library]
+    return matrix["libraries"][library]["archs"]
+
+
+def archs(library: str, source: str = "") -> list[str]:
+    """The same with $TORCH_CUDA_ARCH_LIST, of which a file with an entry of its own takes what its kernels can run on.
+
+    That is what is not older than the oldest of the entry; if that has a letter, it alone (9.0a where the list has
+    9.0). Where nothing is left, the file is compiled for the whole list, so that the library is complete; a kernel that
+    cannot be has an empty body there. Not as PTX, which newer GPUs would run, and those do choose these kernels.
+    """
+    own = matrix_archs(library, source)
     setting = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    return re.split(r"[ ;,]+", setting) if setting else MATRIX["libraries"][library]["archs"]
+    if not setting:
+        return own
+    listed = re.split(r"[ ;,]+", setting)
+    if own == matrix_archs(library):
+        return listed
+    oldest = parse_arch(own[0])
+    if oldest[2]:
+        usable = own if any(parse_arch(arch)[:2] == oldest[:2] for arch in listed) else []
+    else:
+        usable = [arch for arch in listed if parse_arch(arch)[:2] >= oldest[:2]]
+    return usable or [arch.removesuffix("+PTX") for arch in listed]
 
 
 def gencode(arch: str) -> list[str]:
-    match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
-    if match is None:
-        fail(f"TORCH_CUDA_ARCH_LIST has {arch!r}, expected compute capabilities such as 9.0 or 12.0+PTX")
-    number = match[1] + match[2]
+    major, minor, letter, ptx = parse_arch(arch)
+    number = f"{major}{minor}{letter}"
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}"]
-    if match[3]:
+    if ptx:
         flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def source_flags(library: str, source: str) -> list[str]:
+    """nvcc's flags for one file: its architectures, and its name, which cuobjdump then prints of what it became."""
+    return [
+        f"-Xfatbin=--ident={Path(source).name}",
+        *[flag for arch in archs(library, source) for flag in gencode(arch)],
+    ]
 
 
 def nvcc_flags(name: str, cuda: Cuda) -> list[str]:
@@ -227,7 +268,6 @@ def nvcc_flags(name: str, cuda: Cuda) -> list[str]:
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DUSE_CUDA",
         f'-DFCB_CUDA_ARCHS="{" ".join(archs(name))}"',
-        *[flag for arch in archs(name) for flag in gencode(arch)],
     ]
 
 
@@ -360,7 +400,7 @@ def write_ninja(directory: Path, library: str, sources: list[str], output: Path,
     for rule, command in compilers.items():
         lines += [
             f"rule {rule}",
-            f"  command = {quote(command)} -MD -MF $out.d -c $in -o $out",
+            f"  command = {quote(command)} $flags -MD -MF $out.d -c $in -o $out",
             f"  description = {rule} $in",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -376,6 +416,8 @@ def write_ninja(directory: Path, library: str, sources: list[str], output: Path,
         objects.append(path(directory / f"{Path(source).stem}.o"))
         # With the compilers among the inputs, a newer one at the same path compiles again.
         lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)} | {' '.join(map(path, programs[rule]))}")
+        if rule == "nvcc":
+            lines.append(f"  flags = {quote(source_flags(library, source))}")
     lines.append(f"build {path(output)}: link {' '.join(objects)} | csrc/exports.map")
     (directory / "build.ninja").write_text("\n".join(lines) + "\n")
 

@@ -9,6 +9,7 @@ import base64
 import copy
 import hashlib
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ import audit
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11 or newer")
 
 ARCHS = ["9.0+PTX"]
+SOURCES = ["a_cuda.cu", "b_cuda.cu"]
 VERSION = "1.2.3"
 
 METADATA = """\
@@ -121,15 +123,17 @@ class Workshop:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.link = cache(self._link)
+        self.fatbin = cache(self._fatbin)
         (directory / "kernels.cu").write_text(KERNELS)
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(self._compile_kernels, NVCC))
+            list(pool.map(self.fatbin, *zip(*itertools.product(NVCC, SOURCES), strict=True)))
 
-    def fatbin(self, name: str) -> Path:
-        return self.directory / f"{name.replace(' ', '_')}.fatbin"
-
-    def _compile_kernels(self, name: str) -> None:
-        run(find_nvcc(), "--fatbin", *NVCC[name], "-o", self.fatbin(name), self.directory / "kernels.cu")
+    def _fatbin(self, name: str, source: str) -> Path:
+        """KERNELS compiled in a way of NVCC, and said to be of that source file."""
+        path = self.directory / f"{name}_{source}.fatbin".replace(" ", "_")
+        flags = [*NVCC[name], f"-Xfatbin=--ident={source}"] if source else NVCC[name]
+        run(find_nvcc(), "--fatbin", *flags, "-o", path, self.directory / "kernels.cu")
+        return path
 
     def stub(self, soname: str, code: str = "", *flags: str) -> Path:
         """A library to link against, for its name and its symbols."""
@@ -167,6 +171,7 @@ class Draft:
     def __init__(self, workshop: Workshop, flavour: str) -> None:
         self.workshop = workshop
         self.matrix = copy.deepcopy(audit.read_matrix())
+        self.matrix["kernels"] = []
         for library in self.matrix["libraries"].values():
             if "archs" in library:
                 library["archs"] = ARCHS
@@ -190,12 +195,14 @@ class Draft:
         code: str = "",
         *,
         fatbins: tuple[str, ...] = (),
+        sources: list[str] = SOURCES,
         needs: tuple[str, ...] = ("libtorch.so",),
         flags: tuple[str, ...] = (),
         exported: bool = False,
     ) -> None:
         code += f'__attribute__((used)) static const char name[] = "{name}";\n'  # else all were the same file
-        code += "".join(FATBIN.format(n=n, path=self.workshop.fatbin(text)) for n, text in enumerate(fatbins))
+        for n, (fatbin, source) in enumerate(zip(fatbins, sources, strict=False)):
+            code += FATBIN.format(n=n, path=self.workshop.fatbin(fatbin, source))
         self.files[f"fused_conv_bn/_{name}.so"] = self.workshop.link(code, needs, flags, exported)
 
     def replace(self, name: str, old: str, new: str) -> None:
@@ -220,6 +227,11 @@ class Draft:
         return path
 
 
+@pytest.fixture(autouse=True)
+def sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "cuda_sources", lambda: SOURCES)
+
+
 def failures(path: Path, matrix: dict) -> dict[str, list[str]]:
     return {name: problems for name, problems in audit.audit(path, matrix) if problems}
 
@@ -229,6 +241,13 @@ def test_faultless_wheel(flavour: str, workshop: Workshop, tmp_path: Path) -> No
     draft = Draft(workshop, flavour)
     found = dict(audit.audit(draft.write(tmp_path), draft.matrix))
     assert found == {check.__name__.removeprefix("check_"): [] for check in audit.CHECKS}
+
+
+def test_files_may_be_for_other_gpus(workshop: Workshop, tmp_path: Path) -> None:
+    draft = Draft(workshop, "cu124")
+    draft.matrix["kernels"] = [{"sources": ["b_*"], "cu12": ["9.0"]}]
+    draft.library("cu12", fatbins=("good", "no PTX"))
+    assert failures(draft.write(tmp_path), draft.matrix) == {}
 
 
 # ---- wheels that must fail -------------------------------------------------------------------------------------------
@@ -409,8 +428,9 @@ def newer_glibc(draft: Draft) -> None:
 
 @case(
     "archs",
-    "_cu12.so: PTX for sm_90 is in 0 of 2 fatbins, expected in 2",
-    "_cu13.so: PTX for sm_90 is in 1 of 2 fatbins, expected in 2",
+    "_cu12.so: a_cuda.cu: PTX for sm_90 is there 0 times, expected 1",
+    "_cu12.so: b_cuda.cu: PTX for sm_90 is there 0 times, expected 1",
+    "_cu13.so: b_cuda.cu: PTX for sm_90 is there 0 times, expected 1",
     flavour="fat",
 )
 def no_ptx(draft: Draft) -> None:
@@ -420,12 +440,30 @@ def no_ptx(draft: Draft) -> None:
 
 @case(
     "archs",
-    "_cu12.so: machine code for sm_80 is in 0 of 2 fatbins, expected in 2",
-    "_cu12.so: machine code for sm_90 is in 2 of 2 fatbins, expected in 0",
+    "_cu12.so: a_cuda.cu: machine code for sm_80 is there 0 times, expected 1",
+    "_cu12.so: a_cuda.cu: machine code for sm_90 is there 1 times, expected 0",
     flavour="cu124",
 )
 def other_archs(draft: Draft) -> None:
     draft.matrix["libraries"]["cu12"]["archs"] = ["8.0"]
+
+
+@case("archs", "_cu12.so: b_cuda.cu: PTX for sm_90 is there 1 times, expected 0", flavour="cu124")
+def archs_of_another_file(draft: Draft) -> None:
+    draft.matrix["kernels"] = [{"sources": ["b_*"], "cu12": ["9.0"]}]
+    draft.library("cu12", fatbins=("no PTX", "good"))
+
+
+@case(
+    "archs",
+    "_cu12.so: b_cuda.cu: machine code for sm_90 is there 0 times, expected 1",
+    "_cu12.so: no source file: machine code for sm_90 is there 1 times, expected 0",
+    "_cu13.so: a_cuda.cu: machine code for sm_90 is there 2 times, expected 1",
+    flavour="fat",
+)
+def code_of_an_unknown_file(draft: Draft) -> None:
+    draft.library("cu12", fatbins=("good", "good"), sources=["a_cuda.cu", ""])
+    draft.library("cu13", fatbins=("good", "good"), sources=["a_cuda.cu", "a_cuda.cu"])
 
 
 @case("archs", "_cpu.so has GPU code, and the matrix has no architecture for it")
@@ -433,7 +471,7 @@ def gpu_code_in_the_cpu_library(draft: Draft) -> None:
     draft.library(fatbins=("good",))
 
 
-@case("archs", "_cu13.so: has no fatbin", flavour="cu130", also=("kernels",))
+@case("archs", "_cu13.so has no GPU code", flavour="cu130", also=("kernels",))
 def no_gpu_code(draft: Draft) -> None:
     draft.library("cu13")
 

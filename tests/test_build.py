@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import importlib
 import io
@@ -24,6 +25,8 @@ pytest.importorskip("setuptools.command.bdist_wheel", reason="building needs set
 ROOT = Path(__file__).resolve().parents[1]
 MATRIX = json.loads((ROOT / "wheels" / "matrix.json").read_text())
 CUDA_LIBRARIES = [name for name in MATRIX["libraries"] if name != "cpu"]
+CUDA_SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "ops").glob("*_cuda.cu"))
+KERNELS = [(kernels, name) for kernels in MATRIX["kernels"] for name in CUDA_LIBRARIES]
 
 
 @pytest.fixture
@@ -81,6 +84,27 @@ def test_matrix_is_consistent() -> None:
     assert MATRIX["wheels"]["fat"]["libraries"] == list(MATRIX["libraries"])
 
 
+def test_every_entry_for_kernels_names_files_of_its_own() -> None:
+    patterns = [pattern for kernels in MATRIX["kernels"] for pattern in kernels["sources"]]
+    named = [fnmatch.filter(CUDA_SOURCES, pattern) for pattern in patterns]
+    assert all(named), (patterns, named)
+    assert len(sum(named, [])) == len(set(sum(named, [])))
+
+
+@pytest.mark.parametrize(("kernels", "name"), KERNELS)
+def test_archs_of_kernels_are_some_of_the_library(kernels: dict[str, list[str]], name: str) -> None:
+    """Either all from one on, so that no newer GPU is left out, or those that have a letter: code for no other GPU."""
+    assert kernels.keys() == {"sources", *CUDA_LIBRARIES}
+    archs, of_library = kernels[name], MATRIX["libraries"][name]["archs"]
+    if any(arch[-1] in "af" for arch in archs):
+        assert all(any(other.startswith(arch[:-1]) for other in of_library) for arch in archs)
+    else:
+        for capability in [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)]:
+            oldest = tuple(map(int, archs[0].split(".")))
+            assert _loader.covers(capability, " ".join(archs)) is (capability >= oldest)
+        assert set(archs) <= set(of_library)
+
+
 def test_loader_finds_the_files_of_the_matrix(tmp_path: Path) -> None:
     for library in MATRIX["libraries"].values():
         (tmp_path / library["file"]).touch()
@@ -114,10 +138,54 @@ def test_archs_are_those_of_the_matrix(project: ModuleType, monkeypatch: pytest.
         assert project.archs(name) == MATRIX["libraries"][name]["archs"]
         flags = [flag for arch in project.archs(name) for flag in project.gencode(arch)]
         assert len(flags) == len(project.archs(name)) + 1
+        for source in CUDA_SOURCES:
+            named = [k for k in MATRIX["kernels"] if any(fnmatch.fnmatch(source, pattern) for pattern in k["sources"])]
+            assert project.archs(name, f"csrc/ops/{source}.cu") == (named[0][name] if named else project.archs(name))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
     assert project.archs("cu13") == ["8.0", "9.0a", "12.0+PTX"]
     assert project.gencode("9.0a") == ["-gencode=arch=compute_90a,code=sm_90a"]
     assert project.gencode("12.0+PTX")[1] == "-gencode=arch=compute_120,code=compute_120"
+
+
+@pytest.mark.parametrize(
+    ("setting", "conv", "hopper"),
+    [
+        ("9.0", ["9.0"], ["9.0a"]),
+        ("9.0a", ["9.0a"], ["9.0a"]),
+        ("7.5;9.0+PTX", ["9.0+PTX"], ["9.0a"]),
+        ("8.6 12.0+PTX", ["8.6", "12.0+PTX"], ["8.6", "12.0"]),
+        ("7.5,8.0", ["8.0"], ["7.5", "8.0"]),
+        ("7.5+PTX", ["7.5"], ["7.5"]),
+    ],
+)
+def test_arch_list_and_kernels_that_not_every_gpu_runs(
+    project: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: str, conv: list[str], hopper: list[str]
+) -> None:
+    kernels = [{"sources": ["conv_h_cuda"], "cu12": ["9.0a"]}, {"sources": ["conv_*"], "cu12": ["8.0", "9.0+PTX"]}]
+    monkeypatch.setitem(project.MATRIX, "kernels", kernels)
+    assert project.archs("cu12", "csrc/ops/conv_h_cuda.cu") == ["9.0a"]
+    assert project.archs("cu12", "csrc/ops/conv_x_cuda.cu") == ["8.0", "9.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", setting)
+    assert project.archs("cu12", "csrc/ops/conv_h_cuda.cu") == hopper
+    assert project.archs("cu12", "csrc/ops/conv_x_cuda.cu") == conv
+    assert project.archs("cu12", "csrc/ops/scale_shift_cuda.cu") == project.archs("cu12") == re.split("[ ;,]", setting)
+
+
+def test_each_file_has_flags_of_its_own(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tools = project.Tools.__new__(project.Tools)
+    use(project, monkeypatch, install_torch(tmp_path / "packages", "2.13.0", None))
+    tools.torch, tools.cxx, tools.glibc = project.find_torch(), ["cc"], ""
+    tools.cuda = {12: project.Cuda(install_nvcc(tmp_path / "cuda", "12.4"))}
+    sources = [f"csrc/ops/{name}_cuda.cu" for name in ("scale_shift", "conv_depthwise")]
+    project.write_ninja(tmp_path, "cu12", ["csrc/portable.cpp", *sources], tmp_path / "_cu12.so", tools)
+    flags = re.findall(
+        r"^build \S+: nvcc (\S+) .*\n  flags = (.*)$", (tmp_path / "build.ninja").read_text(), re.MULTILINE
+    )
+    assert flags == [(source, " ".join(project.source_flags("cu12", source))) for source in sources]
+    assert flags[1][1].split()[:2] == [
+        "-Xfatbin=--ident=conv_depthwise_cuda.cu",
+        "-gencode=arch=compute_80,code=sm_80",
+    ]
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "9", "9.0+ptx", "Hopper"])

@@ -94,6 +94,20 @@ def test_parser_accepts_a_faultless_listing() -> None:
     assert sass.problems_of(kernels) == []
 
 
+def test_kernels_of_other_files_may_be_for_other_archs() -> None:
+    def of(source: str, lines: list[str]) -> list[str]:
+        return ["Fatbin elf code:", "================", "arch = sm_90", f"identifier = {source}", *lines]
+
+    other = ["\tcode for sm_90a", "\t\tFunction : conv_kernel"]
+    kernels = sass.parse_sass([*of("scale_shift_cuda.cu", listing()), *of("conv_cuda.cu", other)])
+    assert [(k.source, k.arch) for k in kernels[-2:]] == [("scale_shift_cuda.cu", "sm_90"), ("conv_cuda.cu", "sm_90a")]
+    assert sass.problems_of(kernels) == []
+    spilling = [*other, "        /*0070*/                   STL [R1], R8 ;"]
+    kernels = sass.parse_sass([*of("scale_shift_cuda.cu", listing()), *of("conv_cuda.cu", spilling)])
+    assert sass.problems_of(kernels) == ["sm_90a: conv_kernel uses local memory: STL"]
+    assert any("sm_90a" in text for text in sass.problems_of(sass.parse_sass([*listing(), *other])))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -123,37 +137,56 @@ def test_stack_check_finds_what_is_wrong() -> None:
     assert sass.stack_problems_of("") != []
 
 
-def fatbins(*codes: str) -> str:
-    """What cuobjdump lists, each code twice: ``"sm_90.cubin"``."""
-    lines = (f"{code[-3:]} file    {n}: library.{n}.{code}" for n, code in enumerate([*codes, *codes], 1))
-    return "\n".join(lines)
+def members(source: str, *codes: str) -> str:
+    """What cuobjdump prints of a source file's fatbin: ``"sm_90 elf"``."""
+    text = ""
+    for arch, kind in map(str.split, codes):
+        text += f"\nFatbin {kind} code:\n================\narch = {arch}\ncode version = [1,8]\nhost = linux\n"
+        text += f"compile_size = 64bit\ncompressed\nidentifier = {source}\n"
+    return text
+
+
+A = members("a_cuda.cu", "sm_80 elf", "sm_90 ptx", "sm_90 elf")
+B = members("b_cuda.cu", "sm_90a elf")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "messages"),
     [
-        (fatbins("sm_80.cubin", "sm_90.cubin", "sm_90.ptx"), None),
-        (fatbins("sm_80.cubin", "sm_90.ptx"), "machine code for sm_90 is in 0 of 2 fatbins, expected in 2"),
-        (fatbins("sm_80.cubin", "sm_90.cubin"), "PTX for sm_90 is in 0 of 2"),
+        (A + B, []),
+        (B + A, []),
+        (A, ["b_cuda.cu: machine code for sm_90a is there 0 times, expected 1"]),
+        (A + B + B, ["b_cuda.cu: machine code for sm_90a is there 2 times, expected 1"]),
         (
-            fatbins("sm_80.cubin", "sm_90.cubin", "sm_80.ptx", "sm_90.ptx"),
-            "PTX for sm_80 is in 2 of 2 fatbins, expected in 0",
+            A.replace("90", "120") + B,
+            [
+                "a_cuda.cu: PTX for sm_120 is there 1 times, expected 0",
+                "a_cuda.cu: PTX for sm_90 is there 0 times, expected 1",
+                "a_cuda.cu: machine code for sm_120 is there 1 times, expected 0",
+                "a_cuda.cu: machine code for sm_90 is there 0 times, expected 1",
+            ],
         ),
+        (A.replace("ptx", "elf") + B, ["a_cuda.cu: PTX for sm_90 is", "a_cuda.cu: machine code for sm_90 is there 2"]),
         (
-            fatbins("sm_80.cubin", "sm_90.cubin", "sm_90.ptx", "sm_120.cubin"),
-            "code for sm_120 is in 2 of 2 fatbins, expected in 0",
+            A.replace("sm_80", "sm_90a") + B.replace("sm_90a", "sm_80"),
+            [
+                "a_cuda.cu: machine code for sm_80 is there 0 times",
+                "a_cuda.cu: machine code for sm_90a is there 1 times",
+                "b_cuda.cu: machine code for sm_80 is there 1 times",
+                "b_cuda.cu: machine code for sm_90a is there 0 times",
+            ],
         ),
-        (fatbins("sm_80.cubin", "sm_90a.cubin", "sm_90.ptx"), "code for sm_90a is in 2"),
+        (A + B + members("c_cuda.cu", "sm_80 elf"), ["c_cuda.cu: machine code for sm_80 is there 1 times, expected 0"]),
         (
-            fatbins("sm_80.cubin", "sm_90.cubin", "sm_90.ptx").replace("sm_80", "sm_90", 1),
-            "code for sm_80 is in 1 of 2",
+            A + B.replace("identifier = b_cuda.cu\n", ""),
+            ["b_cuda.cu: machine code for sm_90a is there 0", "no source file: machine code for sm_90a is there 1"],
         ),
-        ("", "PTX for sm_90 is in 0"),
     ],
 )
-def test_arch_check_finds_what_is_wrong(text: str, message: str | None) -> None:
-    problems = sass.arch_problems_of(text, ["8.0", "9.0+PTX"], fatbins=2)
-    assert any(message in problem for problem in problems) if message else problems == []
+def test_arch_check_finds_what_is_wrong(text: str, messages: list[str]) -> None:
+    problems = sass.arch_problems_of(text, {"a_cuda.cu": ["8.0", "9.0+PTX"], "b_cuda.cu": ["9.0a"]})
+    assert len(problems) == len(messages)
+    assert all(problem.startswith(message) for problem, message in zip(problems, messages, strict=True)), problems
 
 
 def undefined(symbol: str, version: str = "") -> list[str]:

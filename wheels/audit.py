@@ -36,14 +36,22 @@ import elf
 import sass
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import setup as project  # noqa: E402
+
 PACKAGE = "fused_conv_bn"
 REQUIRES_PYTHON = ">=3.10"
 LICENSE = "BSD-3-Clause"
-FATBIN_RECORD = 24  # bytes in the section .nvFatBinSegment for each fatbin
 
 
 def read_matrix() -> dict:
     return json.loads((ROOT / "wheels" / "matrix.json").read_text())
+
+
+def cuda_sources() -> list[str]:
+    """The files of the source tree that a CUDA library is made of."""
+    return sorted(path.name for path in (ROOT / "csrc" / "ops").glob("*_cuda.cu"))
 
 
 class Wheel:
@@ -90,12 +98,15 @@ class Wheel:
     def of_each_library(self, problems_of: Callable[[elf.Library], list[str]]) -> list[str]:
         return [f"{name} {text}" for name, library in self.libraries.items() for text in problems_of(library)]
 
-    def cuda_libraries(self) -> Iterator[tuple[str, list[str]]]:
-        """The paths in the wheel of the libraries that have to have GPU code, and the architectures."""
-        for key in self.row["libraries"]:
-            library = self.matrix["libraries"][key]
-            if "archs" in library:
-                yield f"{PACKAGE}/{library['file']}", library["archs"]
+    def cuda_libraries(self) -> dict[str, dict[str, list[str]]]:
+        """The libraries that have to have GPU code, by path in the wheel: the architectures of each source file."""
+        return {
+            f"{PACKAGE}/{library['file']}": {
+                source: project.matrix_archs(key, source, self.matrix) for source in cuda_sources()
+            }
+            for key, library in self.matrix["libraries"].items()
+            if key in self.row["libraries"] and "archs" in library
+        }
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -284,14 +295,16 @@ def check_platform(wheel: Wheel) -> list[str]:
 
 
 def check_archs(wheel: Wheel) -> list[str]:
-    """Each fatbin has machine code and PTX for what the matrix says, and for nothing else."""
+    """Of each source file there is machine code and PTX for what the matrix says, and for nothing else."""
     problems = []
-    expected = dict(wheel.cuda_libraries())
+    expected = wheel.cuda_libraries()
     for name, library in wheel.libraries.items():
-        fatbins = library.sections.get(".nvFatBinSegment", 0) // FATBIN_RECORD
-        if name in expected:
-            problems += [f"{name}: {text}" for text in sass.arch_problems(wheel.root / name, expected[name], fatbins)]
-        elif fatbins:
+        has_code = library.sections.get(".nvFatBinSegment", 0) > 0
+        if name in expected and has_code:
+            problems += [f"{name}: {text}" for text in sass.arch_problems(wheel.root / name, expected[name])]
+        elif name in expected:
+            problems.append(f"{name} has no GPU code")
+        elif has_code:
             problems.append(f"{name} has GPU code, and the matrix has no architecture for it")
     return problems
 
@@ -299,7 +312,7 @@ def check_archs(wheel: Wheel) -> list[str]:
 def check_kernels(wheel: Wheel) -> list[str]:
     """On each architecture: elementwise kernels access 16 bytes at a time, no kernel has anything in local memory."""
     problems = []
-    for name, _ in wheel.cuda_libraries():
+    for name in wheel.cuda_libraries():
         if name in wheel.libraries:  # else check_files has said so
             path = wheel.root / name
             problems += [f"{name}: {text}" for text in sass.kernel_problems(path) + sass.stack_problems(path)]

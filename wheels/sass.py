@@ -1,7 +1,8 @@
 """What the CUDA compiler made of the kernels, read from a built library with cuobjdump and judged here; needs no GPU.
 
-Every elementwise kernel reads and writes 16 bytes at a time, no kernel keeps anything in local memory, and there is
-code for every architecture that the library is meant for.
+Every elementwise kernel reads and writes 16 bytes at a time, no kernel keeps anything in local memory, and of each
+source file there is code for every architecture that it is meant for. A fatbin names its source file: setup.py sees to
+that (--ident).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ KERNELS = ("scale_shift_planes_kernel", "scale_shift_columns_kernel", "scale_shi
 class Kernel:
     """What is counted of one function on one architecture."""
 
+    source: str
     arch: str
     name: str
     loads: int = 0  # global, 16 bytes
@@ -43,7 +45,7 @@ class Kernel:
 def parse_sass(lines: Iterable[str]) -> list[Kernel]:
     """The kernels in what ``cuobjdump -sass`` prints."""
     kernels: list[Kernel] = []
-    arch = ""
+    source = arch = ""
     instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
     for line in lines:
         if match := instruction.match(line):
@@ -57,7 +59,11 @@ def parse_sass(lines: Iterable[str]) -> list[Kernel]:
         elif match := re.match(r"\s*code for (sm_\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
-            kernels.append(Kernel(arch, match[1]))
+            kernels.append(Kernel(source, arch, match[1]))
+        elif line.startswith("Fatbin "):
+            source = ""
+        elif match := re.match(r"identifier = (\S+)", line):
+            source = match[1]
     return kernels
 
 
@@ -66,7 +72,8 @@ def problems_of(kernels: list[Kernel]) -> list[str]:
     if not kernels:
         return ["the listing has no kernel"]
     problems = []
-    for arch in sorted({kernel.arch for kernel in kernels}):
+    elementwise = {kernel.source for kernel in kernels if any(name in kernel.name for name in KERNELS)}
+    for arch in sorted({kernel.arch for kernel in kernels if kernel.source in elementwise or not elementwise}):
         for name in KERNELS:
             found = [k for k in kernels if k.arch == arch and name in k.name]
             if {k.residual for k in found} != {False, True}:
@@ -93,23 +100,29 @@ def stack_problems_of(text: str) -> list[str]:
     ]
 
 
-def arch_problems_of(text: str, archs: list[str], fatbins: int) -> list[str]:
-    """What is wrong in what ``cuobjdump --list-elf --list-ptx`` prints of a library with so many fatbins.
+def arch_problems_of(text: str, archs: dict[str, list[str]]) -> list[str]:
+    """What is wrong in what ``cuobjdump`` without options prints of a library.
 
-    There is one fatbin for each source file, and each is to have code for exactly ``archs`` (``["8.0", "9.0+PTX"]``).
+    Of each source file in ``archs`` there is to be code for exactly its architectures (``["8.0", "9.0+PTX"]``), once,
+    and there is to be nothing else.
     """
     expected = Counter[str]()
-    for arch in archs:
-        number, _, ptx = arch.partition("+")
-        sm = f"sm_{number.replace('.', '')}"
-        expected[f"machine code for {sm}"] = fatbins
-        expected[f"PTX for {sm}"] = fatbins if ptx else 0
-    found = Counter(
-        f"{'machine code' if kind == 'cubin' else 'PTX'} for {sm}"
-        for sm, kind in re.findall(r"\.(sm_\w+)\.(cubin|ptx)$", text, re.MULTILINE)
-    )
+    for source, own in archs.items():
+        for arch in own:
+            number, _, ptx = arch.partition("+")
+            sm = f"sm_{number.replace('.', '')}"
+            expected[f"{source}: machine code for {sm}"] = 1
+            expected[f"{source}: PTX for {sm}"] = 1 if ptx else 0
+    found = Counter[str]()
+    for kind, member in re.findall(r"^Fatbin (\w+) code:$(.*?)(?=^Fatbin |\Z)", text, re.MULTILINE | re.DOTALL):
+        named = re.search(r"^identifier = (\S+)", member, re.MULTILINE)
+        arch = re.search(r"^arch = (\S+)", member, re.MULTILINE)
+        found[
+            f"{named[1] if named else 'no source file'}: {'machine code' if kind == 'elf' else kind.upper()} for "
+            f"{arch[1] if arch else 'no architecture'}"
+        ] += 1
     return [
-        f"{what} is in {found[what]} of {fatbins} fatbins, expected in {expected[what]}"
+        f"{what} is there {found[what]} times, expected {expected[what]}"
         for what in sorted(expected | found)
         if found[what] != expected[what]
     ]
@@ -154,7 +167,5 @@ def stack_problems(library: Path) -> list[str]:
     return stack_problems_of("".join(cuobjdump(library, "-res-usage")))
 
 
-def arch_problems(library: Path, archs: list[str], fatbins: int) -> list[str]:
-    if not fatbins:
-        return ["has no fatbin"]
-    return arch_problems_of("".join(cuobjdump(library, "--list-elf", "--list-ptx")), archs, fatbins)
+def arch_problems(library: Path, archs: dict[str, list[str]]) -> list[str]:
+    return arch_problems_of("".join(cuobjdump(library)), archs)

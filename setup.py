@@ -262,7 +262,8 @@ def nvcc_flags(name: str, cuda: Cuda) -> list[str]:
         "-DNDEBUG",
         "--expt-extended-lambda",
         "--expt-relaxed-constexpr",
-        *(["--compress-mode=size"] if cuda.version >= (12, 8) else ["-Xfatbin=-compress-all"]),
+        # CUDA 12.8 knows the better mode too, but the drivers of CUDA 12.0 to 12.3 cannot read what it makes.
+        *(["--compress-mode=size"] if cuda.version >= (13, 0) else ["-Xfatbin=-compress-all"]),
         "-Werror=all-warnings",
         "-Xcompiler=-fPIC,-Wall,-Wextra,-Werror,-Wno-maybe-uninitialized,-g0,-fvisibility=hidden",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",

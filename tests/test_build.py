@@ -197,8 +197,10 @@ def test_arch_that_is_none(project: ModuleType, arch: str) -> None:
 
 def test_flags_follow_the_compiler(project: ModuleType) -> None:
     cuda = project.Cuda.__new__(project.Cuda)
-    cuda.version = (12, 4)
-    assert "-Xfatbin=-compress-all" in project.nvcc_flags("cu12", cuda)
+    for version in ((12, 4), (12, 9)):
+        cuda.version = version
+        assert "-Xfatbin=-compress-all" in project.nvcc_flags("cu12", cuda)
+        assert "--compress-mode=size" not in project.nvcc_flags("cu12", cuda)
     cuda.version = (13, 0)
     assert "--compress-mode=size" in project.nvcc_flags("cu13", cuda)
 

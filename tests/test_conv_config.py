@@ -79,6 +79,7 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
     ),
     "depthwise": lambda p, gpu: (
         gpu.compute_capability >= 80
+        and p.element_bytes <= 4
         and p.groups == p.C == p.K
         and (p.R, p.S) in ((3, 3), (5, 5))
         and p.stride_h == p.stride_w in (1, 2)

@@ -65,7 +65,7 @@ __device__ __forceinline__ uint32_t div_mod(const FastDiv& d, uint32_t& n) {
   return q;
 }
 
-// ---- 4, 8 or 16 bytes of channels -----------------------------------------------------------------------------------
+// ---- 8 or 16 bytes of channels --------------------------------------------------------------------------------------
 
 template <typename T, int V>
 struct Lanes {
@@ -78,11 +78,10 @@ __device__ __forceinline__ void load_shared(const T* address, Lanes<T, V>& lanes
   if constexpr (Lanes<T, V>::kWords == 4) {
     const uint4 w = *reinterpret_cast<const uint4*>(address);
     lanes.words[0] = w.x, lanes.words[1] = w.y, lanes.words[2] = w.z, lanes.words[3] = w.w;
-  } else if constexpr (Lanes<T, V>::kWords == 2) {
+  } else {
+    static_assert(Lanes<T, V>::kWords == 2);
     const uint2 w = *reinterpret_cast<const uint2*>(address);
     lanes.words[0] = w.x, lanes.words[1] = w.y;
-  } else {
-    lanes.words[0] = *reinterpret_cast<const uint32_t*>(address);
   }
 }
 
@@ -95,15 +94,11 @@ __device__ __forceinline__ void unpack(const Lanes<T, V>& lanes, acc_t<T> (&out)
       out[k] = pair.x;
       out[k + 1] = pair.y;
     }
-  } else if constexpr (sizeof(T) == 4) {
+  } else {
+    static_assert(sizeof(T) == 4);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       out[k] = __uint_as_float(lanes.words[k]);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      out[k] = __hiloint2double(static_cast<int>(lanes.words[2 * k + 1]), static_cast<int>(lanes.words[2 * k]));
     }
   }
 }
@@ -115,16 +110,11 @@ __device__ __forceinline__ void pack(const acc_t<T> (&in)[V], Lanes<T, V>& lanes
     for (int k = 0; k < V; k += 2) {
       lanes.words[k / 2] = pack_pair(T(), in[k], in[k + 1]);
     }
-  } else if constexpr (sizeof(T) == 4) {
+  } else {
+    static_assert(sizeof(T) == 4);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       lanes.words[k] = __float_as_uint(in[k]);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      lanes.words[2 * k] = static_cast<uint32_t>(__double2loint(in[k]));
-      lanes.words[2 * k + 1] = static_cast<uint32_t>(__double2hiint(in[k]));
     }
   }
 }
@@ -284,11 +274,9 @@ __device__ __forceinline__ void walk_rows(int rows, const Acc (&w)[R][R][V], Loa
 
 // ---- channels_last --------------------------------------------------------------------------------------------------
 
-// Channels of a block and of a thread.
+// Channels of a block.
 template <typename T>
 constexpr int kDepthwiseChunk = kDepthwiseChunkBytes / static_cast<int>(sizeof(T));
-template <typename T>
-constexpr int kDepthwiseLaneChannels = depthwise_lane_channels(sizeof(T));
 // Columns of a thread.
 template <typename T, int R, int kStride>
 constexpr int kDepthwiseCols = depthwise_cols(sizeof(T), R, kStride);
@@ -355,7 +343,7 @@ __device__ __forceinline__ void copy_pixels(const DepthwiseParams<T>& p, uint32_
 template <typename T, int R, int kStride>
 __global__ void __launch_bounds__(kDepthwiseThreads) conv_depthwise_channels_last_kernel(const DepthwiseParams<T> p) {
   using Acc = acc_t<T>;
-  constexpr int V = kDepthwiseLaneChannels<T>;
+  constexpr int V = kDepthwiseLaneChannels;
   constexpr int kChunk = kDepthwiseChunk<T>;
   constexpr int kCols = kDepthwiseCols<T, R, kStride>;
   constexpr int kIn = (kCols - 1) * kStride + R;
@@ -630,11 +618,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads) conv_depthwise_planes_kerne
 template <typename T>
 DepthwiseParams<T> make_depthwise_params(const ConvProblem& c, const ConvOperands& operands, Activation activation,
                                          const DepthwisePlan& plan) {
-  const int lane_channels = depthwise_lane_channels(c.element_bytes);
   const auto aligned = [&](const void* address, int64_t bytes, int64_t channels) {
     return reinterpret_cast<uintptr_t>(address) % bytes == 0 && c.C % channels == 0;
   };
-  const int64_t lane_bytes = lane_channels * c.element_bytes;
+  const int64_t lane_bytes = kDepthwiseLaneChannels * c.element_bytes;
   DepthwiseParams<T> p;
   p.x = static_cast<const T*>(operands.x);
   p.w = static_cast<const T*>(operands.w);
@@ -669,8 +656,8 @@ DepthwiseParams<T> make_depthwise_params(const ConvProblem& c, const ConvOperand
   p.tiles_q = FastDiv(static_cast<uint32_t>(plan.tiles_q));
   p.channels = FastDiv(static_cast<uint32_t>(c.C));
   p.x_vectors = aligned(p.x, kVecBytes, kVecBytes / c.element_bytes);
-  p.y_vectors = aligned(p.y, lane_bytes, lane_channels);
-  p.residual_vectors = aligned(p.residual, lane_bytes, lane_channels);
+  p.y_vectors = aligned(p.y, lane_bytes, kDepthwiseLaneChannels);
+  p.residual_vectors = aligned(p.residual, lane_bytes, kDepthwiseLaneChannels);
   return p;
 }
 

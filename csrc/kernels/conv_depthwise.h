@@ -29,9 +29,8 @@ constexpr int depthwise_cols(int element_bytes, int r, int stride) {
 // of shared memory, and the usual widths are multiples of 7.
 constexpr int kDepthwisePlaneCols = 7;
 
-// Channels of a thread of the channels_last kernel: 16 bytes in the accumulator's type. The weights of 5x5 filters then
-// take 100 registers.
-constexpr int depthwise_lane_channels(int element_bytes) { return element_bytes == 8 ? 2 : 4; }
+// Channels of a thread of the channels_last kernel. The weights of 5x5 filters then take 100 registers.
+constexpr int kDepthwiseLaneChannels = 4;
 
 // A block computes tiles of tile_rows x tile_cols outputs: of the channels of one chunk (channels_last), or of `planes`
 // planes in full width (contiguous). Its threads walk down `rows` rows each; `groups` of them lie below one another.
@@ -71,7 +70,7 @@ inline void finish_channels_last(const ConvProblem& c, DepthwisePlan& p) {
   p.tiles = c.N * p.tiles_p * p.tiles_q;
   const int cols = depthwise_cols(c.element_bytes, static_cast<int>(c.R), static_cast<int>(c.stride_w));
   p.col_threads = static_cast<int>(ceil_div(p.tile_cols, cols));
-  p.lanes = kDepthwiseChunkBytes / (c.element_bytes * depthwise_lane_channels(c.element_bytes));
+  p.lanes = kDepthwiseChunkBytes / (c.element_bytes * kDepthwiseLaneChannels);
   p.threads = static_cast<int>(ceil_div(p.lanes * p.col_threads * p.groups, 32) * 32);
   // A thread whose columns are not all in the tile reads past it, and does not use what it reads.
   p.stage_bytes = (p.in_rows * p.in_cols + (cols - 1) * static_cast<int>(c.stride_w)) * kDepthwiseChunkBytes;
@@ -172,12 +171,13 @@ inline DepthwisePlan plan_depthwise(const ConvProblem& c, int multiprocessors) {
   return c.channels_last ? plan_channels_last(c, multiprocessors) : plan_contiguous(c, multiprocessors);
 }
 
-// The kernels' domain. The rest is ATen's: other filters are rare, and a channel multiplier rarer.
+// The kernels' domain. The rest is ATen's: other filters are rare, a channel multiplier is rarer, and float64 is too; its
+// kernels would be a fifth of the code.
 inline bool depthwise_supports(const ConvProblem& c) {
   constexpr int64_t kMax = int64_t{1} << 31;
-  if (c.groups != c.C || c.C != c.K || c.C < 1 || c.R != c.S || !(c.R == 3 || c.R == 5) || c.stride_h != c.stride_w ||
-      !(c.stride_h == 1 || c.stride_h == 2) || c.dilation_h != 1 || c.dilation_w != 1 || c.H < 1 || c.W < 1 ||
-      c.P < 1 || c.Q < 1) {
+  if (c.element_bytes > 4 || c.groups != c.C || c.C != c.K || c.C < 1 || c.R != c.S || !(c.R == 3 || c.R == 5) ||
+      c.stride_h != c.stride_w || !(c.stride_h == 1 || c.stride_h == 2) || c.dilation_h != 1 || c.dilation_w != 1 ||
+      c.H < 1 || c.W < 1 || c.P < 1 || c.Q < 1) {
     return false;
   }
   // 32-bit arithmetic within an image, in the kernels and in the plan.

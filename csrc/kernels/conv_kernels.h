@@ -14,7 +14,7 @@ cudaError_t launch_conv_few_channels(const ConvProblem& problem, const ConvOpera
                                      const FewChannelsTile& tile, const GpuTraits& gpu, Activation activation,
                                      cudaStream_t stream);
 
-// T: any. The plan was made for the problem.
+// T: float, float16, bfloat16. The plan was made for the problem.
 template <typename T>
 cudaError_t launch_conv_depthwise(const ConvProblem& problem, const ConvOperands& operands, Activation activation,
                                   const DepthwisePlan& plan, int multiprocessors, cudaStream_t stream);

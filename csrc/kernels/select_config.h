@@ -64,9 +64,6 @@ inline bool is_faster(ConvAlgorithm algorithm, const ConvProblem& c) {
       // 1x1, which is a matrix product of little depth: channels_last 1.5 and 1.6, contiguous 0.9 and 1.3.
       return c.channels_last && pixels >= 1 << 17;
     case ConvAlgorithm::depthwise:
-      if (c.element_bytes == 8) {  // not measured
-        return false;
-      }
       if (!c.channels_last) {  // 1.3 to 3.8, a few small planes 0.83
         return c.N * c.C * c.P * c.Q >= 1 << 18;
       }

@@ -9,7 +9,5 @@ template cudaError_t launch_conv_depthwise<float16>(const ConvProblem&, const Co
                                                     const DepthwisePlan&, int, cudaStream_t);
 template cudaError_t launch_conv_depthwise<bfloat16>(const ConvProblem&, const ConvOperands&, Activation,
                                                      const DepthwisePlan&, int, cudaStream_t);
-template cudaError_t launch_conv_depthwise<double>(const ConvProblem&, const ConvOperands&, Activation,
-                                                   const DepthwisePlan&, int, cudaStream_t);
 
 }  // namespace fused_conv_bn

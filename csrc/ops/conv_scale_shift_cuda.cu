@@ -117,8 +117,12 @@ struct CudaKernel {
         });
       case ConvAlgorithm::depthwise:
         return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
-          return launch_conv_depthwise<typename decltype(tag)::type>(problem, operands, c.activation, config.depthwise,
-                                                                     gpu.multiprocessors, cuda.stream());
+          using T = typename decltype(tag)::type;
+          if constexpr (sizeof(T) <= 4) {
+            return launch_conv_depthwise<T>(problem, operands, c.activation, config.depthwise, gpu.multiprocessors,
+                                            cuda.stream());
+          }
+          return cudaErrorInvalidValue;
         });
       case ConvAlgorithm::aten:
         break;

@@ -482,6 +482,47 @@ def test_object_does_not_depend_on_the_folder(monkeypatch: pytest.MonkeyPatch, t
     assert len({nvcc.module_id(source) for source in ("a.cu", "b.cu", "x/a.cu")}) == 3
 
 
+PTX = """\
+.version 8.4
+.target sm_90
+.extern .shared .align 16 .b8 shared[];
+.visible .entry _Z1kI13__nv_bfloat16S0_EvT_(
+	.param .u64 p
+)
+.maxntid 256, 1, 1
+{
+	{ mov.b32 %r1, shared; }
+	ret;
+}
+.global .align 1 .b8 between[1];
+.visible .entry _Z1jI6__halfEvT_(
+)
+{
+	ret;
+}
+	// .globl	_Z1kI6__halfS1_EvT_
+.visible .entry _Z1kI6__halfS1_EvT_(
+)
+{
+	ret;
+}
+"""
+
+
+def test_twins_become_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing gets lost, and what kernels may refer to stays before them."""
+    nvcc = load("nvcc", monkeypatch)
+    ptx = nvcc.gather(PTX)
+    assert sorted(ptx.splitlines()) == sorted(PTX.splitlines())
+    assert re.findall(r"\.entry (\w+)", ptx) == [
+        "_Z1jI6__halfEvT_",
+        "_Z1kI13__nv_bfloat16S0_EvT_",
+        "_Z1kI6__halfS1_EvT_",
+    ]
+    assert ptx.index(".shared") < ptx.index("between") < ptx.index(".entry")
+    assert "\n.maxntid 256, 1, 1\n{\n\t{ mov.b32 %r1, shared; }\n\tret;\n}\n" in ptx
+
+
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,9 @@
     python wheels/nvcc.py NVCC FLAGS... -MD -MF DEPENDENCIES -c SOURCE -o OBJECT
 
 nvcc names internal symbols after its process, its temporary files and the folder it runs in; CUDA 12's has no option
-against that. So this asks nvcc for the commands that it would run (--dryrun) and runs them, with one change: the file
-that those names are taken from, which cudafe++ would write, is written here and says only what the source is called.
+against that. So this asks nvcc for the commands that it would run (--dryrun) and runs them, with two changes: the file
+that those names are taken from, which cudafe++ would write, is written here and says only what the source is called;
+and for CUDA 12, whose compression looks back no further than 64 KB, kernels that resemble each other become neighbours.
 """
 
 from __future__ import annotations
@@ -22,6 +23,20 @@ def module_id(source: str) -> str:
     """What cudafe++ would write but for the checksums, which are of the source's path in this tree alone."""
     name = re.sub(r"\W", "_", Path(source).name)
     return f"_{zlib.crc32(source.encode()):08x}_{len(name)}_{name}_00000000"
+
+
+KERNEL = re.compile(r"^\.visible \.entry (\w+)\(.*?^}\n", re.MULTILINE | re.DOTALL)
+
+
+def gather(ptx: str) -> str:
+    """PTX with each kernel for bfloat16 beside its twin for float16. Machine code will have the same order."""
+
+    def twins(kernel: re.Match[str]) -> tuple[str, str]:
+        name = kernel[1]
+        # What the types' mangled names are, and the references back to them, whose numbers differ.
+        return re.sub(r"S[0-9A-Z]*_", "", re.sub("6__half|13__nv_bfloat16", "*", name)), name
+
+    return KERNEL.sub("", ptx) + "".join(kernel[0] for kernel in sorted(KERNEL.finditer(ptx), key=twins))
 
 
 def steps_of(plan: str) -> tuple[dict[str, str], list[str]]:
@@ -65,6 +80,9 @@ def main(nvcc: str, *arguments: str) -> int:
         status = subprocess.run(command, shell=True, env={**os.environ, **variables}).returncode
         if status != 0:
             return status
+        ptx = re.search(r' -o "([^"]*\.ptx)"', command)
+        if ptx and "-Xfatbin=-compress-all" in flags:
+            Path(ptx[1]).write_text(gather(Path(ptx[1]).read_text()))
     if changed != 1 or not Path(dependencies).exists():
         print(f"{nvcc} runs other commands than this program knows: {commands}", file=sys.stderr)
         return 1

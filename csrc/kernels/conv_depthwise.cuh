@@ -498,8 +498,13 @@ __device__ __forceinline__ void copy_rows(const DepthwiseParams<T>& p, uint32_t 
   }
 }
 
+// CUDA 12's compiler tries for 128 registers with 5x5 filters, and spills; with 2 blocks named, which is as many, it does not.
+template <int R>
+constexpr int kDepthwisePlaneBlocks = __CUDACC_VER_MAJOR__ < 13 && R == 5 ? 2 : 0;  // 0: unnamed
+
 template <typename T, int R, int kStride>
-__global__ void __launch_bounds__(kDepthwiseThreads) conv_depthwise_planes_kernel(const DepthwiseParams<T> p) {
+__global__ void __launch_bounds__(kDepthwiseThreads, kDepthwisePlaneBlocks<R>)
+    conv_depthwise_planes_kernel(const DepthwiseParams<T> p) {
   using Acc = acc_t<T>;
   constexpr int kCols = kDepthwisePlaneCols;
   constexpr int kIn = (kCols - 1) * kStride + R;

@@ -46,6 +46,7 @@ struct FewChannelsParams {
   FastDiv x_cols, tile_q, tile_p, tiles_q, tiles_p;
   uint32_t tiles;
   int run_shift;     // contiguous: 2^run_shift lanes share a run of the output
+  bool split;        // float32: in two halves, three products; else one
   bool x_vectors;    // channels_last: a pixel's quads can be read as a whole
   bool y_vectors;    // channels_last: a pixel's channels can be written 16 bytes at a time
   bool stage_pairs;  // contiguous: two neighbouring results can be staged with one store
@@ -146,9 +147,8 @@ struct FewChannelsHeader {
 
 extern __shared__ __align__(128) unsigned char few_channels_shared[];
 
-// T: the tensors' type. kSplit: float32 in two halves, three products; else one product of 16-bit values.
-// kM: output channels, in sixteens. kLast: channels_last.
-template <typename T, bool kSplit, int kM, bool kLast>
+// T: the tensors' type. kM: output channels, in sixteens. kLast: channels_last.
+template <typename T, int kM, bool kLast>
 class FewChannels {
  public:
   using Half = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float16>;  // what is multiplied
@@ -376,8 +376,10 @@ class FewChannels {
         }
       }
       store_shared(weights() + e * 16, make_uint4(high[0], high[1], high[2], high[3]));
-      if constexpr (kSplit) {
-        store_shared(weights() + w_plane() + e * 16, make_uint4(low[0], low[1], low[2], low[3]));
+      if constexpr (kFloat) {
+        if (p.split) {
+          store_shared(weights() + w_plane() + e * 16, make_uint4(low[0], low[1], low[2], low[3]));
+        }
       }
     }
   }
@@ -497,8 +499,10 @@ class FewChannels {
       }
     };
     store(target, high);
-    if constexpr (kSplit) {
-      store(target + p.tile.x_plane, low);
+    if constexpr (kFloat) {
+      if (p.split) {
+        store(target + p.tile.x_plane, low);
+      }
     }
   }
 
@@ -638,21 +642,23 @@ class FewChannels {
     for (int j = 0; j < kN; ++j) {
       base[j] = patch() + header().operands[warp() * 32 + 8 * j + g()];
     }
-    if constexpr (kSplit) {
-      int offset = quad_offset(0);
+    if constexpr (kFloat) {
+      if (p.split) {
+        int offset = quad_offset(0);
 #pragma unroll 1
-      for (int step = 0; step < p.tile.k_steps; ++step) {
-        uint4 w[kM];
-        uint2 v[kN];
-        load_weights(w, step, 1);
-        load_pixels(v, base, offset, 0);
-        multiply_step(acc, w, v);
-        load_weights(w, step, 0);
-        load_pixels(v, base, offset, 1);
-        offset = quad_offset(step + 1);
-        multiply_step(acc, w, v);
+        for (int step = 0; step < p.tile.k_steps; ++step) {
+          uint4 w[kM];
+          uint2 v[kN];
+          load_weights(w, step, 1);
+          load_pixels(v, base, offset, 0);
+          multiply_step(acc, w, v);
+          load_weights(w, step, 0);
+          load_pixels(v, base, offset, 1);
+          offset = quad_offset(step + 1);
+          multiply_step(acc, w, v);
+        }
+        for_each([&](int i, int j, int e) { acc[i][j][e] *= 1 / kLowScale; });
       }
-      for_each([&](int i, int j, int e) { acc[i][j][e] *= 1 / kLowScale; });
     }
     uint2 v[kN];
     load_pixels(v, base, quad_offset(0), 0);
@@ -946,11 +952,11 @@ class FewChannels {
   const int first_channel;
 };
 
-template <typename T, bool kSplit, int kM, bool kLast>
+template <typename T, int kM, bool kLast>
 __global__ void __launch_bounds__(kFewChannelsThreads, kFewChannelsResidents)
     conv_few_channels_kernel(const __grid_constant__ FewChannelsParams<T> params) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
-  FewChannels<T, kSplit, kM, kLast>(params).run();
+  FewChannels<T, kM, kLast>(params).run();
 #endif
 }
 
@@ -989,9 +995,10 @@ cudaError_t launch_conv_few_channels(const ConvProblem& c, const ConvOperands& o
                 c.C * c.element_bytes % (tile.quads_per_tap % 2 == 0 ? 16 : 8) == 0;
   p.y_vectors = c.channels_last && c.K * c.element_bytes % kVecBytes == 0 && aligned(p.y);
   p.stage_pairs = !c.channels_last && c.Q % 2 == 0 && reinterpret_cast<uintptr_t>(p.y) % (2 * sizeof(T)) == 0;
+  p.split = c.element_bytes == 4 && !c.allow_tf32;
   p.activation = activation;
-  const auto launch = [&](auto split, auto m, auto last) {
-    const auto kernel = conv_few_channels_kernel<T, split(), m(), last()>;
+  const auto launch = [&](auto m, auto last) {
+    const auto kernel = conv_few_channels_kernel<T, m(), last()>;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                     tile.shared_memory);
     if (status != cudaSuccess) {
@@ -1004,18 +1011,11 @@ cudaError_t launch_conv_few_channels(const ConvProblem& c, const ConvOperands& o
              tile.shared_memory, stream>>>(p);
     return cudaGetLastError();
   };
-  const auto by_channels = [&](auto split, auto last) {
-    return tile.channels == 64 ? launch(split, std::integral_constant<int, 4>{}, last)
-                               : launch(split, std::integral_constant<int, 2>{}, last);
+  const auto by_channels = [&](auto last) {
+    return tile.channels == 64 ? launch(std::integral_constant<int, 4>{}, last)
+                               : launch(std::integral_constant<int, 2>{}, last);
   };
-  const auto by_layout = [&](auto split) {
-    return c.channels_last ? by_channels(split, std::true_type{}) : by_channels(split, std::false_type{});
-  };
-  if constexpr (std::is_same_v<T, float>) {
-    return c.allow_tf32 ? by_layout(std::false_type{}) : by_layout(std::true_type{});
-  } else {
-    return by_layout(std::false_type{});
-  }
+  return c.channels_last ? by_channels(std::true_type{}) : by_channels(std::false_type{});
 }
 
 }  // namespace fused_conv_bn

@@ -18,7 +18,7 @@ DTYPES: dict[torch.dtype, float] = {
 DEVICES = ("cpu", "cuda")
 """The parameters of the fixture ``device`` (conftest.py)."""
 
-CONV_ALGORITHMS = ("aten", "few_channels", "depthwise")
+CONV_ALGORITHMS = ("aten", "hopper", "few_channels", "depthwise")
 """The algorithms of conv_scale_shift on CUDA, each of which tests force (conftest.py's ``conv_device``)."""
 
 

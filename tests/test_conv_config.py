@@ -54,20 +54,40 @@ class Gpu:
     multiprocessors: int
     shared_memory_per_block: int
     shared_memory_per_multiprocessor: int
+    has_wgmma: bool
 
 
 GPUS = (
-    Gpu(75, 40, 65536, 65536),
-    Gpu(80, 108, 166912, 167936),
-    Gpu(86, 84, 101376, 102400),
-    Gpu(89, 142, 101376, 102400),
-    Gpu(90, 132, 232448, 233472),
-    Gpu(100, 148, 232448, 233472),
-    Gpu(120, 188, 101376, 102400),
+    Gpu(75, 40, 65536, 65536, False),
+    Gpu(80, 108, 166912, 167936, False),
+    Gpu(86, 84, 101376, 102400, False),
+    Gpu(89, 142, 101376, 102400, False),
+    Gpu(90, 132, 232448, 233472, True),
+    Gpu(90, 132, 232448, 233472, False),  # compiled for other GPUs
+    Gpu(100, 148, 232448, 233472, False),
+    Gpu(120, 188, 101376, 102400, False),
 )
+
+
+
+def hopper_units(p: Problem) -> int:
+    """Groups of eight that a filter's weights go into: eight channels of a tap, or of few channels several taps of a row."""
+    taps = next((8 // slots for slots in (1, 2, 4) if p.C <= slots), 1)
+    return p.R * -(-p.S // taps) * -(-p.C // 8)
+
 
 DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
     "aten": lambda p, gpu: True,
+    "hopper": lambda p, gpu: (
+        gpu.has_wgmma
+        and p.groups == 1
+        and p.C <= 64
+        and p.R * p.S <= 256
+        and hopper_units(p) <= 128
+        and (p.element_bytes == 2 or p.element_bytes == 4 and p.C * p.R * p.S <= 512)
+        and max(p.C * p.H * p.W, p.K * p.P * p.Q, p.N * p.P * p.Q) <= 1 << 30
+        and max(p.H, p.W, p.K) <= 1 << 20
+    ),
     "few_channels": lambda p, gpu: (
         gpu.compute_capability >= 80
         and p.groups == 1
@@ -97,6 +117,19 @@ def fits(p: Problem, gpu: Gpu) -> bool:
         for stride, taps, dilation in ((p.stride_h, p.R, p.dilation_h), (p.stride_w, p.S, p.dilation_w))
     )
     return 4 * weights + 6 * rows * cols * (channels + 16) + 70000 < gpu.shared_memory_per_block
+
+
+def hopper_fits(p: Problem) -> bool:
+    """Whether two input patches of the hopper kernel's smallest tile, and all else, surely fit into shared memory."""
+    cols = 40 if p.Q <= 512 else 520
+    pitch = cols + (p.S - 1) * p.dilation_w + 2
+    rows = (p.R - 1) * p.dilation_h + 1
+    patch = p.stride_h * p.stride_w * -(-p.C // 8) * rows * pitch
+    copies = 2 if p.element_bytes == 4 else 1
+    stages = 2 * copies * 16 * (patch + pitch + 128)
+    output = 0 if p.channels_last else 2 * 64 * p.element_bytes * (cols + 80)
+    weights = copies * 1024 * (hopper_units(p) + 1)
+    return patch <= 8192 and pitch <= 1024 and 2048 + 8 * (pitch + 128) + weights + stages + output <= 232448
 
 
 def random_problem(rng: random.Random) -> Problem:
@@ -155,12 +188,13 @@ def test_forced_choices(algorithm: str) -> None:
             forced = configuration(problem, gpu, algorithm)
         except RuntimeError as error:
             assert f"'{algorithm}', which does not cover this convolution" in str(error)
-            assert not DOMAINS[algorithm](problem, gpu) or not fits(problem, gpu), problem
+            fitting = hopper_fits(problem) if algorithm == "hopper" else fits(problem, gpu)
+            assert not DOMAINS[algorithm](problem, gpu) or not fitting, problem
         else:
             assert forced.split()[0] == algorithm
             assert DOMAINS[algorithm](problem, gpu), problem
 
 
 def test_lists_of_the_wrong_length() -> None:
-    with pytest.raises(RuntimeError, match="problem and gpu have 3 and 4 values, expected 20 and 4"):
+    with pytest.raises(RuntimeError, match="problem and gpu have 3 and 4 values, expected 20 and 5"):
         conv_config([1, 2, 3], [90, 132, 1, 1])

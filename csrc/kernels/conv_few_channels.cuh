@@ -11,11 +11,9 @@
 // a table of offsets, one a quad. mma.sync.m16n8k16 wants four values of its k from each thread; in which order the 16
 // values of k come is free as long as both operands agree, so that a thread's four are one quad: 8 bytes of one pixel.
 //
-// float32 is split in two halves: v * s = high + low / 2^11, with a power of two s that puts the largest magnitude of the
-// patch (of the weights: of the output channel) into [2^14, 2^15). The sum low * high + high * low is formed first, scaled by
-// 2^-11, then high * high goes on top: 22 bits of significand, like three TF32 products at twice their speed. That holds
-// for magnitudes down to 2^-27 of the largest. A patch that has smaller ones, or Inf or NaN, is computed in plain float32
-// FMAs from unscaled values instead; so are all patches if the weights are like that.
+// float32 is split in two halves (split_float.cuh). The sum low * high + high * low is formed first, scaled by 2^-11, then
+// high * high goes on top. A patch that does not split is computed in plain float32 FMAs from unscaled values instead; so
+// are all patches if the weights are like that.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,6 +25,7 @@
 #include "epilogue.h"
 #include "memory_format.h"
 #include "shared_memory.cuh"
+#include "split_float.cuh"
 #include "vec.cuh"
 
 namespace fused_conv_bn {
@@ -69,60 +68,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint4& a, cons
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
   }
-}
-
-// ---- splitting float32 -----------------------------------------------------------------------------------------------
-
-constexpr float kLowScale = 2048.0f;  // of the low half
-constexpr int kMaxSpan = 27;          // binary exponents between the largest and the smallest magnitude
-// Largest magnitudes that can be scaled without a thought of over- and underflow: 2^-45 to 2^45.
-constexpr uint32_t kLeastExponent = 127 - 45;
-constexpr uint32_t kMostExponent = 127 + 45;
-
-// The largest and the smallest magnitude other than 0 of some values.
-struct Magnitudes {
-  uint32_t most = 0;             // as bits
-  uint32_t least = 0xffffffffu;  // as bits, less 1, so that 0 counts as the largest of all
-
-  __device__ __forceinline__ void add(float v) {
-    const uint32_t bits = __float_as_uint(v) & 0x7fffffffu;
-    most = max(most, bits);
-    least = min(least, bits - 1);
-  }
-  __device__ __forceinline__ void merge(uint32_t other_most, uint32_t other_least) {
-    most = max(most, other_most);
-    least = min(least, other_least);
-  }
-  // Whether splitting keeps float32's accuracy.
-  __device__ __forceinline__ bool can_split() const {
-    const uint32_t exponent = most >> 23;
-    return most == 0 ||
-           (exponent >= kLeastExponent && exponent <= kMostExponent && exponent - ((least + 1) >> 23) <= kMaxSpan);
-  }
-  // Puts `most` into [2^14, 2^15), and back.
-  __device__ __forceinline__ float scale() const {
-    return most == 0 ? 1.0f : __uint_as_float((268 - (most >> 23)) << 23);
-  }
-  __device__ __forceinline__ float inverse() const {
-    return most == 0 ? 1.0f : __uint_as_float(((most >> 23) - 14) << 23);
-  }
-};
-
-// Two values, scaled and split.
-__device__ __forceinline__ void split(float a, float b, float scale, uint32_t& high, uint32_t& low) {
-  a *= scale;
-  b *= scale;
-  high = pack_pair(float16(), a, b);
-  const float2 rounded = unpack_pair(float16(), high);
-  low = pack_pair(float16(), (a - rounded.x) * kLowScale, (b - rounded.y) * kLowScale);
-}
-
-// Whether a scale times the inverse of a patch's scale is still far from float32's limits, or is what PyTorch would have
-// it be at any scale: 0, Inf or NaN.
-__device__ __forceinline__ bool is_moderate(float scale) {
-  const uint32_t exponent = __float_as_uint(scale) >> 23 & 0xff;
-  return (exponent >= 127 - 60 && exponent <= 127 + 60) || (__float_as_uint(scale) & 0x7fffffff) == 0 ||
-         exponent == 255;
 }
 
 // What shared memory begins with. The offsets of the quads follow.

@@ -19,4 +19,11 @@ template <typename T>
 cudaError_t launch_conv_depthwise(const ConvProblem& problem, const ConvOperands& operands, Activation activation,
                                   const DepthwisePlan& plan, int multiprocessors, cudaStream_t stream);
 
+// T: float, float16, bfloat16. The tile was made for the problem.
+template <typename T>
+cudaError_t launch_conv_hopper(const ConvProblem& problem, const ConvOperands& operands, const HopperTile& tile,
+                               const GpuTraits& gpu, Activation activation, cudaStream_t stream);
+// Whether this library has it: a build for other GPUs alone has not.
+bool conv_hopper_is_compiled();
+
 }  // namespace fused_conv_bn

@@ -38,6 +38,7 @@ struct GpuTraits {
   int multiprocessors;
   int shared_memory_per_block;  // the most a block may ask for, in bytes
   int shared_memory_per_multiprocessor;
+  bool has_wgmma;  // it has compute capability 9.0's own matrix instructions, and code for it was compiled
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

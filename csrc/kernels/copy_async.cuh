@@ -19,6 +19,17 @@ __device__ __forceinline__ void copy_async(void* to_shared, const void* from, bo
 #endif
 }
 
+// The same by the shared memory's 32-bit address. Compute capability 8.0 on.
+__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(exists ? 16 : 0)
+               : "memory");
+}
+// 4 bytes.
+__device__ __forceinline__ void copy_async_1(uint32_t to_shared, const void* from, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to_shared), "l"(from), "r"(exists ? 4 : 0)
+               : "memory");
+}
+
 // Ends a group of the copies that this thread started.
 __device__ __forceinline__ void copy_async_commit() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

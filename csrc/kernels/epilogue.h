@@ -51,13 +51,34 @@ FCB_HD float exp_acc(float x) {
 #endif
 FCB_HD double exp_acc(double x) { return exp(x); }
 
-// Comparisons are written so that NaN passes through, as it does in PyTorch.
+// The larger and the smaller of x and a bound. NaN passes through, as it does in PyTorch.
+template <typename Acc>
+FCB_HD Acc at_least(Acc x, Acc bound) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<Acc, float>) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(bound));  // one instruction, where the comparison takes two
+    return x;
+  }
+#endif
+  return x < bound ? bound : x;
+}
+template <typename Acc>
+FCB_HD Acc at_most(Acc x, Acc bound) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<Acc, float>) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(bound));
+    return x;
+  }
+#endif
+  return x > bound ? bound : x;
+}
+
 template <Activation A, typename Acc>
 FCB_HD Acc activate(Acc x) {
   if constexpr (A == Activation::relu) {
-    return x < Acc(0) ? Acc(0) : x;
+    return at_least(x, Acc(0));
   } else if constexpr (A == Activation::relu6) {
-    return x < Acc(0) ? Acc(0) : (x > Acc(6) ? Acc(6) : x);
+    return at_most(at_least(x, Acc(0)), Acc(6));
   } else if constexpr (A == Activation::silu) {
     return x / (Acc(1) + exp_acc(-x));
   } else if constexpr (A == Activation::hardswish) {

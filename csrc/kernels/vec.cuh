@@ -143,6 +143,17 @@ __device__ __forceinline__ uint32_t pack_pair(bfloat16, float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+// The same with ReLU, which rounding does on the way. Compute capability 8.0 on.
+__device__ __forceinline__ uint32_t pack_pair_relu(float16, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ uint32_t pack_pair_relu(bfloat16, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 template <typename T>
 __device__ __forceinline__ void pack(const float (&in)[8], Vec<T>& v) {
   v.words = {pack_pair(T(), in[0], in[1]), pack_pair(T(), in[2], in[3]), pack_pair(T(), in[4], in[5]),

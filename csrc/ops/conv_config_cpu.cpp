@@ -7,7 +7,7 @@ namespace {
 std::string conv_config(std::vector<int64_t> problem, std::vector<int64_t> gpu, StringHandle algorithm_handle) {
   const char* op = "_conv_config";
   const std::string algorithm = take_string(algorithm_handle);
-  constexpr size_t kProblem = 20, kGpu = 4;
+  constexpr size_t kProblem = 20, kGpu = 5;
   if (problem.size() != kProblem || gpu.size() != kGpu) {
     fail(op, ": problem and gpu have ", problem.size(), " and ", gpu.size(), " values, expected ", kProblem, " and ",
          kGpu);
@@ -34,7 +34,7 @@ std::string conv_config(std::vector<int64_t> problem, std::vector<int64_t> gpu, 
                       v[18] != 0,
                       v[19] != 0};
   const GpuTraits traits{static_cast<int>(gpu[0]), static_cast<int>(gpu[1]), static_cast<int>(gpu[2]),
-                         static_cast<int>(gpu[3])};
+                         static_cast<int>(gpu[3]), gpu[4] != 0};
   return config_text(choose_config(op, algorithm.c_str(), &p, traits));
 }
 

@@ -18,11 +18,13 @@ const GpuTraits& gpu_traits(int32_t index) {
     cudaGetDeviceCount(&count);
     std::vector<GpuTraits> traits;
     for (int i = 0; i < count; ++i) {
-      traits.push_back({device_attribute(i, cudaDevAttrComputeCapabilityMajor) * 10 +
-                            device_attribute(i, cudaDevAttrComputeCapabilityMinor),
+      const int capability = device_attribute(i, cudaDevAttrComputeCapabilityMajor) * 10 +
+                             device_attribute(i, cudaDevAttrComputeCapabilityMinor);
+      traits.push_back({capability,
                         device_attribute(i, cudaDevAttrMultiProcessorCount),
                         device_attribute(i, cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                        device_attribute(i, cudaDevAttrMaxSharedMemoryPerMultiprocessor)});
+                        device_attribute(i, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                        capability == 90 && conv_hopper_is_compiled()});
     }
     return traits;
   }();
@@ -106,6 +108,14 @@ struct CudaKernel {
       print_config(c, allow_tf32, config);
     }
     switch (config.algorithm) {
+      case ConvAlgorithm::hopper:
+        return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
+          using T = typename decltype(tag)::type;
+          if constexpr (sizeof(T) <= 4) {
+            return launch_conv_hopper<T>(problem, operands, config.hopper, gpu, c.activation, cuda.stream());
+          }
+          return cudaErrorInvalidValue;
+        });
       case ConvAlgorithm::few_channels:
         return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
           using T = typename decltype(tag)::type;

@@ -1,0 +1,189 @@
+// Which convolutions the hopper kernel takes, and how they are cut into tiles: host code without CUDA, so that
+// select_config() and its tests can ask. The kernel reads the same numbers.
+//
+// Shared memory holds the input in units of 16 bytes: eight values of k for one output column. A unit has the same column
+// of `taps` neighbouring taps of a filter row, `slots` channels each; 8 = taps * slots. Units of neighbouring output columns
+// lie side by side, and those of the next output row one pitch further, whatever the strides: rows and columns of the
+// image go into planes by their phase (their number modulo the stride). So a unit of the filter is nothing but an
+// offset, the same for every output pixel.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "conv_params.h"
+#include "scalar.h"
+
+namespace fused_conv_bn {
+
+constexpr int kHopperLoaders = 2;  // warpgroups that load
+constexpr int kHopperTakers = 2;   // warpgroups that multiply and write, by turns
+constexpr int kHopperThreads = 128 * (kHopperLoaders + kHopperTakers);
+FCB_HD constexpr int hopper_place_bytes(bool channels_last) { return channels_last ? 8 : 2; }
+constexpr int kHopperChannels = 64;       // output channels of a block
+constexpr int kHopperChunk = 128;         // positions that a warpgroup multiplies at a time
+constexpr int kHopperMostUnits = 128;     // of a filter
+constexpr int kHopperMostPositions = 1024;  // of a tile
+constexpr int kHopperMostStages = 4;  // tiles in shared memory
+constexpr int kHopperHeader = 2048;
+// A run of the output is staged where it starts in memory, modulo so many bytes.
+constexpr int kHopperRunAlign = 32;
+// A block's tile, and how shared memory is laid out for it. Bytes, unless it says otherwise.
+struct HopperTile {
+  int p, q;                  // output rows and columns
+  int slots_log2;            // slots: channels of a tap in a unit
+  int channel_blocks;        // units that the channels of a tap take
+  int phase_step_h, phase_step_w;  // phases that occur are multiples of these
+  int phases_h, phases_w;
+  int x_rows, x_cols;        // of a plane, in units
+  int units;                 // of the filter
+  int k_steps;               // of two units each
+  int halves;                // 2 where float32 is split
+  int chunks;
+  int x_half;                // the units of one half
+  int stages;
+  int stage_row;             // contiguous: from row to row of a tile on its way out, in elements
+  int stage_pitch;           // contiguous: from channel to channel
+  int stage_end;             // contiguous: a place for results outside the tile
+  int tiles_p, tiles_q;
+  int shared_memory;
+
+  FCB_HD int taps() const { return 8 >> slots_log2; }
+  FCB_HD int x_units() const { return phases_h * phases_w * channel_blocks * x_rows * x_cols; }
+  FCB_HD int w_half() const { return k_steps * 2 * kHopperChannels * 16; }
+};
+
+// A unit of the filter: its place in a tile's units, and what it holds.
+struct HopperUnit {
+  int offset;
+  int r, s, channel_block;
+};
+
+inline HopperUnit hopper_unit(const ConvProblem& c, const HopperTile& t, int index) {
+  HopperUnit u{};
+  const int steps_s = static_cast<int>(ceil_div(c.S, t.taps()));
+  u.channel_block = index % t.channel_blocks;
+  u.s = index / t.channel_blocks % steps_s * t.taps();
+  u.r = index / t.channel_blocks / steps_s;
+  const int64_t h = u.r * c.dilation_h;
+  const int64_t w = u.s * c.dilation_w;
+  const int64_t phase = h % c.stride_h / t.phase_step_h * t.phases_w + w % c.stride_w / t.phase_step_w;
+  u.offset = static_cast<int>(((phase * t.channel_blocks + u.channel_block) * t.x_rows + h / c.stride_h) * t.x_cols +
+                              w / c.stride_w);
+  return u;
+}
+
+inline HopperTile hopper_tile(const ConvProblem& c, int p, int q) {
+  HopperTile t{};
+  t.p = p;
+  t.q = q;
+  t.slots_log2 = c.C == 1 ? 0 : (c.C == 2 ? 1 : (c.C <= 4 ? 2 : 3));
+  t.channel_blocks = static_cast<int>(ceil_div(c.C, 8));
+  const int64_t last_h = (c.R - 1) * c.dilation_h;
+  const int64_t last_w = (c.S - 1) / t.taps() * t.taps() * c.dilation_w;
+  t.phase_step_h = static_cast<int>(std::gcd(c.dilation_h, c.stride_h));
+  t.phase_step_w = static_cast<int>(std::gcd(c.dilation_w * t.taps(), c.stride_w));
+  t.phases_h = last_h == 0 ? 1 : static_cast<int>(c.stride_h / t.phase_step_h);
+  t.phases_w = last_w == 0 ? 1 : static_cast<int>(c.stride_w / t.phase_step_w);
+  t.x_rows = static_cast<int>(p + last_h / c.stride_h);
+  t.x_cols = static_cast<int>(q + last_w / c.stride_w);
+  t.units = static_cast<int>(c.R * ceil_div(c.S, t.taps()) * t.channel_blocks);
+  t.k_steps = (t.units + 1) / 2;
+  t.halves = c.element_bytes == 4 ? 2 : 1;
+  t.chunks = static_cast<int>(ceil_div(int64_t{p - 1} * t.x_cols + q, kHopperChunk));
+  return t;
+}
+
+// The rest of a tile whose sizes are not out of all proportion; false if shared memory does not suffice.
+inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, HopperTile& t) {
+  int64_t most_offset = 0;
+  for (int i = 0; i < t.units; ++i) {
+    most_offset = std::max<int64_t>(most_offset, hopper_unit(c, t, i).offset);
+  }
+  // The last chunk reads on behind its last position.
+  const int64_t positions = int64_t{t.chunks} * kHopperChunk;
+  t.x_half = static_cast<int>(round_up(std::max<int64_t>(t.x_units(), most_offset + positions) * 16, 128));
+  int64_t total = kHopperHeader + t.halves * t.w_half() + positions * hopper_place_bytes(c.channels_last);
+  if (!c.channels_last) {
+    const int vector = 16 / c.element_bytes;
+    t.stage_row = static_cast<int>(t.q == c.Q ? t.q : round_up(t.q, vector) + vector);
+    t.stage_end = static_cast<int>(round_up(int64_t{t.p} * t.stage_row, 2));
+    const int most_lead = t.q == c.Q ? kHopperRunAlign / c.element_bytes : 0;
+    // Eight channels side by side, each with four pairs of pixels, in different banks; whole vectors.
+    // Where planes are an odd number of 16 bytes, every other channel is shifted by that (kHopperRunAlign).
+    const int wanted = c.element_bytes == 4 && c.P * c.Q % 8 == 4 ? 12 : 8;  // elements: words (float32) or half of one
+    const int line = 128 / c.element_bytes;
+    t.stage_pitch = static_cast<int>(round_up(t.stage_end + 2 + most_lead - wanted, line) + wanted);
+    total += kHopperTakers * int64_t{kHopperChannels} * t.stage_pitch * c.element_bytes;
+  }
+  // Who waits for a stage must not be more than one of its turns behind: a taker is not while there are as many as takers.
+  const int64_t left = gpu.shared_memory_per_block - total;
+  const int64_t stage = int64_t{t.halves} * t.x_half;
+  t.stages = static_cast<int>(std::clamp<int64_t>(left / stage, 0, kHopperMostStages));
+  t.tiles_p = static_cast<int>(ceil_div(c.P, t.p));
+  t.tiles_q = static_cast<int>(ceil_div(c.Q, t.q));
+  t.shared_memory = static_cast<int>(total + t.stages * stage);
+  return t.stages >= kHopperTakers;
+}
+
+// Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds up to
+// more than twice what PyTorch's own float32 convolutions lose.
+constexpr int64_t kHopperMostTerms = 512;
+
+inline bool hopper_supports(const ConvProblem& c, const GpuTraits& gpu) {
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  if (!gpu.has_wgmma || c.element_bytes > 4 || c.groups != 1 || c.C > 64 || c.R * c.S > 256 ||
+      (c.element_bytes == 4 && c.C * c.R * c.S > kHopperMostTerms)) {
+    return false;
+  }
+  return c.H <= 1 << 20 && c.W <= 1 << 20 && c.stride_h <= 1 << 10 && c.stride_w <= 1 << 10 && c.pad_h <= 1 << 20 &&
+         c.pad_w <= 1 << 20 && c.dilation_h <= 1 << 10 && c.dilation_w <= 1 << 10 && c.K <= 1 << 20 &&
+         c.C * c.H * c.W <= kLimit && c.K * c.P * c.Q <= kLimit && c.N * c.P * c.Q <= kLimit &&
+         hopper_tile(c, 1, 8).units <= kHopperMostUnits;
+}
+
+// The tile that the blocks need least time for, by this count: a position's work, a chunk's, a tile's, and loading a unit,
+// which other warps do meanwhile. Waves of blocks count as a whole.
+inline bool hopper_best_tile(const ConvProblem& c, const GpuTraits& gpu, HopperTile& best) {
+  constexpr int64_t kMostSplits = 16;
+  double least = 0;
+  bool found = false;
+  const int64_t least_splits = ceil_div(c.Q, 512);
+  for (int64_t splits = least_splits; splits < least_splits + kMostSplits && splits <= ceil_div(c.Q, 8); ++splits) {
+    int64_t q = ceil_div(c.Q, splits);
+    if (splits > 1) {
+      q = round_up(q, 8);
+    }
+    for (int p = 1; p <= c.P && p <= 64; ++p) {
+      HopperTile t = hopper_tile(c, p, static_cast<int>(q));
+      if (int64_t{p} * t.x_cols > kHopperMostPositions) {
+        break;
+      }
+      if (int64_t{t.phases_h} * t.phases_w * t.channel_blocks * t.x_rows * t.x_cols > 8192 ||
+          !hopper_layout(c, gpu, t)) {
+        continue;
+      }
+      const int64_t groups = ceil_div(c.K, kHopperChannels);
+      const int64_t tiles = c.N * t.tiles_p * t.tiles_q;
+      const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(tiles, gpu.multiprocessors / groups));
+      // A block's warpgroups take turns.
+      const int64_t turns = ceil_div(tiles, blocks);
+      const int64_t rounds = ceil_div(blocks * groups, gpu.multiprocessors);
+      const double work = t.chunks * kHopperChunk + 0.3 * p * static_cast<double>(q) + 64;
+      const double load = 0.5 * t.x_units() + 128;
+      double cost = static_cast<double>(rounds) * (static_cast<double>(turns) * std::max(work, load) + work + load);
+      if (!c.channels_last && q < c.Q) {
+        cost *= 1.0 + 8.0 / static_cast<double>(q);  // short runs in many planes
+      }
+      if (!found || cost < least) {
+        found = true;
+        least = cost;
+        best = t;
+      }
+    }
+  }
+  return found;
+}
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,177 @@
+// Instructions of compute capability 9.0a: matrix products of a warpgroup (wgmma), barriers in shared memory (mbarrier), and
+// what goes with them. Elsewhere they compile to nothing.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "scalar.h"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FCB_HOPPER 1
+#endif
+
+namespace fused_conv_bn {
+
+// ---- barriers --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+#if defined(FCB_HOPPER)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+#if defined(FCB_HOPPER)
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+// Waits until the phase of this parity has ended.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+#if defined(FCB_HOPPER)
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}"
+      ::"r"(barrier), "r"(parity)
+      : "memory");
+#endif
+}
+// Threads that agree on an id meet: a whole number of warps.
+__device__ __forceinline__ void meet(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// What this thread wrote to shared memory becomes visible to wgmma and bulk copies.
+__device__ __forceinline__ void fence_async() {
+#if defined(FCB_HOPPER)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// ---- registers of a warpgroup ----------------------------------------------------------------------------------------
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers_away() {
+#if defined(FCB_HOPPER)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#if defined(FCB_HOPPER)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+// ---- bulk copies -----------------------------------------------------------------------------------------------------
+
+// `bytes` from shared to global memory: all multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* to, uint32_t from_shared, uint32_t bytes) {
+#if defined(FCB_HOPPER)
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from_shared), "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void copy_bulk_commit() {
+#if defined(FCB_HOPPER)
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+// Waits until this thread's copies have read their source.
+__device__ __forceinline__ void copy_bulk_wait_read() {
+#if defined(FCB_HOPPER)
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+// Waits until this thread's copies are done.
+__device__ __forceinline__ void copy_bulk_wait() {
+#if defined(FCB_HOPPER)
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+}
+
+// ---- products --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void product_fence() {
+#if defined(FCB_HOPPER)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void product_commit() {
+#if defined(FCB_HOPPER)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kLeft>
+__device__ __forceinline__ void product_wait() {
+#if defined(FCB_HOPPER)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// An operand in shared memory without swizzling, k along a row: blocks of 8 rows by 16 bytes, 128 bytes each. Blocks of
+// neighbouring rows follow each other; `start` has the first block's address and the distance to the other half of k.
+__device__ __forceinline__ uint64_t operand(uint32_t start) {
+  return static_cast<uint64_t>(128 >> 4) << 32 | start;
+}
+__host__ __device__ constexpr uint32_t operand_start(uint32_t address, uint32_t other_half) {
+  return (address >> 4) | (other_half >> 4) << 16;
+}
+
+#define FCB_SUMS_8(i) \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
+      "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define FCB_SUMS_32(i) FCB_SUMS_8(i), FCB_SUMS_8(i + 8), FCB_SUMS_8(i + 16), FCB_SUMS_8(i + 24)
+#define FCB_REGISTERS_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define FCB_REGISTERS_64 \
+  FCB_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// sums = a * b, or kAdd: sums += a * b. 64 rows of a, 128 rows of b; 16 values of k. Half: float16 or bfloat16.
+template <typename Half, bool kAdd>
+__device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a, uint64_t b) {
+#if defined(FCB_HOPPER)
+#define FCB_PRODUCT(type)                                                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" FCB_REGISTERS_64                    \
+               "}, %64, %65, %66, 1, 1, 0, 0;"                                                                     \
+               : FCB_SUMS_32(0), FCB_SUMS_32(32)                                                                     \
+               : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
+  if constexpr (std::is_same_v<Half, bfloat16>) {
+    FCB_PRODUCT("bf16");
+  } else {
+    FCB_PRODUCT("f16");
+  }
+#undef FCB_PRODUCT
+#endif
+}
+
+// The same of 64 rows of b, into half of the sums.
+template <typename Half, int kFirst, bool kAdd>
+__device__ __forceinline__ void product_m64n64k16(float (&sums)[64], uint64_t a, uint64_t b) {
+#if defined(FCB_HOPPER)
+#define FCB_PRODUCT(type)                                                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FCB_REGISTERS_32                     \
+               "}, %32, %33, %34, 1, 1, 0, 0;"                                                                     \
+               : FCB_SUMS_32(kFirst)                                                                                 \
+               : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
+  if constexpr (std::is_same_v<Half, bfloat16>) {
+    FCB_PRODUCT("bf16");
+  } else {
+    FCB_PRODUCT("f16");
+  }
+#undef FCB_PRODUCT
+#endif
+}
+
+#undef FCB_SUMS_8
+#undef FCB_SUMS_32
+#undef FCB_REGISTERS_32
+#undef FCB_REGISTERS_64
+
+}  // namespace fused_conv_bn

@@ -2,6 +2,7 @@
 //
 // Ops that write to an argument return nothing: of the forms that PyTorch knows it is the one that torch.compile
 // functionalises on every torch from 2.10 on. The functions in fused_conv_bn.ops return the tensor that was written.
+// (A result that shares no memory with what is written, as those of the *_train ops, is functionalised as well.)
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
@@ -38,6 +39,14 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   // What conv_scale_shift would run on CUDA for a problem and a GPU, both as the numbers of kernels/conv_params.h and
   // conv_config.h in their order; `algorithm` forces one.
   m.def("_conv_config(int[] problem, int[] gpu, str algorithm='') -> str");
+
+  m.def(
+      "bn_scale_train(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, "
+      "float scaling_factor, float momentum, float eps) -> Tensor");
+  m.def(
+      "conv_bn_scale_train(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor? weight, Tensor? bias, float scaling_factor, float momentum, float eps, "
+      "int[] stride, int[] padding, int[] dilation, int groups, *, bool allow_tf32=False) -> Tensor");
 
   // The compute capabilities that the loaded CUDA library has code for; no kernel without one.
   m.def("cuda_archs() -> str");

@@ -15,6 +15,7 @@
 #include "kernels/epilogue.h"
 #include "kernels/fold.h"
 #include "kernels/memory_format.h"
+#include "kernels/moments.h"
 #include "torch_shim.h"
 
 namespace fused_conv_bn {
@@ -227,8 +228,7 @@ inline void check_overlap(const char* op, const Operand& target, const Operand& 
   }
 }
 
-inline void check_target(const char* op, const Operand& target, const Operand& input) {
-  check_like(op, target, input);
+inline void check_written(const char* op, const Operand& target) {
   for (int64_t d = 0; d < target.dim; ++d) {
     if (target.sizes[d] > 1 && target.strides[d] == 0) {
       fail(op, ": ", target.name, " has stride 0 in dimension ", d, ", expected a memory location for each element");
@@ -236,27 +236,36 @@ inline void check_target(const char* op, const Operand& target, const Operand& i
   }
 }
 
+inline void check_target(const char* op, const Operand& target, const Operand& input) {
+  check_like(op, target, input);
+  check_written(op, target);
+}
+
 // ---- convolutions ----------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMaxSpace = kMaxDim - 2;
 using Window = std::array<int64_t, kMaxSpace>;  // a value for each spatial dimension
 
-// A convolution's arguments, checked.
-struct ConvArguments {
+// What a convolution is by itself, checked.
+struct PlainConv {
   Operand input;
   Operand weight;
-  Operand scale;
-  Operand shift;
-  OptionalOperand residual;
   Window stride;
   Window padding;
   Window dilation;
   int64_t groups;
-  Activation activation;
   Sizes sizes;  // of the result
   int64_t numel;
 
   int64_t space() const { return input.dim - 2; }
+};
+
+// A convolution and its epilogue.
+struct ConvArguments : PlainConv {
+  Operand scale;
+  Operand shift;
+  OptionalOperand residual;
+  Activation activation;
 };
 
 // stride, padding or dilation: a value for each spatial dimension, or one for all of them, as in PyTorch.
@@ -281,46 +290,34 @@ inline Window check_window(const char* op, const char* name, const std::vector<i
 
 inline void check_conv_weight(const char* op, const Operand& weight, const Operand& input, int64_t groups) {
   if (weight.dim != input.dim) {
-    fail(op, ": weight has shape ", weight.shape(), ", expected ", input.dim,
+    fail(op, ": ", weight.name, " has shape ", weight.shape(), ", expected ", input.dim,
          " dimensions, as many as input: (output channels, input channels / groups, then the kernel)");
   }
   if (weight.dtype != input.dtype) {
-    fail(op, ": weight has dtype ", dtype_name(weight.dtype), ", expected ", dtype_name(input.dtype),
+    fail(op, ": ", weight.name, " has dtype ", dtype_name(weight.dtype), ", expected ", dtype_name(input.dtype),
          ", the dtype of input");
   }
   check_same_device(op, weight, input);
   if (weight.numel == 0) {
-    fail(op, ": weight has shape ", weight.shape(), ", expected at least one element in each dimension");
+    fail(op, ": ", weight.name, " has shape ", weight.shape(), ", expected at least one element in each dimension");
   }
   if (groups < 1 || input.sizes[1] % groups != 0 || weight.sizes[0] % groups != 0) {
     fail(op, ": groups is ", groups, ", expected a divisor of the ", input.sizes[1], " channels of input and of the ",
-         weight.sizes[0], " output channels of weight");
+         weight.sizes[0], " output channels of ", weight.name);
   }
   if (weight.sizes[1] != input.sizes[1] / groups) {
-    fail(op, ": weight has shape ", weight.shape(), ", expected ", input.sizes[1] / groups,
+    fail(op, ": ", weight.name, " has shape ", weight.shape(), ", expected ", input.sizes[1] / groups,
          " in dimension 1, the channels of input, ", input.sizes[1], ", over groups, ", groups);
   }
   if (weight.sizes[0] > kMaxChannels) {
-    fail(op, ": weight has ", weight.sizes[0], " output channels, expected at most ", kMaxChannels);
+    fail(op, ": ", weight.name, " has ", weight.sizes[0], " output channels, expected at most ", kMaxChannels);
   }
 }
 
-inline ConvArguments check_conv(const char* op, const Tensor& input, const Tensor& weight, const Tensor& scale,
-                                const Tensor& shift, const std::vector<int64_t>& stride,
-                                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                int64_t groups, const OptionalTensor& residual, const std::string& activation) {
-  ConvArguments c{Operand("input", input),
-                  Operand("weight", weight),
-                  Operand("scale", scale),
-                  Operand("shift", shift),
-                  optional_operand("residual", residual),
-                  {},
-                  {},
-                  {},
-                  groups,
-                  Activation::none,
-                  {},
-                  1};
+inline PlainConv check_plain_conv(const char* op, const Tensor& input, const char* weight_name, const Tensor& weight,
+                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation, int64_t groups) {
+  PlainConv c{Operand("input", input), Operand(weight_name, weight), {}, {}, {}, groups, {}, 1};
   const Operand& x = c.input;
   if (x.dim < 3) {
     fail(op, ": input has shape ", x.shape(),
@@ -342,15 +339,26 @@ inline ConvArguments check_conv(const char* op, const Tensor& input, const Tenso
     const int64_t padded = x.sizes[d + 2] + 2 * c.padding[d];
     const int64_t taps = c.weight.sizes[d + 2];
     if (taps - 1 > (padded - 1) / c.dilation[d]) {
-      fail(op, ": weight has shape ", c.weight.shape(), ", expected a kernel that fits into input of shape ", x.shape(),
-           ": in dimension ", d + 2, " that has ", padded, " elements with its padding, and ", taps,
-           " taps with dilation ", c.dilation[d], " cover more");
+      fail(op, ": ", c.weight.name, " has shape ", c.weight.shape(),
+           ", expected a kernel that fits into input of shape ", x.shape(), ": in dimension ", d + 2, " that has ",
+           padded, " elements with its padding, and ", taps, " taps with dilation ", c.dilation[d], " cover more");
     }
     c.sizes[d + 2] = (padded - 1 - c.dilation[d] * (taps - 1)) / c.stride[d] + 1;
   }
   for (int64_t d = 0; d < x.dim; ++d) {
     c.numel *= c.sizes[d];
   }
+  return c;
+}
+
+inline ConvArguments check_conv(const char* op, const Tensor& input, const Tensor& weight, const Tensor& scale,
+                                const Tensor& shift, const std::vector<int64_t>& stride,
+                                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                int64_t groups, const OptionalTensor& residual, const std::string& activation) {
+  ConvArguments c{check_plain_conv(op, input, "weight", weight, stride, padding, dilation, groups),
+                  Operand("scale", scale), Operand("shift", shift), optional_operand("residual", residual),
+                  Activation::none};
+  const Operand& x = c.input;
   for (const Operand* param : {&c.scale, &c.shift}) {
     check_channel_param(op, *param, c.sizes[1], "the output", acc_dtype(x.dtype), acc_dtype(x.dtype), x);
   }
@@ -372,7 +380,7 @@ inline ConvArguments check_conv(const char* op, const Tensor& input, const Tenso
 
 // Whether eager's convolution puts its result out as channels_last: cuDNN and PyTorch's CPU kernels do if the input or
 // the weight reads as that, but for float64 on CUDA and in 5 dimensions, and for empty batches.
-inline bool computes_channels_last(const ConvArguments& c) {
+inline bool computes_channels_last(const PlainConv& c) {
   const bool on_cpu = c.input.device.type == aoti_torch_device_type_cpu();
   if (c.numel == 0 || (c.input.dtype == ScalarType::Double && !(on_cpu && c.input.dim == 4))) {
     return false;
@@ -413,6 +421,83 @@ struct BnOperands {
     });
   }
 };
+
+// BatchNorm's tensors and numbers in training mode, in the order of the schema.
+struct TrainOperands {
+  OptionalOperand conv_bias;
+  OptionalOperand running_mean;
+  OptionalOperand running_var;
+  OptionalOperand weight;
+  OptionalOperand bias;
+  double scaling_factor;
+  double momentum;
+  double eps;
+
+  template <typename F>
+  void for_each(F&& f) const {
+    for (const OptionalOperand* x : {&conv_bias, &running_mean, &running_var, &weight, &bias}) {
+      if (x->has_value()) {
+        f(**x);
+      }
+    }
+  }
+
+  // sizes: of what is normalised, which F.batch_norm wants to have more than one element a channel. It takes an empty
+  // tensor for what it is, and so do we.
+  void check(const char* op, const int64_t* sizes, int64_t dim, const char* sizes_of, const Operand& reference) const {
+    int64_t values = sizes[0];
+    for (int64_t d = 2; d < dim; ++d) {
+      values *= sizes[d];
+    }
+    if (values == 1) {
+      fail(op, ": ", sizes_of, " has shape ", list_text(sizes, dim),
+           ", expected more than 1 value per channel when training");
+    }
+    if (running_mean.has_value() != running_var.has_value()) {
+      const char* names[] = {"running_mean", "running_var"};
+      const bool has_mean = running_mean.has_value();
+      fail(op, ": ", names[has_mean], " is missing, expected one beside ", names[!has_mean], ", or neither of them");
+    }
+    if (eps < 0) {
+      fail(op, ": eps is ", eps, ", expected 0 or more");
+    }
+    for_each([&](const Operand& x) {
+      check_channel_param(op, x, sizes[1], sizes_of, reference.dtype, acc_dtype(reference.dtype), reference);
+    });
+    for (const OptionalOperand* target : {&running_mean, &running_var}) {
+      if (!target->has_value()) {
+        continue;
+      }
+      const Operand& t = **target;
+      check_written(op, t);
+      check_overlap(op, t, reference, false);
+      for_each([&](const Operand& x) {
+        if (x.name != t.name) {
+          check_overlap(op, t, x, false);
+        }
+      });
+    }
+  }
+};
+
+// A checked operand of one element a channel, for kernels that read or write it as it lies. T: the input's element type.
+template <typename T>
+ChannelBuffer<T> channel_buffer(const OptionalOperand& x, ScalarType dtype) {
+  return x.has_value() ? ChannelBuffer<T>{x->tensor->data_ptr(), x->strides[0], x->dtype != dtype}
+                       : ChannelBuffer<T>{nullptr, 0, false};
+}
+
+template <typename T>
+TrainParams<T> train_params(const TrainOperands& bn, ScalarType dtype) {
+  return {channel_buffer<T>(bn.running_mean, dtype),
+          channel_buffer<T>(bn.running_var, dtype),
+          channel_buffer<T>(bn.weight, dtype),
+          channel_buffer<T>(bn.bias, dtype),
+          channel_buffer<T>(bn.conv_bias, dtype),
+          bn.scaling_factor,
+          bn.momentum,
+          bn.eps};
+}
 
 // What had to be copied, kept alive while a kernel is launched on it.
 using Copies = std::array<OptionalTensor, 5>;

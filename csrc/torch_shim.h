@@ -18,6 +18,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -88,6 +89,14 @@ inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* st
   return Tensor(handle);
 }
 
+// The tensor's memory under other strides, and unknown to autograd.
+inline Tensor with_strides(const Tensor& tensor, const int64_t* strides) {
+  AtenTensorHandle result = nullptr;
+  check_shim(aoti_torch__reinterpret_tensor(tensor.get(), tensor.dim(), tensor.sizes().data(), strides, 0, &result),
+             "name a tensor's memory");
+  return Tensor(result);
+}
+
 // PyTorch's aten::convolution, not transposed: whichever library it chooses, under its own flags. The lists have `space`
 // values each. bias: nullptr for none. The result is unknown to autograd, whose graph or tangent would be wrong for what
 // callers make of it.
@@ -105,11 +114,7 @@ inline Tensor convolution(const Tensor& input, const Tensor& weight, const Tenso
                   dilation, space, 0, kNoOutputPadding, space, groups, &result),
              "run its convolution");
   const Tensor differentiable(result);
-  AtenTensorHandle plain = nullptr;
-  check_shim(aoti_torch__reinterpret_tensor(result, differentiable.dim(), differentiable.sizes().data(),
-                                            differentiable.strides().data(), 0, &plain),
-             "name a tensor's memory");
-  return Tensor(plain);
+  return with_strides(differentiable, differentiable.strides().data());
 }
 
 #if defined(__CUDACC__)
@@ -118,6 +123,20 @@ inline int device_attribute(int32_t index, cudaDeviceAttr name) {
   int value = 0;
   cudaDeviceGetAttribute(&value, name, index);
   return value;
+}
+
+// Of a device, asked for once.
+inline int multiprocessors(int32_t index) {
+  static const std::vector<int> all = [] {
+    int count = 0;
+    cudaGetDeviceCount(&count);
+    std::vector<int> counts;
+    for (int i = 0; i < count; ++i) {
+      counts.push_back(device_attribute(i, cudaDevAttrMultiProcessorCount));
+    }
+    return counts;
+  }();
+  return all.at(static_cast<size_t>(index));
 }
 
 // Makes a tensor's device the current one for a scope, and knows the stream that PyTorch is using on it.

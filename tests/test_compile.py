@@ -133,6 +133,7 @@ def test_every_overload_is_opchecked() -> None:
     """Guards the lists above: a new op needs samples."""
     checked = {op for op, _ in CALLS.values()} | {OPS.fold_bn.default, OPS.cuda_archs.default}
     checked |= {OPS.conv_scale_shift.default, OPS._fold_conv_weight.default}  # in test_conv.py
+    checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in test_train.py
     checked |= {OPS._conv_config.default}  # takes no tensor
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_conv_bn::")}
     assert {op.name() for op in checked} == defined
@@ -304,7 +305,16 @@ def test_export(grad: bool, device: str, generator: torch.Generator) -> None:
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 # How many tensors each takes.
-FUNCTIONS = {"fold_bn": 5, "bn_scale": 5, "bn_scale_": 5, "scale_shift": 4, "scale_shift_": 4, "conv_scale_shift": 5}
+FUNCTIONS = {
+    "fold_bn": 5,
+    "bn_scale": 5,
+    "bn_scale_": 5,
+    "scale_shift": 4,
+    "scale_shift_": 4,
+    "conv_scale_shift": 5,
+    "bn_scale_train": 5,
+    "conv_bn_scale_train": 7,
+}
 REQUIRES = [(name, i) for name, count in FUNCTIONS.items() for i in range(count)]
 
 
@@ -317,8 +327,10 @@ def function_arguments(name: str, device: str, generator: torch.Generator) -> tu
         return [mean, var, weight, bias, mean + 1], lambda m, v, w, b, cb: f(m, v, w, b, conv_bias=cb)
     if name.startswith("bn_scale"):
         return [x, mean, var, weight, bias], f
+    w = torch.randn(C, C, 3, 3, device=device)
+    if name == "conv_bn_scale_train":
+        return [x, w, mean + 1, mean, var, weight, bias], lambda *tensors: f(*tensors, padding=1)
     if name == "conv_scale_shift":
-        w = torch.randn(C, C, 3, 3, device=device)
         return [x, w, mean, var, torch.randn_like(x)], lambda x, w, scale, shift, r: f(
             x, w, scale, shift, padding=1, residual=r
         )
@@ -373,13 +385,17 @@ def test_writes_count_as_modifications(write: str, device: str, generator: torch
         saved.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["fold_bn", "bn_scale", "scale_shift", "conv_scale_shift"])
+@pytest.mark.parametrize(
+    "name", ["fold_bn", "bn_scale", "scale_shift", "conv_scale_shift", "bn_scale_train", "conv_bn_scale_train"]
+)
 def test_raw_ops_warn_in_backward(name: str, device: str, generator: torch.Generator) -> None:
     """PyTorch's fallback for ops without a derivative: the gradient is missing, and a warning says so."""
     tensors, _ = function_arguments(name, device, generator)
     tensors[0].requires_grad_()
-    window = ([1], [1], [1], 1) if name == "conv_scale_shift" else ()
-    y = getattr(OPS, name)(*(tensors[:3] if name == "scale_shift" else tensors[:4]), *window)
+    window = ([1], [1], [1], 1) if name.startswith("conv") else ()
+    numbers = (1.7, 0.1, 1e-5) if name.endswith("train") else ()
+    count = {"scale_shift": 3, "bn_scale_train": 5, "conv_bn_scale_train": 7}.get(name, 4)
+    y = getattr(OPS, name)(*tensors[:count], *numbers, *window)
     y = y[0] if isinstance(y, tuple) else y
     assert y.requires_grad
     with pytest.warns(UserWarning, match=f"fused_conv_bn::{name}: an autograd kernel was not registered"):

@@ -117,6 +117,10 @@ def test_kernels_of_other_files_may_be_for_other_archs() -> None:
         (listing({"IMAD R3, R2, 0x100, R3": "STL.64 [R1+0x8], R8"}), "uses local memory: STL.64"),
         (listing({"IMAD R3, R2, 0x100, R3": "@P3 LDL R0, [R1]"}), "uses local memory: LDL"),
         (listing(leave_out="columns"), "scale_shift_columns_kernel is missing"),
+        (
+            [*listing(), "\t\tFunction : _ZN13fused_conv_bn22bn_stats_planes_kernelIfLb0EEEvNS_12PlanesParamsIT_EE"],
+            "bn_stats_planes_kernelIfLb0EEEvNS_12PlanesParamsIT_EE has 0 LDG.128, expected 4 or more",
+        ),
         (listing(leave_out="ELb1E"), "missing with or without residual"),
         (
             listing() + ["\tcode for sm_120", *listing(leave_out="planes")[2:]],

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 KERNELS = ("scale_shift_planes_kernel", "scale_shift_columns_kernel", "scale_shift_periodic_kernel")
+# And those that read whole planes, with so many such loads under way.
+READERS = {"bn_stats_planes_kernel": 4, "bn_train_channel_kernel": 4}
 
 
 @dataclass
@@ -84,6 +86,12 @@ def problems_of(kernels: list[Kernel]) -> list[str]:
                     problems.append(f"{arch}: {kernel.name} has {kernel.loads} LDG.128, expected {need} or more")
                 if kernel.stores < 1:
                     problems.append(f"{arch}: {kernel.name} has no STG.128")
+    for reader, need in READERS.items():
+        problems += [
+            f"{k.arch}: {k.name} has {k.loads} LDG.128, expected {need} or more"
+            for k in kernels
+            if reader in k.name and k.loads < need
+        ]
     problems += [f"{k.arch}: {k.name} uses local memory: {', '.join(k.local)}" for k in kernels if k.local]
     return problems
 

@@ -21,7 +21,7 @@ struct ConvScaleShift {
 };
 
 // PyTorch's convolution of the input with `weight`, in the memory format that the result is to have.
-inline Tensor plain_convolution(const ConvArguments& c, const Tensor& weight, const Tensor* bias) {
+inline Tensor plain_convolution(const PlainConv& c, const Tensor& weight, const Tensor* bias) {
   Tensor y = convolution(*c.input.tensor, weight, bias, c.space(), c.stride.data(), c.padding.data(), c.dilation.data(),
                          c.groups);
   const bool channels_last = computes_channels_last(c);
@@ -61,5 +61,16 @@ inline ConvConfig choose_config(const char* op, const char* forced, const ConvPr
   }
   return *config;
 }
+
+// What computes a convolution on CUDA: the choice, and what it was made of.
+struct CudaConvChoice {
+  ConvProblem problem;
+  GpuTraits gpu;
+  ConvConfig config;
+};
+
+// Of the CUDA library, for ops that have a convolution in them.
+CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool allow_tf32);
+Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice);
 
 }  // namespace fused_conv_bn

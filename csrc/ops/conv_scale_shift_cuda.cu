@@ -31,7 +31,7 @@ const GpuTraits& gpu_traits(int32_t index) {
   return all.at(static_cast<size_t>(index));
 }
 
-ConvProblem make_problem(const ConvArguments& c, bool allow_tf32) {
+ConvProblem make_problem(const PlainConv& c, bool has_residual, bool allow_tf32) {
   const int64_t* x = c.input.sizes;
   const int64_t* w = c.weight.sizes;
   ConvProblem p{};
@@ -44,21 +44,21 @@ ConvProblem make_problem(const ConvArguments& c, bool allow_tf32) {
   p.groups = c.groups;
   p.element_bytes = static_cast<int>(c.input.tensor->element_size());
   p.channels_last = computes_channels_last(c);
-  p.has_residual = c.residual.has_value();
+  p.has_residual = has_residual;
   p.allow_tf32 = allow_tf32;
   return p;
 }
 
 // FUSED_CONV_BN_PRINT_CONFIG=1: each choice on stderr, once.
-void print_config(const ConvArguments& c, bool allow_tf32, const ConvConfig& config) {
+void print_config(const char* op, const PlainConv& c, bool has_residual, bool allow_tf32, const ConvConfig& config) {
   static std::mutex mutex;
   static std::set<std::string> printed;
   const auto window = [&](const Window& values) { return list_text(values.data(), c.space()); };
   std::ostringstream text;
-  text << "fused_conv_bn: conv_scale_shift of " << c.input.shape() << " with " << c.weight.shape() << ", stride "
+  text << "fused_conv_bn: " << op << " of " << c.input.shape() << " with " << c.weight.shape() << ", stride "
        << window(c.stride) << ", padding " << window(c.padding) << ", dilation " << window(c.dilation) << ", groups "
        << c.groups << ", " << dtype_name(c.input.dtype)
-       << (computes_channels_last(c) ? " channels_last" : " contiguous") << (c.residual.has_value() ? ", residual" : "")
+       << (computes_channels_last(c) ? " channels_last" : " contiguous") << (has_residual ? ", residual" : "")
        << (allow_tf32 ? ", TF32" : "") << ": " << config_text(config) << "\n";
   const std::string line = text.str();
   const std::lock_guard<std::mutex> lock(mutex);
@@ -95,60 +95,67 @@ Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda,
   return y;
 }
 
+// PyTorch's convolution, then the epilogue in place.
+Tensor run_aten(const char* op, const ConvArguments& c) {
+  const Tensor y = plain_convolution(c, *c.weight.tensor, nullptr);
+  apply_scale_shift_cuda(op, Operand("output", y), c.scale, c.shift, c.residual, c.activation);
+  return y;
+}
+
 struct CudaKernel {
   static Tensor run(const char* op, const ConvArguments& c, bool allow_tf32) {
-    const CudaScope cuda(c.input.device);
-    const GpuTraits& gpu = gpu_traits(c.input.device.index);
-    const bool two_dimensional = c.space() == 2 && c.numel > 0;
-    const ConvProblem problem = two_dimensional ? make_problem(c, allow_tf32) : ConvProblem{};
-    const ConvConfig config = choose_config(op, std::getenv("FUSED_CONV_BN_CONV"), two_dimensional ? &problem : nullptr,
-                                            gpu);
-    const char* print = std::getenv("FUSED_CONV_BN_PRINT_CONFIG");
-    if (print != nullptr && *print == '1') {
-      print_config(c, allow_tf32, config);
-    }
-    switch (config.algorithm) {
-      case ConvAlgorithm::hopper:
-        return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
-          using T = typename decltype(tag)::type;
-          if constexpr (sizeof(T) <= 4) {
-            return launch_conv_hopper<T>(problem, operands, config.hopper, gpu, c.activation, cuda.stream());
-          }
-          return cudaErrorInvalidValue;
-        });
-      case ConvAlgorithm::few_channels:
-        return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
-          using T = typename decltype(tag)::type;
-          if constexpr (sizeof(T) <= 4) {
-            return launch_conv_few_channels<T>(problem, operands, config.few_channels, gpu, c.activation,
-                                               cuda.stream());
-          }
-          return cudaErrorInvalidValue;
-        });
-      case ConvAlgorithm::depthwise:
-        return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
-          using T = typename decltype(tag)::type;
-          if constexpr (sizeof(T) <= 4) {
-            return launch_conv_depthwise<T>(problem, operands, c.activation, config.depthwise, gpu.multiprocessors,
-                                            cuda.stream());
-          }
-          return cudaErrorInvalidValue;
-        });
-      case ConvAlgorithm::aten:
-        break;
-    }
-    return run_aten(op, c);
-  }
-
-  // PyTorch's convolution, then the epilogue in place.
-  static Tensor run_aten(const char* op, const ConvArguments& c) {
-    const Tensor y = plain_convolution(c, *c.weight.tensor, nullptr);
-    apply_scale_shift_cuda(op, Operand("output", y), c.scale, c.shift, c.residual, c.activation);
-    return y;
+    return run_conv_cuda(op, c, choose_conv_cuda(op, c, c.residual.has_value(), allow_tf32));
   }
 };
 
 }  // namespace
+
+CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool allow_tf32) {
+  const bool two_dimensional = c.space() == 2 && c.numel > 0;
+  CudaConvChoice choice{two_dimensional ? make_problem(c, has_residual, allow_tf32) : ConvProblem{},
+                        gpu_traits(c.input.device.index),
+                        {}};
+  choice.config = choose_config(op, std::getenv("FUSED_CONV_BN_CONV"), two_dimensional ? &choice.problem : nullptr,
+                                choice.gpu);
+  const char* print = std::getenv("FUSED_CONV_BN_PRINT_CONFIG");
+  if (print != nullptr && *print == '1') {
+    print_config(op, c, has_residual, allow_tf32, choice.config);
+  }
+  return choice;
+}
+
+Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice) {
+  const CudaScope cuda(c.input.device);
+  const ConvConfig& config = choice.config;
+  const auto run = [&](const auto& launch) {
+    return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
+      if constexpr (sizeof(typename decltype(tag)::type) <= 4) {  // none is for float64
+        return launch(tag, operands);
+      }
+      return cudaErrorInvalidValue;
+    });
+  };
+  switch (config.algorithm) {
+    case ConvAlgorithm::hopper:
+      return run([&](auto tag, const ConvOperands& operands) {
+        return launch_conv_hopper<typename decltype(tag)::type>(choice.problem, operands, config.hopper, choice.gpu,
+                                                                c.activation, cuda.stream());
+      });
+    case ConvAlgorithm::few_channels:
+      return run([&](auto tag, const ConvOperands& operands) {
+        return launch_conv_few_channels<typename decltype(tag)::type>(
+            choice.problem, operands, config.few_channels, choice.gpu, c.activation, cuda.stream());
+      });
+    case ConvAlgorithm::depthwise:
+      return run([&](auto tag, const ConvOperands& operands) {
+        return launch_conv_depthwise<typename decltype(tag)::type>(
+            choice.problem, operands, c.activation, config.depthwise, choice.gpu.multiprocessors, cuda.stream());
+      });
+    case ConvAlgorithm::aten:
+      break;
+  }
+  return run_aten(op, c);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
   m.impl("conv_scale_shift", TORCH_BOX(&ConvScaleShift<CudaKernel>::functional));

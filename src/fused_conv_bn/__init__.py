@@ -13,13 +13,24 @@ except ImportError as error:
 
 from . import _fake, reference  # noqa: E402, F401  (the ops exist from here on)
 from .modules import ConvBnScale2d  # noqa: E402
-from .ops import bn_scale, bn_scale_, conv_scale_shift, fold_bn, scale_shift, scale_shift_  # noqa: E402
+from .ops import (  # noqa: E402
+    bn_scale,
+    bn_scale_,
+    bn_scale_train,
+    conv_bn_scale_train,
+    conv_scale_shift,
+    fold_bn,
+    scale_shift,
+    scale_shift_,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "ConvBnScale2d",
     "bn_scale",
     "bn_scale_",
+    "bn_scale_train",
+    "conv_bn_scale_train",
     "conv_scale_shift",
     "fold_bn",
     "reference",

@@ -123,6 +123,35 @@ def _conv_scale_shift(
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_conv_format(input, weight))
 
 
+@torch.library.register_fake("fused_conv_bn::bn_scale_train")
+def _bn_scale_train(input, running_mean, running_var, weight, bias, scaling_factor, momentum, eps):
+    return _like(input)
+
+
+@torch.library.register_fake("fused_conv_bn::conv_bn_scale_train")
+def _conv_bn_scale_train(
+    input,
+    conv_weight,
+    conv_bias,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    scaling_factor,
+    momentum,
+    eps,
+    stride,
+    padding,
+    dilation,
+    groups,
+    *,
+    allow_tf32=False,
+):
+    size = conv_output_size(input, conv_weight, stride, padding, dilation)
+    memory_format = _conv_format(input, conv_weight)
+    return _like(torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format))
+
+
 @torch.library.register_fake("fused_conv_bn::_fold_conv_weight")
 def _fold_conv_weight(weight, scale):
     channels_last = _suggests_channels_last(weight)

@@ -42,6 +42,12 @@ def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def _written(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            increment_version(tensor)
+
+
 def fold_bn(
     running_mean: Tensor,
     running_var: Tensor,
@@ -257,6 +263,127 @@ def conv_scale_shift(
     )
 
 
+def bn_scale_train(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """BatchNorm in training mode, times a scaling factor; updates the running statistics, and keeps no graph.
+
+    Equivalent to ``F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps) * scaling_factor``
+    under ``torch.no_grad()``: the input is normalised by its own mean and biased variance, and the running buffers
+    move towards its mean and unbiased variance by ``momentum``. The input is read twice and the result written once.
+    An empty input gives an empty result and updates nothing.
+
+    Args:
+        input: 2 to 5 dimensions, channels in dimension 1, more than one element for each channel.
+        running_mean, running_var: shape (C,), written to; both None to keep none.
+        weight, bias: shape (C,), or None.
+        scaling_factor: factor on the result.
+        momentum: share of the batch in the updated running statistics.
+        eps: as in ``nn.BatchNorm2d``, 0 or more.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype.
+
+    Raises:
+        RuntimeError: an argument that does not fit, or that requires grad in grad mode. Nothing is updated then.
+    """
+    _refuse_grad(
+        "bn_scale_train",
+        input=input,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+    )
+    y = _ops.bn_scale_train(input, running_mean, running_var, weight, bias, scaling_factor, momentum, eps)
+    _written(running_mean, running_var)
+    return y
+
+
+def conv_bn_scale_train(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """A convolution, then :func:`bn_scale_train` of its result.
+
+    Equivalent to::
+
+        y = F.conv2d(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+        F.batch_norm(y, running_mean, running_var, weight, bias, True, momentum, eps) * scaling_factor
+
+    under ``torch.no_grad()``, and with ``F.conv1d`` or ``F.conv3d`` for inputs of 3 or 5 dimensions. The batch's mean
+    takes the convolution's bias away again, so that it is added to the running mean alone. What computes the
+    convolution is chosen as in :func:`conv_scale_shift`; memory format, autocast, ``allow_tf32`` and the environment
+    variables are as there.
+
+    Args:
+        input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+        conv_weight: (K, C / groups, and the kernel's extents), in the dtype of ``input``.
+        conv_bias: shape (K,), or None.
+        running_mean, running_var, weight, bias, scaling_factor, momentum, eps: as in :func:`bn_scale_train`, for K
+            channels.
+        stride, padding, dilation, groups: as in ``F.conv2d``.
+        allow_tf32: lets float32 kernels of this package round products to TF32's 11 bits.
+
+    Returns:
+        A tensor of shape (N, K, ...) and the dtype of ``input``.
+
+    Raises:
+        RuntimeError: an argument that does not fit, or that requires grad in grad mode. Nothing is updated then.
+    """
+    _refuse_grad(
+        "conv_bn_scale_train",
+        input=input,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+    )
+    stride, padding, dilation = ((x,) if isinstance(x, int) else x for x in (stride, padding, dilation))
+    y = _ops.conv_bn_scale_train(
+        input,
+        conv_weight,
+        conv_bias,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        scaling_factor,
+        momentum,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
+        allow_tf32=allow_tf32,
+    )
+    _written(running_mean, running_var)
+    return y
+
+
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -283,6 +410,14 @@ def _autocast_conv_scale_shift(
         return _ops.conv_scale_shift(input, weight, *args, residual=residual, **kwargs)
 
 
+def _autocast_conv_bn_scale_train(input: Tensor, conv_weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # The convolution's bias stays as it is: it meets the running mean alone, which is not cast either.
+    input, conv_weight = (x.to(autocast_dtype(x)) for x in (input, conv_weight))
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return _ops.conv_bn_scale_train(input, conv_weight, *args, **kwargs)
+
+
 _autocast_library = torch.library.Library("fused_conv_bn", "IMPL")
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _autocast_library.impl("conv_scale_shift", _autocast_conv_scale_shift, _key)
+    _autocast_library.impl("conv_bn_scale_train", _autocast_conv_bn_scale_train, _key)

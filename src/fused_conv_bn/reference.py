@@ -93,3 +93,38 @@ def conv_scale_shift(
     """Twin of :func:`fused_conv_bn.conv_scale_shift`."""
     y = _CONVOLUTIONS[input.dim()](input, weight, None, stride, padding, dilation, groups)
     return scale_shift(y, scale, shift, residual=residual, activation=activation)
+
+
+def bn_scale_train(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Twin of :func:`fused_conv_bn.bn_scale_train`; updates the running statistics as well."""
+    return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps) * scaling_factor
+
+
+def conv_bn_scale_train(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Twin of :func:`fused_conv_bn.conv_bn_scale_train`; updates the running statistics as well."""
+    y = _CONVOLUTIONS[input.dim()](input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    return bn_scale_train(y, running_mean, running_var, weight, bias, scaling_factor, momentum, eps)

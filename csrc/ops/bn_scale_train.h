@@ -1,0 +1,46 @@
+// bn_scale_train, but for the device: what its CPU and CUDA kernels share.
+#pragma once
+
+#include "../checks.h"
+
+namespace fused_conv_bn {
+
+// Kernel::run<T>(op, Elementwise, TrainParams<T>) computes: the statistics of the input, the running ones, the output.
+template <typename Kernel>
+struct BnScaleTrain {
+  static Tensor functional(Tensor input, OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor weight,
+                           OptionalTensor bias, double scaling_factor, double momentum, double eps) {
+    const char* op = "bn_scale_train";
+    const Operand x("input", input);
+    const TrainOperands bn{std::nullopt,
+                           optional_operand("running_mean", running_mean),
+                           optional_operand("running_var", running_var),
+                           optional_operand("weight", weight),
+                           optional_operand("bias", bias),
+                           scaling_factor,
+                           momentum,
+                           eps};
+    check_input(op, x);
+    bn.check(op, x.sizes, x.dim, "input", x);
+    return compute(op, x, bn, nullptr);
+  }
+
+  // Everything is checked. Writes to `target`, or to a new tensor if it is nullptr.
+  static Tensor compute(const char* op, const Operand& x, const TrainOperands& bn, const Operand* target) {
+    Elementwise e = make_elementwise(x, std::nullopt, target);
+    if (e.shape.numel > 0) {
+      dispatch_dtype(x.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        Kernel::template run<T>(op, e, train_params<T>(bn, x.dtype));
+      });
+      e.finish();
+    }
+    return e.output;
+  }
+};
+
+// In place, on what is checked already: how conv_bn_scale_train treats a convolution's result. One for each library.
+void apply_bn_scale_train_cpu(const char* op, const Operand& x, const TrainOperands& bn);
+void apply_bn_scale_train_cuda(const char* op, const Operand& x, const TrainOperands& bn);
+
+}  // namespace fused_conv_bn

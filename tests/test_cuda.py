@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 
@@ -78,11 +79,15 @@ def test_folded_parameters_across_streams(device, generator):
 def test_no_synchronisation(device, generator):
     x = torch.randn(4, 32, 14, 14, generator=generator).to(device)
     bn = random_bn(32, torch.float32, device, generator)
+    weight = torch.randn(32, 32, 3, 3, generator=generator).to(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
         scale, shift = fcb.fold_bn(*bn, 2.0)
         fcb.bn_scale_(x, *bn)
         fcb.scale_shift(x[:, :, ::2], scale, shift, residual=x[:, :, 1::2], activation="silu")
+        for y in (x, x.to(memory_format=torch.channels_last), x[:, :, 1:, 1:]):
+            fcb.bn_scale_train(y, *bn)
+            fcb.conv_bn_scale_train(y, weight, None, *bn)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -106,6 +111,30 @@ def test_cuda_graph(device, generator, warm):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, fcb.scale_shift(fcb.bn_scale(x, *bn), *fcb.fold_bn(*bn), activation=activation))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_cuda_graph_of_training(device, generator, channels_last):
+    """Each replay updates the running statistics, as each call does."""
+    model = fcb.ConvBnScale2d(4, 24, 3, 1.5).to(device).train()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(4, 4, 20, 21, generator=generator).to(device)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        model(x)
+        stream.synchronize()
+        other = copy.deepcopy(model)
+        with torch.cuda.graph(graph, stream=stream):
+            y = model(x)
+    for _ in range(3):
+        x.copy_(torch.randn(x.shape, generator=generator))
+        graph.replay()
+        torch.cuda.synchronize()
+        with torch.no_grad():
+            assert torch.equal(y, other(x))
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
 
 
 def test_a_new_thread(device, generator):
@@ -154,7 +183,7 @@ def test_two_gpus(device, two_gpus, generator):
 BIG = 2**31
 
 
-@pytest.mark.parametrize(
+big_tensors = pytest.mark.parametrize(
     ("shape", "memory_format"),
     [
         ((3, 5, BIG // 15 + 7), torch.contiguous_format),  # several launches, planes across their borders
@@ -165,6 +194,9 @@ BIG = 2**31
     ],
     ids=str,
 )  # fmt: skip
+
+
+@big_tensors
 def test_more_than_2_31_elements(device, shape, memory_format):
     x = torch.empty(shape, device=device, dtype=torch.float16, memory_format=memory_format).normal_()
     assert x.numel() > BIG
@@ -184,3 +216,27 @@ def test_more_than_2_31_elements(device, shape, memory_format):
         for a, b in zip(source.split(size, dim), ours.split(size, dim), strict=True):
             eager = reference.bn_scale(a.float(), mean, var, weight, bias, 1.7)
             assert bool(((eager - b.float()).abs() <= 2.0**-11 * eager.abs() + slack + 2.0**-25).all())
+
+
+@big_tensors
+def test_training_with_more_than_2_31_elements(device, shape, memory_format):
+    x = torch.empty(shape, device=device, dtype=torch.float16, memory_format=memory_format).normal_(mean=3)
+    assert x.numel() > BIG
+    bn = random_bn(shape[1], torch.float32, device, torch.Generator().manual_seed(1))
+    ours = copy.deepcopy(bn)
+    y = fcb.bn_scale_train(x, *ours, 1.7, 0.3, 1e-5)
+    dim = 0 if shape[0] > 2 else 2
+    size = -(-shape[dim] // 16)
+    axes = [d for d in range(x.dim()) if d != 1]
+    count = x.numel() // shape[1]
+    mean = sum(part.double().sum(axes) for part in x.split(size, dim)) / count
+    shifted = reference.per_channel(mean, x.dim())
+    squares = sum((part.double() - shifted).square().sum(axes) for part in x.split(size, dim))
+    for new, old, batch in zip(ours, bn, (mean, squares / (count - 1)), strict=False):
+        torch.testing.assert_close(new.double(), 0.7 * old.double() + 0.3 * batch, rtol=2.0**-22, atol=1e-7)
+    scale = bn[2].double() * torch.rsqrt(squares / count + 1e-5) * 1.7
+    for a, b in zip(x.split(size, dim), y.split(size, dim), strict=True):
+        exact = (a.double() - shifted) * reference.per_channel(scale, x.dim())
+        exact += reference.per_channel(bn[3].double() * 1.7, x.dim())
+        slack = 8 * 2.0**-24 * reference.per_channel(10 * scale.abs() + bn[3].double().abs() * 1.7, x.dim())
+        assert bool(((exact - b.double()).abs() <= 2.0**-11 * exact.abs() + slack + 2.0**-25).all())

@@ -61,12 +61,17 @@ class ConvBnScale2d(nn.Module):
     with ``self.conv``, ``self.bn`` and ``self.scaling_factor`` as a model would define them: same parameters, same
     random draws in the constructor, same ``state_dict`` keys, same results in training and evaluation.
 
+    In training mode, where no gradient is needed, convolution, BN and factor are one
+    :func:`fused_conv_bn.conv_bn_scale_train`: batch statistics, with the running ones and ``num_batches_tracked``
+    updated as ``nn.BatchNorm2d`` does, also for ``momentum=None`` and ``track_running_stats=False``. (An
+    ``nn.SyncBatchNorm`` runs as it is there: its statistics are those of all processes.)
+
     In evaluation mode, where no gradient is needed, all of it is one :func:`fused_conv_bn.conv_scale_shift`. BN, factor
     and bias are folded into a scale and a shift per channel once, on the CPU also into the weight, and kept until one
     of them changes: assigned or written to in place, loaded, moved or cast; also every ``train()`` or ``eval()`` drops
-    them. (A write through ``tensor.data`` is invisible to PyTorch; call ``eval()`` after one.) In training mode, where
-    a gradient is needed, with hooks on ``conv`` or ``bn``, or with a ``conv`` or ``bn`` of another class, PyTorch's ops
-    run.
+    them. (A write through ``tensor.data`` is invisible to PyTorch; call ``eval()`` after one.) Where a gradient is
+    needed, with hooks on ``conv`` or ``bn``, with a ``conv`` or ``bn`` of another class, or with a ``bn`` in evaluation
+    mode in a module in training mode, PyTorch's ops run.
 
     Args:
         in_channels, out_channels, kernel_size: as in ``nn.Conv2d``.
@@ -160,7 +165,10 @@ class ConvBnScale2d(nn.Module):
             padded, padding = self._padded(x)
             size = conv_output_size(padded, conv.weight, conv.stride, padding, conv.dilation)
             dtype = ops.autocast_dtype(x)
-            if min(size[2:]) > 0 and (residual is None or (list(residual.shape) == size and residual.dtype == dtype)):
+            if self._takes_batch_statistics():
+                if min(size[2:]) > 0 and size[0] * size[2] * size[3] > 1 and self._params_fit(dtype):
+                    return self._forward_train(padded, padding, residual, dtype)
+            elif min(size[2:]) > 0 and (residual is None or (list(residual.shape) == size and residual.dtype == dtype)):
                 weight, scale, shift = self._operands(dtype)
                 return torch.ops.fused_conv_bn.conv_scale_shift(
                     padded,
@@ -188,19 +196,77 @@ class ConvBnScale2d(nn.Module):
             return x, left[::-1]
         return F.pad(x, conv._reversed_padding_repeated_twice), (0, 0)
 
+    def _forward_train(self, x: Tensor, padding: Sequence[int], residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+        conv, bn, factor = self.conv, self.bn, self.scaling_factor
+        weight: Tensor | None = bn.weight
+        bias: Tensor | None = bn.bias
+        number = 1.0
+        if isinstance(factor, Tensor):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            ones = torch.ones(bn.num_features, dtype=wide, device=x.device)
+            weight = (ones if weight is None else weight.to(wide)) * factor
+            bias = None if bias is None else bias.to(wide) * factor
+        else:
+            number = float(factor)
+        # As nn.BatchNorm2d does: buffers that are there but not tracked are left alone.
+        updates = bn.training and bn.track_running_stats
+        running_mean, running_var, batches = (
+            (bn.running_mean, bn.running_var, bn.num_batches_tracked) if updates else (None, None, None)
+        )
+        momentum = bn.momentum
+        if momentum is None:
+            momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
+        y = ops.conv_bn_scale_train(
+            x,
+            conv.weight,
+            conv.bias,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            number,
+            momentum,
+            bn.eps,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+        )
+        if batches is not None:
+            batches.add_(1)
+        return self._finish(y, residual)
+
     def _forward_plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        y = self.bn(self.conv(x)) * self.scaling_factor
+        return self._finish(self.bn(self.conv(x)) * self.scaling_factor, residual)
+
+    def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:
             y = y + residual
         return ACTIVATIONS[self.activation](y)
 
     # ---- when the fused ops may run ----------------------------------------------------------------------------------
 
+    def _takes_batch_statistics(self) -> bool:
+        bn = self.bn
+        return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+    def _params_fit(self, dtype: torch.dtype) -> bool:
+        """Whether conv_bn_scale_train takes BN's tensors as they are. The others get PyTorch's own answer."""
+        bn, conv = self.bn, self.conv
+        dtypes = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
+        tensors = (conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        return all(t is None or (t.dtype in dtypes and t.device == conv.weight.device) for t in tensors)
+
     def _fusible(self, x: Tensor, residual: Tensor | None) -> bool:
         conv, bn = self.conv, self.bn
-        if self.training or bn.training or bn.running_mean is None or bn.running_var is None:
+        if (bn.running_mean is None) != (bn.running_var is None):
             return False
-        if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        if self._takes_batch_statistics():
+            if type(bn) is not nn.BatchNorm2d:
+                return False
+        elif self.training or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return False
+        if type(conv) is not nn.Conv2d:
             return False
         if _has_hooks(conv) or _has_hooks(bn):
             return False

@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from fused_conv_bn import _report, bench
+from fused_conv_bn import _bench_conv, _bench_layers, _report, bench
+from fused_conv_bn._bench_common import COMPILE_MODES, Compiler
+from fused_conv_bn._bench_layers import ConvCase, Layer
+from fused_conv_bn._stopwatch import Stopwatch
 
-TINY = ["--device=cpu", "--quick", "--max-mb=0.01", "--module-batch=1", "--repeats=1", "--commit=abc"]
+TINY = ["--quick", "--max-mb=0.01", "--conv-batch=1", "--repeats=1", "--commit=abc"]
 PNG = b"\x89PNG"
 
 
@@ -25,7 +34,7 @@ def run(*arguments: str) -> int:
 @pytest.fixture(scope="module")
 def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "new" / "report.json"
-    assert run(*TINY, "--json", str(path)) == 0
+    assert run(*TINY, "--device=cpu", "--json", str(path)) == 0
     return path
 
 
@@ -34,13 +43,24 @@ def test_json_has_every_number(report_file: Path) -> None:
     assert report["commit"] == "abc"
     assert report["versions"]["torch"] == torch.__version__
     assert report["device"]["threads"] == torch.get_num_threads()
-    assert {"date", "flags", "settings", "notes", "seconds"} <= report.keys()
-    assert [len(report[part]) for part in ("module", "bn_scale", "validation")] == [2, 4, 6]
-    for row in report["module"] + report["bn_scale"]:
+    assert {"date", "flags", "settings", "notes", "seconds", "compile_s"} <= report.keys()
+    convolutions = report["conv"]["rows"]
+    # Of each convolution, the module and the op, each in two measures.
+    assert [len(rows) for rows in (convolutions, report["bn_scale"], report["validation"])] == [2, 4, 4 + 2 * 4]
+    for row in report["bn_scale"]:
         assert {"copy", "ours", "eager"} == row["us"].keys()
         assert "compile" in row["missing"]
-        assert all(0 < s["min"] <= s["median"] <= s["max"] for s in row["us"].values())
         assert row["share_of_copy_percent"] == pytest.approx(100 / row["ours/copy"])
+    for row in convolutions:
+        assert {"copy", "ours", "op", "eager", "conv"} == row["us"].keys()
+        assert row["missing"].keys() == {"compile", "compile freezing"}
+        assert row["best rival/ours"] == row["eager/ours"] == row["us"]["eager"]["median"] / row["us"]["ours"]["median"]
+        assert row["flop"] == 2 * 64 * 126**2 * 8 * 9
+        assert row["bytes"] == (8 * 128**2 + 64 * 126**2 + 64 * 8 * 9) * getattr(torch, row["dtype"]).itemsize
+        assert row["share_of_floor_percent"] == 100 * max(row["floor_us"].values()) / row["us"]["ours"]["median"]
+        assert row["errors"].keys() == {"ours", "op", "eager"}
+    for row in report["bn_scale"] + convolutions:
+        assert all(0 < s["min"] <= s["median"] <= s["max"] for s in row["us"].values())
     for check in report["validation"]:
         assert 0 <= check["ours"] <= check["limit"]
     assert report["host_us"].keys() == {"torch.mul", "eager", "ours"}
@@ -55,20 +75,32 @@ def test_from_json_prints_the_tables_and_draws(
     lines = capsys.readouterr().out.splitlines()
     headers = [i for i, line in enumerate(lines) if line.split("  ")[0] == "case"]
     assert len(headers) == 2
-    assert all(name in lines[headers[0]] for name in _report.HEADER)
+    assert all(name in lines[headers[1]] for name in _report.HEADER)
     rows = [line for line in lines if line.startswith(("float32 ", "float16 "))]
-    assert sum("n/a" in row for row in rows) == 6
+    assert sum("n/a" in row for row in rows) == 4
+    assert len([line for line in lines if line.startswith("3x3 8->64 128x128 ")]) == 3  # one as the least accurate
+    assert sum(line.startswith("problem 73  ") for line in lines) == 1
     pngs = list(tmp_path.glob("*.png"))
-    assert len(pngs) == (2 if charts else 0)
+    assert len(pngs) == (3 if charts else 0)
     assert all(png.read_bytes().startswith(PNG) for png in pngs)
 
 
 def test_wrong_results_stop_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "ours_out", lambda x, bn, out: out.copy_(x))
-    assert run(*TINY) == 1
+    assert run(*TINY, "--device=cpu") == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "stopped before any timing: float32 nchw" in captured.err
+
+
+def test_wrong_convolutions_stop_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_bench_conv.Problem, "op", lambda self, x: self.plain(x) * 1.0001)
+    assert run(*TINY, "--device=cpu", "--only=problem_73") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "stopped before any timing: 3x3 8->64 128x128 batch 1 float32 nchw, op, by norm" in captured.err
 
 
 @pytest.mark.parametrize("dtype", bench.DTYPES, ids=bench.dtype_name)
@@ -78,3 +110,154 @@ def test_cases_have_the_sizes_they_are_named_for(dtype: torch.dtype) -> None:
     assert all(0.9 < case.bytes / case.nominal_bytes < 1.1 for case in cases)
     problem_73 = [case for case in cases if case.nominal_bytes == bench.PROBLEM_73]
     assert all(case.bytes == bench.PROBLEM_73 for case in problem_73)
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+SMALL = [
+    Layer(3, 6, 7, 13, 2, 3, activation="relu"),
+    Layer(8, 6, 1, 9, activation="relu", residual=True),
+    Layer(8, 8, 3, 9, 2, 1, groups=8, activation="relu6"),
+    Layer(6, 8, 1, 9, 2, bias=True, scaling_factor=3.0),
+    Layer(6, 6, 1, 9, residual=True),
+]
+
+
+def small_cases(group: str, device: str) -> list[ConvCase]:
+    first = ConvCase("small", SMALL[0], 2, torch.float32, "nchw")
+    return [
+        *(replace(first, layer=layer) for layer in SMALL),
+        *(replace(first, layer=layer, dtype=torch.float16, layout="channels_last", count=2) for layer in SMALL),
+        *([replace(first, allow_tf32=True)] if device == "cuda" else []),
+        replace(first, with_op=True, forced=("aten", "few_channels", "depthwise")),
+    ]
+
+
+def test_every_kind_of_convolution(
+    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "conv_cases", small_cases)
+    monkeypatch.setattr(bench, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
+    monkeypatch.setenv("FUSED_CONV_BN_CONV", "a name that nothing has")  # what is measured is the rule
+    path = tmp_path / "report.json"
+    arguments = ["--only=resnet50", "--compile-budget=0", "--repeats=1", f"--json={path}"]
+    assert run(*arguments, f"--device={device}") == 0
+    assert os.environ["FUSED_CONV_BN_CONV"] == "a name that nothing has"
+    report = json.loads(path.read_text())
+    assert not {"bn_scale", "host_us", "import_ms"} & report.keys()
+    rows = report["conv"]["rows"]
+    assert len(rows) == len(small_cases("", device))
+    expected = {"copy", "ours", "eager", "conv", *(("aten", "cudnn") if device == "cuda" else ())}
+    assert all(expected <= row["us"].keys() for row in rows)
+    assert all(bool(row["algorithm"]) == (device == "cuda") for row in rows)
+    assert "op" in rows[-1]["us"]
+    if device == "cuda":
+        assert "few_channels" in rows[-1]["us"]
+        assert "does not cover" in rows[-1]["missing"]["depthwise"]
+    out = capsys.readouterr().out
+    assert any(line.split()[:2] == ["small", str(len(rows))] for line in out.splitlines())
+
+
+def test_folded_weights_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def conv_add_relu(x, weight, residual, alpha, bias, *window):
+        assert alpha == 1
+        return (F.conv2d(x, weight, bias, *window) + residual).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda x, w, b, *window: F.conv2d(x, w, b, *window).relu())
+    for case in small_cases("", "cpu"):
+        with torch.no_grad():
+            problem = _bench_conv.Problem(case, "cpu")
+            y, (truth, sizes) = problem.folded_cudnn()(*problem.inputs()), problem.truth()
+        error = ((y - truth.relu()).abs() / sizes).max() if case.layer.activation != "relu6" else 0.0
+        assert error < 4 * torch.finfo(case.dtype).eps
+
+
+def test_networks_have_the_weights_that_they_are_known_for() -> None:
+    """25,557,032 and 3,504,872 parameters, less those of BatchNorm and of the classifier."""
+    for layers, weights, mac in (
+        (_bench_layers.resnet50_layers(), 25_557_032 - 53_120 - 2_049_000, 4.087e9),
+        (_bench_layers.mobilenet_v2_layers(), 3_504_872 - 34_112 - 1_281_000, 0.2995e9),
+    ):
+        listed = list(layers)
+        assert sum(torch.Size(layer.weight_shape).numel() for layer in listed) == weights
+        assert sum(layer.flop for layer in listed) / 2 == pytest.approx(mac, rel=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("group", _bench_layers.GROUPS)
+def test_cases_of_a_group_differ(group: str, device: str) -> None:
+    cases = _bench_layers.conv_cases(group, device)
+    assert len({str(case) for case in cases}) == len(cases) > 2
+    assert all(mode in COMPILE_MODES for case in cases for mode in case.compile_modes)
+    if group in ("resnet50", "mobilenetv2"):
+        assert sum(case.count for case in cases) == 2 * (53 if group == "resnet50" else 52)
+        assert _bench_layers.COMPILED_LAYERS & {case.layer for case in cases}
+
+
+def test_the_pixels_that_windows_skip_are_not_counted() -> None:
+    assert Layer(8, 4, 1, 10, 2).elements == 8 * 25 + 4 * 25
+    assert Layer(8, 4, 3, 10, 2, 1, residual=True).elements == 8 * 100 + 2 * 4 * 25
+
+
+def test_compile_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mode has its options, which are in force where the function is first called; and there is a limit of time."""
+    import torch._inductor.config as config
+
+    seen = []
+
+    def fake_compile(function: Callable[..., Tensor], **arguments: Any) -> Callable[..., Tensor]:
+        def compiled(*inputs: Tensor) -> Tensor:
+            seen.append((arguments["options"], config.freezing))
+            return function(*inputs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    x = torch.ones(2)
+    compiled, missing = Compiler(60)(torch.neg, [x], COMPILE_MODES)
+    assert compiled.keys() == COMPILE_MODES.keys() and not missing
+    assert [freezing for _, freezing in seen] == [freezing for _, freezing in COMPILE_MODES.values()]
+    assert len({str(options) for options, _ in seen}) == len(COMPILE_MODES)
+    assert [bool(options.get("max_autotune")) for options, _ in seen] == [
+        bool(mode) for mode, _ in COMPILE_MODES.values()
+    ]
+    assert not config.freezing
+    compiled, missing = Compiler(0)(torch.neg, [x], COMPILE_MODES)
+    assert not compiled and missing.keys() == COMPILE_MODES.keys()
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_a_readme(report_file: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- conv cpu -->old<!-- /conv cpu -->\nbelow\n")
+    for _ in range(2):  # the second time over its own
+        assert run("--from-json", str(report_file), "--readme", str(readme)) == 0
+        above, begin, *rows, end, below = readme.read_text().splitlines()
+        assert (above, begin, end, below) == ("above", "<!-- conv cpu -->", "<!-- /conv cpu -->", "below")
+        assert [row.split(" | ")[0] for row in rows] == [
+            "| us",
+            "|---|---|---|---|---|---|---|---|",
+            "| 3x3 8->64 128x128 batch 1 float32 nchw",
+            "| 3x3 8->64 128x128 batch 1 float32 channels_last",
+        ]
+        assert len({row.count("|") for row in rows}) == 1
+
+
+def test_a_gpu_has_more_tables(report_file: Path) -> None:
+    report = json.loads(report_file.read_text())
+    report["device"]["kind"] = "cuda"
+    sections = bench.readme_sections(report)
+    assert sections.keys() == {"bn_scale", "conv cuda"}
+    assert len(sections["bn_scale"].splitlines()) == 2 + 4
+    layers, means = sections["conv cuda"].split("\n\n")
+    assert len(layers.splitlines()) == 2 + 2
+    assert means.splitlines()[-1].startswith("| problem 73 | 2 | ")
+
+
+@pytest.mark.parametrize("readme", ["", "<!-- conv cpu -->", "<!-- /conv cpu --><!-- conv cpu -->"])
+def test_a_readme_needs_both_markers(readme: str) -> None:
+    with pytest.raises(SystemExit, match="must have <!-- conv cpu --> and then"):
+        _report.render(readme, {"conv cpu": "text"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ cudnn: Any = torch.backends.cudnn  # which has types only in part
 
 Report = dict[str, Any]
 Row = dict[str, Any]
+Charts = dict[str, tuple[str, Callable[[Report, Any], Any]]]  # by file: the part of a report it shows, what draws it
 
 HEADER = ["case", "MB", "copy us", "ours us", "ours/copy", "share %", "eager us", "eager/ours"]
 HEADER += ["compile us", "compile/ours", "naive us", "bytes moved", "GB/s"]
@@ -30,6 +31,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
+    return "\n".join([first, "|---" * len(header) + "|", *others])
 
 
 def short(number: float) -> str:
@@ -50,30 +56,63 @@ def cells(row: Row) -> list[str]:
     return [row["case"], short(row["tensor_bytes"] / 1e6), *ours, *rivals, *moved]
 
 
-def print_tables(report: Report) -> None:
+def print_head(report: Report) -> None:
     device, versions, checks = report["device"], report["versions"], report["validation"]
     where = device["name"] if device["kind"] == "cuda" else f"{device['name']}, {device['threads']} threads"
     print(f"{where}; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     commit = f"{report['commit'] or 'unknown'}{' with changes' if report['dirty'] else ''}"
     print(f"commit {commit}, {report['date']}, {report['seconds']:.0f} s\n")
-    worst = max(checks, key=lambda c: float(c["ours"] / c["limit"]))
-    print(f"accuracy: {len(checks)} cases, each within max(2 * eager's error, one rounding); the nearest to that:")
-    print(f"{worst['case']}: ours {worst['ours']:.2g}, eager {worst['eager']:.2g}, limit {worst['limit']:.2g}\n")
-    rows = [
-        ("ConvBnScale2d at KernelBench 2.73 (MB: its output; copy: one that moves as many bytes)", report["module"])
-    ]
-    rows.append(("bn_scale (MB: one tensor; GB/s: ours)", report["bn_scale"]))
-    for title, part in rows:
-        print(f"{title}\n{table(HEADER, [cells(row) for row in part])}\n")
-    host = [[name, f"{h['us']:.2f}", f"{h['over torch.mul']:.2f}"] for name, h in report["host_us"].items()]
-    print(f"host time of one call, input (1, 4, 2, 2)\n{table(['call', 'us', '/ torch.mul'], host)}\n")
-    print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
-    every = report["module"] + report["bn_scale"]
+    if checks:
+        worst = max(checks, key=lambda c: float(c["ours"] / c["limit"]))
+        print(f"accuracy: {len(checks)} checks, each within max(2 * eager's error, one rounding); the nearest to that:")
+        print(f"{worst['case']}: ours {worst['ours']:.2g}, eager {worst['eager']:.2g}, limit {worst['limit']:.2g}\n")
+
+
+def print_tables(report: Report) -> None:
+    """bn_scale's, the host's times, and what is to be said of the numbers of all tables."""
+    rows = report.get("bn_scale", [])
+    if rows:
+        print(f"bn_scale (MB: one tensor; GB/s: ours)\n{table(HEADER, [cells(row) for row in rows])}\n")
+    if "host_us" in report:
+        host = [[name, f"{h['us']:.2f}", f"{h['over torch.mul']:.2f}"] for name, h in report["host_us"].items()]
+        print(f"host time of one call, input (1, 4, 2, 2)\n{table(['call', 'us', '/ torch.mul'], host)}\n")
+        print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
+    every = report.get("conv", {"rows": []})["rows"] + rows
     for name, why in sorted({pair for row in every for pair in row["missing"].items()}):
         print(f"n/a for {name}: {why}")
     limited = sorted({f"{row['case']} ({name})" for row in every for name, s in row["us"].items() if s["host_limited"]})
     if limited:
         print(f"the host did not keep ahead of the device, and these times are too long: {', '.join(limited)}")
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def section(report: Report) -> str:
+    """bn_scale's largest size but one, which is problem 73's."""
+    names = ["copy", "ours", "eager", "compile", "naive"]
+    every = [row for row in report["bn_scale"] if row["main"]]
+    size = sorted({row["nominal_bytes"] for row in every})[-2:][0]
+    rows = []
+    for row in every:
+        if row["nominal_bytes"] == size:
+            us = [f"{row['us'][name]['median']:.0f} us" if name in row["us"] else "" for name in names]
+            us[1] = f"**{us[1]}**"
+            rows.append([f"{row['dtype']}, {LAYOUTS[row['layout']]}", *us])
+    header = [f"`bn_scale`, {short(size / 1e6)} MB", "copy", "**ours**", "eager", "torch.compile", "naive kernel"]
+    return markdown(header, rows)
+
+
+def render(readme: str, sections: dict[str, str]) -> str:
+    """The README with each section between the two markers of its name."""
+    for name, text in sections.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        head, found_begin, rest = readme.partition(begin)
+        _, found_end, tail = rest.partition(end)
+        if not found_begin or not found_end or begin in rest or end in tail:
+            raise SystemExit(f"bench: the file must have {begin} and then {end}, once each")
+        readme = f"{head}{begin}\n{text}\n{end}{tail}"
+    return readme
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -226,19 +265,21 @@ def legend_below(figure: Any, panels: Any) -> None:
     figure.tight_layout(rect=(0, 0.01 + 0.05 * rows, 1, 0.97))
 
 
-def draw_charts(report: Report, directory: Path) -> list[Path]:
+CHARTS: Charts = {"bn_scale_time.png": ("bn_scale", draw_times), "bn_scale_share.png": ("bn_scale", draw_shares)}
+
+
+def draw_charts(report: Report, directory: Path, charts: Charts) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if not report["bn_scale"]:
-        return []
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, draw in (("bn_scale_time.png", draw_times), ("bn_scale_share.png", draw_shares)):
-        figure = draw(report, plt)
-        paths.append(directory / name)
-        figure.savefig(paths[-1], dpi=200)
-        plt.close(figure)
+    for name, (part, draw) in charts.items():
+        if report.get(part):
+            figure = draw(report, plt)
+            paths.append(directory / name)
+            figure.savefig(paths[-1], dpi=200)
+            plt.close(figure)
     return paths

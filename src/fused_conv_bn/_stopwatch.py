@@ -21,10 +21,11 @@ Stats = dict[str, float | bool]
 class Stopwatch:
     """Times some calls in a row, in microseconds a call."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, max_calls: int | None = None) -> None:
         self.cuda = device == "cuda"
         self.budget_us = 4e3 if self.cuda else 2e4  # of one timing
-        self.max_calls = 100 if self.cuda else 500  # with two kernels each still well below what a stream queues
+        # With two kernels each still well below what a stream queues.
+        self.max_calls = max_calls or (100 if self.cuda else 500)
 
     def sync(self) -> None:
         if self.cuda:

@@ -1,14 +1,13 @@
 """``python -m fused_conv_bn bench``: checks the ops against float64, then times them against a copy and their rivals.
 
 One run does all of it, on the GPU if there is one, else on the CPU. Times compare only within a run: every row has the
-time of a device copy that moves as many bytes, measured in turn with everything else in that row.
+time of a device copy, measured in turn with everything else in that row. bn_scale is here, the convolutions are in
+_bench_conv.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib
 import importlib.util
 import json
 import math
@@ -18,21 +17,36 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import _report, modules, reference
+from . import _report, _report_conv, reference
+from ._bench_common import (
+    EPS,
+    LAYOUTS,
+    MB,
+    SCALING_FACTOR,
+    Compiler,
+    InaccurateError,
+    check,
+    dtype_name,
+    first_line,
+    progress,
+    random_bn,
+    random_tensor,
+)
+from ._bench_conv import ConvBench
+from ._bench_layers import GROUPS, ConvCase, conv_cases
 from ._stopwatch import FOOTPRINT, MAX_PAIRS, Rivals, Stopwatch, pairs_of, spread
 
 NAIVE_SOURCE = _report.SOURCE_ROOT / "benchmarks" / "naive_bn_scale.cu"
 
-MB = 1 << 20
 PROBLEM_73 = 128 * 64 * 126 * 126 * 4  # bytes of the tensor that KernelBench 2.73 applies BN to
 SIZES = [*(4**k * 4096 for k in range(9)), PROBLEM_73, 1024 * MB]
 QUICK_SIZES = [4096, 16 * MB, PROBLEM_73]
@@ -40,9 +54,8 @@ CPU_MAX_MB = 64
 OTHER_SHAPES = {(256, 14): (16 * MB, 512 * MB), (2048, 7): (16 * MB, 512 * MB)}  # (C, H = W): sizes
 COMPILED_SIZES = {torch.float32: (4096, 16 * MB, 64 * MB, PROBLEM_73), torch.float16: (PROBLEM_73,)}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-SCALING_FACTOR = 2.0
-EPS = 1e-5
+COMPILE_BUDGETS = 45, 120  # seconds, of bn_scale and of the convolutions
+PARTS = ["bn_scale", "host", "conv", *GROUPS]
 
 CHECKED_AT_ONCE = 1 << 24  # elements, so that the float64 copies stay small
 
@@ -55,11 +68,11 @@ NOTES = {
     f"from memory; at most {MAX_PAIRS} pairs, so tensors under 2 MB may come from a cache.",
     "outputs": "copy is out.copy_(x), ours bn_scale.out; copy, ours and naive write preallocated outputs. eager and "
     "compile take theirs from the caching allocator, which costs no device time and hands them the same memory, which "
-    "may still be cached, each time. The modules allocate, all of them. On the CPU new memory costs more than the "
-    "arithmetic, so there every rival allocates: copy is x.clone(), ours bn_scale.",
+    "may still be cached, each time. On the CPU new memory costs more than the arithmetic, so there every rival "
+    "allocates: copy is x.clone(), ours bn_scale.",
     "copy": "bytes_moved is what has to be: the input read once, the output written once. The copy of a row moves as "
     "many. The share of its rate is copy time / our time.",
-    "eager": "bn_scale: F.batch_norm(x, ...) * s. Module: bn(conv(x)) * s. Backend flags as given under flags.",
+    "eager": "F.batch_norm(x, ...) * s. Backend flags as given under flags.",
     "compile": "torch.compile(eager, dynamic=False), default mode, at a few sizes and within a limit of compile time.",
     "naive": "benchmarks/naive_bn_scale.cu: a thread per element, 1/sqrt and two 64-bit divisions in each; fp32 NCHW.",
     "validation": "norm of the error over norm of the float64 result (for float64: long double, first and last image), "
@@ -69,17 +82,31 @@ NOTES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    parser.add_argument("--quick", action="store_true", help="three sizes, fp32 and fp16, no torch.compile")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it (default: all; on the CPU, of the "
+        "convolutions problem_73 alone)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
+    )
     parser.add_argument("--max-mb", type=float, help=f"leave out larger tensors (default on the CPU: {CPU_MAX_MB})")
     parser.add_argument("--repeats", type=int, default=5, help="timings per number (default: 5)")
-    parser.add_argument("--module-batch", type=int, help="batch of the module (default: 128, on the CPU 8)")
+    parser.add_argument("--conv-batch", type=int, metavar="N", help="batch of all convolutions (default: each part's)")
     parser.add_argument(
-        "--compile-budget", type=float, metavar="S", help="no torch.compile after S seconds (default: 45)"
+        "--compile-budget",
+        type=float,
+        metavar="S",
+        help="no torch.compile after S seconds (default: {} for bn_scale, {} for conv)".format(*COMPILE_BUDGETS),
     )
     parser.add_argument("--commit", help="recorded in the JSON (default: what git says)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw PNGs into DIR (needs matplotlib)")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, take an earlier run's --json")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write tables between their markers in FILE")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -97,11 +124,26 @@ def main(args: argparse.Namespace) -> int:
     if args.json and not args.from_json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+    _report.print_head(report)
+    _report_conv.print_tables(report)
     _report.print_tables(report)
     if args.charts:
-        for path in _report.draw_charts(report, args.charts):
+        for path in _report.draw_charts(report, args.charts, {**_report.CHARTS, **_report_conv.CHARTS}):
             print(f"wrote {path}")
+    if args.readme:
+        args.readme.write_text(_report.render(args.readme.read_text(), readme_sections(report)))
     return 0
+
+
+def readme_sections(report: dict[str, Any]) -> dict[str, str]:
+    """By the name of its markers: what the README says of a run."""
+    kind = report["device"]["kind"]
+    sections = {}
+    if "bn_scale" in report and kind == "cuda":
+        sections["bn_scale"] = _report.section(report)
+    if "conv" in report:
+        sections[f"conv {kind}"] = _report_conv.section(report)
+    return sections
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -123,10 +165,6 @@ class Case:
         return f"{dtype_name(self.dtype)} {self.layout} {'x'.join(map(str, self.shape))}"
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def bn_cases(sizes: Sequence[int], dtypes: Sequence[torch.dtype], max_bytes: float, others: bool) -> Iterator[Case]:
     """Sizes are met to within a few percent: the batch takes up what the image leaves over."""
     for layout in LAYOUTS:
@@ -140,44 +178,6 @@ def bn_cases(sizes: Sequence[int], dtypes: Sequence[torch.dtype], max_bytes: flo
                 for size in (s for s in other_sizes if s <= max_bytes):
                     batch = round(size / (dtype.itemsize * channels * side**2))
                     yield Case(size, (batch, channels, side, side), dtype, layout, False)
-
-
-def random_bn(channels: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """running_mean, running_var, weight, bias: far from the identity that a fresh BatchNorm nearly is."""
-    mean, weight, bias = (torch.randn(channels, device=device) for _ in range(3))
-    var = torch.rand(channels, device=device) * 4 + 0.1
-    return [t.to(dtype) for t in (mean, var, weight, bias)]
-
-
-def random_input(case: Case, device: str) -> Tensor:
-    x = torch.empty(case.shape, dtype=case.dtype, device=device, memory_format=LAYOUTS[case.layout])
-    x.normal_(0.5, 2.0)
-    return x
-
-
-class Plain(nn.Module):
-    """The rival of ConvBnScale2d: the model as one would write it."""
-
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.conv = conv
-        self.bn = bn
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.bn(self.conv(x))
-        return y * SCALING_FACTOR
-
-
-def problem_73(batch: int, dtype: torch.dtype, layout: str, device: str) -> tuple[Plain, nn.Module, Tensor]:
-    """The plain model and ours, which share their parameters, and their input."""
-    conv, bn = nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64)
-    parameters = random_bn(64, torch.float32, "cpu")
-    for target, source in zip((bn.running_mean, bn.running_var, bn.weight, bn.bias), parameters, strict=True):
-        assert target is not None
-        target.copy_(source)
-    plain = Plain(conv, bn).eval().to(device, dtype).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-    case = Case(0, (batch, 8, 128, 128), dtype, layout, True)
-    return plain, modules.ConvBnScale2d.from_modules(conv, bn, SCALING_FACTOR).eval(), random_input(case, device)
 
 
 class NaiveKernel:
@@ -207,38 +207,7 @@ class NaiveKernel:
         self.kernel((blocks, 1, 1), (256, 1, 1), [x, *bn, out, images, channels, plane, *bits])
 
 
-class Compiler:
-    """torch.compile within a limit of time: a compile takes seconds, and a benchmark has two minutes."""
-
-    def __init__(self, budget: float) -> None:
-        self.budget = budget
-        self.spent = 0.0
-
-    def __call__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor] | str:
-        """The compiled function, or why there is none."""
-        if self.spent >= self.budget:
-            return f"limit of {self.budget:g} s of compile time reached"
-        start = time.perf_counter()
-        try:
-            torch._dynamo.reset()
-            compiled: Callable[[Tensor], Tensor] = torch.compile(function, dynamic=False)
-            compiled(x)
-            return compiled
-        except Exception as error:  # no Triton, no C++ compiler, ...: the row says so
-            return first_line(error)
-        finally:
-            self.spent += time.perf_counter() - start
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-
-
 # ---- validation ------------------------------------------------------------------------------------------------------
-
-
-class InaccurateError(Exception):
-    pass
 
 
 Truth = Callable[[Tensor], tuple[Tensor, Tensor | float]]  # the result as a sum of two, as one float64 may not hold it
@@ -279,14 +248,6 @@ def long_double_truth(bn: list[Tensor]) -> Truth:
     return truth
 
 
-def check(label: str, dtype: torch.dtype, errors: dict[str, float]) -> dict[str, Any]:
-    limit = max(2 * errors["eager"], torch.finfo(dtype).eps / 2)
-    if not errors["ours"] <= limit:
-        found = f"relative error {errors['ours']:.3g}, allowed {limit:.3g} (eager: {errors['eager']:.3g})"
-        raise InaccurateError(f"{label}: {found}")
-    return {"case": label, "limit": limit, **errors}
-
-
 def eager_bn_scale(x: Tensor, bn: list[Tensor]) -> Tensor:
     return F.batch_norm(x, bn[0], bn[1], bn[2], bn[3], False, 0.0, EPS) * SCALING_FACTOR
 
@@ -313,7 +274,10 @@ class Bench:
     watch: Stopwatch
 
     def check_bn_scale(self, case: Case) -> dict[str, Any]:
-        x, bn = random_input(case, self.device), random_bn(case.shape[1], case.dtype, self.device)
+        x, bn = (
+            random_tensor(case.shape, case.dtype, case.layout, self.device),
+            random_bn(case.shape[1], case.dtype, self.device),
+        )
         outputs = {"eager": eager_bn_scale(x, bn), "ours": torch.full_like(x, math.nan)}
         ours_out(x, bn, outputs["ours"])
         if not self.naive.why_not_for(case):
@@ -322,18 +286,13 @@ class Bench:
         if case.dtype == torch.float64:
             x, outputs = x[[0, -1]], {name: y[[0, -1]] for name, y in outputs.items()}
         truth = long_double_truth(bn) if case.dtype == torch.float64 else double_truth(bn)
-        return check(str(case), case.dtype, relative_errors(outputs, x, truth, x[0].numel()))
-
-    def check_module(self, label: str, plain: Plain, ours: nn.Module, x: Tensor) -> dict[str, Any]:
-        outputs = {"eager": plain(x), "ours": ours(x)}
-        wide = copy.deepcopy(plain).double()
-        errors = relative_errors(outputs, x, lambda part: (wide(part.double()), 0.0), outputs["ours"][0].numel())
-        return check(label, x.dtype, errors)
+        unit = torch.finfo(case.dtype).eps / 2
+        return check(str(case), unit, relative_errors(outputs, x, truth, x[0].numel()))
 
     def time_bn_scale(self, case: Case) -> dict[str, Any]:
         pairs = pairs_of(2 * case.bytes)
         bn = random_bn(case.shape[1], case.dtype, self.device)
-        xs = [random_input(case, self.device) for _ in range(pairs)]
+        xs = [random_tensor(case.shape, case.dtype, case.layout, self.device) for _ in range(pairs)]
         outs = [torch.empty_like(x) for x in xs]
         on_cpu = self.device == "cpu"  # see the note on outputs
         rivals: Rivals = {
@@ -343,35 +302,15 @@ class Bench:
         }
         missing = {"compile": "not among the compiled sizes", "naive": self.naive.why_not_for(case)}
         if case.main and case.nominal_bytes in COMPILED_SIZES.get(case.dtype, ()):
-            missing["compile"] = self.add_compiled(rivals, lambda x: eager_bn_scale(x, bn), xs)
+            compiled, not_compiled = self.compiler(lambda x: eager_bn_scale(x, bn), xs[:1], ["compile"])
+            missing["compile"] = not_compiled.get("compile", "")
+            if compiled:
+                rivals["compile"] = lambda i: compiled["compile"](xs[i])
         if not missing["naive"]:
             rivals["naive"] = lambda i: self.naive(xs[i], bn, outs[i])
         row = {"case": str(case), "dtype": dtype_name(case.dtype), "layout": case.layout, "shape": list(case.shape)}
         sizes = {"main": case.main, "nominal_bytes": case.nominal_bytes, "tensor_bytes": case.bytes}
         return {**row, **sizes, **self.time_row(rivals, 2 * case.bytes, pairs, missing)}
-
-    def time_module(self, label: str, plain: Plain, ours: nn.Module, x: Tensor) -> dict[str, Any]:
-        y = ours(x)
-        moved = x.nbytes + y.nbytes
-        pairs = pairs_of(moved)
-        xs = [x, *(x.clone() for _ in range(pairs - 1))]
-        sources = [torch.randn(moved // 2 // x.itemsize, device=self.device).to(x.dtype) for _ in range(pairs)]
-        targets = [torch.empty_like(source) for source in sources]
-        rivals: Rivals = {
-            "copy": lambda i: targets[i].copy_(sources[i]),
-            "ours": lambda i: ours(xs[i]),
-            "eager": lambda i: plain(xs[i]),
-        }
-        missing = {"compile": self.add_compiled(rivals, plain, xs)}
-        row = {"case": label, "dtype": dtype_name(x.dtype), "shape": list(x.shape), "output_shape": list(y.shape)}
-        return {**row, "tensor_bytes": y.nbytes, **self.time_row(rivals, moved, pairs, missing)}
-
-    def add_compiled(self, rivals: Rivals, function: Callable[[Tensor], Tensor], xs: list[Tensor]) -> str:
-        compiled = self.compiler(function, xs[0])
-        if isinstance(compiled, str):
-            return compiled
-        rivals["compile"] = lambda i: compiled(xs[i])
-        return ""
 
     def time_row(self, rivals: Rivals, moved: int, pairs: int, missing: dict[str, str]) -> dict[str, Any]:
         stats, calls = self.watch.compare(rivals, pairs, self.repeats)
@@ -426,14 +365,13 @@ def time_import(runs: int) -> dict[str, float]:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """``items`` behind a progress bar on stderr, if tqdm is installed."""
-    try:
-        tqdm: Any = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        return items
-    bar: Iterable[Any] = tqdm(items, desc=what, leave=False, file=sys.stderr)
-    return bar
+def selected_convolutions(args: argparse.Namespace, parts: Sequence[str], device: str) -> list[ConvCase]:
+    cases = []
+    for group in GROUPS:
+        if group in parts or "conv" in parts:
+            of_group = conv_cases(group, device)
+            cases += [of_group[0], of_group[len(of_group) // 2]] if args.quick else of_group
+    return [replace(case, batch=args.conv_batch or case.batch) for case in cases]
 
 
 @torch.no_grad()
@@ -441,30 +379,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    parts = args.only or ["bn_scale", "host", "conv" if device == "cuda" else "problem_73"]
     max_bytes = math.inf if args.max_mb is None and device == "cuda" else (args.max_mb or CPU_MAX_MB) * MB
     sizes, dtypes = (QUICK_SIZES, DTYPES[:2]) if args.quick else (SIZES, DTYPES)
-    cases = list(bn_cases(sizes, dtypes, max_bytes, others=not args.quick))
-    batch = args.module_batch or (128 if device == "cuda" else 8)
-    budget = args.compile_budget if args.compile_budget is not None else (0 if args.quick else 45)
-    bench = Bench(device, args.repeats, NaiveKernel(device), Compiler(budget), Stopwatch(device))
+    cases = list(bn_cases(sizes, dtypes, max_bytes, others=not args.quick)) if "bn_scale" in parts else []
+    convolutions = selected_convolutions(args, parts, device)
+    budgets = (0.0, 0.0) if args.quick else COMPILE_BUDGETS
+    compilers = [Compiler(budget if args.compile_budget is None else args.compile_budget) for budget in budgets]
+    bench = Bench(device, args.repeats, NaiveKernel(device), compilers[0], Stopwatch(device))
+    # There are many rows, and some rivals run more kernels a call.
+    conv_bench = ConvBench(device, args.repeats, compilers[1], Stopwatch(device, max_calls=50))
 
-    models = []
-    for dtype, layout in ((torch.float32, "nchw"), (torch.float16, "channels_last")):
-        models.append((f"{dtype_name(dtype)} {layout} batch {batch}", *problem_73(batch, dtype, layout, device)))
-    checks = [bench.check_module(*model) for model in models]
-    checks += [bench.check_bn_scale(case) for case in progress(cases, "validate")]
-    imported = time_import(1 if args.quick else 5)
-    module = [bench.time_module(*model) for model in progress(models, "module")]
-    models.clear()  # their memory is needed
-    return {
+    checks = [bench.check_bn_scale(case) for case in progress(cases, "validate")]
+    checks += conv_bench.check(convolutions)
+    report = {
         **_report.describe(device, args.commit),
         "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
         "notes": NOTES,
         "validation": checks,
-        "module": module,
-        "bn_scale": [bench.time_bn_scale(case) for case in progress(cases, "bn_scale")],
-        "compile_s": bench.compiler.spent,
-        "host_us": time_host(bench.watch, device),
-        "import_ms": imported,
-        "seconds": time.perf_counter() - began,
     }
+    if "host" in parts:  # the import first, with the machine still cool
+        report["import_ms"] = time_import(1 if args.quick else 5)
+        report["host_us"] = time_host(bench.watch, device)
+    if convolutions:
+        report["conv"] = conv_bench.time(convolutions)
+    if cases:
+        report["bn_scale"] = [bench.time_bn_scale(case) for case in progress(cases, "bn_scale")]
+    return {**report, "compile_s": [c.spent for c in compilers], "seconds": time.perf_counter() - began}

@@ -1,0 +1,105 @@
+"""What the parts of the benchmark share: random arguments, the limit on errors, torch.compile with a limit of time."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MB = 1 << 20
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+SCALING_FACTOR = 2.0
+EPS = 1e-5
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def random_bn(channels: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """running_mean, running_var, weight, bias: far from the identity that a fresh BatchNorm nearly is."""
+    mean, weight, bias = (torch.randn(channels, device=device) for _ in range(3))
+    var = torch.rand(channels, device=device) * 4 + 0.1
+    return [t.to(dtype) for t in (mean, var, weight, bias)]
+
+
+def random_tensor(shape: Sequence[int], dtype: torch.dtype, layout: str, device: str) -> Tensor:
+    x = torch.empty(shape, dtype=dtype, device=device, memory_format=LAYOUTS[layout])
+    return x.normal_(0.5, 2.0)
+
+
+class InaccurateError(Exception):
+    pass
+
+
+def check(label: str, unit: float, errors: dict[str, float]) -> dict[str, Any]:
+    """Holds "ours" to twice the error of "eager", or to ``unit``, the error of rounding once."""
+    limit = max(2 * errors["eager"], unit)
+    if not errors["ours"] <= limit:
+        found = f"relative error {errors['ours']:.3g}, allowed {limit:.3g} (eager: {errors['eager']:.3g})"
+        raise InaccurateError(f"{label}: {found}")
+    return {"case": label, "limit": limit, **errors}
+
+
+# How torch.compile is called, by what the tables call it: its mode, and whether weights are frozen into the code.
+COMPILE_MODES: dict[str, tuple[str | None, bool]] = {
+    "compile": (None, False),
+    "compile max-autotune": ("max-autotune-no-cudagraphs", False),
+    "compile freezing": (None, True),
+    "compile max-autotune freezing": ("max-autotune-no-cudagraphs", True),
+}
+
+
+class Compiler:
+    """torch.compile within a limit of time: a compile takes seconds, and a benchmark has a few minutes."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.spent = 0.0
+
+    def __call__(
+        self, function: Callable[..., Tensor], inputs: Sequence[Tensor], modes: Iterable[str]
+    ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+        """The compiled functions by mode, and why others are missing. Those of an earlier call are compiled anew."""
+        compiled: dict[str, Callable[..., Tensor]] = {}
+        missing: dict[str, str] = {}
+        torch._dynamo.reset()  # else a function that is compiled for many rows goes back to eager
+        for name in modes:
+            if self.spent >= self.budget:
+                missing[name] = f"limit of {self.budget:g} s of compile time reached"
+                continue
+            mode, freezing = COMPILE_MODES[name]
+            start = time.perf_counter()
+            try:
+                inductor: Any = importlib.import_module("torch._inductor")
+                # As options, by which it also tells one mode's code from another's.
+                options = {"freezing": freezing, **(inductor.list_mode_options(mode) if mode else {})}
+                run: Callable[..., Tensor] = torch.compile(function, dynamic=False, options=options)
+                # What traces the function asks for freezing too. 0: without tables of its own.
+                with inductor.config.patch(freezing=freezing, autotune_num_choices_displayed=0):
+                    run(*inputs)
+                compiled[name] = run
+            except Exception as error:  # no Triton, no C++ compiler, ...: the row says so
+                missing[name] = first_line(error)
+            finally:
+                self.spent += time.perf_counter() - start
+        return compiled, missing
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """``items`` behind a progress bar on stderr, if tqdm is installed."""
+    try:
+        tqdm: Any = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        return items
+    bar: Iterable[Any] = tqdm(items, desc=what, leave=False, file=sys.stderr)
+    return bar

@@ -1,0 +1,370 @@
+"""The benchmark's convolutions: ConvBnScale2d checked against float64, then timed with its rivals, and its floor."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import modules, ops, reference
+from ._bench_common import (
+    COMPILE_MODES,
+    EPS,
+    LAYOUTS,
+    MB,
+    Compiler,
+    check,
+    dtype_name,
+    first_line,
+    progress,
+    random_bn,
+    random_tensor,
+)
+from ._bench_layers import ConvCase, Layer
+from ._stopwatch import Rivals, Stopwatch, pairs_of
+
+FORCE = "FUSED_CONV_BN_CONV"
+PRINT = "FUSED_CONV_BN_PRINT_CONFIG"
+Calls = dict[str, Callable[..., Tensor]]  # by name: what takes the input, and the residual if there is one
+Fold = Callable[..., tuple[Tensor, Tensor]]
+TF32_UNIT = 2.0**-11  # rounding to TF32's significand
+
+NOTES = {
+    "ours": "ConvBnScale2d in eval. op: conv_scale_shift on the weight, scale and shift that the module keeps. With "
+    "TF32 ours is the op, with allow_tf32=True. algorithm: what ours ran. aten, few_channels: the module with "
+    "FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution and one pass behind it.",
+    "eager": "bn(conv(x)), then * factor and += residual where the layer has them, and the activation in place. "
+    "float32 may be TF32 in cuDNN (flags); errors tell.",
+    "compile": "torch.compile(eager, dynamic=False). max-autotune: its mode max-autotune-no-cudagraphs. freezing: "
+    "with torch._inductor.config.freezing. best compile: the fastest mode of a row. Compiles take seconds, so only "
+    "some rows have any: problem 73 three modes (in bfloat16 one; with TF32 none, as the rivals are those of the row "
+    "before); first layers, depthwise layers and some of each network in float16 max-autotune freezing. All within a "
+    "limit of compile time.",
+    "cudnn": "torch.cudnn_convolution_relu, or _add_relu, on weight and bias with BN and factor folded into them. It "
+    "has a ReLU also where the layer has ReLU6 or no activation: as much work, but another result.",
+    "conv": "F.conv2d without bias and with nothing behind it: what eager and aten contain.",
+    "best rival": "the fastest of eager, compile and cudnn.",
+    "copy": "of a tensor like the output, which reads and writes it once; on the CPU y.clone().",
+    "floor": "the larger of bytes / copy rate and flop / matrix rate (rates). bytes: input (the pixels that windows "
+    "cover), weight and residual read once, output written once. copy rate: of 512 MB (CPU: 64), read and written "
+    "bytes counted. matrix rate: multiplying matrices of 8192x8192 (CPU: 2048x2048). On CUDA float32 has a third of "
+    "float16's, as accuracy takes three products, and TF32 all of it, as the significands are equally long.",
+    "errors": "of the first, middle and last image. norm: norm of the error over norm of the float64 result. element: "
+    "the largest |error| / (conv(|x|, |w|) |scale| + |shift| + |residual|). What is ours must be within max(2 * "
+    "eager's, one rounding of the dtype, or to TF32's significand).",
+    "buffers": "inputs, residuals and the copy's tensors rotate as bn_scale's do; every rival allocates its output.",
+}
+
+
+class Plain(nn.Module):
+    """The rival of ConvBnScale2d: the model as one would write it."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.conv = nn.Conv2d(
+            *(layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.padding),
+            groups=layer.groups,
+            bias=layer.bias,
+        )
+        self.bn = nn.BatchNorm2d(layer.outputs, EPS)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = self.bn(self.conv(x))
+        if self.layer.scaling_factor != 1:
+            y = y * self.layer.scaling_factor
+        if residual is not None:
+            y += residual
+        if self.layer.activation == "relu":
+            return nn.functional.relu(y, inplace=True)
+        if self.layer.activation == "relu6":
+            return nn.functional.relu6(y, inplace=True)
+        return y
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class Problem:
+    """A case with its tensors: the plain model and ours, which share their parameters, and ways to call them."""
+
+    def __init__(self, case: ConvCase, device: str) -> None:
+        self.case = case
+        layer = case.layer
+        self.plain = Plain(layer)
+        bn = self.plain.bn
+        for target, source in zip(
+            (bn.running_mean, bn.running_var, bn.weight, bn.bias),
+            random_bn(layer.outputs, torch.float32, "cpu"),
+            strict=True,
+        ):
+            assert target is not None
+            target.copy_(source)
+        self.plain.eval().to(device, case.dtype).to(memory_format=LAYOUTS[case.layout])  # type: ignore[call-overload]
+        conv = self.plain.conv
+        self.module = modules.ConvBnScale2d.from_modules(conv, bn, layer.scaling_factor, layer.activation).eval()
+        self.window: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.scale, self.shift = self.fold(ops.fold_bn)
+        self.x = random_tensor(case.shape, case.dtype, case.layout, device)
+        self.residual = random_tensor(case.output_shape, case.dtype, case.layout, device) if layer.residual else None
+
+    def fold(self, fold_bn: Fold, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        bn, bias = self.plain.bn, self.plain.conv.bias
+        parameters = (bn.running_mean, bn.running_var, bn.weight, bn.bias, bias)
+        mean, var, weight, shift, bias = (None if p is None else p.detach().to(dtype) for p in parameters)
+        return fold_bn(mean, var, weight, shift, self.case.layer.scaling_factor, EPS, bias)
+
+    def inputs(self) -> list[Tensor]:
+        return [self.x] if self.residual is None else [self.x, self.residual]
+
+    def op(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return torch.ops.fused_conv_bn.conv_scale_shift(
+            *(x, self.plain.conv.weight, self.scale, self.shift, *self.window),
+            residual=residual,
+            activation=self.case.layer.activation,
+            allow_tf32=self.case.allow_tf32,
+        )
+
+    def ours(self) -> Calls:
+        """By the name of their column: what is ours, and has to be accurate."""
+        if self.case.allow_tf32:
+            return {"ours": self.op}
+        return {"ours": self.module, "op": self.op} if self.case.with_op else {"ours": self.module}
+
+    def forced(self) -> Calls:
+        """Ours with an algorithm that need not cover the problem."""
+        ours = self.ours()["ours"]
+
+        def forced(algorithm: str) -> Callable[..., Tensor]:
+            def run(*inputs: Tensor) -> Tensor:
+                with environment(FORCE, algorithm):
+                    return ours(*inputs)
+
+            return run
+
+        return {name: forced(name) for name in self.case.forced} if self.x.is_cuda else {}
+
+    def folded_cudnn(self) -> Callable[..., Tensor]:
+        conv = self.plain.conv
+        weight = (conv.weight * self.scale.view(-1, 1, 1, 1)).to(conv.weight)
+        weight, bias = weight.contiguous(memory_format=LAYOUTS[self.case.layout]), self.shift.to(self.x.dtype)
+        stride, padding, dilation, groups = self.window
+        if self.residual is None:
+            return lambda x: torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        return lambda x, residual: torch.cudnn_convolution_add_relu(
+            x, weight, residual, 1.0, bias, stride, padding, dilation, groups
+        )
+
+    def convolution(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return nn.functional.conv2d(x, self.plain.conv.weight, None, *self.window)
+
+    # ---- errors ------------------------------------------------------------------------------------------------------
+
+    def some_images(self, y: Tensor) -> Tensor:
+        return y[sorted({0, len(y) // 2, len(y) - 1})]
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """The result, and the size of what is added up in each element of it, in float64."""
+        scale, shift = self.fold(reference.fold_bn, torch.float64)
+        weight = self.plain.conv.weight.double()
+        x, *residuals = (self.some_images(t).double() for t in self.inputs())
+        residual = residuals[0] if residuals else None
+
+        def result(tensors: Iterable[Tensor], residual: Tensor | None, activation: str) -> Tensor:
+            x, weight, scale, shift = tensors
+            return reference.conv_scale_shift(
+                x, weight, scale, shift, *self.window, residual=residual, activation=activation
+            )
+
+        tensors = (x, weight, scale, shift)
+        sizes = result((t.abs() for t in tensors), None if residual is None else residual.abs(), "none")
+        return result(tensors, residual, self.case.layer.activation), sizes
+
+    def errors(self, calls: Calls) -> dict[str, dict[str, float]]:
+        truth, sizes = self.truth()
+        errors = {}
+        for name, call in calls.items():
+            distance = (self.some_images(call(*self.inputs())).double() - truth).abs()
+            norm = distance.norm() / truth.norm()
+            errors[name] = {"norm": norm.item(), "element": (distance / sizes).max().item()}
+        return errors
+
+
+def measure_rates(watch: Stopwatch, device: str, dtypes: Sequence[torch.dtype], repeats: int) -> dict[str, Any]:
+    """The device's rates of copying and of multiplying matrices."""
+
+    def us(run: Callable[[int], object]) -> float:
+        order = range(10 if watch.cuda else 2)
+        watch.host_us(run, order)
+        host_us = watch.host_us(run, order)
+        return statistics.median(watch.device_us(run, order, host_us)[0] for _ in range(repeats))
+
+    def product(matrix: Tensor) -> Callable[[int], object]:
+        return lambda i: matrix @ matrix
+
+    source = torch.randn((512 if watch.cuda else 64) * MB // 4, device=device)
+    target = torch.empty_like(source)
+    rates: dict[str, Any] = {"copy_gb_per_s": 2 * source.nbytes / us(lambda i: target.copy_(source)) / 1e3}
+    n = 8192 if watch.cuda else 2048
+    tflops = {}
+    for dtype in dict.fromkeys([torch.float16, *dtypes] if watch.cuda else dtypes):
+        if dtype != torch.float32 or not watch.cuda:
+            matrix = torch.randn(n, n, device=device).to(dtype)
+            tflops[dtype_name(dtype)] = 2 * n**3 / us(product(matrix)) / 1e6
+    if watch.cuda:
+        tflops["TF32"] = tflops["float16"]
+        tflops["float32"] = tflops["float16"] / 3
+    return {**rates, "matrix_tflop_per_s": tflops}
+
+
+@dataclass
+class ConvBench:
+    """What the rows of a run share."""
+
+    device: str
+    repeats: int
+    compiler: Compiler
+    watch: Stopwatch
+    algorithms: dict[ConvCase, str] = field(default_factory=dict)  # by kind
+
+    def check(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
+        with environment(FORCE, ""):
+            return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
+
+    def time(self, cases: Sequence[ConvCase]) -> dict[str, Any]:
+        with environment(FORCE, ""):
+            rates = measure_rates(self.watch, self.device, [case.dtype for case in cases], self.repeats)
+            rows = [self.row(Problem(case, self.device), rates) for case in progress(cases, "convolutions")]
+        return {"notes": NOTES, "rates": rates, "rows": rows}
+
+    def check_case(self, problem: Problem) -> list[dict[str, Any]]:
+        case = problem.case
+        if case.kind not in self.algorithms:
+            self.algorithms[case.kind] = self.algorithm(problem)
+        calls = {**problem.ours(), **usable(problem.forced(), problem.inputs())[0]}
+        errors = problem.errors({"eager": problem.plain, **calls})
+        unit = TF32_UNIT if case.allow_tf32 else torch.finfo(case.dtype).eps / 2
+        return [
+            check(
+                f"{case}, {name}, by {measure}",
+                unit,
+                {"ours": errors[name][measure], "eager": errors["eager"][measure]},
+            )
+            for name in calls
+            for measure in ("norm", "element")
+        ]
+
+    def algorithm(self, problem: Problem) -> str:
+        """What the rule chooses, which the op prints once for each kind of call."""
+        sys.stderr.flush()
+        kept = os.dup(2)
+        with tempfile.TemporaryFile("w+") as file:
+            try:
+                os.dup2(file.fileno(), 2)
+                with environment(PRINT, "1"):
+                    problem.ours()["ours"](*problem.inputs())
+            finally:
+                os.dup2(kept, 2)
+                os.close(kept)
+            file.seek(0)
+            lines = [line for line in file.read().splitlines() if line.startswith("fused_conv_bn: ")]
+        return lines[-1].rpartition(": ")[2] if lines else ""
+
+    def rivals(self, problem: Problem) -> tuple[Calls, dict[str, str]]:
+        """What gives the layer's result without us (cudnn: or nearly), and why others are missing."""
+        modes = problem.case.compile_modes
+        compiled, missing = self.compiler(problem.plain, problem.inputs(), modes)
+        if not modes:
+            missing["compile"] = "this row has none, see the note on compile in the JSON"
+        cudnn, no_cudnn = usable({"cudnn": problem.folded_cudnn()} if problem.x.is_cuda else {}, problem.inputs())
+        return {"eager": problem.plain, **compiled, **cudnn}, {**missing, **no_cudnn}
+
+    def row(self, problem: Problem, rates: dict[str, Any]) -> dict[str, Any]:
+        case = problem.case
+        forced, missing = usable(problem.forced(), problem.inputs())
+        ours = {**problem.ours(), **forced}
+        spent = self.compiler.spent
+        rivals, no_rivals = self.rivals(problem)
+        compile_s = self.compiler.spent - spent
+        same = {name: call for name, call in rivals.items() if name != "cudnn" or case.layer.activation == "relu"}
+        errors = problem.errors({**ours, **same})
+        stats, timing = self.compare(problem, {**ours, **rivals, "conv": problem.convolution})
+        us = {name: float(s["median"]) for name, s in stats.items()}
+        best = {"best rival": min(us[name] for name in rivals)}
+        compiled = [us[name] for name in rivals if name in COMPILE_MODES]
+        if compiled:
+            best["best compile"] = min(compiled)
+        rate = rates["matrix_tflop_per_s"]["TF32" if case.allow_tf32 else dtype_name(case.dtype)]
+        floor = {"memory": case.bytes / rates["copy_gb_per_s"] / 1e3, "matrix": case.flop / rate / 1e6}
+        return {
+            "group": case.group,
+            "case": str(case),
+            "dtype": dtype_name(case.dtype),
+            "layout": case.layout,
+            "allow_tf32": case.allow_tf32,
+            "layer": asdict(case.layer),
+            "count": case.count,
+            "shape": list(case.shape),
+            "output_shape": list(case.output_shape),
+            "algorithm": self.algorithms[case.kind],
+            "flop": case.flop,
+            "bytes": case.bytes,
+            "output_bytes": case.output_bytes,
+            "us": stats,
+            "missing": {**missing, **no_rivals},
+            "errors": errors,
+            "floor_us": floor,
+            "share_of_floor_percent": 100 * max(floor.values()) / us["ours"],
+            "ours/copy": us["ours"] / us["copy"],
+            **{f"{name}/ours": t / us["ours"] for name, t in {**us, **best}.items() if name not in ("copy", "ours")},
+            "compile_s": compile_s,
+            **timing,
+        }
+
+    def compare(self, problem: Problem, calls: Calls) -> tuple[dict[str, Any], dict[str, Any]]:
+        case = problem.case
+        pairs = pairs_of(case.bytes)
+        inputs = [problem.inputs(), *([t.clone() for t in problem.inputs()] for _ in range(pairs - 1))]
+        sources = [torch.randn(case.output_shape, device=self.device).to(case.dtype) for _ in range(pairs)]
+        targets = [torch.empty_like(source) for source in sources]
+        on_cpu = self.device == "cpu"
+
+        def rival(call: Callable[..., Tensor]) -> Callable[[int], Tensor]:
+            return lambda i: call(*inputs[i])
+
+        rivals: Rivals = {
+            "copy": lambda i: sources[i].clone() if on_cpu else targets[i].copy_(sources[i]),
+            **{name: rival(call) for name, call in calls.items()},
+        }
+        stats, count = self.watch.compare(rivals, pairs, self.repeats)
+        return stats, {"calls": count, "buffer_pairs": pairs}
+
+
+def usable(calls: Calls, inputs: Sequence[Tensor]) -> tuple[Calls, dict[str, str]]:
+    """The calls that work on these inputs, and why the others do not."""
+    usable, missing = {}, {}
+    for name, call in calls.items():
+        try:
+            call(*inputs)
+            usable[name] = call
+        except RuntimeError as error:
+            missing[name] = first_line(error)
+    return usable, missing

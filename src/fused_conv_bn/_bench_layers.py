@@ -1,0 +1,213 @@
+"""The convolutions that bench.py measures: problem 73, first and depthwise layers, ResNet-50's and MobileNetV2's."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ._bench_common import LAYOUTS, SCALING_FACTOR, dtype_name
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A square convolution of square images, then BatchNorm, a factor, a residual and an activation."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    side: int  # of the input's images
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    bias: bool = False
+    scaling_factor: float = 1.0
+    activation: str = "none"
+    residual: bool = False
+
+    @property
+    def output_side(self) -> int:
+        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.outputs, self.inputs // self.groups, self.kernel, self.kernel
+
+    @property
+    def flop(self) -> int:
+        """Of one image."""
+        return 2 * math.prod(self.weight_shape) * self.output_side**2
+
+    @property
+    def elements(self) -> int:
+        """Of one image that have to be moved: the inputs that a window covers, the residual, the results."""
+        covered = min(1.0, self.kernel / self.stride)
+        return int(self.inputs * (self.side * covered) ** 2) + self.output_elements * (2 if self.residual else 1)
+
+    @property
+    def output_elements(self) -> int:
+        return self.outputs * self.output_side**2
+
+    def __str__(self) -> str:
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        what = f"{self.outputs} depthwise" if self.groups > 1 else f"{self.inputs}->{self.outputs}"
+        behind = [*(["add"] if self.residual else []), *([self.activation] if self.activation != "none" else [])]
+        return " ".join([f"{self.kernel}x{self.kernel}{stride} {what} {self.side}x{self.side}", *behind])
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    group: str  # what a geometric mean is taken of
+    layer: Layer
+    batch: int
+    dtype: torch.dtype
+    layout: str
+    allow_tf32: bool = False
+    count: int = 1  # layers of the network that are this one
+    forced: tuple[str, ...] = ("aten",)  # algorithms to measure besides the one that the rule chooses
+    with_op: bool = False  # measure the op besides the module
+    compile_modes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> ConvCase:
+        """The same for cases that differ in nothing that the choice of an algorithm depends on."""
+        layer = replace(self.layer, bias=False, scaling_factor=1.0, activation="none")
+        return ConvCase("", layer, self.batch, self.dtype, self.layout, self.allow_tf32)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.layer.inputs, self.layer.side, self.layer.side
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.layer.outputs, self.layer.output_side, self.layer.output_side
+
+    @property
+    def flop(self) -> int:
+        return self.batch * self.layer.flop
+
+    @property
+    def bytes(self) -> int:
+        return (self.batch * self.layer.elements + math.prod(self.layer.weight_shape)) * self.dtype.itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        return math.prod(self.output_shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        dtype = f"{dtype_name(self.dtype)}{' TF32' if self.allow_tf32 else ''}"
+        return f"{self.layer} batch {self.batch} {dtype} {self.layout}"
+
+
+# ---- problem 73, first layers ----------------------------------------------------------------------------------------
+
+PROBLEM_73 = Layer(8, 64, 3, 128, bias=True, scaling_factor=SCALING_FACTOR)
+FIRST_LAYERS = [
+    Layer(3, 64, 7, 224, 2, 3, activation="relu"),
+    *(Layer(3, outputs, 3, 224, stride, 1, activation="relu") for outputs in (32, 64) for stride in (1, 2)),
+]
+
+# ---- networks, as torchvision defines them, at 224x224 ---------------------------------------------------------------
+
+
+def resnet50_layers() -> Iterator[Layer]:
+    yield FIRST_LAYERS[0]
+    inputs, side = 64, 56
+    for width, blocks, first_stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            stride = first_stride if block == 0 else 1
+            outputs = 4 * width
+            yield Layer(inputs, width, 1, side, activation="relu")
+            yield Layer(width, width, 3, side, stride, 1, activation="relu")
+            if block == 0:
+                yield Layer(inputs, outputs, 1, side, stride)
+            side //= stride
+            yield Layer(width, outputs, 1, side, activation="relu", residual=True)
+            inputs = outputs
+
+
+def mobilenet_v2_layers() -> Iterator[Layer]:
+    yield Layer(3, 32, 3, 224, 2, 1, activation="relu6")
+    inputs, side = 32, 112
+    blocks = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    for expansion, outputs, repeats, first_stride in blocks:
+        for repeat in range(repeats):
+            stride = first_stride if repeat == 0 else 1
+            width = inputs * expansion
+            if expansion > 1:
+                yield Layer(inputs, width, 1, side, activation="relu6")
+            yield Layer(width, width, 3, side, stride, 1, groups=width, activation="relu6")
+            side //= stride
+            yield Layer(width, outputs, 1, side, residual=stride == 1 and inputs == outputs)
+            inputs = outputs
+    yield Layer(inputs, 1280, 1, side, activation="relu6")
+
+
+# ---- the cases -------------------------------------------------------------------------------------------------------
+
+FLOAT32_NCHW = (torch.float32, "nchw")
+FLOAT16_CHANNELS_LAST = (torch.float16, "channels_last")
+# By name on the command line: what the tables call it, and its batch.
+GROUPS = {
+    "problem_73": ("problem 73", 128),
+    "first_layers": ("first layers", 32),
+    "depthwise": ("depthwise", 64),
+    "resnet50": ("ResNet-50", 32),
+    "mobilenetv2": ("MobileNetV2", 64),
+}
+# A compile takes seconds. Autotuned ones take most, so the networks' layers go without them but for these.
+AUTOTUNED = ("compile max-autotune freezing",)
+COMPILED_LAYERS = {
+    Layer(64, 64, 3, 56, 1, 1, activation="relu"),
+    Layer(64, 256, 1, 56, activation="relu", residual=True),
+    Layer(512, 512, 3, 7, 1, 1, activation="relu"),
+    Layer(512, 2048, 1, 7, activation="relu", residual=True),
+    Layer(96, 576, 1, 14, activation="relu6"),
+    Layer(960, 160, 1, 7, residual=True),
+}
+
+
+def problem_73_cases(device: str) -> Iterator[ConvCase]:
+    modes: tuple[str, ...]
+    name, batch = GROUPS["problem_73"]
+    if device == "cpu":
+        for dtype, layout in (FLOAT32_NCHW, (torch.float32, "channels_last"), (torch.bfloat16, "channels_last")):
+            modes = ("compile", "compile freezing")
+            yield ConvCase(name, PROBLEM_73, 8, dtype, layout, with_op=True, compile_modes=modes)
+        return
+    forced = ("aten", "few_channels")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        modes = AUTOTUNED if dtype == torch.bfloat16 else ("compile", "compile max-autotune", *AUTOTUNED)
+        for layout in LAYOUTS:
+            case = ConvCase(name, PROBLEM_73, batch, dtype, layout, forced=forced, with_op=True, compile_modes=modes)
+            yield case
+            if dtype == torch.float32:
+                yield replace(case, allow_tf32=True, compile_modes=())  # those of the row above
+
+
+def network_cases(group: str, layers: Iterator[Layer]) -> Iterator[ConvCase]:
+    name, batch = GROUPS[group]
+    counts = Counter(layers)
+    for dtype, layout in (FLOAT16_CHANNELS_LAST, FLOAT32_NCHW):
+        for layer, count in counts.items():
+            modes = AUTOTUNED if layer in COMPILED_LAYERS and dtype == torch.float16 else ()
+            series = f"{name}, {dtype_name(dtype)} {layout}"
+            yield ConvCase(series, layer, batch, dtype, layout, count=count, compile_modes=modes)
+
+
+def conv_cases(group: str, device: str) -> list[ConvCase]:
+    """What is measured of a group of GROUPS."""
+    name, batch = GROUPS[group]
+    if group == "problem_73":
+        return list(problem_73_cases(device))
+    if group == "resnet50":
+        return list(network_cases(group, resnet50_layers()))
+    if group == "mobilenetv2":
+        return list(network_cases(group, mobilenet_v2_layers()))
+    depthwise = dict.fromkeys(layer for layer in mobilenet_v2_layers() if layer.groups > 1)
+    layers = FIRST_LAYERS if group == "first_layers" else depthwise
+    series = f"{name}, float16 channels_last"
+    return [ConvCase(series, layer, batch, *FLOAT16_CHANNELS_LAST, compile_modes=AUTOTUNED) for layer in layers]

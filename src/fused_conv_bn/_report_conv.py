@@ -1,0 +1,163 @@
+"""What bench.py says of the convolutions: a table a group, geometric means, the README's tables, the roofline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ._report import Charts, Report, Row, legend_below, markdown, short, table
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+RATIOS = ["eager", "best compile", "cudnn", "best rival", "conv", "aten"]
+
+
+def groups(report: Report) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {}
+    for row in report.get("conv", {"rows": []})["rows"]:
+        rows.setdefault(row["group"], []).append(row)
+    return rows
+
+
+def floor_us(row: Row) -> float:
+    return float(max(row["floor_us"].values()))
+
+
+def us(row: Row, name: str) -> str:
+    return f"{row['us'][name]['median']:.1f}" if name in row["us"] else "n/a"
+
+
+def ratio(row: Row, name: str) -> str:
+    return f"{row[name]:.2f}" if name in row else "n/a"
+
+
+def group_table(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["us"] if name != "copy"))
+    ratios = [f"{name}/ours" for name in RATIOS if any(f"{name}/ours" in row for row in rows)]
+    header = ["case", "algorithm", "floor us", "share %", "copy us", "ours/copy", *(f"{name} us" for name in names)]
+    header += [*ratios, "error, x eager's", "by element"]
+    lines = []
+    for row in rows:
+        floor = [f"{floor_us(row):.1f}", f"{row['share_of_floor_percent']:.0f}"]
+        times = [us(row, "copy"), ratio(row, "ours/copy"), *(us(row, name) for name in names)]
+        errors = [row["errors"]["ours"][m] / (row["errors"]["eager"][m] or math.inf) for m in ("norm", "element")]
+        factors = [*(ratio(row, name) for name in ratios), *(f"{error:.2f}" for error in errors)]
+        lines.append([row["case"], row["algorithm"] or "CPU", *floor, *times, *factors])
+    return table(header, lines)
+
+
+def geomean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def slowest(rows: list[Row]) -> float:
+    """The least of the ratios of the better one of eager and PyTorch's convolution with one pass behind it to ours."""
+    return float(min(row[f"{name}/ours"] for row in rows for name in ("eager", "aten") if f"{name}/ours" in row))
+
+
+def mean_ratio(rows: list[Row], name: str) -> str:
+    """The geometric mean, and of how many rows where not of all."""
+    values = [row[f"{name}/ours"] for row in rows if f"{name}/ours" in row]
+    if not values:
+        return "n/a"
+    return f"{geomean(values):.2f}" + (f" ({len(values)})" if len(values) < len(rows) else "")
+
+
+def network_us(rows: list[Row], name: str) -> float:
+    """Of all layers, each as often as the network has it."""
+    return float(sum(row["count"] * row["us"][name]["median"] for row in rows))
+
+
+def print_tables(report: Report) -> None:
+    if not groups(report):
+        return
+    rates = report["conv"]["rates"]
+    matrix = ", ".join(f"{name} {short(rate)}" for name, rate in rates["matrix_tflop_per_s"].items())
+    print(f"convolutions; copy rate {rates['copy_gb_per_s']:.0f} GB/s, matrix rates in TFLOP/s: {matrix}\n")
+    for group, rows in groups(report).items():
+        print(f"{group}\n{group_table(rows)}\n")
+    lines = []
+    for group, rows in groups(report).items():
+        share = geomean([row["share_of_floor_percent"] for row in rows])
+        means = [mean_ratio(rows, name) for name in RATIOS]
+        sums = [f"{network_us(rows, name):.0f}" for name in ("ours", "eager")]
+        lines.append([group, str(len(rows)), f"{share:.0f}", *means, f"{slowest(rows):.2f}", *sums])
+    header = ["geometric means (of so many rows)", "rows", "share of floor %", *(f"{name}/ours" for name in RATIOS)]
+    header += ["least of eager, aten/ours", "all layers, ours us", "eager us"]
+    print(table(header, lines), end="\n\n")
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {"copy": "copy of y", "ours": "**ours**", "eager": "eager", "best compile": "torch.compile"}
+COLUMNS |= {"cudnn": "cuDNN fused", "conv": "convolution alone"}
+MEANS = ["speed-up, geometric mean", "layers", "eager", "torch.compile", "cuDNN fused", "best of these"]
+MEANS += ["convolution alone", "convolution and one pass", "slowest layer"]
+
+
+def markdown_row(row: Row) -> list[str]:
+    times = {name: stats["median"] for name, stats in row["us"].items()}
+    if "best compile/ours" in row:
+        times["best compile"] = row["best compile/ours"] * times["ours"]
+    cells = {name: f"{times[name]:.0f}" if name in times else "" for name in COLUMNS}
+    cells["ours"] = f"**{cells['ours']}**"
+    return [row["case"], f"{floor_us(row):.0f}", *cells.values()]
+
+
+def section(report: Report) -> str:
+    """A row for each layer that is not of a network, and on a GPU the geometric means of all groups."""
+    lines, means = [], []
+    for group, rows in groups(report).items():
+        is_network = any(row["count"] > 1 for row in rows)
+        lines += [] if is_network else [markdown_row(row) for row in rows]
+        means.append([group, str(len(rows)), *(mean_ratio(rows, name) for name in RATIOS), f"{slowest(rows):.2f}"])
+    parts = [markdown(["us", "floor", *COLUMNS.values()], lines)]
+    return "\n\n".join([*parts, markdown(MEANS, means)] if report["device"]["kind"] == "cuda" else parts)
+
+
+# ---- roofline --------------------------------------------------------------------------------------------------------
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
+PANELS = {"float16 channels_last": ("float16", "channels_last"), "float32 NCHW": ("float32", "nchw")}
+
+
+def draw_roofline(report: Report, plt: Any) -> Any:
+    """Each layer by its FLOP per byte: what it reaches with ours and with the best rival, below what the device can."""
+    rates = report["conv"]["rates"]
+    names = list(dict.fromkeys(group.split(",")[0] for group in groups(report)))
+    colours = dict(zip(names, COLOURS, strict=False))
+    figure, panels = plt.subplots(1, 2, figsize=(8, 4.8), sharey=True)
+    for axes, (title, kind) in zip(panels, PANELS.items(), strict=True):
+        peak = rates["matrix_tflop_per_s"].get(kind[0])
+        rows = [
+            row for row in report["conv"]["rows"] if (row["dtype"], row["layout"]) == kind and not row["allow_tf32"]
+        ]
+        for row in rows:
+            intensity = row["flop"] / row["bytes"]
+            ours = row["flop"] / row["us"]["ours"]["median"] / 1e6
+            rival = ours / row["best rival/ours"]
+            group = row["group"].split(",")[0]
+            axes.plot([intensity] * 2, [ours, rival], color=colours[group], linewidth=0.7, zorder=1)
+            axes.plot(intensity, rival, "o", markerfacecolor="white", color=colours[group], markersize=4, zorder=2)
+            axes.plot(intensity, ours, "o", color=colours[group], markersize=5, label=group, zorder=3)
+        axes.plot([], [], "o", markerfacecolor="white", color="#777777", markersize=4, label="the best rival")
+        if peak:
+            intensities = [1.0, 1e3 * peak / rates["copy_gb_per_s"], 2048.0]
+            roof = [min(peak, i * rates["copy_gb_per_s"] / 1e3) for i in intensities]
+            axes.plot(intensities, roof, color="#222222", linewidth=1.2, label="copy rate, matrix rate", zorder=0)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda number, _: f"{number:g}")
+        axes.grid(True, color="#e4e4e4", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("FLOP per byte that has to be moved")
+        axes.set_title(title, fontsize=10)
+    panels[0].set_ylabel("TFLOP/s")
+    legend_below(figure, panels)
+    figure.suptitle(f"Convolutions, fused_conv_bn and the best rival, on {report['device']['name']}", fontsize=11)
+    return figure
+
+
+CHARTS: Charts = {"conv_roofline.png": ("conv", draw_roofline)}

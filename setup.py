@@ -251,7 +251,7 @@ def source_flags(library: str, source: str) -> list[str]:
     """nvcc's flags for one file: its architectures, and its name, which cuobjdump then prints of what it became."""
     return [
         f"-Xfatbin=--ident={Path(source).name}",
-        f'-DFCB_SOURCE_ARCHS="{" ".join(archs(library, source))}"',
+        *(["-DFCB_HAS_9_0A"] if "9.0a" in archs(library, source) else []),
         *[flag for arch in archs(library, source) for flag in gencode(arch)],
     ]
 

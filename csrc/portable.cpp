@@ -15,7 +15,5 @@ char __libc_single_threaded = 0;
 
 // Called by std::vector's constructors where a size overflows. libstdc++ has it from GCC 11 on. exports.map keeps it inside.
 namespace std {
-[[noreturn]] void __throw_bad_array_new_length() {
-  throw bad_array_new_length();
-}
+[[noreturn]] void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 }  // namespace std

@@ -212,7 +212,11 @@ def make(
 
 def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:
     """Whether the algorithm that is forced, if any, covers some of a test's calls; ``depthwise``: if those are among them."""
-    covers = {"hopper": dtype != torch.float64, "few_channels": dtype != torch.float64, "depthwise": depthwise and dtype != torch.float64}
+    covers = {
+        "hopper": dtype != torch.float64,
+        "few_channels": dtype != torch.float64,
+        "depthwise": depthwise and dtype != torch.float64,
+    }
     return covers.get(os.environ.get("FUSED_CONV_BN_CONV", ""), True)
 
 

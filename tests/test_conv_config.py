@@ -69,7 +69,6 @@ GPUS = (
 )
 
 
-
 def hopper_units(p: Problem) -> int:
     """Groups of eight that a filter's weights go into: eight channels of a tap, or of few channels several taps of a row."""
     taps = next((8 // slots for slots in (1, 2, 4) if p.C <= slots), 1)

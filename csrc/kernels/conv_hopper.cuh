@@ -48,12 +48,12 @@ struct HopperParams {
   HopperTile tile;
   FastDiv x_cols, x_rows, channel_blocks, phases_w, tiles_q, tiles_p, tile_p, run_vectors;
   uint32_t tiles;
-  bool plain_units;  // of eight channels of one pixel each
-  bool x_vectors;    // channels_last: a unit can be read as a whole
-  bool y_vectors;    // channels_last: a pixel's channels can be written 16 bytes at a time
-  bool stage_pairs;  // contiguous: two neighbouring results can be staged with one store
+  bool plain_units;   // of eight channels of one pixel each
+  bool x_vectors;     // channels_last: a unit can be read as a whole
+  bool y_vectors;     // channels_last: a pixel's channels can be written 16 bytes at a time
+  bool stage_pairs;   // contiguous: two neighbouring results can be staged with one store
   bool rows_aligned;  // contiguous, rows that are not whole: each starts at a multiple of 16 bytes
-  bool bulk;         // contiguous: a channel's run starts and ends at multiples of 16 bytes
+  bool bulk;          // contiguous: a channel's run starts and ends at multiples of 16 bytes
   Activation activation;
   uint32_t steps[kHopperMostUnits / 2];  // operand_start() of each step, from the tile's first unit on
   uint32_t units[kHopperMostUnits];      // r, s and channel block of each step's two units; kNoUnit
@@ -67,9 +67,9 @@ struct HopperHeader {
   // met Inf or NaN.
   uint2 stages[kHopperMostStages];
   uint4 warps[2][4 * kHopperLoaders];  // of the loading warps: magnitudes, by turns
-  uint32_t all_exact;               // the weights, or their affines, do not split: nothing does
-  int w_span;                       // the widest span of an output channel's weights
-  int least_unscale, most_unscale;  // exponents among unscales[]
+  uint32_t all_exact;                  // the weights, or their affines, do not split: nothing does
+  int w_span;                          // the widest span of an output channel's weights
+  int least_unscale, most_unscale;     // exponents among unscales[]
   float scales[kHopperChannels];
   float shifts[kHopperChannels];
   float unscales[kHopperChannels];  // scale, and the inverse of the weights' scale
@@ -140,7 +140,8 @@ class Hopper {
   }
   __device__ __forceinline__ uint32_t places() const { return input(p.tile.stages); }
   __device__ __forceinline__ uint32_t output(int taker) const {
-    return places() + p.tile.chunks * (kHopperChunk * kPlaceBytes) + taker * (kHopperChannels * kBytes) * p.tile.stage_pitch;
+    return places() + p.tile.chunks * (kHopperChunk * kPlaceBytes) +
+           taker * (kHopperChannels * kBytes) * p.tile.stage_pitch;
   }
 
   // Where a thread's own channels and positions are in the product, and which they are.
@@ -304,8 +305,8 @@ class Hopper {
       const int col = position - row * p.tile.x_cols;
       const bool inside = row < p.tile.p && col < p.tile.q;
       if constexpr (kLast) {
-        store_shared(places() + position * 8,
-                     make_uint2(static_cast<uint32_t>(row * p.Q + col) * p.K * kBytes, inside ? row << 16 | col : kOutside));
+        store_shared(places() + position * 8, make_uint2(static_cast<uint32_t>(row * p.Q + col) * p.K * kBytes,
+                                                         inside ? row << 16 | col : kOutside));
       } else {
         store_shared(places() + position * 2,
                      static_cast<uint16_t>((inside ? row * p.tile.stage_row + col : p.tile.stage_end) * kBytes));
@@ -355,11 +356,15 @@ class Hopper {
     } else {
       const int channels = inside ? p.C - c0 : 0;
       const int mask = (1 << p.tile.slots_log2) - 1;
-      f([&](int i) { return source + ((i >> p.tile.slots_log2) * p.dilation_w * p.x_stride_w + (i & mask) * p.x_stride_c); },
-        [&](int i) {
-          return static_cast<unsigned>(w + (i >> p.tile.slots_log2) * p.dilation_w) < static_cast<unsigned>(patch.end) &&
-                 (i & mask) < channels;
-        });
+      f(
+          [&](int i) {
+            return source + ((i >> p.tile.slots_log2) * p.dilation_w * p.x_stride_w + (i & mask) * p.x_stride_c);
+          },
+          [&](int i) {
+            return static_cast<unsigned>(w + (i >> p.tile.slots_log2) * p.dilation_w) <
+                       static_cast<unsigned>(patch.end) &&
+                   (i & mask) < channels;
+          });
     }
   }
 
@@ -700,7 +705,7 @@ class Hopper {
         const int s = tap - r * p.S;
         int base = first_position + own_position() + position_step(first);
         asm volatile("" : "+r"(base));  // the compiler shall not keep all rows and columns in registers
-        int offsets[kBatch];  // -1: past the image
+        int offsets[kBatch];            // -1: past the image
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           const int position = base + position_step(j);
@@ -845,9 +850,10 @@ class Hopper {
     }
   }
   static __device__ __forceinline__ void store_words_if(bool condition, void* address, const uint32_t (&w)[4]) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(address),
-                 "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(static_cast<int>(condition))
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(address),
+        "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(static_cast<int>(condition))
+        : "memory");
   }
 
   // The bytes by which a channel's run is shifted in its stage.
@@ -975,7 +981,8 @@ class Hopper {
 };
 
 template <typename T, bool kLast>
-__global__ void __launch_bounds__(kHopperThreads, 1) conv_hopper_kernel(const __grid_constant__ HopperParams<T> params) {
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    conv_hopper_kernel(const __grid_constant__ HopperParams<T> params) {
 #if defined(FCB_HOPPER)
   Hopper<T, kLast>(params).run();
 #endif
@@ -1045,8 +1052,8 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
     p.units[2 * step + 1] = half ? kNoUnit : b.r << 16 | b.s << 8 | b.channel_block;
   }
   const auto kernel = c.channels_last ? conv_hopper_kernel<T, true> : conv_hopper_kernel<T, false>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_memory);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  tile.shared_memory);
   if (status != cudaSuccess) {
     return status;
   }

@@ -21,31 +21,31 @@ constexpr int kHopperLoaders = 2;  // warpgroups that load
 constexpr int kHopperTakers = 2;   // warpgroups that multiply and write, by turns
 constexpr int kHopperThreads = 128 * (kHopperLoaders + kHopperTakers);
 FCB_HD constexpr int hopper_place_bytes(bool channels_last) { return channels_last ? 8 : 2; }
-constexpr int kHopperChannels = 64;       // output channels of a block
-constexpr int kHopperChunk = 128;         // positions that a warpgroup multiplies at a time
-constexpr int kHopperMostUnits = 128;     // of a filter
+constexpr int kHopperChannels = 64;         // output channels of a block
+constexpr int kHopperChunk = 128;           // positions that a warpgroup multiplies at a time
+constexpr int kHopperMostUnits = 128;       // of a filter
 constexpr int kHopperMostPositions = 1024;  // of a tile
-constexpr int kHopperMostStages = 4;  // tiles in shared memory
+constexpr int kHopperMostStages = 4;        // tiles in shared memory
 constexpr int kHopperHeader = 2048;
 // A run of the output is staged where it starts in memory, modulo so many bytes.
 constexpr int kHopperRunAlign = 32;
 // A block's tile, and how shared memory is laid out for it. Bytes, unless it says otherwise.
 struct HopperTile {
-  int p, q;                  // output rows and columns
-  int slots_log2;            // slots: channels of a tap in a unit
-  int channel_blocks;        // units that the channels of a tap take
+  int p, q;                        // output rows and columns
+  int slots_log2;                  // slots: channels of a tap in a unit
+  int channel_blocks;              // units that the channels of a tap take
   int phase_step_h, phase_step_w;  // phases that occur are multiples of these
   int phases_h, phases_w;
-  int x_rows, x_cols;        // of a plane, in units
-  int units;                 // of the filter
-  int k_steps;               // of two units each
-  int halves;                // 2 where float32 is split
+  int x_rows, x_cols;  // of a plane, in units
+  int units;           // of the filter
+  int k_steps;         // of two units each
+  int halves;          // 2 where float32 is split
   int chunks;
-  int x_half;                // the units of one half
+  int x_half;  // the units of one half
   int stages;
-  int stage_row;             // contiguous: from row to row of a tile on its way out, in elements
-  int stage_pitch;           // contiguous: from channel to channel
-  int stage_end;             // contiguous: a place for results outside the tile
+  int stage_row;    // contiguous: from row to row of a tile on its way out, in elements
+  int stage_pitch;  // contiguous: from channel to channel
+  int stage_end;    // contiguous: a place for results outside the tile
   int tiles_p, tiles_q;
   int shared_memory;
 

@@ -36,8 +36,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}"
-      ::"r"(barrier), "r"(parity)
+      "}" ::"r"(barrier),
+      "r"(parity)
       : "memory");
 #endif
 }
@@ -115,32 +115,31 @@ __device__ __forceinline__ void product_wait() {
 
 // An operand in shared memory without swizzling, k along a row: blocks of 8 rows by 16 bytes, 128 bytes each. Blocks of
 // neighbouring rows follow each other; `start` has the first block's address and the distance to the other half of k.
-__device__ __forceinline__ uint64_t operand(uint32_t start) {
-  return static_cast<uint64_t>(128 >> 4) << 32 | start;
-}
+__device__ __forceinline__ uint64_t operand(uint32_t start) { return static_cast<uint64_t>(128 >> 4) << 32 | start; }
 __host__ __device__ constexpr uint32_t operand_start(uint32_t address, uint32_t other_half) {
   return (address >> 4) | (other_half >> 4) << 16;
 }
 
-#define FCB_SUMS_8(i) \
+#define FCB_SUMS_8(i)                                                                                           \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
 #define FCB_SUMS_32(i) FCB_SUMS_8(i), FCB_SUMS_8(i + 8), FCB_SUMS_8(i + 16), FCB_SUMS_8(i + 24)
-#define FCB_REGISTERS_32 \
+#define FCB_REGISTERS_32                                                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FCB_REGISTERS_64 \
-  FCB_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FCB_REGISTERS_64                                                                             \
+  FCB_REGISTERS_32                                                                                   \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // sums = a * b, or kAdd: sums += a * b. 64 rows of a, 128 rows of b; 16 values of k. Half: float16 or bfloat16.
 template <typename Half, bool kAdd>
 __device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a, uint64_t b) {
 #if defined(FCB_HOPPER)
-#define FCB_PRODUCT(type)                                                                                            \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" FCB_REGISTERS_64                    \
-               "}, %64, %65, %66, 1, 1, 0, 0;"                                                                     \
-               : FCB_SUMS_32(0), FCB_SUMS_32(32)                                                                     \
+#define FCB_PRODUCT(type)                                                                         \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" FCB_REGISTERS_64 \
+               "}, %64, %65, %66, 1, 1, 0, 0;"                                                    \
+               : FCB_SUMS_32(0), FCB_SUMS_32(32)                                                  \
                : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
   if constexpr (std::is_same_v<Half, bfloat16>) {
     FCB_PRODUCT("bf16");
@@ -155,10 +154,10 @@ __device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a
 template <typename Half, int kFirst, bool kAdd>
 __device__ __forceinline__ void product_m64n64k16(float (&sums)[64], uint64_t a, uint64_t b) {
 #if defined(FCB_HOPPER)
-#define FCB_PRODUCT(type)                                                                                            \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FCB_REGISTERS_32                     \
-               "}, %32, %33, %34, 1, 1, 0, 0;"                                                                     \
-               : FCB_SUMS_32(kFirst)                                                                                 \
+#define FCB_PRODUCT(type)                                                                        \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FCB_REGISTERS_32 \
+               "}, %32, %33, %34, 1, 1, 0, 0;"                                                   \
+               : FCB_SUMS_32(kFirst)                                                             \
                : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
   if constexpr (std::is_same_v<Half, bfloat16>) {
     FCB_PRODUCT("bf16");

@@ -1,12 +1,16 @@
 // The hopper kernels, for compute capability 9.0a alone.
-#include <string_view>
-
 #include "../kernels/conv_hopper.cuh"
 #include "../kernels/conv_kernels.h"
 
 namespace fused_conv_bn {
 
-bool conv_hopper_is_compiled() { return std::string_view(FCB_SOURCE_ARCHS).find("9.0a") != std::string_view::npos; }
+bool conv_hopper_is_compiled() {
+#if defined(FCB_HAS_9_0A)
+  return true;
+#else
+  return false;
+#endif
+}
 
 template cudaError_t launch_conv_hopper<float>(const ConvProblem&, const ConvOperands&, const HopperTile&,
                                                const GpuTraits&, Activation, cudaStream_t);

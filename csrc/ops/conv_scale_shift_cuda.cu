@@ -20,8 +20,7 @@ const GpuTraits& gpu_traits(int32_t index) {
     for (int i = 0; i < count; ++i) {
       const int capability = device_attribute(i, cudaDevAttrComputeCapabilityMajor) * 10 +
                              device_attribute(i, cudaDevAttrComputeCapabilityMinor);
-      traits.push_back({capability,
-                        device_attribute(i, cudaDevAttrMultiProcessorCount),
+      traits.push_back({capability, device_attribute(i, cudaDevAttrMultiProcessorCount),
                         device_attribute(i, cudaDevAttrMaxSharedMemoryPerBlockOptin),
                         device_attribute(i, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
                         capability == 90 && conv_hopper_is_compiled()});
@@ -143,8 +142,8 @@ Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoic
       });
     case ConvAlgorithm::few_channels:
       return run([&](auto tag, const ConvOperands& operands) {
-        return launch_conv_few_channels<typename decltype(tag)::type>(
-            choice.problem, operands, config.few_channels, choice.gpu, c.activation, cuda.stream());
+        return launch_conv_few_channels<typename decltype(tag)::type>(choice.problem, operands, config.few_channels,
+                                                                      choice.gpu, c.activation, cuda.stream());
       });
     case ConvAlgorithm::depthwise:
       return run([&](auto tag, const ConvOperands& operands) {

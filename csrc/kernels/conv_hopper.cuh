@@ -9,6 +9,9 @@
 // memory as they lie in the output, and writes whole rows. For a channels_last output the rows are pixels, and channels are
 // dealt to the columns so that a thread ends up with 16 bytes of a pixel's, which it writes.
 //
+// For BatchNorm in training mode there are two passes: one that keeps the moments of each channel and writes nothing else,
+// and one with the affine that comes of them.
+//
 // float32 is split in two halves (split_float.cuh). A tile that does not split, or has Inf or NaN (which must not meet the
 // zeros of half-filled units), is computed in plain float32 FMAs.
 #pragma once
@@ -25,6 +28,7 @@
 #include "epilogue.h"
 #include "hopper.cuh"
 #include "memory_format.h"
+#include "moments.h"
 #include "shared_memory.cuh"
 #include "split_float.cuh"
 #include "vec.cuh"
@@ -33,14 +37,18 @@ namespace fused_conv_bn {
 
 constexpr uint32_t kNoUnit = 0xffffffffu;
 
+enum class HopperOutput { planes, pixels, moments };
+
 template <typename T>
 struct HopperParams {
   const T* x;
   const T* w;
-  const float* scale;
+  const float* center;  // nullptr: 0
+  const float* scale;   // of moments: nullptr, and so are the others
   const float* shift;
   const T* residual;
   T* y;
+  Moments* moments;  // [blocks][takers][K]
   int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
   int x_stride_c, x_stride_h, x_stride_w;
   int C, H, W, K, R, S, P, Q;
@@ -72,16 +80,20 @@ struct HopperHeader {
   int least_unscale, most_unscale;     // exponents among unscales[]
   float scales[kHopperChannels];
   float shifts[kHopperChannels];
-  float unscales[kHopperChannels];  // scale, and the inverse of the weights' scale
+  float centers[kHopperChannels];
+  float unscales
+      [kHopperChannels];  // the inverse of the weights' scale, and where there are no centers, the affine's scale
   float w_scales[kHopperChannels];
 };
 static_assert(sizeof(HopperHeader) <= kHopperHeader);
 
 extern __shared__ __align__(128) unsigned char hopper_shared[];
 
-template <typename T, bool kLast>
+template <typename T, HopperOutput kOutput>
 class Hopper {
  public:
+  static constexpr bool kLast = kOutput == HopperOutput::pixels;
+  static constexpr bool kMoments = kOutput == HopperOutput::moments;
   static constexpr bool kFloat = std::is_same_v<T, float>;
   using Half = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float16>;  // what is multiplied
   static constexpr int kHalves = kFloat ? 2 : 1;
@@ -101,6 +113,7 @@ class Hopper {
   static constexpr int kLoadersMeet = 1;
   static constexpr int kTakersMeet = 2;
   static constexpr int kWeightsAreThere = 3;
+  static constexpr int kNowhere = 0xffff;
   static constexpr uint32_t kOutside = 0x7fff0000;  // as a row, below every other
 
   __device__ __forceinline__ explicit Hopper(const HopperParams<T>& params)
@@ -223,7 +236,7 @@ class Hopper {
     {
       const int channel = thread / kSharers;
       const int k = first_channel + channel;
-      const float scale = k < p.K ? p.scale[k] : 0.0f;
+      const float scale = k < p.K ? (kMoments ? 1.0f : p.scale[k]) : 0.0f;
       if constexpr (kFloat) {
         Magnitudes m;
         const int terms = k < p.K ? p.C * p.R * p.S : 0;
@@ -247,7 +260,7 @@ class Hopper {
         for (int other = 1; other < kSharers; other *= 2) {
           m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
         }
-        const float unscaled = scale * m.inverse();
+        const float unscaled = p.center == nullptr ? scale * m.inverse() : m.inverse();
         if (thread % kSharers == 0) {
           header().w_scales[channel] = m.scale();
           header().unscales[channel] = unscaled;
@@ -268,7 +281,8 @@ class Hopper {
       }
       if (thread % kSharers == 0) {
         header().scales[channel] = scale;
-        header().shifts[channel] = k < p.K ? p.shift[k] : 0.0f;
+        header().shifts[channel] = k < p.K && !kMoments ? p.shift[k] : 0.0f;
+        header().centers[channel] = k < p.K && p.center != nullptr ? p.center[k] : 0.0f;
       }
     }
     meet(kTakersMeet, kTakeThreads);
@@ -307,6 +321,8 @@ class Hopper {
       if constexpr (kLast) {
         store_shared(places() + position * 8, make_uint2(static_cast<uint32_t>(row * p.Q + col) * p.K * kBytes,
                                                          inside ? row << 16 | col : kOutside));
+      } else if constexpr (kMoments) {
+        store_shared(places() + position * 2, static_cast<uint16_t>(inside ? row << 10 | col : kNowhere));
       } else {
         store_shared(places() + position * 2,
                      static_cast<uint16_t>((inside ? row * p.tile.stage_row + col : p.tile.stage_end) * kBytes));
@@ -569,6 +585,7 @@ class Hopper {
 
   __device__ __forceinline__ void compute(int taker) const {
     Turn turn{taker, 0};
+    Gathered gathered;
     for (uint32_t index = blockIdx.x + taker * gridDim.x; index < p.tiles; index += kHopperTakers * gridDim.x) {
       const int stage = turn.stage;
       barrier_wait(full(stage), turn.parity);
@@ -576,7 +593,7 @@ class Hopper {
       const uint2 info = header().stages[stage];
       const bool exact = kFloat ? info.x != 0 : (info.x | info.y) != 0;
       const float inverse = kFloat && !exact ? __uint_as_float(info.y) : 1.0f;
-      const uint2 targets = kLast ? make_uint2(0, 0) : stage_targets(locate(index), taker);
+      const uint2 targets = kOutput == HopperOutput::planes ? stage_targets(locate(index), taker) : make_uint2(0, 0);
 #pragma unroll 1
       for (int chunk = 0; chunk < p.tile.chunks; ++chunk) {
         Sums sums;
@@ -591,6 +608,10 @@ class Hopper {
           multiply_exactly(sums, locate(index), chunk * kHopperChunk);
         }
         apply_affine(sums, exact, inverse);
+        if constexpr (kMoments) {
+          gather(gathered, sums, locate(index), chunk * kHopperChunk);
+          continue;
+        }
         if (p.residual != nullptr) {
           add_residual(sums, locate(index), chunk * kHopperChunk);
         }
@@ -625,11 +646,13 @@ class Hopper {
           write(std::false_type{});
         }
       }
-      if constexpr (!kLast) {
+      if constexpr (kOutput == HopperOutput::planes) {
         write_planes(locate(index), taker);
       }
     }
-    if constexpr (!kLast) {
+    if constexpr (kMoments) {
+      write_moments(gathered, taker);
+    } else if constexpr (!kLast) {
       if (p.bulk) {
         copy_bulk_wait();
       }
@@ -772,8 +795,90 @@ class Hopper {
     }
   }
 
+  // ---- moments ----
+
+  // Of a thread's own channels: of the distances from a pivot, its first value, in float32. They are about as large as the
+  // deviation, however large the mean is.
+  struct Gathered {
+    float count = 0;
+    float pivot[2] = {0, 0};
+    float mean[2] = {0, 0};
+    float m2[2] = {0, 0};
+  };
+
+  __device__ __forceinline__ void gather(Gathered& all, const Sums& sums, const Tile& tile, int first_position) const {
+    const uint32_t table = places() + (first_position + own_position()) * 2;
+    const uint32_t last_row = rows(tile) << 10;
+    const uint32_t last_col = cols(tile);
+    uint32_t inside = 0;
+#pragma unroll
+    for (int j = 0; j < kOwnPositions; j += 2) {
+      const uint32_t pair = load_shared_1(table + j * 8);
+      const uint32_t a = pair & 0xffff, b = pair >> 16;
+      inside |= (a != kNowhere && a < last_row && (a & 1023) < last_col ? 1u : 0u) << j;
+      inside |= (b != kNowhere && b < last_row && (b & 1023) < last_col ? 2u : 0u) << j;
+    }
+    const auto count = static_cast<float>(__popc(inside));
+    if (count == 0) {
+      return;
+    }
+    const float share = 1 / (all.count + count);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (all.count == 0) {
+#pragma unroll
+        for (int j = kOwnPositions - 1; j >= 0; --j) {
+          all.pivot[i] = inside >> j & 1 ? sums[j / 2 * 4 + i * 2 + j % 2] : all.pivot[i];
+        }
+      }
+      float sum = 0, squares = 0;
+#pragma unroll
+      for (int j = 0; j < kOwnPositions; ++j) {
+        const float distance = inside >> j & 1 ? sums[j / 2 * 4 + i * 2 + j % 2] - all.pivot[i] : 0.0f;
+        sum += distance;
+        squares = fmaf(distance, distance, squares);
+      }
+      const float mean = sum / count;
+      const float delta = mean - all.mean[i];
+      all.m2[i] += fmaxf(squares - sum * mean, 0.0f * squares) + delta * delta * (all.count * count * share);
+      all.mean[i] += delta * (count * share);
+    }
+    all.count += count;
+  }
+
+  // By the first of the four threads that share the channels.
+  __device__ __forceinline__ void write_moments(const Gathered& own, int taker) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Moments m{own.count, static_cast<double>(own.pivot[i]) + own.mean[i], own.m2[i]};
+#pragma unroll
+      for (int other = 1; other < 4; other *= 2) {
+        const Moments theirs{__shfl_xor_sync(0xffffffffu, m.count, other), __shfl_xor_sync(0xffffffffu, m.mean, other),
+                             __shfl_xor_sync(0xffffffffu, m.m2, other)};
+        m = merge(m, theirs);
+      }
+      const int k = first_channel + own_channel(i);
+      if (t() == 0 && k < p.K) {
+        p.moments[static_cast<int64_t>(blockIdx.x * kHopperTakers + taker) * p.K + k] = m;
+      }
+    }
+  }
+
   // What was scaled is unscaled on the way: that is a power of two, and can go into the affine's scale.
   __device__ __forceinline__ void apply_affine(Sums& sums, bool exact, float inverse) const {
+    if (p.center != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kOwnChannels; ++i) {
+        const int channel = own_channel(i);
+        const float factor = kFloat && !exact ? header().unscales[channel] * inverse : 1.0f;
+        const Affine<float> affine{0, header().scales[channel], header().shifts[channel]};
+#pragma unroll
+        for (int j = 0; j < kOwnPositions; ++j) {
+          at(sums, i, j) = epilogue<Activation::none>(fmaf(at(sums, i, j), factor, -header().centers[channel]), affine);
+        }
+      }
+      return;
+    }
     const float* const source = kFloat && !exact ? header().unscales : header().scales;
 #pragma unroll
     for (int i = 0; i < kOwnChannels; ++i) {
@@ -980,25 +1085,27 @@ class Hopper {
   const int first_channel;
 };
 
-template <typename T, bool kLast>
+template <typename T, HopperOutput kOutput>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     conv_hopper_kernel(const __grid_constant__ HopperParams<T> params) {
 #if defined(FCB_HOPPER)
-  Hopper<T, kLast>(params).run();
+  Hopper<T, kOutput>(params).run();
 #endif
 }
 
-// The problem is in hopper_supports(), and the tile was made for it.
+// The problem is in hopper_supports(), and the tile was made for it. moments: nullptr, or where they go instead of an output.
 template <typename T>
 cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operands, const HopperTile& tile,
-                               const GpuTraits& gpu, Activation activation, cudaStream_t stream) {
+                               const GpuTraits& gpu, Activation activation, Moments* moments, cudaStream_t stream) {
   HopperParams<T> p{};
   p.x = static_cast<const T*>(operands.x);
   p.w = static_cast<const T*>(operands.w);
+  p.center = static_cast<const float*>(operands.center);
   p.scale = static_cast<const float*>(operands.scale);
   p.shift = static_cast<const float*>(operands.shift);
   p.residual = static_cast<const T*>(operands.residual);
   p.y = static_cast<T*>(operands.y);
+  p.moments = moments;
   p.w_stride_k = operands.w_stride_k;
   p.w_stride_c = operands.w_stride_c;
   p.w_stride_r = operands.w_stride_r;
@@ -1051,14 +1158,16 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
     p.units[2 * step] = a.r << 16 | a.s << 8 | a.channel_block;
     p.units[2 * step + 1] = half ? kNoUnit : b.r << 16 | b.s << 8 | b.channel_block;
   }
-  const auto kernel = c.channels_last ? conv_hopper_kernel<T, true> : conv_hopper_kernel<T, false>;
+  const auto kernel = moments != nullptr ? conv_hopper_kernel<T, HopperOutput::moments>
+                      : c.channels_last  ? conv_hopper_kernel<T, HopperOutput::pixels>
+                                         : conv_hopper_kernel<T, HopperOutput::planes>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   tile.shared_memory);
   if (status != cudaSuccess) {
     return status;
   }
   const int64_t groups = ceil_div(c.K, kHopperChannels);
-  const int64_t blocks = std::min<int64_t>(p.tiles, std::max<int64_t>(1, gpu.multiprocessors / groups));
+  const int64_t blocks = hopper_blocks(c, tile, gpu);
   kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kHopperThreads, tile.shared_memory,
            stream>>>(p);
   return cudaGetLastError();

@@ -127,6 +127,17 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, HopperTile
   return t.stages >= kHopperTakers;
 }
 
+// Blocks that share the tiles, for each 64 output channels.
+inline int64_t hopper_blocks(const ConvProblem& c, const HopperTile& t, const GpuTraits& gpu) {
+  const int64_t tiles = c.N * t.tiles_p * t.tiles_q;
+  return std::min<int64_t>(tiles, std::max<int64_t>(1, gpu.multiprocessors / ceil_div(c.K, kHopperChannels)));
+}
+
+// Moments of each channel that the kernel gathers.
+inline int64_t hopper_partials(const ConvProblem& c, const HopperTile& t, const GpuTraits& gpu) {
+  return hopper_blocks(c, t, gpu) * kHopperTakers;
+}
+
 // Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds up to
 // more than twice what PyTorch's own float32 convolutions lose.
 constexpr int64_t kHopperMostTerms = 512;

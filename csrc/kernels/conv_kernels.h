@@ -5,6 +5,7 @@
 
 #include "conv_config.h"
 #include "epilogue.h"
+#include "moments.h"
 
 namespace fused_conv_bn {
 
@@ -22,7 +23,7 @@ cudaError_t launch_conv_depthwise(const ConvProblem& problem, const ConvOperands
 // T: float, float16, bfloat16. The tile was made for the problem.
 template <typename T>
 cudaError_t launch_conv_hopper(const ConvProblem& problem, const ConvOperands& operands, const HopperTile& tile,
-                               const GpuTraits& gpu, Activation activation, cudaStream_t stream);
+                               const GpuTraits& gpu, Activation activation, Moments* moments, cudaStream_t stream);
 // Whether this library has it: a build for other GPUs alone has not.
 bool conv_hopper_is_compiled();
 

@@ -26,6 +26,7 @@ struct ConvOperands {
   const void* x;
   const void* w;
   int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
+  const void* center;    // K values of acc_t<T>, or nullptr; hopper alone has one
   const void* scale;     // K values of acc_t<T>
   const void* shift;     // the same
   const void* residual;  // nullptr: none

@@ -127,10 +127,10 @@ __host__ __device__ constexpr uint32_t operand_start(uint32_t address, uint32_t 
 #define FCB_REGISTERS_32                                                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FCB_REGISTERS_64                                                                             \
-  FCB_REGISTERS_32                                                                                   \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FCB_REGISTERS_64                                                                         \
+  FCB_REGISTERS_32                                                                               \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // sums = a * b, or kAdd: sums += a * b. 64 rows of a, 128 rows of b; 16 values of k. Half: float16 or bfloat16.
 template <typename Half, bool kAdd>

@@ -30,6 +30,18 @@ void apply_bn_scale_train_cuda(const char* op, const Operand& x, const TrainOper
   BnScaleTrain<CudaKernel>::compute(op, x, bn, &x);
 }
 
+void finish_bn_cuda(const char* op, const TrainOperands& bn, ScalarType dtype, const Device& device,
+                    const Moments* moments, int64_t count, int64_t channels, float* affines) {
+  const CudaScope cuda(device);
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) <= 4) {
+      cuda.check_launch(
+          op, launch_bn_finish(train_params<T>(bn, dtype), moments, count, 1, {affines, channels}, cuda.stream()));
+    }
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
   m.impl("bn_scale_train", TORCH_BOX(&BnScaleTrain<CudaKernel>::functional));
 }

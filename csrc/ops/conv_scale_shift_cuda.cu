@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "../kernels/conv_kernels.h"
+#include "conv_cuda.h"
 #include "conv_scale_shift.h"
 #include "scale_shift.h"
 
@@ -66,32 +67,16 @@ void print_config(const char* op, const PlainConv& c, bool has_residual, bool al
   }
 }
 
-// An algorithm of this package: launch(TypeTag<T>, ConvOperands) starts its kernel. The operands are made dense in the
-// memory format of the result; the weight is taken as it lies.
+// An algorithm of this package: launch(TypeTag<T>, ConvOperands) starts its kernel.
 template <typename Launch>
 Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda, const Launch& launch) {
-  const bool channels_last = computes_channels_last(c);
-  OptionalTensor x_copy, residual_copy, scale_copy, shift_copy;
-  const auto dense_data = [&](const Operand& x, OptionalTensor& copy) -> const void* {
-    if (has_strides(x, dense_strides(x, channels_last))) {
-      return x.tensor->data_ptr();
-    }
-    copy = torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last));
-    return copy->data_ptr();
-  };
-  const Strides strides = dense_strides(c.input.dim, c.sizes.data(), channels_last);
-  Tensor y = empty_strided(c.input.dim, c.sizes.data(), strides.data(), c.input.dtype, c.input.device);
-  ConvOperands operands{};
-  operands.x = dense_data(c.input, x_copy);
-  operands.w = c.weight.tensor->data_ptr();
-  operands.w_stride_k = c.weight.strides[0], operands.w_stride_c = c.weight.strides[1];
-  operands.w_stride_r = c.weight.strides[2], operands.w_stride_s = c.weight.strides[3];
-  operands.scale = channel_data(c.scale, c.scale.dtype, scale_copy);
-  operands.shift = channel_data(c.shift, c.shift.dtype, shift_copy);
-  operands.residual = c.residual.has_value() ? dense_data(*c.residual, residual_copy) : nullptr;
-  operands.y = y.data_ptr();
-  dispatch_dtype(c.input.dtype, [&](auto tag) { cuda.check_launch(op, launch(tag, operands)); });
-  return y;
+  OptionalTensor scale_copy, shift_copy;
+  KernelConv conv(c);
+  conv.operands.scale = channel_data(c.scale, c.scale.dtype, scale_copy);
+  conv.operands.shift = channel_data(c.shift, c.shift.dtype, shift_copy);
+  conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual) : nullptr;
+  dispatch_dtype(c.input.dtype, [&](auto tag) { cuda.check_launch(op, launch(tag, conv.operands)); });
+  return conv.y;
 }
 
 // PyTorch's convolution, then the epilogue in place.
@@ -138,7 +123,7 @@ Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoic
     case ConvAlgorithm::hopper:
       return run([&](auto tag, const ConvOperands& operands) {
         return launch_conv_hopper<typename decltype(tag)::type>(choice.problem, operands, config.hopper, choice.gpu,
-                                                                c.activation, cuda.stream());
+                                                                c.activation, nullptr, cuda.stream());
       });
     case ConvAlgorithm::few_channels:
       return run([&](auto tag, const ConvOperands& operands) {

@@ -261,6 +261,30 @@ def test_random_problems(conv_device, dtype, generator):
     assert covered or not is_covered(dtype, depthwise=False)
 
 
+@dtypes
+def test_random_depthwise_problems(conv_device, dtype, generator):
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    covered = 0
+    names = list(reference.ACTIVATIONS)
+    for _ in range(16):
+        kernel, stride, padding = (3, 5)[draw(0, 2)], draw(1, 3), (draw(0, 4), draw(0, 4))
+        channels = 8 * draw(1, 14) if draw(0, 4) else draw(1, 50)
+        space = [draw(max(1, kernel - 2 * p), 33) for p in padding]
+        covered += check(
+            make(
+                *(generator, conv_device, dtype, (draw(1, 4), channels, *space), (channels, 1, kernel, kernel)),
+                *(stride, padding, 1, channels),
+                formats=("cc", "cl", "lc", "ll")[draw(0, 4)],
+                residual=bool(draw(0, 2)),
+                activation=names[draw(0, len(names))],
+            )
+        )
+    if os.environ.get("FUSED_CONV_BN_CONV") == "depthwise":  # the others have few of these in their domains, or none
+        assert covered or not is_covered(dtype, depthwise=True)
+
+
 @activations
 @dtypes
 def test_activations_and_residual(conv_device, dtype, activation, generator):

@@ -103,6 +103,7 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         and (p.R, p.S) in ((3, 3), (5, 5))
         and p.stride_h == p.stride_w in (1, 2)
         and p.dilation_h == p.dilation_w == 1
+        and (not p.channels_last or p.C * p.element_bytes % 16 == 0)
     ),
 }
 

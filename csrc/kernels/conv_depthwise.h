@@ -9,45 +9,50 @@
 
 namespace fused_conv_bn {
 
-constexpr int kDepthwiseThreads = 256;      // of a block, at most
-constexpr int kDepthwiseLaneThreads = 128;  // the same for channels_last: registers allow 512 on an SM
-constexpr int kDepthwiseChunkBytes = 64;    // channels_last: channels of a block; two sectors of a pixel
-constexpr int kDepthwiseChunkWords = kDepthwiseChunkBytes / 16;
+constexpr int kDepthwiseThreads = 256;               // of a block, at most
 constexpr int kDepthwiseSharedBytes = 55 * 1024;     // of a block, where there is a choice: four fit on Hopper
 constexpr int kDepthwiseMaxSharedBytes = 99 * 1024;  // what every GPU from compute capability 8.0 on can give a block
 constexpr int kDepthwiseZeroBytes = 256;             // contiguous: what is read where a row of the image is missing
 constexpr int64_t kDepthwiseMaxSide = 1 << 15;       // of a padded image
+constexpr int kSectorBytes = 32;                     // of global memory: what one access moves at least
 
-// Columns that a thread of the channels_last kernel computes side by side. More columns share more of their inputs and
-// of the work around the sums, but take registers, and leave fewer threads to a tile, which is larger at stride 2 and
-// for longer elements.
-constexpr int depthwise_cols(int element_bytes, int r, int stride) {
-  return element_bytes == 2 && r == 3 && stride == 1 ? 4 : 2;
-}
+// Columns that a thread computes side by side. More of them share more of their inputs and of the work around the sums,
+// but take registers. Contiguous: an odd number of elements between neighbouring threads spreads them over the banks of
+// shared memory. The usual widths are multiples of 7.
+constexpr int kDepthwiseCols = 7;
 
-// The same for contiguous tensors: an odd number of elements between neighbouring threads spreads them over the banks
-// of shared memory, and the usual widths are multiples of 7.
-constexpr int kDepthwisePlaneCols = 7;
+// channels_last: channels of a thread, and the threads of a block and blocks of a multiprocessor for which there have
+// to be registers: 20 warps of 3x3, 12 of 5x5.
+constexpr int kDepthwiseLaneChannels = 2;
+constexpr int depthwise_lane_threads(int r) { return r == 3 ? 160 : 128; }
+constexpr int depthwise_lane_blocks(int r) { return r == 3 ? 4 : 3; }
 
-// Channels of a thread of the channels_last kernel. The weights of 5x5 filters then take 100 registers.
-constexpr int kDepthwiseLaneChannels = 4;
+// channels_last: steps of input rows in shared memory, one of which is computed while the others arrive.
+constexpr int depthwise_stages(int stride) { return stride == 1 ? 4 : 3; }
 
-// A block computes tiles of tile_rows x tile_cols outputs: of the channels of one chunk (channels_last), or of `planes`
-// planes in full width (contiguous). Its threads walk down `rows` rows each; `groups` of them lie below one another.
+// Contiguous: a block computes tiles of `planes` planes, tile_rows rows of each in full width. Its threads walk down
+// `rows` rows each; `groups` of them lie below one another.
+//
+// channels_last: a block computes `channels` channels of tile_cols columns, and walks down a range of at least
+// tile_rows rows: a launch cuts the rows of all images, one after the other, into as many even ranges as run at a time.
 struct DepthwisePlan {
-  int rows;
-  int groups;
-  int col_threads;
-  int lanes;  // channels_last: threads of a column
-  int tile_rows, tile_cols;
-  int in_rows, in_cols;  // inputs of a tile; contiguous: in_cols is W
-  int planes;            // 1 for channels_last
-  int tiles_p, tiles_q;  // tiles of an image or of a plane
-  int64_t tiles;         // in all; for channels_last, of one chunk
-  int chunks;            // channels_last: chunks of channels; else 1
+  int tile_cols;
+  int in_cols;      // inputs of a tile; contiguous: W
+  int col_threads;  // threads side by side
   int threads;
-  int stage_bytes;  // of one input tile; there are two
+  int stage_bytes;  // contiguous: of the inputs of a tile; there are two. channels_last: of those of a step
   int shared_bytes;
+  int tile_rows;
+  // contiguous
+  int rows, groups, planes;
+  int in_rows;
+  int tiles_p;  // tiles of a plane
+  int64_t tiles;
+  // channels_last
+  int channels;
+  int chunks;  // of so many channels
+  int lanes;   // threads of a column
+  int tiles_q;
 };
 
 // The size of the pieces when `size` is cut evenly into as few as have at most `most`.
@@ -61,54 +66,73 @@ inline int depthwise_rows(const ConvProblem& c) {
   return c.stride_h == 2 ? even_piece(c.P, 4) : c.P % 7 == 0 ? 7 : even_piece(c.P, 8);
 }
 
-inline void finish_channels_last(const ConvProblem& c, DepthwisePlan& p) {
-  p.tile_rows = p.rows * p.groups;
-  p.in_rows = inputs_of(p.tile_rows, static_cast<int>(c.stride_h), static_cast<int>(c.R));
-  p.in_cols = inputs_of(p.tile_cols, static_cast<int>(c.stride_w), static_cast<int>(c.S));
-  p.tiles_p = static_cast<int>(ceil_div(c.P, p.tile_rows));
-  p.tiles_q = static_cast<int>(ceil_div(c.Q, p.tile_cols));
-  p.tiles = c.N * p.tiles_p * p.tiles_q;
-  const int cols = depthwise_cols(c.element_bytes, static_cast<int>(c.R), static_cast<int>(c.stride_w));
-  p.col_threads = static_cast<int>(ceil_div(p.tile_cols, cols));
-  p.lanes = kDepthwiseChunkBytes / (c.element_bytes * kDepthwiseLaneChannels);
-  p.threads = static_cast<int>(ceil_div(p.lanes * p.col_threads * p.groups, 32) * 32);
-  // A thread whose columns are not all in the tile reads past it, and does not use what it reads.
-  p.stage_bytes = (p.in_rows * p.in_cols + (cols - 1) * static_cast<int>(c.stride_w)) * kDepthwiseChunkBytes;
-  p.shared_bytes = 2 * p.stage_bytes;
+// Into how many ranges a launch cuts the rows, where so many blocks run at a time.
+inline int64_t depthwise_ranges(const ConvProblem& c, const DepthwisePlan& p, int64_t blocks) {
+  constexpr int64_t kMost = 65535;  // of gridDim.y
+  return std::clamp<int64_t>(std::min(blocks / (int64_t{p.tiles_q} * p.chunks), c.N * c.P / p.tile_rows), 1, kMost);
 }
 
+// How long a channels_last plan takes, in steps of a warp, after measurements on an H200. All warps of a multiprocessor
+// take their turns, and a block takes three steps' time to begin. The fewer bytes a block moves at a time the more
+// slowly they move, above all where they are not whole lines.
+inline int64_t channels_last_cost(const ConvProblem& c, const DepthwisePlan& p, int multiprocessors) {
+  constexpr int kStartSteps = 3, kLineBytes = 128, kSlowBytes = 16;
+  constexpr int64_t kSharedBytes = 220 * 1024;  // of a multiprocessor
+  const int r = static_cast<int>(c.R);
+  const int most_threads = depthwise_lane_threads(r) * depthwise_lane_blocks(r);
+  const int64_t resident = std::max<int64_t>(
+      std::min(most_threads / p.threads, static_cast<int>(kSharedBytes / p.shared_bytes)), 1);
+  const int64_t ranges = depthwise_ranges(c, p, resident * multiprocessors);
+  const int64_t rows = std::max<int64_t>(ceil_div(c.N * c.P, ranges), 1);
+  // A range begins anew with each image.
+  const int64_t images = rows * ranges == c.N * c.P && c.P % rows == 0 ? 1 : 1 + ceil_div(rows, c.P);
+  const int64_t steps = rows + images * ((c.R - 1) / c.stride_h);
+  const int64_t blocks = ceil_div(ranges * p.tiles_q * p.chunks, multiprocessors);
+  const int64_t cost = blocks * (p.threads / 32) * steps + steps + kStartSteps;
+  const int bytes = p.channels * c.element_bytes;
+  return cost * 64 * (bytes % kLineBytes == 0 ? 4 : 5) * (bytes + kSlowBytes) / bytes;
+}
+
+// Tries numbers of channels, in whole sectors and evenly shared out, and of rows.
 inline DepthwisePlan plan_channels_last(const ConvProblem& c, int multiprocessors) {
+  const int r = static_cast<int>(c.R), stride = static_cast<int>(c.stride_w);
+  const int sector = kSectorBytes / c.element_bytes;
   DepthwisePlan p{};
-  p.planes = 1;
-  p.chunks = static_cast<int>(ceil_div(c.C * c.element_bytes, kDepthwiseChunkBytes));
-  p.tile_cols = even_piece(c.Q, 16);
-  p.rows = depthwise_rows(c);
-  // As many groups as fit, where they add up to the image. If all of them are less than a warp, then of fewer rows.
-  p.groups = 1;
-  finish_channels_last(c, p);
-  int64_t all_groups = ceil_div(c.P, p.rows);
-  if (p.col_threads * p.lanes * all_groups <= 16 && p.rows > 2) {
-    p.rows = (p.rows + 1) / 2;
-    all_groups = ceil_div(c.P, p.rows);
-  }
-  int best = 1;
-  for (int groups = 2; groups <= std::min<int64_t>(all_groups, 8); ++groups) {
-    p.groups = groups;
-    finish_channels_last(c, p);
-    if (p.threads <= kDepthwiseLaneThreads && p.shared_bytes <= kDepthwiseSharedBytes &&
-        ceil_div(all_groups, groups) * groups <= ceil_div(all_groups, best) * best) {
-      best = groups;
+  p.col_threads = even_piece(ceil_div(c.Q, kDepthwiseCols), depthwise_lane_threads(r) * kDepthwiseLaneChannels / 16);
+  p.col_threads = std::min(p.col_threads, even_piece(ceil_div(c.Q, kDepthwiseCols), 16));
+  p.tile_cols = p.col_threads * kDepthwiseCols;
+  p.tiles_q = static_cast<int>(ceil_div(c.Q, p.tile_cols));
+  p.in_cols = inputs_of(p.tile_cols, stride, r);
+  DepthwisePlan best{};
+  int64_t best_cost = 0;
+  for (int threads = depthwise_lane_threads(r); threads >= 64; threads -= 32) {
+    const int most = std::max(threads / p.col_threads * kDepthwiseLaneChannels / sector, 1) * sector;
+    const int channels = static_cast<int>(round_up(even_piece(c.C, most), sector));
+    if (channels == p.channels) {
+      continue;
+    }
+    p.channels = channels;
+    p.chunks = static_cast<int>(ceil_div(c.C, p.channels));
+    p.lanes = p.channels / kDepthwiseLaneChannels;
+    p.threads = static_cast<int>(round_up(p.lanes * p.col_threads, 32));
+    p.stage_bytes = stride * p.in_cols * p.channels * c.element_bytes;
+    p.shared_bytes = depthwise_stages(stride) * p.stage_bytes;
+    if (p.shared_bytes > kDepthwiseMaxSharedBytes) {
+      continue;
+    }
+    for (int64_t rows = c.P;; rows = ceil_div(rows, 2)) {
+      p.tile_rows = static_cast<int>(rows);
+      const int64_t cost = channels_last_cost(c, p, multiprocessors);
+      if (best_cost == 0 || cost < best_cost) {
+        best = p;
+        best_cost = cost;
+      }
+      if (rows == 1) {
+        break;
+      }
     }
   }
-  p.groups = best;
-  finish_channels_last(c, p);
-  // Too few tiles for the GPU: smaller ones.
-  while (p.tiles * p.chunks < 2 * multiprocessors && (p.groups > 1 || p.rows > 2)) {
-    int& size = p.groups > 1 ? p.groups : p.rows;
-    size = (size + 1) / 2;
-    finish_channels_last(c, p);
-  }
-  return p;
+  return best;
 }
 
 inline void finish_contiguous(const ConvProblem& c, DepthwisePlan& p) {
@@ -131,12 +155,10 @@ inline void finish_contiguous(const ConvProblem& c, DepthwisePlan& p) {
 
 inline DepthwisePlan plan_contiguous(const ConvProblem& c, int multiprocessors) {
   DepthwisePlan p{};
-  p.chunks = 1;
-  p.tiles_q = 1;
   p.planes = 1;
   p.tile_cols = static_cast<int>(c.Q);
   p.in_cols = static_cast<int>(c.W);
-  p.col_threads = static_cast<int>(ceil_div(c.Q, kDepthwisePlaneCols));
+  p.col_threads = static_cast<int>(ceil_div(c.Q, kDepthwiseCols));
   p.rows = depthwise_rows(c);
   // Wide images: fewer rows at a time, so that they fit.
   for (p.groups = 1, finish_contiguous(c, p); p.shared_bytes > kDepthwiseSharedBytes && p.rows > 1;) {
@@ -171,13 +193,13 @@ inline DepthwisePlan plan_depthwise(const ConvProblem& c, int multiprocessors) {
   return c.channels_last ? plan_channels_last(c, multiprocessors) : plan_contiguous(c, multiprocessors);
 }
 
-// The kernels' domain. The rest is ATen's: other filters are rare, a channel multiplier is rarer, and float64 is too; its
-// kernels would be a fifth of the code.
+// The kernels' domain. The rest is ATen's: other filters are rare, a channel multiplier is rarer, and so are float64,
+// whose kernels would be a fifth of the code, and pixels that are not a multiple of 16 bytes.
 inline bool depthwise_supports(const ConvProblem& c) {
   constexpr int64_t kMax = int64_t{1} << 31;
   if (c.element_bytes > 4 || c.groups != c.C || c.C != c.K || c.C < 1 || c.R != c.S || !(c.R == 3 || c.R == 5) ||
       c.stride_h != c.stride_w || !(c.stride_h == 1 || c.stride_h == 2) || c.dilation_h != 1 || c.dilation_w != 1 ||
-      c.H < 1 || c.W < 1 || c.P < 1 || c.Q < 1) {
+      c.H < 1 || c.W < 1 || c.P < 1 || c.Q < 1 || (c.channels_last && c.C * c.element_bytes % 16 != 0)) {
     return false;
   }
   // 32-bit arithmetic within an image, in the kernels and in the plan.
@@ -186,7 +208,10 @@ inline bool depthwise_supports(const ConvProblem& c) {
       c.C > kMax / (c.W + 2 * c.pad_w + 64) - 1 || c.N > kMax / c.C - 1) {
     return false;
   }
-  const DepthwisePlan p = plan_depthwise(c, 1);
+  if (c.channels_last) {
+    return c.N * c.P < kMax / (ceil_div(c.Q, kDepthwiseCols) * ceil_div(c.C * c.element_bytes, kSectorBytes));
+  }
+  const DepthwisePlan p = plan_contiguous(c, 1);
   return p.tiles < kMax && p.shared_bytes <= kDepthwiseMaxSharedBytes;
 }
 

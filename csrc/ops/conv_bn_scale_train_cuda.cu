@@ -38,7 +38,7 @@ struct CudaKernel {
     const Tensor memory = empty_strided(1, &doubles, &stride, ScalarType::Double, c.input.device);
     auto* const moments = static_cast<Moments*>(memory.data_ptr());
     auto* const affines = reinterpret_cast<float*>(moments + partials * problem.K);
-    KernelConv conv(c);
+    KernelConv conv(c, 1);
     const auto launch = [&](Moments* target) {
       dispatch_dtype(c.input.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;

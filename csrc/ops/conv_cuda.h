@@ -6,21 +6,24 @@
 
 namespace fused_conv_bn {
 
-// Dense in the memory format of the result, as kernels want it.
+// Dense in the memory format of the result, and from a multiple of `alignment` bytes on, as kernels want it.
 class DenseCopies {
  public:
-  explicit DenseCopies(bool channels_last) : channels_last_(channels_last) {}
+  DenseCopies(bool channels_last, uintptr_t alignment) : channels_last_(channels_last), alignment_(alignment) {}
 
   const void* data(const Operand& x) {
-    if (has_strides(x, dense_strides(x, channels_last_))) {
+    const bool dense = has_strides(x, dense_strides(x, channels_last_));
+    if (dense && reinterpret_cast<uintptr_t>(x.tensor->data_ptr()) % alignment_ == 0) {
       return x.tensor->data_ptr();
     }
-    copies_.push_back(torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last_)));
+    copies_.push_back(dense ? torch::stable::clone(*x.tensor)
+                            : torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last_)));
     return copies_.back().data_ptr();
   }
 
  private:
   bool channels_last_;
+  uintptr_t alignment_;
   std::vector<Tensor> copies_;
 };
 
@@ -30,7 +33,7 @@ struct KernelConv {
   Tensor y;
   ConvOperands operands{};
 
-  explicit KernelConv(const PlainConv& c) : copies(computes_channels_last(c)) {
+  KernelConv(const PlainConv& c, uintptr_t alignment) : copies(computes_channels_last(c), alignment) {
     const Strides strides = dense_strides(c.input.dim, c.sizes.data(), computes_channels_last(c));
     y = empty_strided(c.input.dim, c.sizes.data(), strides.data(), c.input.dtype, c.input.device);
     operands.x = copies.data(c.input);

@@ -69,9 +69,10 @@ void print_config(const char* op, const PlainConv& c, bool has_residual, bool al
 
 // An algorithm of this package: launch(TypeTag<T>, ConvOperands) starts its kernel.
 template <typename Launch>
-Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda, const Launch& launch) {
+Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda, uintptr_t alignment,
+                  const Launch& launch) {
   OptionalTensor scale_copy, shift_copy;
-  KernelConv conv(c);
+  KernelConv conv(c, alignment);
   conv.operands.scale = channel_data(c.scale, c.scale.dtype, scale_copy);
   conv.operands.shift = channel_data(c.shift, c.shift.dtype, shift_copy);
   conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual) : nullptr;
@@ -111,8 +112,10 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
 Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice) {
   const CudaScope cuda(c.input.device);
   const ConvConfig& config = choice.config;
+  const bool depthwise = config.algorithm == ConvAlgorithm::depthwise;
+  const uintptr_t alignment = depthwise && choice.problem.channels_last ? 16 : 1;
   const auto run = [&](const auto& launch) {
-    return run_kernel(op, c, cuda, [&](auto tag, const ConvOperands& operands) {
+    return run_kernel(op, c, cuda, alignment, [&](auto tag, const ConvOperands& operands) {
       if constexpr (sizeof(typename decltype(tag)::type) <= 4) {  // none is for float64
         return launch(tag, operands);
       }

@@ -83,7 +83,7 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         and p.C <= 64
         and p.R * p.S <= 256
         and hopper_units(p) <= 128
-        and (p.element_bytes == 2 or p.element_bytes == 4 and p.C * p.R * p.S <= 512)
+        and (p.element_bytes == 2 or p.element_bytes == 4 and p.C * p.R * p.S <= 256)
         and max(p.C * p.H * p.W, p.K * p.P * p.Q, p.N * p.P * p.Q) <= 1 << 30
         and max(p.H, p.W, p.K) <= 1 << 20
     ),

@@ -140,7 +140,7 @@ inline int64_t hopper_partials(const ConvProblem& c, const HopperTile& t, const 
 
 // Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds up to
 // more than twice what PyTorch's own float32 convolutions lose.
-constexpr int64_t kHopperMostTerms = 512;
+constexpr int64_t kHopperMostTerms = 256;
 
 inline bool hopper_supports(const ConvProblem& c, const GpuTraits& gpu) {
   constexpr int64_t kLimit = int64_t{1} << 30;

@@ -492,6 +492,11 @@ PTX = """\
 .maxntid 256, 1, 1
 {
 	{ mov.b32 %r1, shared; }
+	// begin inline asm
+	{
+ret;
+}
+	// end inline asm
 	ret;
 }
 .global .align 1 .b8 between[1];
@@ -520,7 +525,8 @@ def test_twins_become_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
         "_Z1kI6__halfS1_EvT_",
     ]
     assert ptx.index(".shared") < ptx.index("between") < ptx.index(".entry")
-    assert "\n.maxntid 256, 1, 1\n{\n\t{ mov.b32 %r1, shared; }\n\tret;\n}\n" in ptx
+    assert "\n.maxntid 256, 1, 1\n{\n\t{ mov.b32 %r1, shared; }\n" in ptx
+    assert "ret;\n}\n\t// end inline asm\n\tret;\n}\n" in ptx
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ def module_id(source: str) -> str:
     return f"_{zlib.crc32(source.encode()):08x}_{len(name)}_{name}_00000000"
 
 
-KERNEL = re.compile(r"^\.visible \.entry (\w+)\(.*?^}\n", re.MULTILINE | re.DOTALL)
+# A line of inline assembly may be a brace too.
+KERNEL = re.compile(r"^\.visible \.entry (\w+)\(.*?^}\n(?!\t// end inline asm)", re.MULTILINE | re.DOTALL)
 
 
 def gather(ptx: str) -> str:

@@ -480,20 +480,22 @@ struct TrainOperands {
   }
 };
 
-// A checked operand of one element a channel, for kernels that read or write it as it lies. T: the input's element type.
-template <typename T>
-ChannelBuffer<T> channel_buffer(const OptionalOperand& x, ScalarType dtype) {
-  return x.has_value() ? ChannelBuffer<T>{x->tensor->data_ptr(), x->strides[0], x->dtype != dtype}
-                       : ChannelBuffer<T>{nullptr, 0, false};
+// A checked operand of one element a channel, for kernels that read or write it as it lies.
+inline ChannelBuffer channel_buffer(const OptionalOperand& x) {
+  ChannelBuffer buffer{};
+  if (x.has_value()) {
+    buffer = {x->tensor->data_ptr(), x->strides[0], {}};
+    dispatch_dtype(x->dtype, [&](auto tag) { buffer.element = kElement<typename decltype(tag)::type>; });
+  }
+  return buffer;
 }
 
-template <typename T>
-TrainParams<T> train_params(const TrainOperands& bn, ScalarType dtype) {
-  return {channel_buffer<T>(bn.running_mean, dtype),
-          channel_buffer<T>(bn.running_var, dtype),
-          channel_buffer<T>(bn.weight, dtype),
-          channel_buffer<T>(bn.bias, dtype),
-          channel_buffer<T>(bn.conv_bias, dtype),
+inline TrainParams train_params(const TrainOperands& bn) {
+  return {channel_buffer(bn.running_mean),
+          channel_buffer(bn.running_var),
+          channel_buffer(bn.weight),
+          channel_buffer(bn.bias),
+          channel_buffer(bn.conv_bias),
           bn.scaling_factor,
           bn.momentum,
           bn.eps};

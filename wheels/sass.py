@@ -19,7 +19,7 @@ from pathlib import Path
 
 KERNELS = ("scale_shift_planes_kernel", "scale_shift_columns_kernel", "scale_shift_periodic_kernel")
 # And those that read whole planes, with so many such loads under way.
-READERS = {"bn_stats_planes_kernel": 4, "bn_train_channel_kernel": 4}
+READERS = {"bn_stats_planes_kernel": 4}
 
 
 @dataclass

@@ -11,8 +11,6 @@
 //             short.
 //   columns   everything else, seen as a matrix whose columns have one channel each: channels_last, (N, C), and planes
 //             of a few elements, all of which are columns of their own.
-//   channel   one block does all there is to do for a channel of short planes, while its elements are still in the
-//             cache: for inputs that are so small that the time is that of the launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,29 +35,29 @@ constexpr int kColumnLoads = 8;        // of 16 bytes; twice as many smaller one
 constexpr int kStatsColumnBlocks = 3;  // as kPlaneBlocks
 constexpr int kColumnWaves = 1;        // as kPlaneWaves
 constexpr int kLeastSteps = 4;         // that a block is worth, unless multiprocessors would be left without one
-// Of bn_train_channel_kernel: what a block takes at most, and all blocks at a time, half an H200's L2.
-constexpr int kChannelSteps = 4;
-constexpr int64_t kCachedBytes = int64_t{24} << 20;
 
 // ---- sums over threads -----------------------------------------------------------------------------------------------
 
-template <typename Acc>
-__device__ __forceinline__ Acc warp_sum(Acc value) {
-#pragma unroll
+// Each value's sum over a warp, in every lane. A loop, because where the compiler cannot tell that a warp's lanes are
+// together it writes each shuffle twice.
+template <typename... Values>
+__device__ __forceinline__ void warp_sum(Values&... values) {
+#pragma unroll 1
   for (int mask = 16; mask > 0; mask /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, mask);
+    ((values += __shfl_xor_sync(0xffffffffu, values, mask)), ...);
   }
-  return value;
 }
 
 // Of the Moments of all of a warp's lanes, in every lane. As merge(), in three sums.
 __device__ __forceinline__ Moments warp_merge(const Moments& m) {
-  const double count = warp_sum(m.count);
   const double pivot = __shfl_sync(0xffffffffu, m.mean, 0);
-  const double sum = warp_sum(m.count * (m.mean - pivot));
-  const double mean = count > 0 ? pivot + sum / count : 0;
+  double count = m.count, sum = m.count * (m.mean - pivot);
+  warp_sum(count, sum);
+  const double mean = count > 0 ? pivot + divide_by_count(sum, count) : 0;
   const double distance = m.mean - mean;
-  return {count, mean, warp_sum(m.m2 + m.count * (distance * distance))};
+  double m2 = m.m2 + m.count * (distance * distance);
+  warp_sum(m2);
+  return {count, mean, m2};
 }
 
 // ---- planes ----------------------------------------------------------------------------------------------------------
@@ -75,6 +73,7 @@ struct PlanesParams {
   FastDiv parts;          // of a plane
   uint32_t part_vectors;  // at most
   uint32_t lanes;         // threads that a part gets, a power of two
+  bool packed;            // a thread's loads are of different parts, of no more vectors than threads; else of the same
   int misalignment;       // elements between a 16-byte boundary and x
 };
 
@@ -94,12 +93,6 @@ struct PlaneBatch {
   uint32_t valid[kPlaneLoads];
 };
 
-// kPacked: a thread's loads are of different parts, which have no more vectors than threads; else of the same.
-template <bool kPacked, typename T>
-__device__ __forceinline__ int64_t plane_step(const PlanesParams<T>& p) {
-  return kPacked ? int64_t{kStatsThreads / p.lanes} * kPlaneLoads : 1;
-}
-
 template <typename T>
 __device__ __forceinline__ PlanePart plane_part(const PlanesParams<T>& p, uint32_t c, int64_t unit) {
   constexpr int V = Vec<T>::kSize;
@@ -117,54 +110,44 @@ __device__ __forceinline__ PlanePart plane_part(const PlanesParams<T>& p, uint32
   return {plane + first, static_cast<int>(end - first), static_cast<int>(begin - first)};
 }
 
-// f(j, part, e) for each load j of a thread, of the parts from `unit` on: elements from e on.
-template <bool kPacked, typename T, typename F>
-__device__ __forceinline__ void each_load(const PlanesParams<T>& p, uint32_t c, int64_t unit, const F& f) {
-  constexpr int V = Vec<T>::kSize;
-  if constexpr (kPacked) {
-    const uint32_t row = threadIdx.x / p.lanes;
-    const uint32_t lane = threadIdx.x - row * p.lanes;
-#pragma unroll
-    for (int j = 0; j < kPlaneLoads; ++j) {
-      const PlanePart part = plane_part(p, c, unit + j * (kStatsThreads / p.lanes) + row);
-      f(j, part, part.first + static_cast<int>(lane) * V);
-    }
-  } else {
-    const PlanePart part = plane_part(p, c, unit);
-#pragma unroll
-    for (int j = 0; j < kPlaneLoads; ++j) {
-      f(j, part, part.first + static_cast<int>(threadIdx.x + j * kStatsThreads) * V);
-    }
-  }
-}
-
 template <typename T>
-__device__ __forceinline__ bool is_whole(const PlanePart& part, int e) {
-  return e >= 0 && e + Vec<T>::kSize <= part.n;
-}
-
-template <bool kPacked, typename T>
 __device__ __forceinline__ void load_batch(const PlanesParams<T>& p, uint32_t c, int64_t unit, PlaneBatch<T>& batch) {
   constexpr int V = Vec<T>::kSize;
-  each_load<kPacked>(p, c, unit, [&](int j, const PlanePart& part, int e) {
-    const bool whole = is_whole<T>(part, e);
+  const uint32_t row = threadIdx.x / p.lanes;
+  uint32_t vector = threadIdx.x - row * p.lanes;
+  unit += row;
+  PlanePart part = plane_part(p, c, unit);
+#pragma unroll
+  for (int j = 0; j < kPlaneLoads; ++j) {
+    const int e = part.first + static_cast<int>(vector) * V;
+    const bool whole = e >= 0 && e + V <= part.n;
     batch.valid[j] = PlaneBatch<T>::kAll;
     if (!whole) {
       const int from = max(-e, 0), until = min(V, part.n - e);
       batch.valid[j] = until > from ? (1u << until) - (1u << from) : 0;
     }
     batch.x[j] = load_vec(p.x + part.offset, e, part.n, whole, true);
-  });
+    if (j == kPlaneLoads - 1) {
+      break;
+    }
+    if (p.packed) {
+      unit += kStatsThreads / p.lanes;
+      part = plane_part(p, c, unit);
+    } else {
+      vector += kStatsThreads;
+    }
+  }
 }
 
-// The moments of a split of channel c, in every thread of the block's first warp.
-template <bool kPacked, typename T>
-__device__ __forceinline__ Moments plane_moments(const PlanesParams<T>& p, uint32_t split, uint32_t c) {
+template <typename T>
+__global__ void __launch_bounds__(kStatsThreads, kPlaneBlocks) bn_stats_planes_kernel(const PlanesParams<T> p) {
   using Acc = acc_t<T>;
   constexpr int V = Vec<T>::kSize;
   constexpr int kWarps = kStatsThreads / 32;
   constexpr int kWarpElements = 32 * kPlaneLoads * V;
-  const int64_t step = plane_step<kPacked>(p);
+  const uint32_t split = p.channels.div(blockIdx.x);
+  const uint32_t c = blockIdx.x - split * p.channels.divisor;
+  const int64_t step = p.packed ? int64_t{kStatsThreads / p.lanes} * kPlaneLoads : 1;
   const int64_t end = min((split + int64_t{1}) * p.share, p.units);
   Acc pivot = 0;
   double sum = 0, squares = 0;
@@ -172,7 +155,7 @@ __device__ __forceinline__ Moments plane_moments(const PlanesParams<T>& p, uint3
   bool first = true;
   for (int64_t unit = split * p.share; unit < end; unit += step) {
     PlaneBatch<T> batch;
-    load_batch<kPacked>(p, c, unit, batch);
+    load_batch(p, c, unit, batch);
     if (first) {
       // The mean of what the warp has loaded first. Elements that do not exist are 0.
       first = false;
@@ -190,8 +173,8 @@ __device__ __forceinline__ Moments plane_moments(const PlanesParams<T>& p, uint3
       for (int j = 0; j < kPlaneLoads; ++j) {
         number += __popc(batch.valid[j]);
       }
-      number = warp_sum(number);
-      pivot = number > 0 ? warp_sum(pivot) * (Acc(kWarpElements) / Acc(number)) : Acc(0);
+      warp_sum(number, pivot);
+      pivot = number > 0 ? pivot * static_cast<Acc>(divide_by_count(kWarpElements, number)) : Acc(0);
     }
     Acc batch_sum = 0, batch_squares = 0;
     const auto add = [&](Acc d) {
@@ -202,76 +185,32 @@ __device__ __forceinline__ Moments plane_moments(const PlanesParams<T>& p, uint3
     for (int j = 0; j < kPlaneLoads; ++j) {
       Acc value[V];
       unpack(batch.x[j], value);
-      if (batch.valid[j] == PlaneBatch<T>::kAll) {
+      if (batch.valid[j] != PlaneBatch<T>::kAll) {
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-          add(value[k] - pivot);
+          value[k] = batch.valid[j] >> k & 1 ? value[k] : pivot;  // which adds 0
         }
-      } else if (batch.valid[j] != 0) {
+      }
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-          if (batch.valid[j] >> k & 1) {
-            add(value[k] - pivot);
-          }
-        }
+      for (int k = 0; k < V; ++k) {
+        add(value[k] - pivot);
       }
       count += __popc(batch.valid[j]);
     }
     sum += batch_sum;
     squares += batch_squares;
   }
-  sum = warp_sum(sum);
-  squares = warp_sum(squares);
-  count = warp_sum(count);
+  warp_sum(sum, squares, count);
   __shared__ Moments warps[kWarps];
   if (threadIdx.x % 32 == 0) {
     warps[threadIdx.x / 32] = from_sums(count, pivot, sum, squares);
   }
   __syncthreads();
-  if (threadIdx.x >= 32) {
-    return {};
-  }
-  return warp_merge(threadIdx.x < kWarps ? warps[threadIdx.x] : Moments{0, 0, 0});
-}
-
-template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kStatsThreads, kPlaneBlocks) bn_stats_planes_kernel(const PlanesParams<T> p) {
-  const uint32_t split = p.channels.div(blockIdx.x);
-  const uint32_t c = blockIdx.x - split * p.channels.divisor;
-  const Moments m = plane_moments<kPacked>(p, split, c);
-  if (threadIdx.x == 0) {
-    p.partials[static_cast<int64_t>(split) * p.channels.divisor + c] = m;
-  }
-}
-
-// y, which may be x, begins as far from a 16-byte boundary as x does.
-template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kStatsThreads, kPlaneBlocks)
-    bn_train_channel_kernel(const PlanesParams<T> p, const TrainParams<T> params, T* y) {
-  using Acc = acc_t<T>;
-  constexpr int V = Vec<T>::kSize;
-  __shared__ Affine<Acc> shared;
-  const uint32_t c = blockIdx.x;
-  const Moments m = plane_moments<kPacked>(p, 0, c);
-  if (threadIdx.x == 0) {
-    shared = finish_channel(params, m, c);
-  }
-  __syncthreads();
-  const Affine<Acc> affine = shared;
-  for (int64_t unit = 0; unit < p.units; unit += plane_step<kPacked>(p)) {
-    PlaneBatch<T> batch;
-    load_batch<kPacked>(p, c, unit, batch);
-    each_load<kPacked>(p, c, unit, [&](int j, const PlanePart& part, int e) {
-      Acc value[V];
-      unpack(batch.x[j], value);
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        value[k] = epilogue<Activation::none>(value[k], affine);
-      }
-      Vec<T> result;
-      pack(value, result);
-      store_vec(y + part.offset, e, part.n, is_whole<T>(part, e), result);
-    });
+  if (threadIdx.x < 32) {
+    const Moments m = warp_merge(threadIdx.x < kWarps ? warps[threadIdx.x] : Moments{0, 0, 0});
+    if (threadIdx.x == 0) {
+      p.partials[static_cast<int64_t>(split) * p.channels.divisor + c] = m;
+    }
   }
 }
 
@@ -340,6 +279,7 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
   const int64_t begin = split * p.share;
   const auto rows = static_cast<uint32_t>(min(p.share, p.matrix_rows - begin));  // of the matrix, for this block
   const uint32_t step = p.rows * U;
+  const int64_t stride = p.rows * p.columns;
   const T* x = p.x + (begin + row) * p.columns + static_cast<int64_t>(first_lane + lane) * W;
   Acc pivot[W] = {};
   double sum[W] = {}, square[W] = {};
@@ -347,11 +287,11 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
     ColumnItem<T, W> items[U];
 #pragma unroll
     for (int j = 0; j < U; ++j) {
-      const uint32_t r = first + j * p.rows;
       items[j] = {};
-      if (active && r + row < rows) {
-        items[j].load(x + r * p.columns);
+      if (active && first + j * p.rows + row < rows) {
+        items[j].load(x);
       }
+      x += stride;
     }
     if (first == 0) {
       // The mean of the first rows, of a few threads; those that do not exist are 0. `sums` is still free.
@@ -371,16 +311,21 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
       __syncthreads();
       if (active) {
         uint32_t number = 0;
+#pragma unroll 1
+        for (uint32_t r = 0; r < min(step, rows); r += p.rows) {
+          number += min(rows - r, pivot_rows);
+        }
+        const auto factor = static_cast<Acc>(divide_by_count(kPivotRows * U, number));
+#pragma unroll 1
+        for (uint32_t i = 0; i < pivot_rows; ++i) {
 #pragma unroll
-        for (int j = 0; j < U; ++j) {
-          number += j * p.rows < rows ? min(rows - j * p.rows, pivot_rows) : 0;
+          for (int k = 0; k < W; ++k) {
+            pivot[k] += totals[(i * p.lanes + lane) * W + k];
+          }
         }
 #pragma unroll
         for (int k = 0; k < W; ++k) {
-          for (uint32_t i = 0; i < pivot_rows; ++i) {
-            pivot[k] += totals[(i * p.lanes + lane) * W + k];
-          }
-          pivot[k] *= Acc(kPivotRows * U) / Acc(number);
+          pivot[k] *= factor;
         }
       }
       __syncthreads();
@@ -435,22 +380,20 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
 
 // ---- the merge -------------------------------------------------------------------------------------------------------
 
-// center, scale and shift of each channel, in this order.
-template <typename Acc>
+// center, scale and shift of each channel, in this order: acc_t<T>, for inputs of T.
 struct AffineBuffer {
-  Acc* data;
-  int64_t channels;
+  void* data;
+  uint32_t channels;
+  Element element;  // T
 };
 
-constexpr int kFinishWarps = 4;  // of a block
+constexpr uint32_t kFinishWarps = 4;  // of a block
 
-// Over kWarps warps in a row, in each of their threads.
-template <int kWarps>
-__device__ __forceinline__ double channel_sum(double value) {
-  value = warp_sum(value);
-  if constexpr (kWarps > 1) {
-    static_assert(kWarps == kFinishWarps);
-    __shared__ double warps[kWarps];
+// Over the warp, or over the block, in each of the threads.
+__device__ __forceinline__ double channel_sum(double value, bool whole_block) {
+  warp_sum(value);
+  if (whole_block) {
+    __shared__ double warps[kFinishWarps];
     __syncthreads();
     if (threadIdx.x % 32 == 0) {
       warps[threadIdx.x / 32] = value;
@@ -458,79 +401,66 @@ __device__ __forceinline__ double channel_sum(double value) {
     __syncthreads();
     value = warps[0];
 #pragma unroll
-    for (int i = 1; i < kWarps; ++i) {
+    for (uint32_t i = 1; i < kFinishWarps; ++i) {
       value += warps[i];
     }
   }
   return value;
 }
 
-// kWarps warps for each channel. Its partials are [count][channels][inner]. As merge(), of all at once: first the mean,
-// by distances from that of the first partial, then the squared distances from it.
-template <typename T, int kWarps>
+// A channel's partials, of which there are `count`, are [splits][channels][inner]; a block takes one channel, or each of
+// its warps does. As merge(), of all at once: first the mean, by distances from that of the first partial, then the
+// squared distances from it. One kernel for all element types: it is long and takes next to no time.
 __global__ void __launch_bounds__(32 * kFinishWarps)
-    bn_finish_kernel(const TrainParams<T> params, const Moments* partials, int64_t count, int64_t inner,
-                     AffineBuffer<acc_t<T>> affines) {
-  const int64_t c = int64_t{blockIdx.x} * (kFinishWarps / kWarps) + threadIdx.x / (32 * kWarps);
+    bn_finish_kernel(const TrainParams params, const Moments* partials, uint32_t count, FastDiv inner, bool whole_block,
+                     AffineBuffer affines) {
+  const uint32_t threads = whole_block ? 32 * kFinishWarps : 32;
+  const uint32_t c = whole_block ? blockIdx.x : blockIdx.x * kFinishWarps + threadIdx.x / 32;
   if (c >= affines.channels) {
     return;
   }
   const auto each = [&](const auto& f) {
-    for (int64_t i = threadIdx.x % (32 * kWarps); i < count * inner; i += 32 * kWarps) {
-      const int64_t partial = inner == 1 ? i : i / inner;
-      f(partials[(partial * affines.channels + c) * inner + (i - partial * inner)]);
+    for (uint32_t i = threadIdx.x % threads; i < count; i += threads) {
+      const uint32_t split = inner.div(i);
+      f(partials[(static_cast<int64_t>(split) * affines.channels + c) * inner.divisor + (i - split * inner.divisor)]);
     }
   };
-  const double pivot = partials[c * inner].mean;
+  const double pivot = partials[static_cast<int64_t>(c) * inner.divisor].mean;
   double values = 0, sum = 0, m2 = 0;
   each([&](const Moments& m) {
     values += m.count;
     sum += m.count * (m.mean - pivot);
   });
-  values = channel_sum<kWarps>(values);
-  const double mean = pivot + channel_sum<kWarps>(sum) / values;
+  values = channel_sum(values, whole_block);
+  const double mean = pivot + divide_by_count(channel_sum(sum, whole_block), values);
   each([&](const Moments& m) {
     const double distance = m.mean - mean;
     m2 += m.m2 + m.count * (distance * distance);
   });
-  m2 = channel_sum<kWarps>(m2);
-  if (threadIdx.x % (32 * kWarps) == 0) {
-    const Affine<acc_t<T>> affine = finish_channel(params, {values, mean, m2}, static_cast<uint32_t>(c));
-    affines.data[c] = affine.center;
-    affines.data[affines.channels + c] = affine.scale;
-    affines.data[2 * affines.channels + c] = affine.shift;
+  m2 = channel_sum(m2, whole_block);
+  if (threadIdx.x % threads == 0) {
+    const Affine<double> affine = finish_channel(params, {values, mean, m2}, c, affines.element);
+    const double numbers[] = {affine.center, affine.scale, affine.shift};
+#pragma unroll
+    for (uint32_t i = 0; i < 3; ++i) {
+      const int64_t at = static_cast<int64_t>(i) * affines.channels + c;
+      if (affines.element == Element::float64) {
+        static_cast<double*>(affines.data)[at] = numbers[i];
+      } else {
+        static_cast<float*>(affines.data)[at] = static_cast<float>(numbers[i]);
+      }
+    }
   }
 }
 
-template <typename T>
-cudaError_t launch_bn_finish(const TrainParams<T>& params, const Moments* partials, int64_t count, int64_t inner,
-                             const AffineBuffer<acc_t<T>>& affines, cudaStream_t stream) {
-  const auto channels = static_cast<uint32_t>(affines.channels);
-  if (count * inner > 64) {
-    bn_finish_kernel<T, kFinishWarps>
-        <<<channels, 32 * kFinishWarps, 0, stream>>>(params, partials, count, inner, affines);
-  } else {
-    bn_finish_kernel<T, 1><<<(channels + kFinishWarps - 1) / kFinishWarps, 32 * kFinishWarps, 0, stream>>>(
-        params, partials, count, inner, affines);
-  }
+inline cudaError_t launch_bn_finish(const TrainParams& params, const Moments* partials, int64_t splits, int64_t inner,
+                                    const AffineBuffer& affines, cudaStream_t stream) {
+  const auto count = static_cast<uint32_t>(splits * inner);
+  const bool whole_block = count > 64;
+  const uint32_t blocks = whole_block ? affines.channels : (affines.channels + kFinishWarps - 1) / kFinishWarps;
+  bn_finish_kernel<<<blocks, 32 * kFinishWarps, 0, stream>>>(
+      params, partials, count, FastDiv(static_cast<uint32_t>(inner)), whole_block, affines);
   return cudaGetLastError();
-}
-
-// The affines that launch_bn_finish() wrote, for the elementwise kernels.
-template <typename Acc>
-struct BatchSource {
-  ChannelParam<Acc> center;
-  ChannelParam<Acc> scale;
-  ChannelParam<Acc> shift;
-
-  __device__ __forceinline__ Affine<Acc> operator()(uint32_t c) const {
-    return {center.data[c], scale.data[c], shift.data[c]};
-  }
-};
-
-template <typename Acc>
-BatchSource<Acc> make_batch_source(const AffineBuffer<Acc>& affines) {
-  return {{affines.data}, {affines.data + affines.channels}, {affines.data + 2 * affines.channels}};
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------
@@ -538,7 +468,6 @@ BatchSource<Acc> make_batch_source(const AffineBuffer<Acc>& affines) {
 // How the statistics of a tensor are gathered, and how large a workspace they need.
 struct StatsPlan {
   bool planes;
-  bool channel;    // a block does everything for a channel; then there are no partials
   bool packed;     // of planes: several of them side by side in a block
   bool vectors;    // of columns: loads of kColumnVec<T> elements
   int64_t images;  // of planes, or rows of columns
@@ -554,9 +483,9 @@ struct StatsPlan {
   int64_t partials(const Shape& shape) const { return splits * shape.channels * inner; }
 };
 
-// For an x that is dense with the given shape and not empty, and a y that may be x.
+// For an x that is dense with the given shape and not empty.
 template <typename T>
-StatsPlan plan_stats(const T* x, const T* y, const Shape& shape, int multiprocessors) {
+StatsPlan plan_stats(const T* x, const Shape& shape, int multiprocessors) {
   constexpr int64_t V = Vec<T>::kSize, W = kColumnVec<T>;
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto address = reinterpret_cast<uintptr_t>(x);
@@ -587,14 +516,6 @@ StatsPlan plan_stats(const T* x, const T* y, const Shape& shape, int multiproces
     const int64_t step = plan.packed ? kStatsThreads / plan.lanes * kPlaneLoads : 1;
     const int64_t blocks = int64_t{multiprocessors} * kPlaneBlocks;
     set_splits(plan.images * parts, step, shape.channels, blocks * kPlaneWaves);
-    const int64_t steps = ceil_div(plan.images * parts, step);
-    const int64_t live = std::min(shape.channels, blocks) * plan.images * shape.inner * static_cast<int64_t>(sizeof(T));
-    plan.channel = steps <= kChannelSteps && shape.channels >= multiprocessors / 2 && live <= kCachedBytes &&
-                   address % kVecBytes == reinterpret_cast<uintptr_t>(y) % kVecBytes;
-    if (plan.channel) {
-      plan.splits = 0;
-      plan.share = plan.images * parts;
-    }
     return plan;
   }
   const int64_t columns = shape.channels * shape.inner;
@@ -621,22 +542,19 @@ PlanesParams<T> planes_params(const T* x, const Shape& shape, const StatsPlan& p
   p.parts = FastDiv(plan.parts);
   p.part_vectors = plan.part_vectors;
   p.lanes = plan.lanes;
+  p.packed = plan.packed;
   p.misalignment = static_cast<int>(reinterpret_cast<uintptr_t>(x) % kVecBytes / sizeof(T));
   return p;
 }
 
-// Leaves the partials, of a plan that has some. Asynchronous on `stream`, as everything here.
+// Leaves the partials. Asynchronous on `stream`, as everything here.
 template <typename T>
 cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& plan, Moments* partials,
                             cudaStream_t stream) {
   if (plan.planes) {
     const auto p = planes_params(x, shape, plan, partials);
     const auto blocks = static_cast<uint32_t>(plan.splits * shape.channels);
-    if (plan.packed) {
-      bn_stats_planes_kernel<T, true><<<blocks, kStatsThreads, 0, stream>>>(p);
-    } else {
-      bn_stats_planes_kernel<T, false><<<blocks, kStatsThreads, 0, stream>>>(p);
-    }
+    bn_stats_planes_kernel<T><<<blocks, kStatsThreads, 0, stream>>>(p);
     return cudaGetLastError();
   }
   ColumnsParams<T> p{};
@@ -654,20 +572,6 @@ cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& pla
     bn_stats_columns_kernel<T, kColumnVec<T>><<<blocks, kStatsThreads, 0, stream>>>(p);
   } else {
     bn_stats_columns_kernel<T, 1><<<blocks, kStatsThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
-}
-
-// Everything, for a plan that says so.
-template <typename T>
-cudaError_t launch_bn_train_channel(const T* x, T* y, const Shape& shape, const StatsPlan& plan,
-                                    const TrainParams<T>& params, cudaStream_t stream) {
-  const auto p = planes_params(x, shape, plan, nullptr);
-  const auto blocks = static_cast<uint32_t>(shape.channels);
-  if (plan.packed) {
-    bn_train_channel_kernel<T, true><<<blocks, kStatsThreads, 0, stream>>>(p, params, y);
-  } else {
-    bn_train_channel_kernel<T, false><<<blocks, kStatsThreads, 0, stream>>>(p, params, y);
   }
   return cudaGetLastError();
 }

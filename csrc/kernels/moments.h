@@ -28,68 +28,103 @@ FCB_HD Moments merge(const Moments& a, const Moments& b) {
   return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
 }
 
+// value / count, which on the GPU, for a count of 0, is NaN whatever the value. As CUDA's own division, but for results
+// that are subnormal, and without the code for those, which is as long as a small kernel.
+FCB_HD double divide_by_count(double value, double count) {
+#if defined(__CUDA_ARCH__)
+  double inverse;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(inverse) : "d"(count));  // to 2^-20 or so, which each step squares
+  inverse = fma(fma(-count, inverse, 1.0), inverse, inverse);
+  inverse = fma(fma(-count, inverse, 1.0), inverse, inverse);
+  const double quotient = value * inverse;
+  const double rest = fma(-count, quotient, value);
+  return isfinite(quotient) ? fma(rest, inverse, quotient) : quotient;
+#else
+  return value / count;
+#endif
+}
+
 // Of `count` values whose distances from the pivot have this sum and this sum of squares.
 FCB_HD Moments from_sums(double count, double pivot, double sum, double squares) {
   if (!(count > 0)) {
     return {0, 0, 0};
   }
-  const double mean = sum / count;
+  const double mean = divide_by_count(sum, count);
   const double m2 = squares - sum * mean;
   return {count, pivot + mean, m2 < 0 ? 0 : m2};
 }
 
-// A tensor of one element a channel as it lies, read and written: of T, or, if `wide`, of acc_t<T>.
-template <typename T>
+// A tensor of one element a channel as it lies, read and written.
 struct ChannelBuffer {
   void* data;  // nullptr: it was not given
   int64_t stride;
-  bool wide;
+  Element element;
 
   FCB_HD double at(uint32_t c, double missing) const {
     if (data == nullptr) {
       return missing;
     }
-    return wide ? static_cast<double>(static_cast<const acc_t<T>*>(data)[c * stride])
-                : static_cast<double>(to_acc(static_cast<const T*>(data)[c * stride]));
+    switch (element) {
+      case Element::float16:
+        return to_acc(static_cast<const float16*>(data)[c * stride]);
+      case Element::bfloat16:
+        return to_acc(static_cast<const bfloat16*>(data)[c * stride]);
+      case Element::float32:
+        return static_cast<const float*>(data)[c * stride];
+      default:
+        return static_cast<const double*>(data)[c * stride];
+    }
   }
   FCB_HD void set(uint32_t c, double value) const {
-    if (wide) {
-      static_cast<acc_t<T>*>(data)[c * stride] = static_cast<acc_t<T>>(value);
-    } else {
-      static_cast<T*>(data)[c * stride] = from_acc<T>(static_cast<acc_t<T>>(value));
+    switch (element) {
+      case Element::float16:
+        static_cast<float16*>(data)[c * stride] = from_acc<float16>(static_cast<float>(value));
+        return;
+      case Element::bfloat16:
+        static_cast<bfloat16*>(data)[c * stride] = from_acc<bfloat16>(static_cast<float>(value));
+        return;
+      case Element::float32:
+        static_cast<float*>(data)[c * stride] = static_cast<float>(value);
+        return;
+      default:
+        static_cast<double*>(data)[c * stride] = value;
     }
   }
 };
 
-// BatchNorm's arguments in training mode. T: the input's element type.
-template <typename T>
+template <typename Acc>
+FCB_HD Affine<Acc> affine_cast(const Affine<double>& affine) {
+  return {static_cast<Acc>(affine.center), static_cast<Acc>(affine.scale), static_cast<Acc>(affine.shift)};
+}
+
+// BatchNorm's arguments in training mode.
 struct TrainParams {
-  ChannelBuffer<T> running_mean;  // with running_var or not at all
-  ChannelBuffer<T> running_var;
-  ChannelBuffer<T> weight;
-  ChannelBuffer<T> bias;
-  ChannelBuffer<T> conv_bias;  // is in the running mean alone: the batch's own mean takes it away again
+  ChannelBuffer running_mean;  // with running_var or not at all
+  ChannelBuffer running_var;
+  ChannelBuffer weight;
+  ChannelBuffer bias;
+  ChannelBuffer conv_bias;  // is in the running mean alone: the batch's own mean takes it away again
   double scaling_factor;
   double momentum;
   double eps;
 };
 
-// Channel c's affine by its batch's moments; updates its running statistics. In double throughout and rounded once.
-template <typename T>
-FCB_HD Affine<acc_t<T>> finish_channel(const TrainParams<T>& p, const Moments& m, uint32_t c) {
-  using Acc = acc_t<T>;
+// Channel c's affine by its batch's moments, for inputs of `element`; updates its running statistics. In double
+// throughout; the caller rounds to acc_t<T>, which the center is a value of already.
+FCB_HD Affine<double> finish_channel(const TrainParams& p, const Moments& m, uint32_t c, Element element) {
   if (p.running_mean.data != nullptr) {
     const double mean = m.mean + p.conv_bias.at(c, 0);
-    const double unbiased = m.m2 / (m.count - 1);
+    const double unbiased = divide_by_count(m.m2, m.count - 1);
     p.running_mean.set(c, (1 - p.momentum) * p.running_mean.at(c, 0) + p.momentum * mean);
     p.running_var.set(c, (1 - p.momentum) * p.running_var.at(c, 0) + p.momentum * unbiased);
   }
-  const Affine<double> affine = fold<double>(m.mean, m.m2 / m.count, p.weight.at(c, 1), p.bias.at(c, 0),
+  const Affine<double> affine = fold<double>(m.mean, divide_by_count(m.m2, m.count), p.weight.at(c, 1), p.bias.at(c, 0),
                                              p.scaling_factor, p.eps);
   // What rounding takes from the center goes into the shift.
-  const Acc center = kCentered<T> ? static_cast<Acc>(affine.center) : Acc(0);
-  return {center, static_cast<Acc>(affine.scale),
-          static_cast<Acc>(affine.shift + (static_cast<double>(center) - affine.center) * affine.scale)};
+  const double center = element == Element::float64   ? affine.center
+                        : element == Element::float32 ? static_cast<double>(static_cast<float>(affine.center))
+                                                      : 0;
+  return {center, affine.scale, affine.shift + (center - affine.center) * affine.scale};
 }
 
 }  // namespace fused_conv_bn

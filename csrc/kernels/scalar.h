@@ -72,6 +72,18 @@ struct AccType<double> {
 template <typename T>
 using acc_t = typename AccType<T>::type;
 
+// The same types at run time, for code in which they matter little.
+enum class Element { float16, bfloat16, float32, float64 };
+
+template <typename T>
+constexpr Element kElement = Element::float32;
+template <>
+inline constexpr Element kElement<float16> = Element::float16;
+template <>
+inline constexpr Element kElement<bfloat16> = Element::bfloat16;
+template <>
+inline constexpr Element kElement<double> = Element::float64;
+
 // from_acc<T>: round to nearest even, as PyTorch's casts do.
 template <typename T>
 FCB_HD T from_acc(acc_t<T> value);

@@ -5,7 +5,7 @@
 
 namespace fused_conv_bn {
 
-// Kernel::run<T>(op, Elementwise, TrainParams<T>) computes: the statistics of the input, the running ones, the output.
+// Kernel::run<T>(op, Elementwise, TrainParams) computes: the statistics of the input, the running ones, the output.
 template <typename Kernel>
 struct BnScaleTrain {
   static Tensor functional(Tensor input, OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor weight,
@@ -31,7 +31,7 @@ struct BnScaleTrain {
     if (e.shape.numel > 0) {
       dispatch_dtype(x.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        Kernel::template run<T>(op, e, train_params<T>(bn, x.dtype));
+        Kernel::template run<T>(op, e, train_params(bn));
       });
       e.finish();
     }

@@ -8,7 +8,7 @@ namespace {
 
 struct CpuKernel {
   template <typename T>
-  static void run(const char*, const Elementwise& e, const TrainParams<T>& params) {
+  static void run(const char*, const Elementwise& e, const TrainParams& params) {
     const auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, const auto& body) {
       torch::stable::parallel_for(begin, end, grain, body);
     };
@@ -16,7 +16,8 @@ struct CpuKernel {
     std::vector<Affine<acc_t<T>>> affines;
     affines.reserve(moments.size());
     for (const Moments& m : moments) {
-      affines.push_back(finish_channel(params, m, static_cast<uint32_t>(affines.size())));
+      affines.push_back(
+          affine_cast<acc_t<T>>(finish_channel(params, m, static_cast<uint32_t>(affines.size()), kElement<T>)));
     }
     run_elementwise_cpu<T, Activation::none, false>(e, [&](uint32_t c) { return affines[c]; });
   }

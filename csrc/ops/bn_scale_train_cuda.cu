@@ -1,4 +1,4 @@
-// bn_scale_train on CUDA: the statistics, their merge, then the elementwise kernel; or one kernel for all of it.
+// bn_scale_train on CUDA: the statistics, their merge, then the elementwise kernel.
 #include "bn_scale_train.h"
 #include "bn_stats_cuda.h"
 #include "elementwise_cuda.h"
@@ -8,19 +8,14 @@ namespace {
 
 struct CudaKernel {
   template <typename T>
-  static void run(const char* op, const Elementwise& e, const TrainParams<T>& params) {
+  static void run(const char* op, const Elementwise& e, const TrainParams& params) {
     const CudaScope cuda(e.device);
     const T* x = static_cast<const T*>(e.input);
-    T* y = static_cast<T*>(e.output.data_ptr());
-    const StatsPlan plan = plan_stats<T>(x, y, e.shape, multiprocessors(e.device.index));
-    if (plan.channel) {
-      cuda.check_launch(op, launch_bn_train_channel(x, y, e.shape, plan, params, cuda.stream()));
-      return;
-    }
-    const StatsWorkspace<T> w = make_stats_workspace<T>(plan.partials(e.shape), e.shape.channels, e.device);
+    const StatsPlan plan = plan_stats<T>(x, e.shape, multiprocessors(e.device.index));
+    const StatsWorkspace w = make_stats_workspace(plan.partials(e.shape), e.shape.channels, kElement<T>, e.device);
     cuda.check_launch(op, launch_bn_stats(x, e.shape, plan, w.partials, cuda.stream()));
     cuda.check_launch(op, launch_bn_finish(params, w.partials, plan.splits, plan.inner, w.affines, cuda.stream()));
-    run_elementwise_cuda<T, Activation::none, false>(op, e, make_batch_source(w.affines));
+    apply_affines_cuda<T>(op, e, static_cast<const acc_t<T>*>(w.affines.data));
   }
 };
 
@@ -34,11 +29,8 @@ void finish_bn_cuda(const char* op, const TrainOperands& bn, ScalarType dtype, c
                     const Moments* moments, int64_t count, int64_t channels, float* affines) {
   const CudaScope cuda(device);
   dispatch_dtype(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (sizeof(T) <= 4) {
-      cuda.check_launch(
-          op, launch_bn_finish(train_params<T>(bn, dtype), moments, count, 1, {affines, channels}, cuda.stream()));
-    }
+    const AffineBuffer buffer{affines, static_cast<uint32_t>(channels), kElement<typename decltype(tag)::type>};
+    cuda.check_launch(op, launch_bn_finish(train_params(bn), moments, count, 1, buffer, cuda.stream()));
   });
 }
 

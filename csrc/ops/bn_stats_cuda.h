@@ -6,23 +6,21 @@
 
 namespace fused_conv_bn {
 
-template <typename T>
 struct StatsWorkspace {
   Tensor memory;
   Moments* partials;
-  AffineBuffer<acc_t<T>> affines;
+  AffineBuffer affines;
 };
 
-// partials: of all channels together.
-template <typename T>
-StatsWorkspace<T> make_stats_workspace(int64_t partials, int64_t channels, const Device& device) {
+// partials: of all channels together. element: of the input.
+inline StatsWorkspace make_stats_workspace(int64_t partials, int64_t channels, Element element, const Device& device) {
   constexpr auto kDoubles = static_cast<int64_t>(sizeof(Moments) / sizeof(double));
   const int64_t size = partials * kDoubles + 3 * channels, stride = 1;
   const Tensor memory = empty_strided(1, &size, &stride, ScalarType::Double, device);
   auto* doubles = static_cast<double*>(memory.data_ptr());
   return {memory,
           reinterpret_cast<Moments*>(doubles),
-          {reinterpret_cast<acc_t<T>*>(doubles + partials * kDoubles), channels}};
+          {doubles + partials * kDoubles, static_cast<uint32_t>(channels), element}};
 }
 
 }  // namespace fused_conv_bn

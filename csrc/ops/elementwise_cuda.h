@@ -15,4 +15,8 @@ void run_elementwise_cuda(const char* op, const Elementwise& e, const Source& so
   cuda.check_launch(op, status);
 }
 
+// The affine of each channel, as three arrays in a row: center, scale and shift. T is one of dtype.h's.
+template <typename T>
+void apply_affines_cuda(const char* op, const Elementwise& e, const acc_t<T>* affines);
+
 }  // namespace fused_conv_bn

@@ -279,7 +279,6 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
   const int64_t begin = split * p.share;
   const auto rows = static_cast<uint32_t>(min(p.share, p.matrix_rows - begin));  // of the matrix, for this block
   const uint32_t step = p.rows * U;
-  const int64_t stride = p.rows * p.columns;
   const T* x = p.x + (begin + row) * p.columns + static_cast<int64_t>(first_lane + lane) * W;
   Acc pivot[W] = {};
   double sum[W] = {}, square[W] = {};
@@ -287,11 +286,11 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
     ColumnItem<T, W> items[U];
 #pragma unroll
     for (int j = 0; j < U; ++j) {
+      const uint32_t r = first + j * p.rows;
       items[j] = {};
-      if (active && first + j * p.rows + row < rows) {
-        items[j].load(x);
+      if (active && r + row < rows) {
+        items[j].load(x + r * p.columns);
       }
-      x += stride;
     }
     if (first == 0) {
       // The mean of the first rows, of a few threads; those that do not exist are 0. `sums` is still free.

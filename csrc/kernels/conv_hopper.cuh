@@ -1,9 +1,9 @@
 // Convolutions of few input channels as an implicit GEMM on Hopper's tensor cores (compute capability 9.0a), with the
 // epilogue in the same kernel.
 //
-// A block owns 64 output channels for good and takes one tile of output pixels after another. One warpgroup reads the input
-// of the tiles to come and puts it into shared memory as units (conv_hopper.h), of which wgmma reads any two at a time: im2col
-// is a table of offsets. The other two warpgroups take turns with the tiles: while one multiplies, the other writes.
+// A block owns 64 output channels for good and takes one tile of output pixels after another. Two warpgroups read the input
+// of the tiles to come and put it into shared memory as units (conv_hopper.h), of which wgmma reads any two at a time: im2col
+// is a table of offsets. The other two take turns with the tiles: while one multiplies, the other writes.
 //
 // For a contiguous output the rows of the product are channels. A warp has 16 of them to itself, puts them into shared
 // memory as they lie in the output, and writes whole rows. For a channels_last output the rows are pixels, and channels are

@@ -59,7 +59,7 @@ inline bool is_faster(ConvAlgorithm algorithm, const ConvProblem& c) {
   const int64_t pixels = c.N * c.P * c.Q;
   switch (algorithm) {
     case ConvAlgorithm::hopper:
-      // Times of few_channels over ours, batch 32 and 128: 1.1 to 1.3 in 16 bits and 1.2 to 1.5 in float32, but 0.85 and 0.99 for
+      // Times of few_channels over ours, batch 32 and 128: 1.05 to 1.5 in 16 bits, 1.3 and 1.6 in float32, but 0.85 and 0.99 for
       // 16-bit channels_last 3x3 of stride 2 (32 and 64 channels). Fewer pixels than those, 10^5 and more, were not measured.
       return c.C <= 16 && c.R * c.S > 1 && pixels >= 100000 &&
              !(c.element_bytes == 2 && c.channels_last && c.stride_w == 2 && c.R <= 3);

@@ -1,6 +1,7 @@
 // A 2-D convolution as kernels see it, in cuDNN's letters: x (N, C, H, W) with w (K, C / groups, R, S) gives y (N, K, P, Q).
 #pragma once
 
+#include <compare>
 #include <cstdint>
 
 namespace fused_conv_bn {
@@ -19,6 +20,8 @@ struct ConvProblem {
   bool channels_last;  // x, y and the residual; else they are contiguous
   bool has_residual;
   bool allow_tf32;
+
+  auto operator<=>(const ConvProblem&) const = default;
 };
 
 // The operands. w may have any strides, counted in elements; everything else is dense.

@@ -1,6 +1,7 @@
 // conv_scale_shift on CUDA: chooses an algorithm and runs it.
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <set>
 #include <sstream>
@@ -47,6 +48,23 @@ ConvProblem make_problem(const PlainConv& c, bool has_residual, bool allow_tf32)
   p.has_residual = has_residual;
   p.allow_tf32 = allow_tf32;
   return p;
+}
+
+// select_config() tries many tiles, which takes longer than a small convolution: each problem is looked at once.
+ConvConfig remembered_config(const ConvProblem& problem, int32_t device, const GpuTraits& gpu) {
+  constexpr size_t kMost = 4096;  // where shapes never repeat, the memory shall not grow
+  static std::mutex mutex;
+  static std::map<std::pair<ConvProblem, int32_t>, ConvConfig> configs;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::pair<ConvProblem, int32_t> key(problem, device);
+  const auto known = configs.find(key);
+  if (known != configs.end()) {
+    return known->second;
+  }
+  if (configs.size() >= kMost) {
+    configs.clear();
+  }
+  return configs.emplace(key, select_config(problem, gpu)).first->second;
 }
 
 // FUSED_CONV_BN_PRINT_CONFIG=1: each choice on stderr, once.
@@ -100,8 +118,10 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
   CudaConvChoice choice{two_dimensional ? make_problem(c, has_residual, allow_tf32) : ConvProblem{},
                         gpu_traits(c.input.device.index),
                         {}};
-  choice.config = choose_config(op, std::getenv("FUSED_CONV_BN_CONV"), two_dimensional ? &choice.problem : nullptr,
-                                choice.gpu);
+  const char* forced = std::getenv("FUSED_CONV_BN_CONV");
+  const bool by_rule = two_dimensional && (forced == nullptr || *forced == '\0');
+  choice.config = by_rule ? remembered_config(choice.problem, c.input.device.index, choice.gpu)
+                          : choose_config(op, forced, two_dimensional ? &choice.problem : nullptr, choice.gpu);
   const char* print = std::getenv("FUSED_CONV_BN_PRINT_CONFIG");
   if (print != nullptr && *print == '1') {
     print_config(op, c, has_residual, allow_tf32, choice.config);

@@ -308,6 +308,8 @@ PROBLEMS = {
     "first layer": ((1, 3, 45, 33), (32, 3, 3, 3), 2, 1),
     "depthwise": ((2, 24, 19, 23), (24, 1, 3, 3), 1, 1, 1, 24),
     "depthwise, 5x5, stride 2": ((2, 40, 20, 21), (40, 1, 5, 5), 2, 2, 1, 40),
+    "rows of whole vectors, longer than a tile": ((1, 3, 9, 1104), (64, 3, 3, 3), 1, (1, 2)),
+    "rows of odd lengths, longer than a tile": ((1, 5, 9, 1101), (33, 5, 3, 5), (1, 2), (0, 3), 2),
     "1x1": ((2, 32, 9, 9), (40, 32, 1, 1)),
     "one pixel": ((1, 1, 1, 1), (1, 1, 1, 1)),
     "as large as its kernel": ((3, 4, 5, 6), (7, 4, 5, 6)),
@@ -325,6 +327,16 @@ def test_problems(conv_device, dtype, problem, generator):
         check(
             make(generator, conv_device, dtype, *PROBLEMS[problem], formats=formats, residual=True, activation="relu")
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_more_tiles_than_multiprocessors(conv_device, dtype, generator):
+    """A block has several, through buffers that it uses again and again."""
+    batch = 2 if conv_device == "cpu" else 24
+    for x, w in (((8, 130, 48), (64, 8, 3, 3)), ((3, 66, 50), (48, 3, 5, 5))):
+        for formats in ("cc", "ll"):
+            call = make(generator, conv_device, dtype, (batch, *x), w, formats=formats)
+            assert check(call) or not is_covered(dtype, depthwise=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

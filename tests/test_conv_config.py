@@ -129,7 +129,12 @@ def hopper_fits(p: Problem) -> bool:
     stages = 2 * copies * 16 * (patch + pitch + 128)
     output = 0 if p.channels_last else 2 * 64 * p.element_bytes * (cols + 80)
     weights = copies * 1024 * (hopper_units(p) + 1)
-    return patch <= 8192 and pitch <= 1024 and 2048 + 8 * (pitch + 128) + weights + stages + output <= 232448
+    row = min(p.W, cols * p.stride_w + (p.S - 1) * p.dilation_w + 1) * p.C * p.element_bytes
+    rows_as_they_are = 2 * (rows * (row + 32 * p.C) + 128)
+    table = 8 * (patch + 1024)
+    staged = 65536 if p.channels_last else 0
+    total = 2048 + 8 * (pitch + 128) + weights + stages + output + rows_as_they_are + table + staged
+    return patch <= 8192 and pitch <= 1024 and rows <= 1024 and p.W < 1 << 16 and total <= 232448
 
 
 def random_problem(rng: random.Random) -> Problem:

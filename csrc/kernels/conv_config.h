@@ -18,6 +18,7 @@ enum class ConvAlgorithm {
 struct ConvConfig {
   ConvAlgorithm algorithm = ConvAlgorithm::aten;
   HopperTile hopper{};
+  HopperTile hopper_moments{};  // for the pass that gathers statistics
   FewChannelsTile few_channels{};
   DepthwisePlan depthwise{};
 };

@@ -1,13 +1,15 @@
 // Convolutions of few input channels as an implicit GEMM on Hopper's tensor cores (compute capability 9.0a), with the
 // epilogue in the same kernel.
 //
-// A block owns 64 output channels for good and takes one tile of output pixels after another. Two warpgroups read the input
-// of the tiles to come and put it into shared memory as units (conv_hopper.h), of which wgmma reads any two at a time: im2col
-// is a table of offsets. The other two take turns with the tiles: while one multiplies, the other writes.
+// A block owns 64 output channels for good and takes one tile of output pixels after another. Input rows of the tiles to come
+// are on their way to shared memory, by bulk copies where they begin at multiples of 16 bytes. Two warpgroups put them there
+// into units (conv_hopper.h), of which wgmma reads any two at a time: im2col is a table of offsets. The other two take turns
+// with the tiles: while one multiplies, the other writes.
 //
 // For a contiguous output the rows of the product are channels. A warp has 16 of them to itself, puts them into shared
-// memory as they lie in the output, and writes whole rows. For a channels_last output the rows are pixels, and channels are
-// dealt to the columns so that a thread ends up with 16 bytes of a pixel's, which it writes.
+// memory as they lie in the output, and starts copies of whole rows behind its next product. For a channels_last output
+// the rows are pixels, and channels are dealt to the columns so that a thread ends up with 16 bytes of a pixel's. In 16 bits
+// it writes them; float32 goes through shared memory too.
 //
 // For BatchNorm in training mode there are two passes: one that keeps the moments of each channel and writes nothing else,
 // and one with the affine that comes of them.
@@ -36,6 +38,7 @@
 namespace fused_conv_bn {
 
 constexpr uint32_t kNoUnit = 0xffffffffu;
+constexpr uint32_t kNoTile = 0xffffffffu;
 
 enum class HopperOutput { planes, pixels, moments };
 
@@ -54,14 +57,19 @@ struct HopperParams {
   int C, H, W, K, R, S, P, Q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   HopperTile tile;
-  FastDiv x_cols, x_rows, channel_blocks, phases_w, tiles_q, tiles_p, tile_p, run_vectors;
+  int x_units;
+  int x_row_bytes, x_col_bytes,
+      x_planes;                      // of the input: of a row, from column to column; channels apart from each other
+  int unit_row_bytes, unit_channel;  // where units are read: bytes from row to row, from channel to channel
+  FastDiv filter, filter_row, x_cols, x_rows, channel_blocks, phases_w, slab_rows, tiles_q, tiles_p, tile_p,
+      run_vectors;
   uint32_t tiles;
-  bool plain_units;   // of eight channels of one pixel each
-  bool x_vectors;     // channels_last: a unit can be read as a whole
+  bool fetches;       // slabs come by bulk copies
+  bool slab_vectors;  // float32: a unit's eight channels lie side by side in the slab
   bool y_vectors;     // channels_last: a pixel's channels can be written 16 bytes at a time
   bool stage_pairs;   // contiguous: two neighbouring results can be staged with one store
   bool rows_aligned;  // contiguous, rows that are not whole: each starts at a multiple of 16 bytes
-  bool bulk;          // contiguous: a channel's run starts and ends at multiples of 16 bytes
+  bool bulk;  // contiguous: a channel's run starts and ends at multiples of 16 bytes; channels_last: pixels are staged
   Activation activation;
   uint32_t steps[kHopperMostUnits / 2];  // operand_start() of each step, from the tile's first unit on
   uint32_t units[kHopperMostUnits];      // r, s and channel block of each step's two units; kNoUnit
@@ -71,10 +79,11 @@ struct HopperParams {
 struct HopperHeader {
   uint64_t full[kHopperMostStages];
   uint64_t empty[kHopperMostStages];
+  uint64_t slabs[kHopperSlabs];
   // float32: whether the tile does not split, and the inverse of its scale. Else a byte for each loading warp: whether it has
   // met Inf or NaN.
   uint2 stages[kHopperMostStages];
-  uint4 warps[2][4 * kHopperLoaders];  // of the loading warps: magnitudes, by turns
+  uint2 warps[4][4 * kHopperLoaders];  // of the loading warps: magnitudes
   uint32_t all_exact;                  // the weights, or their affines, do not split: nothing does
   int w_span;                          // the widest span of an output channel's weights
   int least_unscale, most_unscale;     // exponents among unscales[]
@@ -99,7 +108,8 @@ class Hopper {
   static constexpr int kHalves = kFloat ? 2 : 1;
   static constexpr int kBytes = static_cast<int>(sizeof(T));
   static constexpr int kVec = Vec<T>::kSize;
-  static constexpr int kKept = 5;  // units that a loading thread has in registers at once
+  static constexpr int kReadAtOnce = hopper_units_at_once(kHalves,
+                                                          !kMoments);  // units that a loading thread has in registers
   static constexpr uint32_t kInfinity = std::is_same_v<T, bfloat16> ? 0x7f80 : 0x7c00;
   // A thread's own part of the product of a chunk.
   static constexpr int kOwnChannels = kLast ? 16 : 2;
@@ -107,13 +117,10 @@ class Hopper {
   static constexpr int kLoadThreads = 128 * kHopperLoaders;
   static constexpr int kTakeThreads = 128 * kHopperTakers;
   using Sums = float[64];
-  // Of each position of a tile. channels_last: its offset in the image, row and column. Else: its offset in the stage.
-  static constexpr int kPlaceBytes = hopper_place_bytes(kLast);
   // Barriers: who meets there.
   static constexpr int kLoadersMeet = 1;
   static constexpr int kTakersMeet = 2;
   static constexpr int kWeightsAreThere = 3;
-  static constexpr int kNowhere = 0xffff;
   static constexpr uint32_t kOutside = 0x7fff0000;  // as a row, below every other
 
   __device__ __forceinline__ explicit Hopper(const HopperParams<T>& params)
@@ -124,10 +131,10 @@ class Hopper {
     __syncthreads();
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler shall see that a warp agrees
     if (warpgroup < kHopperLoaders) {
-      give_registers_away<kFloat ? 80 : 112>();
+      give_registers_away<kFloat ? (kMoments ? 88 : 80) : 112>();
       load();
     } else {
-      take_registers<kFloat ? 176 : 144>();
+      take_registers<kFloat ? (kMoments ? 168 : 176) : 144>();
       set_up_weights();
       // Loaders of float32 need to know about the weights.
       meet(kWeightsAreThere, kFloat ? kHopperThreads : kTakeThreads);
@@ -142,19 +149,24 @@ class Hopper {
   static __device__ __forceinline__ int g() { return threadIdx.x % 32 / 4; }
   static __device__ __forceinline__ int t() { return threadIdx.x % 4; }
 
-  // Shared memory: the header, the weights, the stages with input, and where the output is contiguous, positions in it and two
-  // stages on the way out.
+  static __device__ __forceinline__ uint32_t shared() { return shared_address(hopper_shared); }
   static __device__ __forceinline__ HopperHeader& header() { return *reinterpret_cast<HopperHeader*>(hopper_shared); }
   static __device__ __forceinline__ uint32_t full(int stage) { return shared_address(&header().full[stage]); }
   static __device__ __forceinline__ uint32_t empty(int stage) { return shared_address(&header().empty[stage]); }
-  static __device__ __forceinline__ uint32_t weights() { return shared_address(hopper_shared) + kHopperHeader; }
+  static __device__ __forceinline__ uint32_t slab_full(int stage) { return shared_address(&header().slabs[stage]); }
+  static __device__ __forceinline__ uint32_t weights() { return shared() + kHopperHeader; }
   __device__ __forceinline__ uint32_t input(int stage) const {
-    return weights() + kHalves * p.tile.w_half() + stage * kHalves * p.tile.x_half;
+    return shared() + p.tile.at_input + stage * kHalves * p.tile.x_half;
   }
-  __device__ __forceinline__ uint32_t places() const { return input(p.tile.stages); }
+  __device__ __forceinline__ uint32_t slab(int stage) const { return shared() + p.tile.at_slabs + stage * p.tile.slab; }
+  __device__ __forceinline__ uint32_t table() const { return shared() + p.tile.at_table; }
+  __device__ __forceinline__ uint32_t places() const { return shared() + p.tile.at_places; }
   __device__ __forceinline__ uint32_t output(int taker) const {
-    return places() + p.tile.chunks * (kHopperChunk * kPlaceBytes) +
-           taker * (kHopperChannels * kBytes) * p.tile.stage_pitch;
+    return shared() + p.tile.at_output + taker * (kHopperChannels * kBytes) * p.tile.stage_pitch;
+  }
+  // This warp's, for pixels.
+  __device__ __forceinline__ uint32_t pixel_stage(int taker) const {
+    return shared() + p.tile.at_output + (taker * 4 + warp()) * p.tile.pixel_stage;
   }
 
   // Where a thread's own channels and positions are in the product, and which they are.
@@ -162,17 +174,21 @@ class Hopper {
     return kLast ? sums[position / 2 * 32 + channel / 2 * 4 + position % 2 * 2 + channel % 2]
                  : sums[position / 2 * 4 + channel * 2 + position % 2];
   }
-  static __device__ __forceinline__ int own_channel(int i) {
-    return kLast ? i / kVec * (4 * kVec) + t() * kVec + i % kVec : warp() * 16 + g() + i * 8;
+  __device__ __forceinline__ int own_channel(int i) const {
+    return kLast ? i / kVec * (4 * kVec) + t() * kVec + i % kVec : warp() * 16 + dealt(g()) + i * 8;
   }
   static __device__ __forceinline__ int own_position() { return kLast ? warp() * 16 + g() : t() * 2; }  // the first
   static __device__ __forceinline__ int position_step(int j) {  // from the first to another
     return kLast ? j / 2 * 64 + j % 2 * 8 : j / 2 * 8 + j % 2;
   }
+  // Of eight neighbouring channels, even ones first where stages say so.
+  __device__ __forceinline__ int dealt(int channel) const {
+    return p.tile.stage_deals ? channel % 4 * 2 + channel / 4 : channel;
+  }
   // The channel that a row of the weights has.
-  static __device__ __forceinline__ int row_channel(int row) {
+  __device__ __forceinline__ int row_channel(int row) const {
     const int i = row / 8 * 2 + row % 2;
-    return kLast ? i / kVec * (4 * kVec) + row % 8 / 2 * kVec + i % kVec : row;
+    return kLast ? i / kVec * (4 * kVec) + row % 8 / 2 * kVec + i % kVec : row / 8 * 8 + dealt(row % 8);
   }
 
   template <typename F>
@@ -202,6 +218,9 @@ class Hopper {
   __device__ __forceinline__ int rows(const Tile& tile) const { return min(p.tile.p, p.P - tile.p0); }
   __device__ __forceinline__ int cols(const Tile& tile) const { return min(p.tile.q, p.Q - tile.q0); }
   __device__ __forceinline__ bool whole_rows() const { return p.tile.q == p.Q; }
+  __device__ __forceinline__ bool is_whole(const Tile& tile) const {
+    return rows(tile) == p.tile.p && cols(tile) == p.tile.q;
+  }
   // Of the tile's first pixel, channel `first_channel`.
   __device__ __forceinline__ int64_t y_offset(const Tile& tile) const {
     const int64_t start = static_cast<int64_t>(tile.image) * p.K * p.P * p.Q;
@@ -220,6 +239,9 @@ class Hopper {
       for (int stage = 0; stage < p.tile.stages; ++stage) {
         barrier_init(full(stage), 4 * kHopperLoaders);
         barrier_init(empty(stage), 4);
+      }
+      for (int stage = 0; stage < kHopperSlabs; ++stage) {
+        barrier_init(slab_full(stage), p.fetches ? 1 : kLoadThreads);
       }
       header().all_exact = 0;
       header().w_span = 0;
@@ -240,15 +262,15 @@ class Hopper {
       if constexpr (kFloat) {
         Magnitudes m;
         const int terms = k < p.K ? p.C * p.R * p.S : 0;
-        constexpr int kBatch = 8;  // loads under way
+        constexpr int kBatch = 16;  // loads under way
         for (int first = thread % kSharers; first < terms; first += kSharers * kBatch) {
           float v[kBatch];
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
             const int e = first + i * kSharers;
-            const int c = e / (p.R * p.S);
+            const int c = p.filter.div(e);
             const int tap = e - c * (p.R * p.S);
-            const int r = tap / p.S;
+            const int r = p.filter_row.div(tap);
             v[i] = e < terms ? weight(k, c, r, tap - r * p.S) : 0.0f;
           }
 #pragma unroll
@@ -321,200 +343,394 @@ class Hopper {
       if constexpr (kLast) {
         store_shared(places() + position * 8, make_uint2(static_cast<uint32_t>(row * p.Q + col) * p.K * kBytes,
                                                          inside ? row << 16 | col : kOutside));
-      } else if constexpr (kMoments) {
-        store_shared(places() + position * 2, static_cast<uint16_t>(inside ? row << 10 | col : kNowhere));
-      } else {
+      } else if constexpr (!kMoments) {
         store_shared(places() + position * 2,
                      static_cast<uint16_t>((inside ? row * p.tile.stage_row + col : p.tile.stage_end) * kBytes));
+      }
+    }
+    if constexpr (kMoments) {
+      for (int i = thread; i < p.tile.chunks * 4; i += kTakeThreads) {
+        store_shared(places() + i * 4, inside_of(i / 4 * kHopperChunk + i % 4 * 2, Tile{0, 0, 0}));
       }
     }
     fence_async();
   }
 
-  // ---- the warpgroup that loads ----
-
-  using Bits = std::conditional_t<kFloat, uint32_t, uint16_t>;
+  // ---- the warpgroups that load ----
 
   // Where the tile's input begins: it may lie outside of the image.
   struct Patch {
-    const T* image;
+    const unsigned char* image;
     int h0, w0;
-    int end;  // past the last column that a tap of the tile meets in the image
+    int end;          // past the last column that a tap of the tile meets in the image
+    int first, last;  // of an input row, the bytes that are in a slab
   };
-  __device__ __forceinline__ Patch patch(const Tile& tile) const {
+  __device__ __forceinline__ Patch patch(uint32_t index) const {
+    const Tile tile = locate(index);
     const int w0 = tile.q0 * p.stride_w - p.pad_w;
-    return {p.x + static_cast<int64_t>(tile.image) * (p.C * p.H * p.W), tile.p0 * p.stride_h - p.pad_h, w0,
-            max(0, min(p.W, w0 + (p.tile.q - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1))};
+    const int end = max(0, min(p.W, w0 + (p.tile.q - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1));
+    const bool whole = whole_rows();
+    return {reinterpret_cast<const unsigned char*>(p.x) + static_cast<int64_t>(tile.image) * p.C * p.H * p.W * kBytes,
+            tile.p0 * p.stride_h - p.pad_h,
+            w0,
+            end,
+            whole ? 0 : max(0, w0) * p.x_col_bytes & ~15,
+            whole ? p.x_row_bytes : min(p.x_row_bytes, (end * p.x_col_bytes + 15) & ~15)};
   }
 
-  // f(source, exists) for unit number `index` of the tile's: source(i) is value i's address, exists(i) whether it is in the
-  // image, the patch and the channels. Values of x_vectors exist together.
-  template <typename F>
-  __device__ __forceinline__ void with_unit(int index, const Patch& patch, F&& f) const {
-    const int line = p.x_cols.div(index);
-    const int col = index - line * p.tile.x_cols;
-    const int plane = p.x_rows.div(line);
-    const int row = line - plane * p.tile.x_rows;
-    const int phase = p.channel_blocks.div(plane);
-    const int c0 = (plane - phase * p.tile.channel_blocks) * 8;
-    const int phase_h = p.phases_w.div(phase);
-    const int phase_w = phase - phase_h * p.tile.phases_w;
-    const int down = row * p.stride_h + phase_h * p.tile.phase_step_h;
-    const int h = patch.h0 + down;
-    const int w = patch.w0 + col * p.stride_w + phase_w * p.tile.phase_step_w;
-    const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(p.H) &&
-                        down <= (p.tile.p - 1) * p.stride_h + (p.R - 1) * p.dilation_h;
-    const Bits* const source = reinterpret_cast<const Bits*>(patch.image) +
-                               (h * p.x_stride_h + w * p.x_stride_w + c0 * p.x_stride_c);
-    if (p.plain_units) {
-      const bool exists = inside && static_cast<unsigned>(w) < static_cast<unsigned>(patch.end);
-      f([&](int i) { return source + i * p.x_stride_c; }, [&](int) { return exists; });
-    } else {
-      const int channels = inside ? p.C - c0 : 0;
-      const int mask = (1 << p.tile.slots_log2) - 1;
-      f(
-          [&](int i) {
-            return source + ((i >> p.tile.slots_log2) * p.dilation_w * p.x_stride_w + (i & mask) * p.x_stride_c);
-          },
-          [&](int i) {
-            return static_cast<unsigned>(w + (i >> p.tile.slots_log2) * p.dilation_w) <
-                       static_cast<unsigned>(patch.end) &&
-                   (i & mask) < channels;
-          });
-    }
-  }
-
-  // Whether input goes to its place in shared memory by itself; else through registers. Copies are of 4 bytes at least.
-  __device__ __forceinline__ bool copies() const { return kFloat || p.x_vectors; }
-
-  // Starts the copies of a tile's input. float32 lies there as it is first, a unit in both of its halves' places.
-  __device__ __forceinline__ void start_copies(const Patch& patch, int stage) const {
+  // What a loading thread has to know of a unit is the same for every tile, so it is worked out once. A thread has
+  // the same units every time, and nobody else reads of them. x: the bytes from the patch's first value to the unit's first.
+  // y: columns to the right, rows down << 17, how many channels there are << 27.
+  __device__ __forceinline__ void make_table() const {
 #pragma unroll 1
-    for (int index = threadIdx.x; index < p.tile.x_units(); index += kLoadThreads) {
-      const uint32_t target = input(stage) + index * 16;
-      with_unit(index, patch, [&](auto source, auto exists) {
-        if (p.x_vectors) {
-#pragma unroll
-          for (int i = 0; i < kHalves; ++i) {
-            copy_async(target + i * p.tile.x_half, source(0) + i * 4, exists(0));
-          }
-        } else if constexpr (kFloat) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            copy_async_1(target + i / 4 * p.tile.x_half + i % 4 * 4, source(i), exists(i));
-          }
-        }
-      });
+    for (int index = threadIdx.x; index * 8 < p.tile.table; index += kLoadThreads) {
+      const int line = p.x_cols.div(index);
+      const int col = index - line * p.tile.x_cols;
+      const int plane = p.x_rows.div(line);
+      const int row = line - plane * p.tile.x_rows;
+      const int phase = p.channel_blocks.div(plane);
+      const int phase_h = p.phases_w.div(phase);
+      const int phase_w = phase - phase_h * p.tile.phases_w;
+      const int down = row * p.stride_h + phase_h * p.tile.phase_step_h;
+      const int right = col * p.stride_w + phase_w * p.tile.phase_step_w;
+      const int c0 = (plane - phase * p.tile.channel_blocks) * 8;
+      const bool exists = index < p.x_units && down < p.tile.slab_rows;
+      store_shared(table() + index * 8,
+                   make_uint2(down * p.unit_row_bytes + right * p.x_col_bytes + c0 * p.unit_channel,
+                              exists ? right | down << 17 | min(8, p.C - c0) << 27 : 0));
     }
   }
+  struct UnitPlace {
+    uint32_t offset;
+    int w;
+    int channels;  // 0: its row is outside of the image
+  };
+  __device__ __forceinline__ UnitPlace unit_place(int index, const Patch& patch) const {
+    const uint2 entry = load_shared_2(table() + index * 8);
+    const int h = patch.h0 + static_cast<int>(entry.y >> 17 & 1023);
+    return {entry.x, patch.w0 + static_cast<int>(entry.y & 0x1ffff),
+            static_cast<unsigned>(h) < static_cast<unsigned>(p.H) ? static_cast<int>(entry.y >> 27) : 0};
+  }
 
-  // Goes round the stages.
+  // Goes round the stages, or the slabs.
   struct Turn {
     int stage;
     uint32_t parity;
   };
-  __device__ __forceinline__ void advance(Turn& turn, int by) const {
+  static __device__ __forceinline__ void advance(Turn& turn, int by, int stages) {
     turn.stage += by;
-    if (turn.stage >= p.tile.stages) {
-      turn.stage -= p.tile.stages;
+    if (turn.stage >= stages) {
+      turn.stage -= stages;
       turn.parity ^= 1;
     }
   }
 
-  // The copies of the next tile are under way while this one is worked on.
   __device__ __forceinline__ void load() const {
-    Turn turn{0, 0};
-    Turn next{0, 0};
-    const auto start = [&](uint32_t index) {
-      if (index < p.tiles) {
-        barrier_wait(empty(next.stage), next.parity ^ 1);
-        if (copies()) {
-          start_copies(patch(locate(index)), next.stage);
-        }
-        advance(next, 1);
+    make_table();
+    if constexpr (kFloat) {
+      load_through_slabs();
+    } else {
+      if (p.tile.slab == 0) {
+        load_units();
+      } else {
+        load_through_slabs();
       }
-      copy_async_commit();
-    };
-    start(blockIdx.x);
+    }
+  }
+  __device__ __forceinline__ void load_through_slabs() const {
+    switch (p.tile.slots_log2) {
+      case 0:
+        return load_through_slabs_of<1>();
+      case 1:
+        return load_through_slabs_of<2>();
+      case 2:
+        return load_through_slabs_of<4>();
+      default:
+        return load_through_slabs_of<8>();
+    }
+  }
+
+  template <int kSlots>
+  __device__ __forceinline__ void load_through_slabs_of() const {
+    fill(blockIdx.x, 0);
+    fill(blockIdx.x + gridDim.x, 1);
     if constexpr (kFloat) {
       meet(kWeightsAreThere, kHopperThreads);
     }
-    uint32_t side = 0;
+    // float32 needs the values twice. Where they are few enough they stay in registers.
+    const bool kept = kFloat && p.tile.rounds == 1;
+    Turn turn{0, 0}, from{0, 0};
     for (uint32_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-      start(index + gridDim.x);
-      copy_async_wait_all_but<1>();
+      const Patch patch = this->patch(index);
+      const uint32_t next = index + kHopperSlabs * gridDim.x;
+      Values v;
+      barrier_wait(slab_full(from.stage), from.parity);
       if constexpr (kFloat) {
-        side ^= 1;
-        split_units(turn.stage, side);
-      } else {
-        const uint32_t most = copies() ? most_of_units(turn.stage) : read_units(patch(locate(index)), turn.stage);
-        const uint32_t of_warp = __reduce_max_sync(0xffffffffu, max(most & 0xffff, most >> 16));
-        if (lane() == 0) {
-          reinterpret_cast<unsigned char*>(&header().stages[turn.stage])[threadIdx.x / 32] = of_warp >= kInfinity;
+        const Scaling scaling = measure_units<kSlots>(patch, slab(from.stage), v, kept, from.stage);
+        if (kept) {
+          fill(next, from.stage);
         }
+        barrier_wait(empty(turn.stage), turn.parity ^ 1);
+        if (threadIdx.x == 0) {
+          header().stages[turn.stage] = make_uint2(scaling.exact, __float_as_uint(scaling.inverse));
+        }
+        build_units<kSlots>(patch, slab(from.stage), v, kept, turn.stage, scaling.scale);
+      } else {
+        barrier_wait(empty(turn.stage), turn.parity ^ 1);
+        report(turn.stage, build_units<kSlots>(patch, slab(from.stage), v, false, turn.stage, 1.0f));
       }
       fence_async();
       __syncwarp();
       if (lane() == 0) {
         barrier_arrive(full(turn.stage));
       }
-      advance(turn, 1);
+      if (!kept) {
+        meet(kLoadersMeet, kLoadThreads);  // nobody reads the slab any more
+        fill(next, from.stage);
+      }
+      advance(turn, 1, p.tile.stages);
+      advance(from, 1, kHopperSlabs);
     }
   }
 
-  // float32: from values as they are to halves, in place. A thread has the units that it has copied.
-  __device__ __forceinline__ void split_units(int stage, uint32_t side) const {
-    const uint32_t base = input(stage);
-    Magnitudes all, groups;  // groups: of the largest in each pixel's eight, or four, channels
-    for (int index = threadIdx.x; index < p.tile.x_units(); index += kLoadThreads) {
-      const uint4 a = load_shared_4(base + index * 16);
-      const uint4 b = load_shared_4(base + p.tile.x_half + index * 16);
-      const uint32_t v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-      measure(v, all, groups);
+  // Starts the copies of a tile's input rows into a slab.
+  __device__ __forceinline__ void fill(uint32_t index, int stage) const {
+    if (index >= p.tiles) {
+      return;
     }
-    all.most = __reduce_max_sync(0xffffffffu, all.most);
-    all.least = __reduce_min_sync(0xffffffffu, all.least);
-    groups.least = __reduce_min_sync(0xffffffffu, groups.least);
+    const Patch patch = this->patch(index);
+    const int above = max(0, -patch.h0);  // rows outside of the image
+    const int rows = max(0, min(p.tile.slab_rows, p.H - patch.h0) - above);
+    const int bytes = max(0, patch.last - patch.first);
+    const uint32_t target = slab(stage) + above * p.tile.slab_pitch;
+    const unsigned char* const source = patch.image + static_cast<int64_t>(patch.h0 + above) * p.x_row_bytes +
+                                        patch.first;
+    const int planes = p.x_planes;
+    if (p.fetches) {
+      if (threadIdx.x == 0) {
+        barrier_arrive_expect(slab_full(stage), planes * rows * bytes);
+      }
+      // Whole rows follow each other in memory and in the slab. The warps share the runs: starting a copy takes long.
+      const int runs = whole_rows() ? 1 : rows;
+      const int run = whole_rows() ? rows * bytes : bytes;
+      for (int i = threadIdx.x / 32 + kLoadThreads / 32 * lane(); i < planes * p.tile.slab_rows && run > 0;
+           i += kLoadThreads) {
+        const int plane = whole_rows() ? i : static_cast<int>(p.slab_rows.div(i));
+        const int row = whole_rows() ? 0 : i - plane * p.tile.slab_rows;
+        if (plane < planes && row < runs) {
+          fetch_bulk(target + (plane * p.tile.slab_rows + row) * p.tile.slab_pitch,
+                     source + (static_cast<int64_t>(plane) * p.H + row) * p.x_row_bytes, run, slab_full(stage));
+        }
+      }
+      return;
+    }
+    // Four bytes at a time, or two where rows begin at odd multiples of them.
+    const bool odd = p.x_row_bytes % 4 != 0;
+    for (int i = threadIdx.x / 32; i < planes * p.tile.slab_rows; i += kLoadThreads / 32) {
+      const int plane = p.slab_rows.div(i);
+      const int row = i - plane * p.tile.slab_rows;
+      const unsigned char* const start = source + (static_cast<int64_t>(plane) * p.H + row) * p.x_row_bytes;
+      if (row >= rows) {
+        continue;
+      }
+      if (!odd) {
+        for (int e = lane() * 4; e < bytes; e += 32 * 4) {
+          copy_async_1(target + i * p.tile.slab_pitch + e, start + e, true);
+        }
+      } else if constexpr (!kFloat) {
+        for (int e = lane() * 2; e < bytes; e += 32 * 2) {
+          store_shared(target + i * p.tile.slab_pitch + e, __ldg(reinterpret_cast<const uint16_t*>(start + e)));
+        }
+      }
+    }
+    if (odd) {
+      barrier_arrive(slab_full(stage));
+    } else {
+      barrier_arrive_behind_copies(slab_full(stage));
+    }
+  }
+
+  // A unit's values as bits; 0 for what is outside of the image, the patch or the channels, and behind the last unit.
+  template <int kSlots>
+  __device__ __forceinline__ void read_unit(int index, const Patch& patch, uint32_t slab, uint32_t (&v)[8]) const {
+    const UnitPlace place = unit_place(index, patch);
+    const uint32_t address = slab + place.offset + (patch.w0 * p.x_col_bytes - patch.first);
+#pragma unroll
+    for (int tap = 0; tap < 8 / kSlots; ++tap) {
+      const bool inside = static_cast<unsigned>(place.w + tap * p.dilation_w) < static_cast<unsigned>(patch.end);
+      const int channels = inside ? place.channels : 0;
+      const uint32_t start = address + tap * p.dilation_w * p.x_col_bytes;
+      if constexpr (kFloat && kSlots == 8) {
+        if (p.slab_vectors) {
+          const uint4 a = channels > 0 ? load_shared_4(start) : make_uint4(0, 0, 0, 0);
+          const uint4 b = channels > 0 ? load_shared_4(start + 16) : make_uint4(0, 0, 0, 0);
+          v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+          continue;
+        }
+      }
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        v[tap * kSlots + slot] = load_shared_if_less<kBytes>(start + slot * p.unit_channel, slot, channels);
+      }
+    }
+  }
+
+  using Values = uint32_t[kReadAtOnce][8];
+
+  // f(index, values) for this thread's units, some at once. there: they are in `v` already.
+  template <int kSlots, typename F>
+  __device__ __forceinline__ void for_each_unit(const Patch& patch, uint32_t slab, Values& v, bool there, F&& f) const {
+#pragma unroll 1
+    for (int first = threadIdx.x; first < p.x_units; first += kReadAtOnce * kLoadThreads) {
+      if (!there) {
+#pragma unroll
+        for (int i = 0; i < kReadAtOnce; ++i) {
+          read_unit<kSlots>(first + i * kLoadThreads, patch, slab, v[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kReadAtOnce; ++i) {
+        f(first + i * kLoadThreads, v[i]);
+      }
+    }
+  }
+
+  // float32: how a tile is split, or that it is not.
+  struct Scaling {
+    uint32_t exact;
+    float scale, inverse;
+  };
+
+  // Of all loading threads' values. Between two calls with the same `place` there is one with another.
+  __device__ __forceinline__ Magnitudes of_all(const Magnitudes& own, int place) const {
+    const uint32_t most = __reduce_max_sync(0xffffffffu, own.most);
+    const uint32_t least = __reduce_min_sync(0xffffffffu, own.least);
     if (lane() == 0) {
-      header().warps[side][threadIdx.x / 32] = make_uint4(all.most, all.least, groups.least, 0);
+      header().warps[place][threadIdx.x / 32] = make_uint2(most, least);
     }
     meet(kLoadersMeet, kLoadThreads);
-    const uint4 other = header().warps[side][lane() % (kLoadThreads / 32)];
-    all.most = __reduce_max_sync(0xffffffffu, other.x);
-    all.least = __reduce_min_sync(0xffffffffu, other.y);
-    groups.least = __reduce_min_sync(0xffffffffu, other.z);
-    groups.most = all.most;
-    // The affine's scale takes both inverses in, and is to stay clear of float32's limits.
-    const bool in_range = all.has_scale() && header().least_unscale + all.inverse_exponent() > 1 &&
-                          header().most_unscale + all.inverse_exponent() < 250;
-    const bool splits = in_range && (all.span() <= kMaxSpan ||
-                                     (p.tile.slots_log2 >= 2 && groups.span() + header().w_span <= kMaxSpan));
-    if (threadIdx.x == 0) {
-      header().stages[stage] = make_uint2(header().all_exact != 0 || !splits, __float_as_uint(all.inverse()));
-    }
-    const float scale = all.scale();
-    for (int index = threadIdx.x; index < p.tile.x_units(); index += kLoadThreads) {
-      const uint32_t target = base + index * 16;
-      const uint4 a = load_shared_4(target);
-      const uint4 b = load_shared_4(target + p.tile.x_half);
-      const uint32_t v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-      uint32_t high[4], low[4];
+    const uint2 other = header().warps[place][lane() % (kLoadThreads / 32)];
+    Magnitudes all;
+    all.merge(__reduce_max_sync(0xffffffffu, other.x), __reduce_min_sync(0xffffffffu, other.y));
+    return all;
+  }
+
+  // What decides is the largest magnitude of each pixel's four or eight channels, and the weights; only if that is not
+  // enough, or there are fewer channels, every single value.
+  template <int kSlots>
+  __device__ __forceinline__ Scaling measure_units(const Patch& patch, uint32_t slab, Values& v, bool kept,
+                                                   int side) const {
+    constexpr int kGroup = kSlots < 4 ? 1 : kSlots;
+    Magnitudes groups;
+    for_each_unit<kSlots>(patch, slab, v, false, [&](int, const uint32_t (&unit)[8]) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        split(__uint_as_float(v[2 * k]), __uint_as_float(v[2 * k + 1]), scale, high[k], low[k]);
+      for (int first = 0; first < 8; first += kGroup) {
+        float most = fabsf(__uint_as_float(unit[first]));
+#pragma unroll
+        for (int i = 1; i < kGroup; ++i) {
+          most = larger_or_nan(most, fabsf(__uint_as_float(unit[first + i])));
+        }
+        groups.add(most);
       }
-      store_shared(target, make_uint4(high[0], high[1], high[2], high[3]));
-      store_shared(target + p.tile.x_half, make_uint4(low[0], low[1], low[2], low[3]));
+    });
+    groups = of_all(groups, side);
+    // The affine's scale takes both inverses in, and is to stay clear of float32's limits.
+    bool splits = groups.has_scale() && header().least_unscale + groups.inverse_exponent() > 1 &&
+                  header().most_unscale + groups.inverse_exponent() < 250;
+    if (splits && groups.span() + (kGroup > 1 ? header().w_span : 0) > kMaxSpan) {
+      Magnitudes all = groups;
+      if constexpr (kGroup > 1) {
+        for_each_unit<kSlots>(patch, slab, v, kept, [&](int, const uint32_t (&unit)[8]) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            all.add(__uint_as_float(unit[i]));
+          }
+        });
+        all = of_all(all, 2 + side);
+      }
+      splits = all.span() <= kMaxSpan;
+    }
+    return {header().all_exact != 0 || !splits ? 1u : 0u, groups.scale(), groups.inverse()};
+  }
+  static __device__ __forceinline__ float larger_or_nan(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+  }
+
+  // From a slab to a stage's units. float32: scaled and split. Else: the largest magnitudes, as a pair of bits.
+  template <int kSlots>
+  __device__ __forceinline__ uint32_t build_units(const Patch& patch, uint32_t slab, Values& values, bool there,
+                                                  int stage, float scale) const {
+    uint32_t most = 0;
+    for_each_unit<kSlots>(patch, slab, values, there, [&](int index, const uint32_t (&v)[8]) {
+      const uint32_t target = input(stage) + index * 16;
+      if constexpr (kFloat) {
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          split(__uint_as_float(v[2 * k]), __uint_as_float(v[2 * k + 1]), scale, high[k], low[k]);
+        }
+        if (index < p.x_units) {
+          store_shared(target, make_uint4(high[0], high[1], high[2], high[3]));
+          store_shared(target + p.tile.x_half, make_uint4(low[0], low[1], low[2], low[3]));
+        }
+      } else {
+        const uint4 unit = make_uint4(__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[2], v[3], 0x5410),
+                                      __byte_perm(v[4], v[5], 0x5410), __byte_perm(v[6], v[7], 0x5410));
+        most = most_of(most, unit);
+        if (index < p.x_units) {
+          store_shared(target, unit);
+        }
+      }
+    });
+    return most;
+  }
+
+  // float16 and bfloat16 whose image consists of units: they go to their places by themselves. The copies of the next tile are
+  // under way while this one is looked at.
+  __device__ __forceinline__ void load_units() const {
+    Turn turn{0, 0}, next{0, 0};
+    const auto start = [&](uint32_t index) {
+      if (index < p.tiles) {
+        barrier_wait(empty(next.stage), next.parity ^ 1);
+        const Patch patch = this->patch(index);
+        const unsigned char* const start = patch.image + static_cast<int64_t>(patch.h0) * p.x_row_bytes +
+                                           patch.w0 * p.x_col_bytes;
+#pragma unroll 2
+        for (int i = threadIdx.x; i < p.x_units; i += kLoadThreads) {
+          const UnitPlace place = unit_place(i, patch);
+          copy_async(input(next.stage) + i * 16, start + place.offset,
+                     place.channels > 0 && static_cast<unsigned>(place.w) < static_cast<unsigned>(patch.end));
+        }
+        advance(next, 1, p.tile.stages);
+      }
+      copy_async_commit();
+    };
+    start(blockIdx.x);
+    for (uint32_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+      start(index + gridDim.x);
+      copy_async_wait_all_but<1>();
+      uint32_t most = 0;
+      for (int i = threadIdx.x; i < p.x_units; i += kLoadThreads) {
+        most = most_of(most, load_shared_4(input(turn.stage) + i * 16));
+      }
+      report(turn.stage, most);
+      fence_async();
+      __syncwarp();
+      if (lane() == 0) {
+        barrier_arrive(full(turn.stage));
+      }
+      advance(turn, 1, p.tile.stages);
     }
   }
 
-  // float16 and bfloat16: the largest magnitudes of this thread's units, as a pair of bits.
-  __device__ __forceinline__ uint32_t most_of_units(int stage) const {
-    uint32_t most = 0;
-    for (int index = threadIdx.x; index < p.tile.x_units(); index += kLoadThreads) {
-      most = most_of(most, load_shared_4(input(stage) + index * 16));
+  // Whether this warp has met Inf or NaN.
+  __device__ __forceinline__ void report(int stage, uint32_t most) const {
+    const uint32_t of_warp = __reduce_max_sync(0xffffffffu, max(most & 0xffff, most >> 16));
+    if (lane() == 0) {
+      reinterpret_cast<unsigned char*>(&header().stages[stage])[threadIdx.x / 32] = of_warp >= kInfinity;
     }
-    return most;
   }
   static __device__ __forceinline__ uint32_t most_of(uint32_t most, const uint4& v) {
     const uint32_t a = __vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu);
@@ -522,82 +738,40 @@ class Hopper {
     return __vmaxu2(most, __vmaxu2(a, b));
   }
 
-  // The same while they are read, value by value.
-  __device__ __forceinline__ uint32_t read_units(const Patch& patch, int stage) const {
-    uint32_t most = 0;
-#pragma unroll 1
-    for (int first = threadIdx.x; first < p.tile.x_units(); first += kKept * kLoadThreads) {
-      uint4 units[kKept];
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        const int index = first + i * kLoadThreads;
-        if (index < p.tile.x_units()) {
-          with_unit(index, patch, [&](auto source, auto exists) {
-            uint32_t v[8];
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-              v[k] = load_or_zero(source(k), exists(k));
-            }
-            units[i] = make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
-          });
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        const int index = first + i * kLoadThreads;
-        if (index < p.tile.x_units()) {
-          store_shared(input(stage) + index * 16, units[i]);
-          most = most_of(most, units[i]);
-        }
-      }
-    }
-    return most;
-  }
-  template <typename Source>
-  static __device__ __forceinline__ uint32_t load_or_zero(const Source* source, bool exists) {
-    uint32_t v = 0;
-    if constexpr (!kFloat) {
-      asm volatile(
-          "{\n.reg .pred p;\n.reg .u16 h;\nsetp.ne.b32 p, %2, 0;\nmov.u16 h, 0;\n@p ld.global.nc.u16 h, [%1];\n"
-          "cvt.u32.u16 %0, h;\n}"
-          : "=r"(v)
-          : "l"(source), "r"(static_cast<int>(exists)));
-    }
-    return v;
-  }
-
-  __device__ __forceinline__ void measure(const uint32_t (&v)[8], Magnitudes& all, Magnitudes& groups) const {
-    uint32_t most[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t bits = v[i] & 0x7fffffffu;
-      most[i / 4] = max(most[i / 4], bits);
-      all.least = min(all.least, bits - 1);
-    }
-    const uint32_t both = max(most[0], most[1]);
-    all.most = max(all.most, both);
-    const bool eight = p.tile.slots_log2 == 3;
-    groups.least = min(groups.least, (eight ? both : most[0]) - 1);
-    groups.least = min(groups.least, (eight ? both : most[1]) - 1);
-  }
-
   // ---- the warpgroups that multiply and write ----
 
   __device__ __forceinline__ void compute(int taker) const {
     Turn turn{taker, 0};
     Gathered gathered;
+    // What is staged and has to be copied: a tile's channels, or a chunk's pixels.
+    uint32_t staged = kNoTile;
+    int staged_chunk = 0;
+    const auto copy_staged = [&] {
+      if constexpr (!kMoments) {
+        if (staged != kNoTile) {
+          if constexpr (kLast) {
+            copy_pixels(locate(staged), staged_chunk * kHopperChunk, taker);
+          } else {
+            copy_planes(locate(staged), taker);
+          }
+          copy_bulk_commit();
+          staged = kNoTile;
+        }
+      }
+    };
     for (uint32_t index = blockIdx.x + taker * gridDim.x; index < p.tiles; index += kHopperTakers * gridDim.x) {
       const int stage = turn.stage;
       barrier_wait(full(stage), turn.parity);
-      advance(turn, kHopperTakers);
+      advance(turn, kHopperTakers, p.tile.stages);
       const uint2 info = header().stages[stage];
       const bool exact = kFloat ? info.x != 0 : (info.x | info.y) != 0;
       const float inverse = kFloat && !exact ? __uint_as_float(info.y) : 1.0f;
+      const bool whole = kMoments && is_whole(locate(index));
       const uint2 targets = kOutput == HopperOutput::planes ? stage_targets(locate(index), taker) : make_uint2(0, 0);
 #pragma unroll 1
       for (int chunk = 0; chunk < p.tile.chunks; ++chunk) {
         Sums sums;
-        multiply(sums, input(stage) + chunk * (kHopperChunk * 16));
+        multiply(sums, input(stage) + chunk * (kHopperChunk * 16), copy_staged);
         if (chunk == p.tile.chunks - 1) {
           __syncwarp();
           if (lane() == 0) {
@@ -607,11 +781,13 @@ class Hopper {
         if (exact) {
           multiply_exactly(sums, locate(index), chunk * kHopperChunk);
         }
-        apply_affine(sums, exact, inverse);
         if constexpr (kMoments) {
-          gather(gathered, sums, locate(index), chunk * kHopperChunk);
+          const uint32_t inside = whole ? load_shared_1(places() + (chunk * 4 + t()) * 4)
+                                        : inside_of(chunk * kHopperChunk + t() * 2, locate(index));
+          gather(gathered, sums, inside, exact, inverse);
           continue;
         }
+        apply_affine(sums, exact, inverse);
         if (p.residual != nullptr) {
           add_residual(sums, locate(index), chunk * kHopperChunk);
         }
@@ -620,15 +796,23 @@ class Hopper {
         if (!relu) {
           dispatch_activation(p.activation, [&](auto a) { apply_activation<decltype(a)::value>(sums); });
         }
-        if constexpr (!kLast) {
-          if (p.bulk && chunk == 0) {
-            copy_bulk_wait_read();  // of this warp's last tile
-            __syncwarp();
-          }
+        if (p.bulk && (kLast || chunk == 0)) {
+          copy_bulk_wait_read();  // of what this warp had staged before
+          __syncwarp();
         }
         const auto write = [&](auto relu_) {
           constexpr bool kRelu = relu_();
           if constexpr (kLast) {
+            if constexpr (kFloat) {
+              if (p.bulk) {
+                stage_pixels(sums, taker);
+                fence_async();
+                __syncwarp();
+                staged = index;
+                staged_chunk = chunk;
+                return;
+              }
+            }
             if (p.y_vectors) {
               write_pixels<true, kRelu>(sums, locate(index), chunk * kHopperChunk);
             } else {
@@ -647,20 +831,26 @@ class Hopper {
         }
       }
       if constexpr (kOutput == HopperOutput::planes) {
-        write_planes(locate(index), taker);
+        if (p.bulk) {
+          fence_async();
+          __syncwarp();
+          staged = index;
+        } else {
+          write_planes(locate(index), taker);
+        }
       }
     }
+    copy_staged();
     if constexpr (kMoments) {
       write_moments(gathered, taker);
-    } else if constexpr (!kLast) {
-      if (p.bulk) {
-        copy_bulk_wait();
-      }
+    } else if (p.bulk) {
+      copy_bulk_wait();
     }
   }
 
-  // x: the chunk's first unit.
-  __device__ __forceinline__ void multiply(Sums& sums, uint32_t x) const {
+  // x: the chunk's first unit. meanwhile(): what there is to do while the tensor cores are busy.
+  template <typename F>
+  __device__ __forceinline__ void multiply(Sums& sums, uint32_t x, F&& meanwhile) const {
     const uint32_t w_start = operand_start(weights(), kHopperChannels * 16);
     const uint32_t w_step = 2 * kHopperChannels * 16 >> 4;
     const uint32_t x_start = x >> 4;
@@ -688,6 +878,7 @@ class Hopper {
         add_step(step, std::true_type{});
       }
       product_commit();
+      meanwhile();
       product_wait<0>();
 #pragma unroll
       for (int e = 0; e < 64; ++e) {
@@ -701,6 +892,7 @@ class Hopper {
         add(sums, w_start + step * w_step, x_start + p.steps[step], std::true_type{});
       }
       product_commit();
+      meanwhile();
       product_wait<0>();
     }
   }
@@ -797,60 +989,96 @@ class Hopper {
 
   // ---- moments ----
 
-  // Of a thread's own channels: of the distances from a pivot, its first value, in float32. They are about as large as the
-  // deviation, however large the mean is.
+  // Of a thread's own channels: sums of the distances from a pivot and of their squares. The pivot is the mean of the first
+  // values: the distances are about as large as the deviation, however large the mean is. From time to time they go into
+  // moments in float64.
   struct Gathered {
     float count = 0;
-    float pivot[2] = {0, 0};
-    float mean[2] = {0, 0};
-    float m2[2] = {0, 0};
+    float pivots[2] = {0, 0};
+    float sums[2] = {0, 0};
+    float squares[2] = {0, 0};
+    Moments all[2] = {};
   };
+  static constexpr float kMostGathered = 8192;
 
-  __device__ __forceinline__ void gather(Gathered& all, const Sums& sums, const Tile& tile, int first_position) const {
-    const uint32_t table = places() + (first_position + own_position()) * 2;
-    const uint32_t last_row = rows(tile) << 10;
-    const uint32_t last_col = cols(tile);
+  // Of a thread's positions from `first` on, a bit each: whether it is one of the tile's.
+  __device__ __forceinline__ uint32_t inside_of(int first, const Tile& tile) const {
     uint32_t inside = 0;
-#pragma unroll
-    for (int j = 0; j < kOwnPositions; j += 2) {
-      const uint32_t pair = load_shared_1(table + j * 8);
-      const uint32_t a = pair & 0xffff, b = pair >> 16;
-      inside |= (a != kNowhere && a < last_row && (a & 1023) < last_col ? 1u : 0u) << j;
-      inside |= (b != kNowhere && b < last_row && (b & 1023) < last_col ? 2u : 0u) << j;
+#pragma unroll 1
+    for (int j = 0; j < 32; ++j) {
+      const int position = first + position_step(j);
+      const int row = p.x_cols.div(position);
+      inside |= (row < rows(tile) && position - row * p.tile.x_cols < cols(tile) ? 1u : 0u) << j;
     }
+    return inside;
+  }
+
+  // inside: which of the positions count.
+  __device__ __forceinline__ void gather(Gathered& own, const Sums& sums, uint32_t inside, bool exact,
+                                         float inverse) const {
     const auto count = static_cast<float>(__popc(inside));
     if (count == 0) {
       return;
     }
-    const float share = 1 / (all.count + count);
+    const auto value = [&](int i, int j) { return sums[j / 2 * 4 + i * 2 + j % 2]; };
+    // What was scaled is unscaled on the way: that is a power of two.
+    float factors[2] = {1, 1};
+    if (kFloat && !exact) {
+      factors[0] = header().unscales[own_channel(0)] * inverse;
+      factors[1] = header().unscales[own_channel(1)] * inverse;
+    }
+    if (own.count == 0) {
+      const float share = 1 / count;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (all.count == 0) {
+      for (int i = 0; i < 2; ++i) {
+        own.pivots[i] = 0;
 #pragma unroll
-        for (int j = kOwnPositions - 1; j >= 0; --j) {
-          all.pivot[i] = inside >> j & 1 ? sums[j / 2 * 4 + i * 2 + j % 2] : all.pivot[i];
+        for (int j = 0; j < kOwnPositions; ++j) {
+          own.pivots[i] += inside >> j & 1 ? value(i, j) * factors[i] * share : 0.0f;
         }
       }
-      float sum = 0, squares = 0;
-#pragma unroll
-      for (int j = 0; j < kOwnPositions; ++j) {
-        const float distance = inside >> j & 1 ? sums[j / 2 * 4 + i * 2 + j % 2] - all.pivot[i] : 0.0f;
-        sum += distance;
-        squares = fmaf(distance, distance, squares);
-      }
-      const float mean = sum / count;
-      const float delta = mean - all.mean[i];
-      all.m2[i] += fmaxf(squares - sum * mean, 0.0f * squares) + delta * delta * (all.count * count * share);
-      all.mean[i] += delta * (count * share);
     }
-    all.count += count;
+    // Sums of few at first: fewer roundings, and shorter chains.
+    float sum[2][2] = {}, squares[2][2] = {};
+#pragma unroll
+    for (int j = 0; j < kOwnPositions; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float distance = inside >> j & 1 ? fmaf(value(i, j), factors[i], -own.pivots[i]) : 0.0f;
+        sum[i][j % 2] += distance;
+        squares[i][j % 2] = fmaf(distance, distance, squares[i][j % 2]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      own.sums[i] += sum[i][0] + sum[i][1];
+      own.squares[i] += squares[i][0] + squares[i][1];
+    }
+    own.count += count;
+    if (own.count >= kMostGathered) {
+      settle(own);
+    }
+  }
+
+  static __device__ __noinline__ Moments merged(const Moments& all, float count, float pivot, float sum,
+                                                float squares) {
+    return merge(all, from_sums(count, pivot, sum, squares));
+  }
+  static __device__ __forceinline__ void settle(Gathered& own) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      own.all[i] = merged(own.all[i], own.count, own.pivots[i], own.sums[i], own.squares[i]);
+      own.sums[i] = own.squares[i] = 0;
+    }
+    own.count = 0;
   }
 
   // By the first of the four threads that share the channels.
-  __device__ __forceinline__ void write_moments(const Gathered& own, int taker) const {
+  __device__ __forceinline__ void write_moments(Gathered& own, int taker) const {
+    settle(own);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      Moments m{own.count, static_cast<double>(own.pivot[i]) + own.mean[i], own.m2[i]};
+      Moments m = own.all[i];
 #pragma unroll
       for (int other = 1; other < 4; other *= 2) {
         const Moments theirs{__shfl_xor_sync(0xffffffffu, m.count, other), __shfl_xor_sync(0xffffffffu, m.mean, other),
@@ -954,6 +1182,52 @@ class Hopper {
       }
     }
   }
+
+  // On the way to bulk copies: two times 16 pixels. Pixels are a multiple of 128 bytes where it matters, so that neighbours
+  // would share banks: odd ones begin with another of their vectors.
+  __device__ __forceinline__ void stage_pixels(const Sums& sums, int taker) const {
+    const uint32_t pitch = p.K * kBytes;
+    const uint32_t start = pixel_stage(taker) + g() * pitch + t() * kVecBytes;
+    const bool odd = g() % 2 != 0;
+#pragma unroll
+    for (int j = 0; j < kOwnPositions; ++j) {
+      const uint32_t target = start + (j / 2 * 16 + j % 2 * 8) * pitch;
+#pragma unroll
+      for (int i = 0; i < kOwnChannels; i += 2 * kVec) {
+        const auto value = [&](int v) {
+          return __float_as_uint(sums[j / 2 * 32 + (i + v) / 2 * 4 + j % 2 * 2 + v % 2]);
+        };
+#pragma unroll
+        for (int turn = 0; turn < 2; ++turn) {
+          const int vector = i / kVec + (odd ? 1 - turn : turn);
+          const int a = turn * kVec, b = (1 - turn) * kVec;
+          const uint4 words = make_uint4(odd ? value(b) : value(a), odd ? value(b + 1) : value(a + 1),
+                                         odd ? value(b + 2) : value(a + 2), odd ? value(b + 3) : value(a + 3));
+          if (vector * (4 * kVec) + t() * kVec < p.K) {
+            store_shared(target + vector * 64, words);
+          }
+        }
+      }
+    }
+  }
+
+  // A lane looks after one of the 32 pixels that its warp has staged. A run of neighbours in the output begins behind a pixel that is not there, in
+  // another row, or among the other 16.
+  __device__ __forceinline__ void copy_pixels(const Tile& tile, int first_position, int taker) const {
+    const uint32_t pitch = p.K * kBytes;
+    const uint2 place = load_shared_2(places() + (first_position + lane() / 16 * 64 + warp() * 16 + lane() % 16) * 8);
+    const uint32_t col = place.y & 0xffff;
+    const bool inside = place.y < static_cast<uint32_t>(rows(tile) << 16) && col < static_cast<uint32_t>(cols(tile));
+    const uint32_t there = __ballot_sync(0xffffffffu, inside);
+    const bool follows = lane() % 16 > 0 && (there >> (lane() - 1) & 1) != 0 && col > 0;
+    const uint32_t begins = __ballot_sync(0xffffffffu, inside && !follows);
+    if (begins >> lane() & 1) {
+      const uint32_t behind = (~there | begins) & (0xfffffffeu << lane());
+      const int length = (behind == 0 ? 32 : __ffs(static_cast<int>(behind)) - 1) - lane();
+      copy_bulk(reinterpret_cast<unsigned char*>(p.y + y_offset(tile)) + place.x, pixel_stage(taker) + lane() * pitch,
+                length * pitch);
+    }
+  }
   static __device__ __forceinline__ void store_words_if(bool condition, void* address, const uint32_t (&w)[4]) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(address),
@@ -961,9 +1235,11 @@ class Hopper {
         : "memory");
   }
 
-  // The bytes by which a channel's run is shifted in its stage.
-  __device__ __forceinline__ uint32_t lead(int64_t offset) const {
-    return whole_rows() ? static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p.y + offset)) % kHopperRunAlign : 0;
+  // The bytes by which a channel's run is shifted in its stage, so that it starts there where it does in memory, modulo
+  // kHopperRunAlign: bulk copies are faster then.
+  __device__ __forceinline__ uint32_t lead(int channel, int64_t offset) const {
+    const auto address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p.y + offset));
+    return whole_rows() ? (address - channel * p.tile.stage_pitch * kBytes) % kHopperRunAlign : 0;
   }
 
   // Where a thread's own channels begin in their stage.
@@ -972,7 +1248,7 @@ class Hopper {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       targets[i] = output(taker) + own_channel(i) * p.tile.stage_pitch * kBytes +
-                   lead(y_offset(tile) + own_channel(i) * (p.P * p.Q));
+                   lead(own_channel(i), y_offset(tile) + own_channel(i) * (p.P * p.Q));
     }
     return make_uint2(targets[0], targets[1]);
   }
@@ -1015,22 +1291,22 @@ class Hopper {
     }
   }
 
-  // A warp writes the channels that it has staged: nobody else to wait for.
+  // Starts bulk copies of the channels that this warp has staged: nobody else to wait for. A lane has a channel.
+  __device__ __forceinline__ void copy_planes(const Tile& tile, int taker) const {
+    const int channel = warp() * 16 + lane();
+    if (lane() < 16 && first_channel + channel < p.K) {
+      const int64_t own = y_offset(tile) + channel * (p.P * p.Q);
+      copy_bulk(p.y + own, output(taker) + channel * p.tile.stage_pitch * kBytes + lead(channel, own),
+                rows(tile) * p.Q * kBytes);
+    }
+  }
+
+  // Without bulk copies a warp writes the channels that it has staged: nobody else to wait for.
   __device__ __forceinline__ void write_planes(const Tile& tile, int taker) const {
     const int channels = min(16, p.K - first_channel - warp() * 16);
     const uint32_t pitch = p.tile.stage_pitch * kBytes;
     const uint32_t source = output(taker) + warp() * 16 * pitch;
     const int64_t offset = y_offset(tile) + warp() * 16 * (p.P * p.Q);
-    if (p.bulk) {
-      fence_async();
-      __syncwarp();
-      if (lane() < channels) {
-        const int64_t own = offset + lane() * (p.P * p.Q);
-        copy_bulk(p.y + own, source + lane() * pitch + lead(own), rows(tile) * p.Q * kBytes);
-        copy_bulk_commit();
-      }
-      return;
-    }
     __syncwarp();
     // Vector by vector of all runs: a run is a channel's, or where rows are not whole, a row's.
     const bool whole = whole_rows();
@@ -1051,7 +1327,7 @@ class Hopper {
         const int channel = whole ? run : static_cast<int>(p.tile_p.div(run));
         const int row = run - channel * (whole ? 1 : p.tile.p);
         const int64_t start = offset + (channel * (p.P * p.Q) + row * p.Q);
-        const int skipped = static_cast<int>(lead(start));
+        const int skipped = static_cast<int>(lead(channel, start));
         const int at = (index - run * vectors) * kVecBytes - skipped;
         targets[i] = reinterpret_cast<unsigned char*>(p.y + start) + at;
         sources[i] = source + channel * pitch + row * p.tile.stage_row * kBytes + skipped + at;
@@ -1120,9 +1396,12 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   p.pad_h = static_cast<int>(c.pad_h), p.pad_w = static_cast<int>(c.pad_w);
   p.dilation_h = static_cast<int>(c.dilation_h), p.dilation_w = static_cast<int>(c.dilation_w);
   p.tile = tile;
+  p.filter = FastDiv(p.R * p.S);
+  p.filter_row = FastDiv(p.S);
   p.x_cols = FastDiv(tile.x_cols);
   p.x_rows = FastDiv(tile.x_rows);
   p.channel_blocks = FastDiv(tile.channel_blocks);
+  p.slab_rows = FastDiv(tile.slab_rows);
   p.phases_w = FastDiv(tile.phases_w);
   p.tiles_q = FastDiv(tile.tiles_q);
   p.tiles_p = FastDiv(tile.tiles_p);
@@ -1135,13 +1414,20 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   const bool whole = tile.q == c.Q;
   const int64_t run = (whole ? tile.p * c.Q : tile.q) * kBytes;
   p.run_vectors = FastDiv(static_cast<uint32_t>((run + (whole ? kHopperRunAlign : 0) + kVecBytes - 1) / kVecBytes));
-  p.plain_units = c.C % 8 == 0;
-  p.x_vectors = c.channels_last && c.C % 8 == 0 && aligned(p.x, kVecBytes);
+  p.x_units = static_cast<int>(tile.x_units);
+  p.x_row_bytes = static_cast<int>(hopper_row_bytes(c));
+  p.x_col_bytes = p.x_row_bytes / p.W;
+  p.x_planes = c.channels_last ? 1 : p.C;
+  p.unit_row_bytes = tile.slab == 0 ? p.x_row_bytes : tile.slab_pitch;
+  p.unit_channel = c.channels_last ? static_cast<int>(kBytes) : tile.slab_rows * tile.slab_pitch;
+  p.fetches = p.x_row_bytes % 16 == 0;
+  p.slab_vectors = c.channels_last && c.C % 8 == 0;
   p.y_vectors = c.channels_last && c.K * kBytes % kVecBytes == 0 && aligned(p.y, kVecBytes);
   p.stage_pairs = tile.q % 2 == 0 && tile.x_cols % 2 == 0 && c.Q % 2 == 0 && aligned(p.y, 2 * kBytes);
   p.rows_aligned = c.Q * kBytes % kVecBytes == 0 && aligned(p.y, kVecBytes);
-  p.bulk = !c.channels_last && whole && aligned(p.y, kVecBytes) && c.P * c.Q * kBytes % kVecBytes == 0 &&
-           tile.p * c.Q * kBytes % kVecBytes == 0;
+  p.bulk = aligned(p.y, kVecBytes) &&
+           (c.channels_last ? tile.pixel_stage > 0
+                            : whole && c.P * c.Q * kBytes % kVecBytes == 0 && tile.p * c.Q * kBytes % kVecBytes == 0);
   p.activation = activation;
   std::vector<HopperUnit> units;
   for (int i = 0; i < tile.units; ++i) {

@@ -1,11 +1,12 @@
 // Which convolutions the hopper kernel takes, and how they are cut into tiles: host code without CUDA, so that
 // select_config() and its tests can ask. The kernel reads the same numbers.
 //
-// Shared memory holds the input in units of 16 bytes: eight values of k for one output column. A unit has the same column
-// of `taps` neighbouring taps of a filter row, `slots` channels each; 8 = taps * slots. Units of neighbouring output columns
-// lie side by side, and those of the next output row one pitch further, whatever the strides: rows and columns of the
-// image go into planes by their phase (their number modulo the stride). So a unit of the filter is nothing but an
-// offset, the same for every output pixel.
+// The rows of the input that a tile needs come to shared memory as they lie in the image: a slab. (Where the image itself
+// consists of units, there is none.) From there they go into units of 16 bytes: eight values of k for one output column. A
+// unit has the same column of `taps` neighbouring taps of a filter row, `slots` channels each; 8 = taps * slots. Units of
+// neighbouring output columns lie side by side, and those of the next output row one pitch further, whatever the strides:
+// rows and columns of the image go into planes by their phase (their number modulo the stride). So a unit of the filter is
+// nothing but an offset, the same for every output pixel.
 #pragma once
 
 #include <algorithm>
@@ -20,15 +21,20 @@ namespace fused_conv_bn {
 constexpr int kHopperLoaders = 2;  // warpgroups that load
 constexpr int kHopperTakers = 2;   // warpgroups that multiply and write, by turns
 constexpr int kHopperThreads = 128 * (kHopperLoaders + kHopperTakers);
+// Units of the input that a loading thread has in registers at once.
+FCB_HD constexpr int hopper_units_at_once(int halves, bool writes) { return halves == 2 && !writes ? 4 : 2; }
 FCB_HD constexpr int hopper_place_bytes(bool channels_last) { return channels_last ? 8 : 2; }
 constexpr int kHopperChannels = 64;         // output channels of a block
 constexpr int kHopperChunk = 128;           // positions that a warpgroup multiplies at a time
 constexpr int kHopperMostUnits = 128;       // of a filter
 constexpr int kHopperMostPositions = 1024;  // of a tile
 constexpr int kHopperMostStages = 4;        // tiles in shared memory
+constexpr int kHopperSlabs = 2;
 constexpr int kHopperHeader = 2048;
+constexpr int kHopperAlignment = 16;  // of the input in memory
 // A run of the output is staged where it starts in memory, modulo so many bytes.
 constexpr int kHopperRunAlign = 32;
+
 // A block's tile, and how shared memory is laid out for it. Bytes, unless it says otherwise.
 struct HopperTile {
   int p, q;                        // output rows and columns
@@ -37,20 +43,30 @@ struct HopperTile {
   int phase_step_h, phase_step_w;  // phases that occur are multiples of these
   int phases_h, phases_w;
   int x_rows, x_cols;  // of a plane, in units
+  int64_t x_units;     // of all planes
   int units;           // of the filter
   int k_steps;         // of two units each
   int halves;          // 2 where float32 is split
   int chunks;
   int x_half;  // the units of one half
   int stages;
-  int stage_row;    // contiguous: from row to row of a tile on its way out, in elements
-  int stage_pitch;  // contiguous: from channel to channel
-  int stage_end;    // contiguous: a place for results outside the tile
+  int rounds;        // in which the threads load a tile's units
+  int table;         // of these units
+  int slab_rows;     // input rows
+  int slab_pitch;    // from row to row
+  int slab;          // one slab; 0: there are none
+  int stage_row;     // contiguous: from row to row of a tile on its way out, in elements
+  int stage_pitch;   // contiguous: from channel to channel
+  bool stage_deals;  // contiguous: a store has channels two apart
+  int stage_end;     // contiguous: a place for results outside the tile
+  int pixel_stage;   // channels_last: a warp's place for 32 pixels on their way out; 0: there is none
   int tiles_p, tiles_q;
+  // Shared memory: the header, the weights, the stages with input, the slabs, the table of units, the places of positions,
+  // the stages on the way out.
+  int at_input, at_slabs, at_table, at_places, at_output;
   int shared_memory;
 
   FCB_HD int taps() const { return 8 >> slots_log2; }
-  FCB_HD int x_units() const { return phases_h * phases_w * channel_blocks * x_rows * x_cols; }
   FCB_HD int w_half() const { return k_steps * 2 * kHopperChannels * 16; }
 };
 
@@ -88,43 +104,87 @@ inline HopperTile hopper_tile(const ConvProblem& c, int p, int q) {
   t.phases_w = last_w == 0 ? 1 : static_cast<int>(c.stride_w / t.phase_step_w);
   t.x_rows = static_cast<int>(p + last_h / c.stride_h);
   t.x_cols = static_cast<int>(q + last_w / c.stride_w);
+  t.x_units = int64_t{t.phases_h} * t.phases_w * t.channel_blocks * t.x_rows * t.x_cols;
   t.units = static_cast<int>(c.R * ceil_div(c.S, t.taps()) * t.channel_blocks);
   t.k_steps = (t.units + 1) / 2;
   t.halves = c.element_bytes == 4 ? 2 : 1;
+  t.slab_rows = static_cast<int>((p - 1) * c.stride_h + last_h + 1);
   t.chunks = static_cast<int>(ceil_div(int64_t{p - 1} * t.x_cols + q, kHopperChunk));
   return t;
 }
 
+// Bytes of an input row in memory: of one channel, or of all where they are neighbours.
+inline int64_t hopper_row_bytes(const ConvProblem& c) { return c.W * (c.channels_last ? c.C : 1) * c.element_bytes; }
+
+// Whether the image consists of units.
+inline bool hopper_reads_units(const ConvProblem& c) { return c.element_bytes == 2 && c.channels_last && c.C % 8 == 0; }
+
 // The rest of a tile whose sizes are not out of all proportion; false if shared memory does not suffice.
-inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, HopperTile& t) {
+// writes: the kernel writes results, which have to be staged; else it gathers moments.
+inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool writes, HopperTile& t) {
   int64_t most_offset = 0;
   for (int i = 0; i < t.units; ++i) {
     most_offset = std::max<int64_t>(most_offset, hopper_unit(c, t, i).offset);
   }
   // The last chunk reads on behind its last position.
   const int64_t positions = int64_t{t.chunks} * kHopperChunk;
-  t.x_half = static_cast<int>(round_up(std::max<int64_t>(t.x_units(), most_offset + positions) * 16, 128));
-  int64_t total = kHopperHeader + t.halves * t.w_half() + positions * hopper_place_bytes(c.channels_last);
-  if (!c.channels_last) {
+  t.x_half = static_cast<int>(round_up(std::max<int64_t>(t.x_units, most_offset + positions) * 16, 128));
+  int64_t outputs = 0;
+  if (writes && !c.channels_last) {
     const int vector = 16 / c.element_bytes;
     t.stage_row = static_cast<int>(t.q == c.Q ? t.q : round_up(t.q, vector) + vector);
     t.stage_end = static_cast<int>(round_up(int64_t{t.p} * t.stage_row, 2));
     const int most_lead = t.q == c.Q ? kHopperRunAlign / c.element_bytes : 0;
-    // Eight channels side by side, each with four pairs of pixels, in different banks; whole vectors.
-    // Where planes are an odd number of 16 bytes, every other channel is shifted by that (kHopperRunAlign).
-    const int wanted = c.element_bytes == 4 && c.P * c.Q % 8 == 4 ? 12 : 8;  // elements: words (float32) or half of one
+    // A store of half a warp (float32) or a warp is four pairs of pixels of four or eight channels: they are to lie in different
+    // banks. Where planes are an odd number of 16 bytes, every other channel is shifted by that (kHopperRunAlign), and
+    // the four are all even, or all odd.
+    t.stage_deals = c.element_bytes == 4 && c.P * c.Q % 8 == 4;
+    const int wanted = t.stage_deals ? 12 : 8;  // elements: words (float32) or half of one
     const int line = 128 / c.element_bytes;
     t.stage_pitch = static_cast<int>(round_up(t.stage_end + 2 + most_lead - wanted, line) + wanted);
-    total += kHopperTakers * int64_t{kHopperChannels} * t.stage_pitch * c.element_bytes;
+    outputs = kHopperTakers * int64_t{kHopperChannels} * t.stage_pitch * c.element_bytes;
+  }
+  const int round = 128 * kHopperLoaders * hopper_units_at_once(t.halves, writes);
+  t.rounds = static_cast<int>(ceil_div(t.x_units, round));
+  t.table = t.rounds * round * 8;
+  const int64_t cols = (t.q - 1) * c.stride_w + (c.S - 1) * c.dilation_w + 1;
+  if (cols >= 1 << 17 || t.slab_rows > 1 << 10) {  // they share words in the kernel's table
+    return false;
+  }
+  if (!hopper_reads_units(c)) {
+    // From a multiple of 16 bytes to another, unless it is the row's end.
+    const int64_t row = round_up(hopper_row_bytes(c), 16);
+    const int64_t part = round_up(cols * (hopper_row_bytes(c) / c.W), 16) + 16;
+    t.slab_pitch = static_cast<int>(t.q == c.Q ? row : std::min(row, part));
+    const int64_t slab = round_up((c.channels_last ? 1 : c.C) * t.slab_rows * int64_t{t.slab_pitch}, 128);
+    if (slab > gpu.shared_memory_per_block) {
+      return false;
+    }
+    t.slab = static_cast<int>(slab);
+  }
+  if (writes && c.element_bytes == 4 && c.channels_last && c.K <= kHopperChannels && c.K % 4 == 0) {
+    t.pixel_stage = static_cast<int>(32 * c.K * c.element_bytes);
+    outputs = kHopperTakers * 4 * int64_t{t.pixel_stage};
   }
   // Who waits for a stage must not be more than one of its turns behind: a taker is not while there are as many as takers.
-  const int64_t left = gpu.shared_memory_per_block - total;
+  const int64_t places = positions * hopper_place_bytes(c.channels_last);
+  const int64_t others = kHopperHeader + t.halves * t.w_half() + kHopperSlabs * int64_t{t.slab} + t.table + places +
+                         outputs;
   const int64_t stage = int64_t{t.halves} * t.x_half;
-  t.stages = static_cast<int>(std::clamp<int64_t>(left / stage, 0, kHopperMostStages));
+  t.stages = static_cast<int>(
+      std::clamp<int64_t>((gpu.shared_memory_per_block - others) / stage, 0, kHopperMostStages));
+  if (t.stages < kHopperTakers) {
+    return false;
+  }
+  t.at_input = kHopperHeader + t.halves * t.w_half();
+  t.at_slabs = static_cast<int>(t.at_input + t.stages * stage);
+  t.at_table = t.at_slabs + kHopperSlabs * t.slab;
+  t.at_places = t.at_table + t.table;
+  t.at_output = static_cast<int>(t.at_places + places);
+  t.shared_memory = static_cast<int>(t.at_output + outputs);
   t.tiles_p = static_cast<int>(ceil_div(c.P, t.p));
   t.tiles_q = static_cast<int>(ceil_div(c.Q, t.q));
-  t.shared_memory = static_cast<int>(total + t.stages * stage);
-  return t.stages >= kHopperTakers;
+  return true;
 }
 
 // Blocks that share the tiles, for each 64 output channels.
@@ -156,7 +216,7 @@ inline bool hopper_supports(const ConvProblem& c, const GpuTraits& gpu) {
 
 // The tile that the blocks need least time for, by this count: a position's work, a chunk's, a tile's, and loading a unit,
 // which other warps do meanwhile. Waves of blocks count as a whole.
-inline bool hopper_best_tile(const ConvProblem& c, const GpuTraits& gpu, HopperTile& best) {
+inline bool hopper_best_tile(const ConvProblem& c, const GpuTraits& gpu, bool writes, HopperTile& best) {
   constexpr int64_t kMostSplits = 16;
   double least = 0;
   bool found = false;
@@ -171,8 +231,7 @@ inline bool hopper_best_tile(const ConvProblem& c, const GpuTraits& gpu, HopperT
       if (int64_t{p} * t.x_cols > kHopperMostPositions) {
         break;
       }
-      if (int64_t{t.phases_h} * t.phases_w * t.channel_blocks * t.x_rows * t.x_cols > 8192 ||
-          !hopper_layout(c, gpu, t)) {
+      if (t.x_units > 8192 || !hopper_layout(c, gpu, writes, t)) {
         continue;
       }
       const int64_t groups = ceil_div(c.K, kHopperChannels);
@@ -182,9 +241,10 @@ inline bool hopper_best_tile(const ConvProblem& c, const GpuTraits& gpu, HopperT
       const int64_t turns = ceil_div(tiles, blocks);
       const int64_t rounds = ceil_div(blocks * groups, gpu.multiprocessors);
       const double work = t.chunks * kHopperChunk + 0.3 * p * static_cast<double>(q) + 64;
-      const double load = 0.5 * t.x_units() + 128;
+      // float32 that takes more than one round is read twice.
+      const double load = (c.element_bytes == 4 && t.rounds > 1 ? 0.1 : 0.0625) * t.table + 128;
       double cost = static_cast<double>(rounds) * (static_cast<double>(turns) * std::max(work, load) + work + load);
-      if (!c.channels_last && q < c.Q) {
+      if (writes && !c.channels_last && q < c.Q) {
         cost *= 1.0 + 8.0 / static_cast<double>(q);  // short runs in many planes
       }
       if (!found || cost < least) {

@@ -27,6 +27,18 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 #endif
 }
+// The same, and bulk copies are to bring so many bytes before the phase ends.
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+#if defined(FCB_HOPPER)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+// Arrives once the copies that this thread has started by copy_async() are done.
+__device__ __forceinline__ void barrier_arrive_behind_copies(uint32_t barrier) {
+#if defined(FCB_HOPPER)
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+}
 // Waits until the phase of this parity has ended.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
 #if defined(FCB_HOPPER)
@@ -74,6 +86,15 @@ __device__ __forceinline__ void copy_bulk(void* to, uint32_t from_shared, uint32
 #if defined(FCB_HOPPER)
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from_shared), "r"(bytes)
                : "memory");
+#endif
+}
+// `bytes` from global to shared memory, counted by a barrier there.
+__device__ __forceinline__ void fetch_bulk(uint32_t to_shared, const void* from, uint32_t bytes, uint32_t barrier) {
+#if defined(FCB_HOPPER)
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to_shared),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 #endif
 }
 __device__ __forceinline__ void copy_bulk_commit() {

@@ -34,7 +34,8 @@ inline std::optional<ConvConfig> configure(ConvAlgorithm algorithm, const ConvPr
     case ConvAlgorithm::aten:
       return config;
     case ConvAlgorithm::hopper:
-      if (!hopper_supports(problem, gpu) || !hopper_best_tile(problem, gpu, config.hopper)) {
+      if (!hopper_supports(problem, gpu) || !hopper_best_tile(problem, gpu, true, config.hopper) ||
+          !hopper_best_tile(problem, gpu, false, config.hopper_moments)) {
         return std::nullopt;
       }
       return config;
@@ -59,10 +60,9 @@ inline bool is_faster(ConvAlgorithm algorithm, const ConvProblem& c) {
   const int64_t pixels = c.N * c.P * c.Q;
   switch (algorithm) {
     case ConvAlgorithm::hopper:
-      // Times of few_channels over ours, batch 32 and 128: 1.05 to 1.5 in 16 bits, 1.3 and 1.6 in float32, but 0.85 and 0.99 for
-      // 16-bit channels_last 3x3 of stride 2 (32 and 64 channels). Fewer pixels than those, 10^5 and more, were not measured.
-      return c.C <= 16 && c.R * c.S > 1 && pixels >= 100000 &&
-             !(c.element_bytes == 2 && c.channels_last && c.stride_w == 2 && c.R <= 3);
+      // Times of few_channels over ours, batch 32 and 128: 1.4 to 2.2 in 16 bits, 1.1 to 1.9 in float32, but for 32 channels at
+      // stride 1 0.9 and 1.0. Fewer pixels than those, 10^5 and more, were not measured.
+      return c.C <= 16 && c.R * c.S > 1 && pixels >= 100000 && !(c.element_bytes == 4 && c.K <= 32 && c.stride_w == 1);
     case ConvAlgorithm::few_channels:
       if (c.C > 16) {  // 3x3 of 32 channels: 0.74 to 0.91, but for 16-bit contiguous ones, 1.5
         return false;

@@ -11,7 +11,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 __device__ __forceinline__ uint32_t load_shared_half(uint32_t address) {
   uint32_t v;
-  asm volatile("{\n.reg .u16 h;\nld.shared.u16 h, [%1];\ncvt.u32.u16 %0, h;\n}" : "=r"(v) : "r"(address) : "memory");
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 __device__ __forceinline__ uint32_t load_shared_1(uint32_t address) {
@@ -30,6 +30,23 @@ __device__ __forceinline__ uint4 load_shared_4(uint32_t address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
+  return v;
+}
+// 4 or 2 bytes if a < b, else 0.
+template <int kBytes>
+__device__ __forceinline__ uint32_t load_shared_if_less(uint32_t address, int a, int b) {
+  uint32_t v;
+  if constexpr (kBytes == 4) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.u32 %0, 0;\n@p ld.shared.u32 %0, [%1];\n}"
+                 : "=&r"(v)
+                 : "r"(address), "r"(a), "r"(b)
+                 : "memory");
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.u32 %0, 0;\n@p ld.shared.u16 %0, [%1];\n}"
+                 : "=&r"(v)
+                 : "r"(address), "r"(a), "r"(b)
+                 : "memory");
+  }
   return v;
 }
 

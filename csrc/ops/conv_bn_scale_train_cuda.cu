@@ -31,15 +31,14 @@ struct CudaKernel {
                                const CudaConvChoice& choice) {
     const CudaScope cuda(c.input.device);
     const ConvProblem& problem = choice.problem;
-    const HopperTile& tile = choice.config.hopper;
-    const int64_t partials = hopper_partials(problem, tile, choice.gpu);
+    const int64_t partials = hopper_partials(problem, choice.config.hopper_moments, choice.gpu);
     constexpr auto kDoubles = static_cast<int64_t>(sizeof(Moments) / sizeof(double));
     const int64_t doubles = partials * problem.K * kDoubles + 2 * problem.K, stride = 1;
     const Tensor memory = empty_strided(1, &doubles, &stride, ScalarType::Double, c.input.device);
     auto* const moments = static_cast<Moments*>(memory.data_ptr());
     auto* const affines = reinterpret_cast<float*>(moments + partials * problem.K);
-    KernelConv conv(c, 1);
-    const auto launch = [&](Moments* target) {
+    KernelConv conv(c, kHopperAlignment);
+    const auto launch = [&](const HopperTile& tile, Moments* target) {
       dispatch_dtype(c.input.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         if constexpr (sizeof(T) <= 4) {
@@ -48,12 +47,12 @@ struct CudaKernel {
         }
       });
     };
-    launch(moments);
+    launch(choice.config.hopper_moments, moments);
     finish_bn_cuda(op, bn, c.input.dtype, c.input.device, moments, partials, problem.K, affines);
     conv.operands.center = affines;
     conv.operands.scale = affines + problem.K;
     conv.operands.shift = affines + 2 * problem.K;
-    launch(nullptr);
+    launch(choice.config.hopper, nullptr);
     return conv.y;
   }
 

@@ -133,7 +133,8 @@ Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoic
   const CudaScope cuda(c.input.device);
   const ConvConfig& config = choice.config;
   const bool depthwise = config.algorithm == ConvAlgorithm::depthwise;
-  const uintptr_t alignment = depthwise && choice.problem.channels_last ? 16 : 1;
+  const bool hopper = config.algorithm == ConvAlgorithm::hopper;
+  const uintptr_t alignment = hopper ? kHopperAlignment : (depthwise && choice.problem.channels_last ? 16 : 1);
   const auto run = [&](const auto& launch) {
     return run_kernel(op, c, cuda, alignment, [&](auto tag, const ConvOperands& operands) {
       if constexpr (sizeof(typename decltype(tag)::type) <= 4) {  // none is for float64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_conv_bn import _bench_conv, _bench_layers, _report, bench
-from fused_conv_bn._bench_common import COMPILE_MODES, Compiler
+from fused_conv_bn import _bench_conv, _bench_layers, _report, bench, reference
+from fused_conv_bn._bench_common import (
+    COMPILE_MODES,
+    MOMENTUM,
+    Compiler,
+    InaccurateError,
+    batch_moments,
+    check,
+    statistics_errors,
+)
 from fused_conv_bn._bench_layers import ConvCase, Layer
 from fused_conv_bn._stopwatch import Stopwatch
 
@@ -43,26 +52,37 @@ def test_json_has_every_number(report_file: Path) -> None:
     assert report["commit"] == "abc"
     assert report["versions"]["torch"] == torch.__version__
     assert report["device"]["threads"] == torch.get_num_threads()
-    assert {"date", "flags", "settings", "notes", "seconds", "compile_s"} <= report.keys()
-    convolutions = report["conv"]["rows"]
-    # Of each convolution, the module and the op, each in two measures.
-    assert [len(rows) for rows in (convolutions, report["bn_scale"], report["validation"])] == [2, 4, 4 + 2 * 4]
+    assert {"date", "flags", "settings", "notes", "seconds"} <= report.keys()
+    assert report["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0}
+    convolutions, trained = report["conv"]["rows"], report["train"]["rows"]
+    assert [len(rows) for rows in (convolutions, trained, report["bn_scale"], report["bn_scale_train"])] == [2, 2, 4, 3]
+    # Of each convolution, the module and the op, each in two measures; in training also of two running statistics.
+    assert len(report["validation"]) == 4 + 3 * 3 + 2 * 2 * 2 + 2 * 2 * 4
+    for row in report["bn_scale_train"]:
+        assert {"copy", "ours", "eager"} == row["us"].keys()
+        assert row["missing"].keys() == {"compile"}
+        assert row["bytes_moved"] == 3 * row["tensor_bytes"]
+        assert row["share_of_floor_percent"] == pytest.approx(150 / row["ours/copy"])
     for row in report["bn_scale"]:
         assert {"copy", "ours", "eager"} == row["us"].keys()
         assert "compile" in row["missing"]
         assert row["share_of_copy_percent"] == pytest.approx(100 / row["ours/copy"])
-    for row in convolutions:
+    for row in convolutions + trained:
         assert {"copy", "ours", "op", "eager", "conv"} == row["us"].keys()
-        assert row["missing"].keys() == {"compile", "compile freezing"}
+        train = row in trained
+        assert row["missing"].keys() == ({"compile"} if train else {"compile", "compile freezing"})
+        assert row["case"].endswith(" train") == train
         assert row["best rival/ours"] == row["eager/ours"] == row["us"]["eager"]["median"] / row["us"]["ours"]["median"]
         assert row["flop"] == 2 * 64 * 126**2 * 8 * 9
         assert row["bytes"] == (8 * 128**2 + 64 * 126**2 + 64 * 8 * 9) * getattr(torch, row["dtype"]).itemsize
         assert row["share_of_floor_percent"] == 100 * max(row["floor_us"].values()) / row["us"]["ours"]["median"]
         assert row["errors"].keys() == {"ours", "op", "eager"}
-    for row in report["bn_scale"] + convolutions:
+        measures = {"norm", "element", *(("running_mean", "running_var") if train else ())}
+        assert all(of_call.keys() == measures for of_call in row["errors"].values())
+    for row in report["bn_scale"] + report["bn_scale_train"] + convolutions + trained:
         assert all(0 < s["min"] <= s["median"] <= s["max"] for s in row["us"].values())
-    for check in report["validation"]:
-        assert 0 <= check["ours"] <= check["limit"]
+    for found in report["validation"]:
+        assert 0 <= found["ours"] <= found["limit"]
     assert report["host_us"].keys() == {"torch.mul", "eager", "ours"}
     assert report["import_ms"]["median"] > 0
 
@@ -74,12 +94,15 @@ def test_from_json_prints_the_tables_and_draws(
     assert run("--from-json", str(report_file), *charts) == 0
     lines = capsys.readouterr().out.splitlines()
     headers = [i for i, line in enumerate(lines) if line.split("  ")[0] == "case"]
-    assert len(headers) == 2
-    assert all(name in lines[headers[1]] for name in _report.HEADER)
-    rows = [line for line in lines if line.startswith(("float32 ", "float16 "))]
-    assert sum("n/a" in row for row in rows) == 4
-    assert len([line for line in lines if line.startswith("3x3 8->64 128x128 ")]) == 3  # one as the least accurate
-    assert sum(line.startswith("problem 73  ") for line in lines) == 1
+    assert len(headers) == 4
+    assert "running_var" in lines[headers[1]] and "running_var" not in lines[headers[0]]
+    assert all(name in lines[headers[2]] for name in _report.HEADER)
+    assert all(name in lines[headers[3]] for name in _report.TRAIN_HEADER)
+    below = lines.index("accuracy: 37 checks, each within max(2 * eager's error, rounding); the nearest to that:") + 2
+    rows = [line for line in lines[below:] if line.startswith(("float32 ", "float16 "))]
+    assert sum("n/a" in row for row in rows) == 4 + 3
+    assert len([line for line in lines[below:] if line.startswith("3x3 8->64 128x128 ")]) == 2 + 2
+    assert sum(line.startswith(("problem 73  ", "problem 73, training  ")) for line in lines) == 2
     pngs = list(tmp_path.glob("*.png"))
     assert len(pngs) == (3 if charts else 0)
     assert all(png.read_bytes().startswith(PNG) for png in pngs)
@@ -101,6 +124,53 @@ def test_wrong_convolutions_stop_the_program(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "stopped before any timing: 3x3 8->64 128x128 batch 1 float32 nchw, op, by norm" in captured.err
+
+
+def test_wrong_batch_statistics_stop_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Outputs that are right, and running statistics that were not updated."""
+    arguments = [*TINY, "--device=cpu", "--only", "bn_scale_train", "train"]
+    op = _bench_conv.Problem.op
+    monkeypatch.setattr(_bench_conv.Problem, "op", lambda self, x: (op(self, x), self.restore())[0])
+    assert run(*arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "any timing: 3x3 8->64 128x128 batch 1 float32 nchw train, op, by running_mean" in captured.err
+    ours = bench.ours_train
+    monkeypatch.setattr(bench, "ours_train", lambda x, bn: ours(x, [t.clone() for t in bn]))
+    assert run(*arguments) == 1
+    assert "any timing: float32 nchw 3x64x4x4 train, running_mean" in capsys.readouterr().err
+
+
+def test_running_statistics_of_eager_are_right() -> None:
+    """To two roundings, and not by the biased variance, another momentum or a NaN."""
+    x, before = torch.randn(4, 5, 3, 2), [torch.randn(5), torch.rand(5) + 0.1]
+    moments, eps = batch_moments(x.double()), torch.finfo(torch.float32).eps
+
+    def errors(momentum: float, mean: Tensor | None = None) -> dict[str, float]:
+        after = [t.clone() for t in before]
+        reference.bn_scale_train(x, *after, momentum=momentum)
+        return statistics_errors(before, after if mean is None else [mean, after[1]], moments)
+
+    assert max(errors(MOMENTUM).values()) <= eps
+    assert min(errors(0.2).values()) > 1e3 * eps
+    biased = moments[0], moments[1] * 23 / 24, moments[2]
+    after = [t.clone() for t in before]
+    reference.bn_scale_train(x, *after, momentum=MOMENTUM)
+    assert statistics_errors(before, after, biased)["running_var"] > 1e3 * eps
+    nan = torch.tensor([math.nan, *after[0][1:].tolist()])
+    with pytest.raises(InaccurateError):
+        check("NaN", eps, {"ours": errors(MOMENTUM, nan)["running_mean"], "eager": 0.0})
+
+
+@pytest.mark.parametrize("max_mb", [math.inf, 64, 0.01])
+def test_training_cases_have_the_sizes_they_are_named_for(max_mb: float) -> None:
+    cases = list(bench.bn_train_cases(bench.DTYPES, max_mb * bench.MB, others=True))
+    assert len(cases) == len({str(case) for case in cases}) == (12 if max_mb > 1 else 4)
+    assert all(case.train and 0.7 < case.bytes / case.nominal_bytes < 1.2 for case in cases)
+    if max_mb == math.inf:
+        assert all(case.bytes == bench.PROBLEM_73 for case in cases if case.main)
 
 
 @pytest.mark.parametrize("dtype", bench.DTYPES, ids=bench.dtype_name)
@@ -133,6 +203,15 @@ def small_cases(group: str, device: str) -> list[ConvCase]:
     ]
 
 
+def small_train_cases(group: str, device: str) -> list[ConvCase]:
+    plain = ConvCase("small, training", SMALL[3], 2, torch.float32, "nchw", with_op=True)
+    return [
+        *(replace(plain, layer=layer, train=True, with_op=False) for layer in SMALL),
+        *(replace(plain, layer=layer, train=True, with_op=False, dtype=torch.float16) for layer in SMALL),
+        *(replace(plain, train=True, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)),
+    ]
+
+
 def test_every_kind_of_convolution(
     device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +235,35 @@ def test_every_kind_of_convolution(
         assert "does not cover" in rows[-1]["missing"]["depthwise"]
     out = capsys.readouterr().out
     assert any(line.split()[:2] == ["small", str(len(rows))] for line in out.splitlines())
+
+
+def test_every_kind_of_convolution_in_training(
+    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "conv_cases", small_train_cases)
+    monkeypatch.setattr(bench, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
+    path = tmp_path / "report.json"
+    arguments = ["--only=train", "--compile-budget=0", "--repeats=1", f"--json={path}"]
+    assert run(*arguments, f"--device={device}") == 0
+    report = json.loads(path.read_text())
+    assert not {"bn_scale", "bn_scale_train", "conv", "host_us"} & report.keys()
+    rows = report["train"]["rows"]
+    assert len(rows) == len(small_train_cases("", device))
+    expected = {"copy", "ours", "eager", "conv", *(("aten",) if device == "cuda" else ())}
+    assert all(expected <= row["us"].keys() and "cudnn" not in row["us"] for row in rows)
+    assert all(bool(row["algorithm"]) == (device == "cuda") for row in rows)
+    assert all("op" in row["us"] for row in rows[-2:])
+    assert any(line.startswith("small, training  ") for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_convolution_s_batch_is_that_of_all_images() -> None:
+    case = ConvCase("", SMALL[3], 5, torch.float32, "nchw", train=True)
+    with torch.no_grad():
+        problem = _bench_conv.Problem(case, "cpu")
+        truth, _ = problem.truth()
+        plain = problem.plain.double()
+        expected = plain(problem.x.double())[[0, 2, 4]]
+    torch.testing.assert_close(truth, expected)
 
 
 def test_folded_weights_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,10 +340,11 @@ def test_compile_modes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_tables_of_a_readme(report_file: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- conv cpu -->old<!-- /conv cpu -->\nbelow\n")
+    readme.write_text("above\n<!-- conv cpu -->old<!-- /conv cpu -->\nbelow\n<!-- train cpu --><!-- /train cpu -->\n")
     for _ in range(2):  # the second time over its own
         assert run("--from-json", str(report_file), "--readme", str(readme)) == 0
-        above, begin, *rows, end, below = readme.read_text().splitlines()
+        evaluation, training = readme.read_text().split("<!-- train cpu -->")
+        above, begin, *rows, end, below = evaluation.splitlines()
         assert (above, begin, end, below) == ("above", "<!-- conv cpu -->", "<!-- /conv cpu -->", "below")
         assert [row.split(" | ")[0] for row in rows] == [
             "| us",
@@ -244,14 +353,22 @@ def test_the_tables_of_a_readme(report_file: Path, tmp_path: Path) -> None:
             "| 3x3 8->64 128x128 batch 1 float32 channels_last",
         ]
         assert len({row.count("|") for row in rows}) == 1
+        header, _, *rows, end = training.splitlines()[1:]
+        assert header == "| us | floor | copy of y | **ours** | eager | torch.compile | convolution alone |"
+        assert [row.split(" | ")[0] for row in rows] == [
+            "| 3x3 8->64 128x128 batch 1 float32 nchw train",
+            "| 3x3 8->64 128x128 batch 1 float32 channels_last train",
+        ]
 
 
 def test_a_gpu_has_more_tables(report_file: Path) -> None:
     report = json.loads(report_file.read_text())
     report["device"]["kind"] = "cuda"
     sections = bench.readme_sections(report)
-    assert sections.keys() == {"bn_scale", "conv cuda"}
+    assert sections.keys() == {"bn_scale", "bn_scale_train", "conv cuda", "train cuda"}
     assert len(sections["bn_scale"].splitlines()) == 2 + 4
+    assert len(sections["bn_scale_train"].splitlines()) == 2 + 3
+    assert len(sections["train cuda"].split("\n\n")[1].splitlines()) == 2 + 1
     layers, means = sections["conv cuda"].split("\n\n")
     assert len(layers.splitlines()) == 2 + 2
     assert means.splitlines()[-1].startswith("| problem 73 | 2 | ")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,20 @@ MB = 1 << 20
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 SCALING_FACTOR = 2.0
 EPS = 1e-5
+MOMENTUM = 0.1
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -38,12 +54,34 @@ class InaccurateError(Exception):
 
 
 def check(label: str, unit: float, errors: dict[str, float]) -> dict[str, Any]:
-    """Holds "ours" to twice the error of "eager", or to ``unit``, the error of rounding once."""
+    """Holds "ours" to twice the error of "eager", or to ``unit``: what rounding costs by itself."""
     limit = max(2 * errors["eager"], unit)
     if not errors["ours"] <= limit:
         found = f"relative error {errors['ours']:.3g}, allowed {limit:.3g} (eager: {errors['eager']:.3g})"
         raise InaccurateError(f"{label}: {found}")
     return {"case": label, "limit": limit, **errors}
+
+
+def batch_moments(y: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Of each channel: mean, biased variance, and how many values there are."""
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    return mean, var, y.numel() // y.shape[1]
+
+
+def statistics_errors(
+    before: Sequence[Tensor], after: Sequence[Tensor], moments: tuple[Tensor, Tensor, int]
+) -> dict[str, float]:
+    """Of running_mean and running_var, after a batch of these moments in float64: the largest error of a channel over
+    the sizes of its two terms, the old value's and the batch's, as those may cancel."""
+    mean, var, count = moments
+    errors = {}
+    for name, batch, old, new in zip(
+        ("running_mean", "running_var"), (mean, var * count / (count - 1)), before, after, strict=True
+    ):
+        terms = (1 - MOMENTUM) * old.double(), MOMENTUM * batch
+        error = (new.double() - terms[0] - terms[1]).abs() / (terms[0].abs() + terms[1].abs())
+        errors[name] = error.max().item()
+    return errors
 
 
 # How torch.compile is called, by what the tables call it: its mode, and whether weights are frozen into the code.

@@ -1,4 +1,5 @@
-"""The benchmark's convolutions: ConvBnScale2d checked against float64, then timed with its rivals, and its floor."""
+"""The benchmark's convolutions: ConvBnScale2d, in evaluation and in training mode, checked against float64, then timed
+with its rivals, and its floor."""
 
 from __future__ import annotations
 
@@ -6,8 +7,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,13 +20,17 @@ from ._bench_common import (
     EPS,
     LAYOUTS,
     MB,
+    MOMENTUM,
     Compiler,
+    batch_moments,
     check,
     dtype_name,
+    environment,
     first_line,
     progress,
     random_bn,
     random_tensor,
+    statistics_errors,
 )
 from ._bench_layers import ConvCase, Layer
 from ._stopwatch import Rivals, Stopwatch, pairs_of
@@ -62,6 +66,23 @@ NOTES = {
     "eager's, one rounding of the dtype, or to TF32's significand).",
     "buffers": "inputs, residuals and the copy's tensors rotate as bn_scale's do; every rival allocates its output.",
 }
+TRAIN_NOTES = {
+    "ours": "ConvBnScale2d in training mode, under no_grad: batch statistics, and the running ones updated. op: "
+    "conv_bn_scale_train, which leaves num_batches_tracked to the module. algorithm: what computes the convolution. "
+    "aten, few_channels: the module with FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution, one read of it "
+    "for the statistics and one pass.",
+    "eager": "the same modules in training mode, under no_grad; what is behind bn as in evaluation.",
+    "compile": "torch.compile(eager, dynamic=False), in float32 NCHW also in mode max-autotune-no-cudagraphs. Freezing "
+    "is for evaluation alone. best compile: the fastest mode of a row. Within a limit of compile time.",
+    "conv": NOTES["conv"],
+    "best rival": "the fastest of eager and compile.",
+    "copy": NOTES["copy"],
+    "floor": f"{NOTES['floor']} In training too, though nothing can compute an output before it has read all inputs.",
+    "errors": f"{NOTES['errors']} The float64 result has the float64 statistics of the whole batch. running_mean, "
+    "running_var: after one call on random ones, the largest |error| of a channel over the sizes of its two terms, the "
+    "old value's and the batch's; within max(2 * eager's, two roundings of its dtype).",
+    "buffers": NOTES["buffers"],
+}
 
 
 class Plain(nn.Module):
@@ -75,7 +96,7 @@ class Plain(nn.Module):
             groups=layer.groups,
             bias=layer.bias,
         )
-        self.bn = nn.BatchNorm2d(layer.outputs, EPS)
+        self.bn = nn.BatchNorm2d(layer.outputs, EPS, MOMENTUM)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = self.bn(self.conv(x))
@@ -90,25 +111,13 @@ class Plain(nn.Module):
         return y
 
 
-@contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 class Problem:
     """A case with its tensors: the plain model and ours, which share their parameters, and ways to call them."""
 
     def __init__(self, case: ConvCase, device: str) -> None:
         self.case = case
         layer = case.layer
+        torch.manual_seed(0)  # the same numbers, whatever else a run measures
         self.plain = Plain(layer)
         bn = self.plain.bn
         for target, source in zip(
@@ -118,13 +127,17 @@ class Problem:
         ):
             assert target is not None
             target.copy_(source)
-        self.plain.eval().to(device, case.dtype).to(memory_format=LAYOUTS[case.layout])  # type: ignore[call-overload]
+        self.plain.to(device, case.dtype).to(memory_format=LAYOUTS[case.layout])  # type: ignore[call-overload]
+        self.plain.train(case.train)
         conv = self.plain.conv
-        self.module = modules.ConvBnScale2d.from_modules(conv, bn, layer.scaling_factor, layer.activation).eval()
+        self.module = modules.ConvBnScale2d.from_modules(conv, bn, layer.scaling_factor, layer.activation)
+        self.running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
+        self.first_running = [t.clone() for t in self.running]
         self.window: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.scale, self.shift = self.fold(ops.fold_bn)
         self.x = random_tensor(case.shape, case.dtype, case.layout, device)
         self.residual = random_tensor(case.output_shape, case.dtype, case.layout, device) if layer.residual else None
+        self.batch = self.moments() if case.train else None
 
     def fold(self, fold_bn: Fold, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         bn, bias = self.plain.bn, self.plain.conv.bias
@@ -136,6 +149,12 @@ class Problem:
         return [self.x] if self.residual is None else [self.x, self.residual]
 
     def op(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.case.train:
+            conv, bn, factor = self.plain.conv, self.plain.bn, self.case.layer.scaling_factor
+            statistics = (*self.running, bn.weight, bn.bias, factor, MOMENTUM, EPS)
+            return torch.ops.fused_conv_bn.conv_bn_scale_train(
+                *(x, conv.weight, conv.bias, *statistics, *self.window), allow_tf32=self.case.allow_tf32
+            )
         return torch.ops.fused_conv_bn.conv_scale_shift(
             *(x, self.plain.conv.weight, self.scale, self.shift, *self.window),
             residual=residual,
@@ -181,9 +200,19 @@ class Problem:
     def some_images(self, y: Tensor) -> Tensor:
         return y[sorted({0, len(y) // 2, len(y) - 1})]
 
+    def moments(self) -> tuple[Tensor, Tensor, int]:
+        """Those of the whole batch's convolution, without its bias, in float64."""
+        weight = self.plain.conv.weight.double()
+        return batch_moments(nn.functional.conv2d(self.x.double(), weight, None, *self.window))
+
     def truth(self) -> tuple[Tensor, Tensor]:
         """The result, and the size of what is added up in each element of it, in float64."""
-        scale, shift = self.fold(reference.fold_bn, torch.float64)
+        if self.batch is None:
+            scale, shift = self.fold(reference.fold_bn, torch.float64)
+        else:  # the convolution's bias would go with the mean
+            mean, var, _ = self.batch
+            weight, bias = self.plain.bn.weight.double(), self.plain.bn.bias.double()
+            scale, shift = reference.fold_bn(mean, var, weight, bias, self.case.layer.scaling_factor, EPS)
         weight = self.plain.conv.weight.double()
         x, *residuals = (self.some_images(t).double() for t in self.inputs())
         residual = residuals[0] if residuals else None
@@ -198,14 +227,33 @@ class Problem:
         sizes = result((t.abs() for t in tensors), None if residual is None else residual.abs(), "none")
         return result(tensors, residual, self.case.layer.activation), sizes
 
+    def restore(self) -> None:
+        """The running statistics, as they were at first."""
+        for target, source in zip(self.running, self.first_running, strict=True):
+            target.copy_(source)
+
     def errors(self, calls: Calls) -> dict[str, dict[str, float]]:
         truth, sizes = self.truth()
         errors = {}
         for name, call in calls.items():
+            if self.case.train:
+                self.restore()
             distance = (self.some_images(call(*self.inputs())).double() - truth).abs()
             norm = distance.norm() / truth.norm()
             errors[name] = {"norm": norm.item(), "element": (distance / sizes).max().item()}
+            if self.batch is not None:
+                mean, var, count = self.batch
+                moments = (mean if self.plain.conv.bias is None else mean + self.plain.conv.bias.double(), var, count)
+                errors[name] |= statistics_errors(self.first_running, self.running, moments)
         return errors
+
+    def units(self) -> dict[str, float]:
+        """What each of the errors may be in any case."""
+        unit = TF32_UNIT if self.case.allow_tf32 else torch.finfo(self.case.dtype).eps / 2
+        units = {"norm": unit, "element": unit}
+        if self.case.train:
+            units |= dict.fromkeys(("running_mean", "running_var"), torch.finfo(self.case.dtype).eps)
+        return units
 
 
 def measure_rates(watch: Stopwatch, device: str, dtypes: Sequence[torch.dtype], repeats: int) -> dict[str, Any]:
@@ -249,11 +297,9 @@ class ConvBench:
         with environment(FORCE, ""):
             return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
 
-    def time(self, cases: Sequence[ConvCase]) -> dict[str, Any]:
+    def time(self, cases: Sequence[ConvCase], rates: dict[str, Any]) -> list[dict[str, Any]]:
         with environment(FORCE, ""):
-            rates = measure_rates(self.watch, self.device, [case.dtype for case in cases], self.repeats)
-            rows = [self.row(Problem(case, self.device), rates) for case in progress(cases, "convolutions")]
-        return {"notes": NOTES, "rates": rates, "rows": rows}
+            return [self.row(Problem(case, self.device), rates) for case in progress(cases, "convolutions")]
 
     def check_case(self, problem: Problem) -> list[dict[str, Any]]:
         case = problem.case
@@ -261,7 +307,6 @@ class ConvBench:
             self.algorithms[case.kind] = self.algorithm(problem)
         calls = {**problem.ours(), **usable(problem.forced(), problem.inputs())[0]}
         errors = problem.errors({"eager": problem.plain, **calls})
-        unit = TF32_UNIT if case.allow_tf32 else torch.finfo(case.dtype).eps / 2
         return [
             check(
                 f"{case}, {name}, by {measure}",
@@ -269,7 +314,7 @@ class ConvBench:
                 {"ours": errors[name][measure], "eager": errors["eager"][measure]},
             )
             for name in calls
-            for measure in ("norm", "element")
+            for measure, unit in problem.units().items()
         ]
 
     def algorithm(self, problem: Problem) -> str:
@@ -294,7 +339,8 @@ class ConvBench:
         compiled, missing = self.compiler(problem.plain, problem.inputs(), modes)
         if not modes:
             missing["compile"] = "this row has none, see the note on compile in the JSON"
-        cudnn, no_cudnn = usable({"cudnn": problem.folded_cudnn()} if problem.x.is_cuda else {}, problem.inputs())
+        has_cudnn = problem.x.is_cuda and not problem.case.train  # which has no op with batch statistics
+        cudnn, no_cudnn = usable({"cudnn": problem.folded_cudnn()} if has_cudnn else {}, problem.inputs())
         return {"eager": problem.plain, **compiled, **cudnn}, {**missing, **no_cudnn}
 
     def row(self, problem: Problem, rates: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The convolutions that bench.py measures: problem 73, first and depthwise layers, ResNet-50's and MobileNetV2's."""
+"""The convolutions that bench.py measures: problem 73, first and depthwise layers, ResNet-50's and MobileNetV2's; and
+problem 73 and some of the layers in training mode."""
 
 from __future__ import annotations
 
@@ -66,16 +67,19 @@ class ConvCase:
     dtype: torch.dtype
     layout: str
     allow_tf32: bool = False
+    train: bool = False  # with batch statistics, in training mode
     count: int = 1  # layers of the network that are this one
     forced: tuple[str, ...] = ("aten",)  # algorithms to measure besides the one that the rule chooses
-    with_op: bool = False  # measure the op besides the module
+    with_op: bool = False  # measure the op besides the module; in training it has neither residual nor activation
     compile_modes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> ConvCase:
         """The same for cases that differ in nothing that the choice of an algorithm depends on."""
         layer = replace(self.layer, bias=False, scaling_factor=1.0, activation="none")
-        return ConvCase("", layer, self.batch, self.dtype, self.layout, self.allow_tf32)
+        if self.train:  # a residual is added behind it
+            layer = replace(layer, residual=False)
+        return ConvCase("", layer, self.batch, self.dtype, self.layout, self.allow_tf32, self.train)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -99,7 +103,7 @@ class ConvCase:
 
     def __str__(self) -> str:
         dtype = f"{dtype_name(self.dtype)}{' TF32' if self.allow_tf32 else ''}"
-        return f"{self.layer} batch {self.batch} {dtype} {self.layout}"
+        return f"{self.layer} batch {self.batch} {dtype} {self.layout}{' train' if self.train else ''}"
 
 
 # ---- problem 73, first layers ----------------------------------------------------------------------------------------
@@ -157,6 +161,16 @@ GROUPS = {
     "depthwise": ("depthwise", 64),
     "resnet50": ("ResNet-50", 32),
     "mobilenetv2": ("MobileNetV2", 64),
+    "train": ("problem 73, training", 128),
+}
+TRAINED_LAYERS = {  # by the group that has their batch: what is measured in training mode besides problem 73
+    "first_layers": (FIRST_LAYERS[0], FIRST_LAYERS[3]),
+    "depthwise": tuple(Layer(c, c, 3, side, 1, 1, groups=c, activation="relu6") for c, side in ((144, 56), (576, 14))),
+    "resnet50": (
+        Layer(64, 64, 3, 56, 1, 1, activation="relu"),
+        Layer(64, 256, 1, 56, activation="relu", residual=True),
+        Layer(512, 512, 3, 7, 1, 1, activation="relu"),
+    ),
 }
 # A compile takes seconds. Autotuned ones take most, so the networks' layers go without them but for these.
 AUTOTUNED = ("compile max-autotune freezing",)
@@ -188,6 +202,21 @@ def problem_73_cases(device: str) -> Iterator[ConvCase]:
                 yield replace(case, allow_tf32=True, compile_modes=())  # those of the row above
 
 
+def train_cases(device: str) -> Iterator[ConvCase]:
+    """Problem 73 as in evaluation, but for TF32, which the module does not ask for; on a GPU some layers too."""
+    name = GROUPS["train"][0]
+    for case in problem_73_cases(device):
+        if not case.allow_tf32:
+            autotuned = (case.dtype, case.layout) == FLOAT32_NCHW and device == "cuda"
+            modes = ("compile", "compile max-autotune") if autotuned else ("compile",)
+            yield replace(case, group=name, train=True, compile_modes=modes)
+    if device == "cuda":
+        for group, layers in TRAINED_LAYERS.items():
+            for layer in layers:
+                case = ConvCase("layers, training", layer, GROUPS[group][1], *FLOAT16_CHANNELS_LAST, train=True)
+                yield replace(case, compile_modes=("compile",))
+
+
 def network_cases(group: str, layers: Iterator[Layer]) -> Iterator[ConvCase]:
     name, batch = GROUPS[group]
     counts = Counter(layers)
@@ -203,6 +232,8 @@ def conv_cases(group: str, device: str) -> list[ConvCase]:
     name, batch = GROUPS[group]
     if group == "problem_73":
         return list(problem_73_cases(device))
+    if group == "train":
+        return list(train_cases(device))
     if group == "resnet50":
         return list(network_cases(group, resnet50_layers()))
     if group == "mobilenetv2":

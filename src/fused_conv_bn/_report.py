@@ -21,6 +21,7 @@ Charts = dict[str, tuple[str, Callable[[Report, Any], Any]]]  # by file: the par
 
 HEADER = ["case", "MB", "copy us", "ours us", "ours/copy", "share %", "eager us", "eager/ours"]
 HEADER += ["compile us", "compile/ours", "naive us", "bytes moved", "GB/s"]
+TRAIN_HEADER = ["floor %" if name == "share %" else name for name in HEADER if name != "naive us"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -50,8 +51,10 @@ def cells(row: Row) -> list[str]:
     def ratio(name: str) -> str:
         return f"{row[name]:.2f}" if name in row else "n/a"
 
-    ours = [us("copy"), us("ours"), ratio("ours/copy"), f"{row['share_of_copy_percent']:.0f}"]
-    rivals = [us("eager"), ratio("eager/ours"), us("compile"), ratio("compile/ours"), us("naive")]
+    share = row.get("share_of_floor_percent", row["share_of_copy_percent"])
+    ours = [us("copy"), us("ours"), ratio("ours/copy"), f"{share:.0f}"]
+    naive = [] if "share_of_floor_percent" in row else [us("naive")]
+    rivals = [us("eager"), ratio("eager/ours"), us("compile"), ratio("compile/ours"), *naive]
     moved = [f"{row['bytes_moved']:,}", short(row["gb_per_s"]["ours"])]
     return [row["case"], short(row["tensor_bytes"] / 1e6), *ours, *rivals, *moved]
 
@@ -64,20 +67,24 @@ def print_head(report: Report) -> None:
     print(f"commit {commit}, {report['date']}, {report['seconds']:.0f} s\n")
     if checks:
         worst = max(checks, key=lambda c: float(c["ours"] / c["limit"]))
-        print(f"accuracy: {len(checks)} checks, each within max(2 * eager's error, one rounding); the nearest to that:")
+        print(f"accuracy: {len(checks)} checks, each within max(2 * eager's error, rounding); the nearest to that:")
         print(f"{worst['case']}: ours {worst['ours']:.2g}, eager {worst['eager']:.2g}, limit {worst['limit']:.2g}\n")
 
 
 def print_tables(report: Report) -> None:
-    """bn_scale's, the host's times, and what is to be said of the numbers of all tables."""
-    rows = report.get("bn_scale", [])
+    """bn_scale's, bn_scale_train's, the host's times, and what is to be said of the numbers of all tables."""
+    rows, train_rows = (report.get(part, []) for part in ("bn_scale", "bn_scale_train"))
     if rows:
         print(f"bn_scale (MB: one tensor; GB/s: ours)\n{table(HEADER, [cells(row) for row in rows])}\n")
+    if train_rows:
+        lines = table(TRAIN_HEADER, [cells(row) for row in train_rows])
+        print(f"bn_scale_train (MB: one tensor; floor: two reads, one write; GB/s: ours)\n{lines}\n")
     if "host_us" in report:
         host = [[name, f"{h['us']:.2f}", f"{h['over torch.mul']:.2f}"] for name, h in report["host_us"].items()]
         print(f"host time of one call, input (1, 4, 2, 2)\n{table(['call', 'us', '/ torch.mul'], host)}\n")
         print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
-    every = report.get("conv", {"rows": []})["rows"] + rows
+    of_convolutions = [row for part in ("conv", "train") for row in report.get(part, {"rows": []})["rows"]]
+    every = of_convolutions + rows + train_rows
     for name, why in sorted({pair for row in every for pair in row["missing"].items()}):
         print(f"n/a for {name}: {why}")
     limited = sorted({f"{row['case']} ({name})" for row in every for name, s in row["us"].items() if s["host_limited"]})
@@ -100,6 +107,18 @@ def section(report: Report) -> str:
             us[1] = f"**{us[1]}**"
             rows.append([f"{row['dtype']}, {LAYOUTS[row['layout']]}", *us])
     header = [f"`bn_scale`, {short(size / 1e6)} MB", "copy", "**ours**", "eager", "torch.compile", "naive kernel"]
+    return markdown(header, rows)
+
+
+def train_section(report: Report) -> str:
+    """bn_scale_train's every case, by the time of a copy."""
+    rows = []
+    for row in report["bn_scale_train"]:
+        us = [f"{row['us'][name]['median']:.0f} us" if name in row["us"] else "" for name in ("eager", "compile")]
+        times = [f"{row['us']['copy']['median']:.0f} us", f"**{row['us']['ours']['median']:.0f} us**", *us]
+        case = f"{row['dtype']}, {LAYOUTS[row['layout']]}, {'x'.join(map(str, row['shape']))}"
+        rows.append([case, *times, f"{row['ours/copy']:.2f}", f"{row['eager/ours']:.2f}"])
+    header = ["`bn_scale_train`", "copy", "**ours**", "eager", "torch.compile", "ours / copy", "eager / ours"]
     return markdown(header, rows)
 
 

@@ -1,9 +1,10 @@
-"""What bench.py says of the convolutions: a table a group, geometric means, the README's tables, the roofline."""
+"""What bench.py says of the convolutions, in evaluation ("conv") and in training mode ("train"): a table a group,
+geometric means, the README's tables, the roofline."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ._report import Charts, Report, Row, legend_below, markdown, short, table
@@ -11,12 +12,15 @@ from ._report import Charts, Report, Row, legend_below, markdown, short, table
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 RATIOS = ["eager", "best compile", "cudnn", "best rival", "conv", "aten"]
+ERRORS = {"norm": "error, x eager's", "element": "by element"}
+ERRORS |= {name: name for name in ("running_mean", "running_var")}  # those of the rows in training mode
 
 
-def groups(report: Report) -> dict[str, list[Row]]:
+def groups(report: Report, *parts: str) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
-    for row in report.get("conv", {"rows": []})["rows"]:
-        rows.setdefault(row["group"], []).append(row)
+    for part in parts:
+        for row in report.get(part, {"rows": []})["rows"]:
+            rows.setdefault(row["group"], []).append(row)
     return rows
 
 
@@ -36,12 +40,13 @@ def group_table(rows: list[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["us"] if name != "copy"))
     ratios = [f"{name}/ours" for name in RATIOS if any(f"{name}/ours" in row for row in rows)]
     header = ["case", "algorithm", "floor us", "share %", "copy us", "ours/copy", *(f"{name} us" for name in names)]
-    header += [*ratios, "error, x eager's", "by element"]
+    measures = [measure for measure in ERRORS if measure in rows[0]["errors"]["ours"]]
+    header += [*ratios, *(ERRORS[measure] for measure in measures)]
     lines = []
     for row in rows:
         floor = [f"{floor_us(row):.1f}", f"{row['share_of_floor_percent']:.0f}"]
         times = [us(row, "copy"), ratio(row, "ours/copy"), *(us(row, name) for name in names)]
-        errors = [row["errors"]["ours"][m] / (row["errors"]["eager"][m] or math.inf) for m in ("norm", "element")]
+        errors = [row["errors"]["ours"][m] / (row["errors"]["eager"][m] or math.inf) for m in measures]
         factors = [*(ratio(row, name) for name in ratios), *(f"{error:.2f}" for error in errors)]
         lines.append([row["case"], row["algorithm"] or "CPU", *floor, *times, *factors])
     return table(header, lines)
@@ -70,15 +75,16 @@ def network_us(rows: list[Row], name: str) -> float:
 
 
 def print_tables(report: Report) -> None:
-    if not groups(report):
+    every = groups(report, "conv", "train")
+    if not every:
         return
-    rates = report["conv"]["rates"]
+    rates = report["conv" if "conv" in report else "train"]["rates"]
     matrix = ", ".join(f"{name} {short(rate)}" for name, rate in rates["matrix_tflop_per_s"].items())
     print(f"convolutions; copy rate {rates['copy_gb_per_s']:.0f} GB/s, matrix rates in TFLOP/s: {matrix}\n")
-    for group, rows in groups(report).items():
+    for group, rows in every.items():
         print(f"{group}\n{group_table(rows)}\n")
     lines = []
-    for group, rows in groups(report).items():
+    for group, rows in every.items():
         share = geomean([row["share_of_floor_percent"] for row in rows])
         means = [mean_ratio(rows, name) for name in RATIOS]
         sums = [f"{network_us(rows, name):.0f}" for name in ("ours", "eager")]
@@ -92,28 +98,34 @@ def print_tables(report: Report) -> None:
 
 COLUMNS = {"copy": "copy of y", "ours": "**ours**", "eager": "eager", "best compile": "torch.compile"}
 COLUMNS |= {"cudnn": "cuDNN fused", "conv": "convolution alone"}
-MEANS = ["speed-up, geometric mean", "layers", "eager", "torch.compile", "cuDNN fused", "best of these"]
-MEANS += ["convolution alone", "convolution and one pass", "slowest layer"]
+MEANS = {"eager": "eager", "best compile": "torch.compile", "cudnn": "cuDNN fused", "best rival": "best of these"}
+MEANS |= {"conv": "convolution alone", "aten": "convolution and one pass"}
+TRAIN_COLUMNS = {name: column for name, column in COLUMNS.items() if name != "cudnn"}
+TRAIN_MEANS = {name: column for name, column in MEANS.items() if name != "cudnn"}
+TRAIN_MEANS |= {"aten": "convolution, one read and one pass"}
 
 
-def markdown_row(row: Row) -> list[str]:
+def markdown_row(row: Row, columns: Iterable[str]) -> list[str]:
     times = {name: stats["median"] for name, stats in row["us"].items()}
     if "best compile/ours" in row:
         times["best compile"] = row["best compile/ours"] * times["ours"]
-    cells = {name: f"{times[name]:.0f}" if name in times else "" for name in COLUMNS}
+    cells = {name: f"{times[name]:.0f}" if name in times else "" for name in columns}
     cells["ours"] = f"**{cells['ours']}**"
     return [row["case"], f"{floor_us(row):.0f}", *cells.values()]
 
 
-def section(report: Report) -> str:
+def section(report: Report, part: str) -> str:
     """A row for each layer that is not of a network, and on a GPU the geometric means of all groups."""
+    columns, ratios = (TRAIN_COLUMNS, TRAIN_MEANS) if part == "train" else (COLUMNS, MEANS)
     lines, means = [], []
-    for group, rows in groups(report).items():
+    for group, rows in groups(report, part).items():
         is_network = any(row["count"] > 1 for row in rows)
-        lines += [] if is_network else [markdown_row(row) for row in rows]
-        means.append([group, str(len(rows)), *(mean_ratio(rows, name) for name in RATIOS), f"{slowest(rows):.2f}"])
-    parts = [markdown(["us", "floor", *COLUMNS.values()], lines)]
-    return "\n\n".join([*parts, markdown(MEANS, means)] if report["device"]["kind"] == "cuda" else parts)
+        lines += [] if is_network else [markdown_row(row, columns) for row in rows]
+        means.append([group, str(len(rows)), *(mean_ratio(rows, name) for name in ratios), f"{slowest(rows):.2f}"])
+    tables = [markdown(["us", "floor", *columns.values()], lines)]
+    if report["device"]["kind"] == "cuda":
+        tables.append(markdown(["speed-up, geometric mean", "layers", *ratios.values(), "slowest layer"], means))
+    return "\n\n".join(tables)
 
 
 # ---- roofline --------------------------------------------------------------------------------------------------------
@@ -125,7 +137,7 @@ PANELS = {"float16 channels_last": ("float16", "channels_last"), "float32 NCHW":
 def draw_roofline(report: Report, plt: Any) -> Any:
     """Each layer by its FLOP per byte: what it reaches with ours and with the best rival, below what the device can."""
     rates = report["conv"]["rates"]
-    names = list(dict.fromkeys(group.split(",")[0] for group in groups(report)))
+    names = list(dict.fromkeys(group.split(",")[0] for group in groups(report, "conv")))
     colours = dict(zip(names, COLOURS, strict=False))
     figure, panels = plt.subplots(1, 2, figsize=(8, 4.8), sharey=True)
     for axes, (title, kind) in zip(panels, PANELS.items(), strict=True):

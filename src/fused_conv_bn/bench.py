@@ -1,8 +1,8 @@
 """``python -m fused_conv_bn bench``: checks the ops against float64, then times them against a copy and their rivals.
 
 One run does all of it, on the GPU if there is one, else on the CPU. Times compare only within a run: every row has the
-time of a device copy, measured in turn with everything else in that row. bn_scale is here, the convolutions are in
-_bench_conv.py.
+time of a device copy, measured in turn with everything else in that row. bn_scale and bn_scale_train are here, the
+convolutions are in _bench_conv.py, the host's times in _bench_host.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import argparse
 import importlib.util
 import json
 import math
-import os
-import statistics
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,24 +23,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _report, _report_conv, reference
+from . import _bench_host, _report, _report_conv, reference
 from ._bench_common import (
     EPS,
     LAYOUTS,
     MB,
+    MOMENTUM,
     SCALING_FACTOR,
     Compiler,
     InaccurateError,
+    batch_moments,
     check,
     dtype_name,
     first_line,
     progress,
     random_bn,
     random_tensor,
+    statistics_errors,
 )
-from ._bench_conv import ConvBench
+from ._bench_conv import NOTES as CONV_NOTES
+from ._bench_conv import TRAIN_NOTES, ConvBench, measure_rates
 from ._bench_layers import GROUPS, ConvCase, conv_cases
-from ._stopwatch import FOOTPRINT, MAX_PAIRS, Rivals, Stopwatch, pairs_of, spread
+from ._stopwatch import FOOTPRINT, MAX_PAIRS, Rivals, Stopwatch, pairs_of
 
 NAIVE_SOURCE = _report.SOURCE_ROOT / "benchmarks" / "naive_bn_scale.cu"
 
@@ -54,8 +55,12 @@ CPU_MAX_MB = 64
 OTHER_SHAPES = {(256, 14): (16 * MB, 512 * MB), (2048, 7): (16 * MB, 512 * MB)}  # (C, H = W): sizes
 COMPILED_SIZES = {torch.float32: (4096, 16 * MB, 64 * MB, PROBLEM_73), torch.float16: (PROBLEM_73,)}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-COMPILE_BUDGETS = 45, 120  # seconds, of bn_scale and of the convolutions
-PARTS = ["bn_scale", "host", "conv", *GROUPS]
+TRAIN_KINDS = [(torch.float32, layout) for layout in LAYOUTS]
+TRAIN_KINDS += [(dtype, "channels_last") for dtype in (torch.float16, torch.bfloat16)]
+TRAIN_SHAPES = [(64, 112), (256, 56), *OTHER_SHAPES]  # (C, H = W)
+TRAIN_SIZES = 256 * MB, 16 * MB  # theirs: the first below the largest one
+COMPILE_BUDGETS = {"bn_scale": 45, "conv": 120, "train": 40}  # seconds
+PARTS = ["bn_scale", "bn_scale_train", "host", "conv", *GROUPS]
 
 CHECKED_AT_ONCE = 1 << 24  # elements, so that the float64 copies stay small
 
@@ -74,9 +79,14 @@ NOTES = {
     "many. The share of its rate is copy time / our time.",
     "eager": "F.batch_norm(x, ...) * s. Backend flags as given under flags.",
     "compile": "torch.compile(eager, dynamic=False), default mode, at a few sizes and within a limit of compile time.",
+    "bn_scale_train": "batch statistics, and the running ones updated, in ours, eager and compile, which all allocate "
+    "their outputs. bytes_moved counts the input twice, as no output is known before all of it was read: the floor is "
+    "1.5 times the copy. What a cache keeps of the input for the second read can bring a time below it.",
     "naive": "benchmarks/naive_bn_scale.cu: a thread per element, 1/sqrt and two 64-bit divisions in each; fp32 NCHW.",
     "validation": "norm of the error over norm of the float64 result (for float64: long double, first and last image), "
-    "with random running statistics and affine; ours must be within max(2 * eager's, one rounding of the dtype).",
+    "with random running statistics and affine; ours must be within max(2 * eager's, one rounding of the dtype). "
+    "Running statistics: the largest error of a channel after one call, over the sizes of its two terms, the old "
+    "value's and the batch's; within max(2 * eager's, two roundings).",
 }
 
 
@@ -87,8 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=PARTS,
         metavar="PART",
-        help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it (default: all; on the CPU, of the "
-        "convolutions problem_73 alone)",
+        help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it, of which train has the batch's "
+        "statistics (default: all; on the CPU, of the convolutions problem_73 and train)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
@@ -100,7 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile-budget",
         type=float,
         metavar="S",
-        help="no torch.compile after S seconds (default: {} for bn_scale, {} for conv)".format(*COMPILE_BUDGETS),
+        help="no torch.compile after S seconds of it, for each of these ("
+        + ", ".join(f"{part}: {budget}" for part, budget in COMPILE_BUDGETS.items())
+        + ")",
     )
     parser.add_argument("--commit", help="recorded in the JSON (default: what git says)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
@@ -141,8 +153,11 @@ def readme_sections(report: dict[str, Any]) -> dict[str, str]:
     sections = {}
     if "bn_scale" in report and kind == "cuda":
         sections["bn_scale"] = _report.section(report)
-    if "conv" in report:
-        sections[f"conv {kind}"] = _report_conv.section(report)
+    if "bn_scale_train" in report and kind == "cuda":
+        sections["bn_scale_train"] = _report.train_section(report)
+    for part in ("conv", "train"):
+        if part in report:
+            sections[f"{part} {kind}"] = _report_conv.section(report, part)
     return sections
 
 
@@ -156,28 +171,44 @@ class Case:
     dtype: torch.dtype
     layout: str
     main: bool  # of the sweep over sizes, not one of the other shapes
+    train: bool = False  # bn_scale_train, not bn_scale
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
-        return f"{dtype_name(self.dtype)} {self.layout} {'x'.join(map(str, self.shape))}"
+        text = f"{dtype_name(self.dtype)} {self.layout} {'x'.join(map(str, self.shape))}"
+        return f"{text} train" if self.train else text
+
+
+def shape_near(size: float, dtype: torch.dtype, channels: int = 64, side: int = 0) -> tuple[int, int, int, int]:
+    """Met to within a few percent: the batch takes up what the image leaves over. The side is chosen if not given."""
+    pixels = size / dtype.itemsize / channels
+    side = side or next(s for s in (126, 32, 16, 8, 4, 2, 1) if s * s <= pixels or s == 1)
+    return max(1, round(pixels / side**2)), channels, side, side
 
 
 def bn_cases(sizes: Sequence[int], dtypes: Sequence[torch.dtype], max_bytes: float, others: bool) -> Iterator[Case]:
-    """Sizes are met to within a few percent: the batch takes up what the image leaves over."""
     for layout in LAYOUTS:
         for dtype in dtypes:
             for size in (s for s in sizes if s <= max_bytes):
-                pixels = size // dtype.itemsize // 64
-                side = next(s for s in (126, 32, 16, 8, 4, 2, 1) if s * s <= pixels or s == 1)
-                batch = max(1, round(pixels / side**2))
-                yield Case(size, (batch, 64, side, side), dtype, layout, True)
+                yield Case(size, shape_near(size, dtype), dtype, layout, True)
             for (channels, side), other_sizes in OTHER_SHAPES.items() if others else ():
                 for size in (s for s in other_sizes if s <= max_bytes):
-                    batch = round(size / (dtype.itemsize * channels * side**2))
-                    yield Case(size, (batch, channels, side, side), dtype, layout, False)
+                    yield Case(size, shape_near(size, dtype, channels, side), dtype, layout, False)
+
+
+def bn_train_cases(dtypes: Sequence[torch.dtype], max_bytes: float, others: bool) -> Iterator[Case]:
+    """Problem 73's size or the largest below it, then other planes."""
+    size = int(min(PROBLEM_73, max_bytes))
+    for dtype, layout in TRAIN_KINDS:
+        if dtype in dtypes:
+            yield Case(size, shape_near(size, dtype), dtype, layout, True, train=True)
+    size = next((s for s in TRAIN_SIZES if s < size), 0)
+    for channels, side in TRAIN_SHAPES if others and size else ():
+        for dtype, layout in (TRAIN_KINDS[0], TRAIN_KINDS[2]):
+            yield Case(size, shape_near(size, dtype, channels, side), dtype, layout, False, train=True)
 
 
 class NaiveKernel:
@@ -248,8 +279,8 @@ def long_double_truth(bn: list[Tensor]) -> Truth:
     return truth
 
 
-def eager_bn_scale(x: Tensor, bn: list[Tensor]) -> Tensor:
-    return F.batch_norm(x, bn[0], bn[1], bn[2], bn[3], False, 0.0, EPS) * SCALING_FACTOR
+def eager_bn_scale(x: Tensor, bn: list[Tensor], train: bool = False) -> Tensor:
+    return F.batch_norm(x, bn[0], bn[1], bn[2], bn[3], train, MOMENTUM, EPS) * SCALING_FACTOR
 
 
 def ours_out(x: Tensor, bn: list[Tensor], out: Tensor) -> None:
@@ -258,6 +289,10 @@ def ours_out(x: Tensor, bn: list[Tensor], out: Tensor) -> None:
 
 def ours_new(x: Tensor, bn: list[Tensor]) -> Tensor:
     return torch.ops.fused_conv_bn.bn_scale(x, bn[0], bn[1], bn[2], bn[3], SCALING_FACTOR, EPS)
+
+
+def ours_train(x: Tensor, bn: list[Tensor]) -> Tensor:
+    return torch.ops.fused_conv_bn.bn_scale_train(x, bn[0], bn[1], bn[2], bn[3], SCALING_FACTOR, MOMENTUM, EPS)
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -289,30 +324,51 @@ class Bench:
         unit = torch.finfo(case.dtype).eps / 2
         return check(str(case), unit, relative_errors(outputs, x, truth, x[0].numel()))
 
+    def check_bn_scale_train(self, case: Case) -> list[dict[str, Any]]:
+        x = random_tensor(case.shape, case.dtype, case.layout, self.device)
+        bn = random_bn(case.shape[1], case.dtype, self.device)
+        moments = batch_moments(x.double())
+        outputs, errors = {}, {}
+        for name in ("eager", "ours"):
+            after = [t.clone() for t in bn]
+            outputs[name] = ours_train(x, after) if name == "ours" else eager_bn_scale(x, after, train=True)
+            errors[name] = statistics_errors(bn[:2], after[:2], moments)
+        truth = double_truth([*moments[:2], *bn[2:]])
+        eps = torch.finfo(case.dtype).eps
+        checks = [check(str(case), eps / 2, relative_errors(outputs, x, truth, x[0].numel()))]
+        for which in errors["ours"]:
+            found = {name: of_call[which] for name, of_call in errors.items()}
+            checks.append(check(f"{case}, {which}", eps, found))
+        return checks
+
     def time_bn_scale(self, case: Case) -> dict[str, Any]:
         pairs = pairs_of(2 * case.bytes)
         bn = random_bn(case.shape[1], case.dtype, self.device)
         xs = [random_tensor(case.shape, case.dtype, case.layout, self.device) for _ in range(pairs)]
         outs = [torch.empty_like(x) for x in xs]
         on_cpu = self.device == "cpu"  # see the note on outputs
+        new = ours_train if case.train else ours_new
         rivals: Rivals = {
             "copy": lambda i: xs[i].clone() if on_cpu else outs[i].copy_(xs[i]),
-            "ours": lambda i: ours_new(xs[i], bn) if on_cpu else ours_out(xs[i], bn, outs[i]),
-            "eager": lambda i: eager_bn_scale(xs[i], bn),
+            "ours": lambda i: new(xs[i], bn) if on_cpu or case.train else ours_out(xs[i], bn, outs[i]),
+            "eager": lambda i: eager_bn_scale(xs[i], bn, case.train),
         }
-        missing = {"compile": "not among the compiled sizes", "naive": self.naive.why_not_for(case)}
-        if case.main and case.nominal_bytes in COMPILED_SIZES.get(case.dtype, ()):
-            compiled, not_compiled = self.compiler(lambda x: eager_bn_scale(x, bn), xs[:1], ["compile"])
+        missing = {"compile": "not among the compiled sizes"}
+        if not case.train:
+            missing["naive"] = self.naive.why_not_for(case)
+        if case.main and (case.train or case.nominal_bytes in COMPILED_SIZES.get(case.dtype, ())):
+            compiled, not_compiled = self.compiler(lambda x: eager_bn_scale(x, bn, case.train), xs[:1], ["compile"])
             missing["compile"] = not_compiled.get("compile", "")
             if compiled:
                 rivals["compile"] = lambda i: compiled["compile"](xs[i])
-        if not missing["naive"]:
+        if missing.get("naive") == "":
             rivals["naive"] = lambda i: self.naive(xs[i], bn, outs[i])
         row = {"case": str(case), "dtype": dtype_name(case.dtype), "layout": case.layout, "shape": list(case.shape)}
         sizes = {"main": case.main, "nominal_bytes": case.nominal_bytes, "tensor_bytes": case.bytes}
-        return {**row, **sizes, **self.time_row(rivals, 2 * case.bytes, pairs, missing)}
+        return {**row, **sizes, **self.time_row(rivals, case, pairs, missing)}
 
-    def time_row(self, rivals: Rivals, moved: int, pairs: int, missing: dict[str, str]) -> dict[str, Any]:
+    def time_row(self, rivals: Rivals, case: Case, pairs: int, missing: dict[str, str]) -> dict[str, Any]:
+        moved = (3 if case.train else 2) * case.bytes
         stats, calls = self.watch.compare(rivals, pairs, self.repeats)
         us = {name: float(s["median"]) for name, s in stats.items()}
         return {
@@ -321,45 +377,13 @@ class Bench:
             "missing": {name: why for name, why in missing.items() if why},
             "ours/copy": us["ours"] / us["copy"],
             "share_of_copy_percent": 100 * us["copy"] / us["ours"],
+            **({"share_of_floor_percent": 150 * us["copy"] / us["ours"]} if case.train else {}),
             **{f"{name}/ours": t / us["ours"] for name, t in us.items() if name not in ("copy", "ours")},
-            "gb_per_s": {name: moved / t / 1e3 for name, t in us.items()},
+            "gb_per_s": {name: (2 * case.bytes if name == "copy" else moved) / t / 1e3 for name, t in us.items()},
             "calls": calls,
             "buffer_pairs": pairs,
-            "footprint_bytes": pairs * moved,
+            "footprint_bytes": pairs * 2 * case.bytes,
         }
-
-
-def time_host(watch: Stopwatch, device: str, rounds: int = 300, calls: int = 20) -> dict[str, Any]:
-    """Wall time that a call takes of the host: the device is idle before each batch of calls, its queue never full."""
-    x, bn = torch.randn(1, 4, 2, 2, device=device), random_bn(4, torch.float32, device)
-    op = torch.ops.fused_conv_bn.bn_scale
-    rivals: dict[str, Callable[[int], object]] = {
-        "torch.mul": lambda i: torch.mul(x, x),
-        "eager": lambda i: eager_bn_scale(x, bn),
-        "ours": lambda i: op(x, bn[0], bn[1], bn[2], bn[3], SCALING_FACTOR, EPS),
-    }
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(rounds):
-        for name, run in rivals.items():
-            times[name].append(watch.host_us(run, range(calls)))
-    mul = statistics.median(times["torch.mul"])
-    return {
-        name: {"us": statistics.median(us), "over torch.mul": statistics.median(us) / mul, "min": min(us)}
-        for name, us in times.items()
-    }
-
-
-def time_import(runs: int) -> dict[str, float]:
-    """Milliseconds that the package adds to ``import torch``."""
-    code = "import time, torch; t = time.perf_counter(); import fused_conv_bn; print((time.perf_counter() - t) * 1e3)"
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path}
-
-    def once() -> float:
-        command = [sys.executable, "-c", code]
-        return float(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
-
-    return spread([once() for _ in progress(range(runs), "import")])
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -379,19 +403,32 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    parts = args.only or ["bn_scale", "host", "conv" if device == "cuda" else "problem_73"]
+    default = ["bn_scale", "bn_scale_train", "host", *(["conv"] if device == "cuda" else ["problem_73", "train"])]
+    parts = args.only or default
     max_bytes = math.inf if args.max_mb is None and device == "cuda" else (args.max_mb or CPU_MAX_MB) * MB
     sizes, dtypes = (QUICK_SIZES, DTYPES[:2]) if args.quick else (SIZES, DTYPES)
-    cases = list(bn_cases(sizes, dtypes, max_bytes, others=not args.quick)) if "bn_scale" in parts else []
-    convolutions = selected_convolutions(args, parts, device)
-    budgets = (0.0, 0.0) if args.quick else COMPILE_BUDGETS
-    compilers = [Compiler(budget if args.compile_budget is None else args.compile_budget) for budget in budgets]
-    bench = Bench(device, args.repeats, NaiveKernel(device), compilers[0], Stopwatch(device))
+    cases = {
+        "bn_scale": list(bn_cases(sizes, dtypes, max_bytes, others=not args.quick)),
+        "bn_scale_train": list(bn_train_cases(dtypes, max_bytes, others=not args.quick)),
+    }
+    cases = {part: of_part for part, of_part in cases.items() if part in parts and of_part}
+    selected = selected_convolutions(args, parts, device)
+    convs = {"conv": [c for c in selected if not c.train], "train": [c for c in selected if c.train]}
+    convs = {part: of_part for part, of_part in convs.items() if of_part}
+    compilers = {
+        part: Compiler((0.0 if args.quick else budget) if args.compile_budget is None else args.compile_budget)
+        for part, budget in COMPILE_BUDGETS.items()
+    }
+    bench = Bench(device, args.repeats, NaiveKernel(device), compilers["bn_scale"], Stopwatch(device))
     # There are many rows, and some rivals run more kernels a call.
-    conv_bench = ConvBench(device, args.repeats, compilers[1], Stopwatch(device, max_calls=50))
+    watch = Stopwatch(device, max_calls=50)
+    conv_benches = {part: ConvBench(device, args.repeats, compilers[part], watch) for part in convs}
 
-    checks = [bench.check_bn_scale(case) for case in progress(cases, "validate")]
-    checks += conv_bench.check(convolutions)
+    checks = [bench.check_bn_scale(case) for case in progress(cases.get("bn_scale", []), "validate")]
+    for case in progress(cases.get("bn_scale_train", []), "validate"):
+        checks += bench.check_bn_scale_train(case)
+    for part, of_part in convs.items():
+        checks += conv_benches[part].check(of_part)
     report = {
         **_report.describe(device, args.commit),
         "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
@@ -399,10 +436,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "validation": checks,
     }
     if "host" in parts:  # the import first, with the machine still cool
-        report["import_ms"] = time_import(1 if args.quick else 5)
-        report["host_us"] = time_host(bench.watch, device)
-    if convolutions:
-        report["conv"] = conv_bench.time(convolutions)
-    if cases:
-        report["bn_scale"] = [bench.time_bn_scale(case) for case in progress(cases, "bn_scale")]
-    return {**report, "compile_s": [c.spent for c in compilers], "seconds": time.perf_counter() - began}
+        report["import_ms"] = _bench_host.time_import(1 if args.quick else 5)
+        report["host_us"] = _bench_host.time_host(bench.watch, device)
+    if selected:
+        rates = measure_rates(watch, device, [case.dtype for case in selected], args.repeats)
+    for part, of_part in convs.items():
+        rows = conv_benches[part].time(of_part, rates)
+        report[part] = {"notes": TRAIN_NOTES if part == "train" else CONV_NOTES, "rates": rates, "rows": rows}
+    for part in cases:
+        report[part] = [bench.time_bn_scale(case) for case in progress(cases[part], part)]
+    spent = {part: compiler.spent for part, compiler in compilers.items()}
+    return {**report, "compile_s": spent, "seconds": time.perf_counter() - began}

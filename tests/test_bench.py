@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_conv_bn import _bench_conv, _bench_layers, _report, bench, reference
+from fused_conv_bn import _bench_conv, _bench_host, _bench_layers, _report, bench, reference
 from fused_conv_bn._bench_common import (
     COMPILE_MODES,
     MOMENTUM,
@@ -83,7 +83,12 @@ def test_json_has_every_number(report_file: Path) -> None:
         assert all(0 < s["min"] <= s["median"] <= s["max"] for s in row["us"].values())
     for found in report["validation"]:
         assert 0 <= found["ours"] <= found["limit"]
-    assert report["host_us"].keys() == {"torch.mul", "eager", "ours"}
+    ops = ("bn_scale", "bn_scale_train", "conv_scale_shift", "conv_bn_scale_train")
+    ours = {*ops, "ConvBnScale2d in evaluation", "ConvBnScale2d in training"}
+    assert report["host_us"].keys() == {"torch.mul", *ours, *(f"{name}, eager" for name in ours)}
+    for name in ours:
+        row, eager = report["host_us"][name], report["host_us"][f"{name}, eager"]
+        assert row["eager/ours"] == eager["us"] / row["us"] and "eager/ours" not in eager
     assert report["import_ms"]["median"] > 0
 
 
@@ -103,6 +108,7 @@ def test_from_json_prints_the_tables_and_draws(
     assert sum("n/a" in row for row in rows) == 4 + 3
     assert len([line for line in lines[below:] if line.startswith("3x3 8->64 128x128 ")]) == 2 + 2
     assert sum(line.startswith(("problem 73  ", "problem 73, training  ")) for line in lines) == 2
+    assert sum(line.startswith("conv_bn_scale_train") for line in lines) == 2
     pngs = list(tmp_path.glob("*.png"))
     assert len(pngs) == (3 if charts else 0)
     assert all(png.read_bytes().startswith(PNG) for png in pngs)
@@ -254,6 +260,14 @@ def test_every_kind_of_convolution_in_training(
     assert all(bool(row["algorithm"]) == (device == "cuda") for row in rows)
     assert all("op" in row["us"] for row in rows[-2:])
     assert any(line.startswith("small, training  ") for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_host_s_times(device: str) -> None:
+    with torch.no_grad():
+        rows = _bench_host.time_host(Stopwatch(device), device, rounds=1, calls=2)
+    assert all(row["us"] >= row["min"] > 0 for row in rows.values())
+    own = [name for name in rows if name.endswith(", own kernel")]
+    assert len(own) == (4 if device == "cuda" else 0) and len(rows) == 1 + 2 * 6 + len(own)
 
 
 def test_a_convolution_s_batch_is_that_of_all_images() -> None:

@@ -80,8 +80,10 @@ def print_tables(report: Report) -> None:
         lines = table(TRAIN_HEADER, [cells(row) for row in train_rows])
         print(f"bn_scale_train (MB: one tensor; floor: two reads, one write; GB/s: ours)\n{lines}\n")
     if "host_us" in report:
-        host = [[name, f"{h['us']:.2f}", f"{h['over torch.mul']:.2f}"] for name, h in report["host_us"].items()]
-        print(f"host time of one call, input (1, 4, 2, 2)\n{table(['call', 'us', '/ torch.mul'], host)}\n")
+        numbers = ["us", "over torch.mul", "eager/ours"]
+        host = [[name, *(f"{h[n]:.2f}" if n in h else "" for n in numbers)] for name, h in report["host_us"].items()]
+        header = ["call", "us", "/ torch.mul", "eager/ours"]
+        print(f"host time of one call, input (1, 4, 2, 2)\n{table(header, host)}\n")
         print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
     of_convolutions = [row for part in ("conv", "train") for row in report.get(part, {"rows": []})["rows"]]
     every = of_convolutions + rows + train_rows

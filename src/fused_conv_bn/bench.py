@@ -82,6 +82,7 @@ NOTES = {
     "bn_scale_train": "batch statistics, and the running ones updated, in ours, eager and compile, which all allocate "
     "their outputs. bytes_moved counts the input twice, as no output is known before all of it was read: the floor is "
     "1.5 times the copy. What a cache keeps of the input for the second read can bring a time below it.",
+    "host": _bench_host.NOTE,
     "naive": "benchmarks/naive_bn_scale.cu: a thread per element, 1/sqrt and two 64-bit divisions in each; fp32 NCHW.",
     "validation": "norm of the error over norm of the float64 result (for float64: long double, first and last image), "
     "with random running statistics and affine; ours must be within max(2 * eager's, one rounding of the dtype). "

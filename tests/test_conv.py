@@ -353,6 +353,20 @@ def test_one_huge_value_among_small_ones(conv_device, where, outlier, dtype, gen
             check(call)
 
 
+def test_many_tiles_of_whole_rows(conv_device, generator):
+    """So many that a block of the few_channels kernel has two tiles at a time: ragged ones too, and some that do not split."""
+    call = make(
+        *(generator, conv_device, torch.float32, (3, 5, 700, 64), (33, 5, 3, 3), 1, 1), residual=True, activation="relu"
+    )
+    check(call)
+    call.x[0, 1, 5, 7] = 2.0**30
+    call.x[1, 4, 340:480] *= 2.0**-40
+    call.x[2, :, -1] *= 2.0**-40
+    check(call)
+    moved = torch.empty(call.x.numel() + 1, device=conv_device)[1:].view(call.x.shape).copy_(call.x)
+    check(Call(moved, call.w, call.scale, call.shift, *call.window(), call.residual, call.activation))
+
+
 @dtypes
 def test_large_magnitudes_that_cancel(conv_device, dtype, generator):
     """Sums of terms a thousand times as large as what is left of them."""

@@ -5,7 +5,9 @@
 // pixels and all channels of the block. For a channels_last output, channels are dealt to the rows of the product so that a
 // thread ends up with 16 bytes of a pixel's, which it writes. For a contiguous output, results go through shared memory, to
 // be written as whole rows of the image. Two blocks share a multiprocessor, so that one moves memory while the other
-// multiplies.
+// multiplies. Contiguous float32 goes further where it can: a block has two groups of threads, each with a tile of its own and
+// copies of its next one's input on the way, which multiply by turns. Left alone, both would multiply at the same time, and
+// tensor cores idle while both move memory.
 //
 // The GEMM's depth is cut into quads: four input channels of one filter tap. A tap is an offset in the patch, so im2col is
 // a table of offsets, one a quad. mma.sync.m16n8k16 wants four values of its k from each thread; in which order the 16
@@ -22,6 +24,7 @@
 #include <type_traits>
 
 #include "conv_few_channels.h"
+#include "copy_async.cuh"
 #include "epilogue.h"
 #include "memory_format.h"
 #include "shared_memory.cuh"
@@ -42,13 +45,16 @@ struct FewChannelsParams {
   int C, H, W, K, R, S, P, Q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   FewChannelsTile tile;
-  FastDiv x_cols, tile_q, tile_p, tiles_q, tiles_p;
+  FastDiv x_cols, pixel_groups, tile_q, tile_p, tiles_q, tiles_p;
+  FastDiv channel_vectors, row_vectors;  // kPaired: copies of 16 bytes that a channel and a row take
   uint32_t tiles;
-  int run_shift;     // contiguous: 2^run_shift lanes share a run of the output
-  bool split;        // float32: in two halves, three products; else one
-  bool x_vectors;    // channels_last: a pixel's quads can be read as a whole
-  bool y_vectors;    // channels_last: a pixel's channels can be written 16 bytes at a time
-  bool stage_pairs;  // contiguous: two neighbouring results can be staged with one store
+  int run_shift;      // contiguous: 2^run_shift lanes share a run of the output
+  bool split;         // float32: in two halves, three products; else one
+  bool x_vectors;     // channels_last: a pixel's quads can be read as a whole
+  bool whole_groups;  // no group of input channels goes past the last one
+  bool y_vectors;     // channels_last: a pixel's channels can be written 16 bytes at a time
+  bool stage_pairs;   // contiguous: two neighbouring results can be staged with one store
+  bool run_vectors;   // contiguous: rows are whole, and a tile's runs are vectors, long enough for a warp each
   Activation activation;
 };
 
@@ -92,16 +98,20 @@ struct FewChannelsHeader {
 
 extern __shared__ __align__(128) unsigned char few_channels_shared[];
 
-// T: the tensors' type. kM: output channels, in sixteens. kLast: channels_last.
-template <typename T, int kM, bool kLast>
+// T: the tensors' type. kM: output channels, in sixteens. kLast: channels_last. kPaired: a block is two groups of threads with
+// a tile each, which multiply by turns.
+template <typename T, int kM, bool kLast, bool kPaired>
 class FewChannels {
  public:
   using Half = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float16>;  // what is multiplied
   static constexpr bool kFloat = std::is_same_v<T, float>;
   static constexpr int kPlanes = kFloat ? 2 : 1;
   static constexpr int kChannels = 16 * kM;
-  static constexpr int kWarps = kFewChannelsThreads / 32;
-  static constexpr int kN = 4;  // pixels of a warp, in eights
+  static constexpr int kGroups = few_channels_groups(kPaired);
+  static constexpr int kThreads = kFewChannelsThreads / kGroups;  // of a group
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kPixels = kFewChannelsPixels / kWarps;  // of a warp
+  static constexpr int kN = kPixels / 8;
   static constexpr int kVec = Vec<T>::kSize;
   static constexpr int kBytes = static_cast<int>(sizeof(T));
   // Whether the next tile's input is read before this one is multiplied. The others have no registers left for it.
@@ -117,36 +127,58 @@ class FewChannels {
       : p(params), first_channel(blockIdx.y * kChannels) {}
 
   __device__ __forceinline__ void run() {
+    const uint32_t first = blockIdx.x * kGroups + group();
+    const uint32_t step = gridDim.x * kGroups;
+    if constexpr (kPaired) {
+      if (first < p.tiles) {
+        start_copies(locate(first));
+      }
+    }
     set_up();
+    if constexpr (kPaired) {
+      __syncthreads();  // groups do not meet again
+    }
     Ahead ahead;
     if constexpr (kAhead) {
-      read_ahead(ahead, locate(blockIdx.x));
+      read_ahead(ahead, locate(first));
     }
     // Little is kept in registers from one step to the next: what is a few instructions away is made anew.
-    for (uint32_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    for (uint32_t index = first; index < p.tiles; index += step) {
       bool exact = false;
       float inverse = 1.0f;
-      {
+      if constexpr (kPaired) {
+        load_copies(exact, inverse);
+      } else {
         const Tile tile = locate(index);
         if constexpr (!kAhead) {
           read_ahead(ahead, tile);
         }
         load_patch(ahead, tile, exact, inverse);
       }
-      __syncthreads();
-      if constexpr (kAhead) {
-        // The next tile's input is on its way while this one is multiplied.
-        if (index + gridDim.x < p.tiles) {
-          read_ahead(ahead, locate(index + gridDim.x));
+      sync();
+      if constexpr (kPaired) {
+        if (index + step < p.tiles) {
+          start_copies(locate(index + step));
+        }
+        wait_for_turn(index == first);
+        if (exact) {
+          give_turn(index);
         }
       }
-      const bool has_pixels = warp() * 32 < p.tile.p * p.tile.q;
-      Product acc = {};
+      if constexpr (kAhead) {
+        // The next tile's input is on its way while this one is multiplied.
+        if (index + step < p.tiles) {
+          read_ahead(ahead, locate(index + step));
+        }
+      }
+      const bool has_pixels = warp() * kPixels < p.tile.p * p.tile.q;
+      Product acc;
       if (has_pixels) {
-        if (exact) {
-          if constexpr (kFloat) {
-            multiply_exactly(acc);
-          }
+        if (kFloat && exact) {
+          multiply_exactly(acc);
+        } else if constexpr (kPaired) {
+          multiply_ahead(acc);
+          give_turn(index);
         } else {
           multiply(acc);
         }
@@ -162,9 +194,11 @@ class FewChannels {
           write_pixels(acc, tile);
         }
       } else {
-        __syncthreads();
+        sync();
         if (has_pixels) {
-          if (!p.stage_pairs) {
+          if (p.run_vectors) {
+            stage_planes<true, true, true>(acc, tile);
+          } else if (!p.stage_pairs) {
             stage_planes<false, false>(acc, tile);
           } else if (p.tile.q == p.Q) {
             stage_planes<true, true>(acc, tile);
@@ -172,25 +206,56 @@ class FewChannels {
             stage_planes<true, false>(acc, tile);
           }
         }
-        __syncthreads();
-        if (p.tile.q == p.Q) {
+#if __CUDA_ARCH__ >= 900
+        store_bulk_fence();
+#endif
+        sync();
+        if (p.run_vectors) {
+          write_vectors(tile);
+        } else if (p.tile.q == p.Q) {
           write_whole_planes(tile);
         } else {
           write_rows(tile);
         }
       }
     }
+    wait_for_stores();
   }
 
  private:
-  static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+  static __device__ __forceinline__ int group() { return kPaired ? threadIdx.x / kThreads : 0; }
+  // Within the group.
+  static __device__ __forceinline__ int thread() { return kPaired ? threadIdx.x % kThreads : threadIdx.x; }
+  static __device__ __forceinline__ int warp() { return thread() / 32; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   // The row and the column group that a thread has in a fragment.
   static __device__ __forceinline__ int g() { return threadIdx.x % 32 / 4; }
   static __device__ __forceinline__ int t() { return threadIdx.x % 4; }
 
+  // A group's threads meet.
+  static __device__ __forceinline__ void sync() {
+    if constexpr (kPaired) {
+      asm volatile("bar.sync %0, %1;" ::"r"(1 + group()), "n"(kThreads) : "memory");
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // kPaired: groups multiply by turns. Every warp has pixels, so that all give and wait.
+  static __device__ __forceinline__ void wait_for_turn(bool is_first) {
+    if (group() == 1 || !is_first) {
+      asm volatile("bar.sync %0, %1;" ::"r"(3 + group()), "n"(kFewChannelsThreads) : "memory");
+    }
+  }
+  // To the other group, if it has a tile that comes after this one.
+  __device__ __forceinline__ void give_turn(uint32_t index) const {
+    if ((group() == 0 ? index : index - 2 + kGroups * gridDim.x) + 1 < p.tiles) {
+      asm volatile("bar.arrive %0, %1;" ::"r"(4 - group()), "n"(kFewChannelsThreads) : "memory");
+    }
+  }
+
   // Shared memory: a header, the table of quads' offsets in the patch (-1: none), the packed weights, the patch. The stage
-  // takes the patch's place.
+  // takes the patch's place. kPaired: for each group a patch, and copies of the next one's input behind it.
   static __device__ __forceinline__ FewChannelsHeader<kChannels>& header() {
     return *reinterpret_cast<FewChannelsHeader<kChannels>*>(few_channels_shared);
   }
@@ -199,8 +264,11 @@ class FewChannels {
   __device__ __forceinline__ uint32_t weights() const {
     return zeros() + few_channels_header(p.tile.k_steps, kChannels);
   }
-  __device__ __forceinline__ uint32_t patch() const { return weights() + kPlanes * w_plane(); }
+  __device__ __forceinline__ uint32_t patch() const {
+    return weights() + kPlanes * w_plane() + group() * p.tile.group_bytes;
+  }
   __device__ __forceinline__ int w_plane() const { return p.tile.k_steps * kM * 512; }
+  __device__ __forceinline__ uint32_t copies() const { return patch() + p.tile.copies; }
 
   // f(i, j, e) for every element of a Product.
   template <typename F>
@@ -224,7 +292,9 @@ class FewChannels {
   static __device__ __forceinline__ int own_channel(int i, int g) {
     return kLast ? i / kChunk * (8 * kChunk) + g * kChunk + i % kChunk : i / 2 * 16 + g + i % 2 * 8;
   }
-  static __device__ __forceinline__ int own_pixel(int j, int t) { return warp() * 32 + 8 * (j / 2) + 2 * t + j % 2; }
+  static __device__ __forceinline__ int own_pixel(int j, int t) {
+    return warp() * kPixels + 8 * (j / 2) + 2 * t + j % 2;
+  }
 
   // ---- once: weights, affines, tables ----
 
@@ -239,16 +309,17 @@ class FewChannels {
       header().all_exact = 0;
     }
     for (int q = threadIdx.x; q < p.tile.k_steps * 4 + kSparePlaces; q += kFewChannelsThreads) {
-      const int tap = q / p.tile.quads_per_tap;
+      // Past the last quad weights are 0. What is split is finite, so that any value will do: the last quad's, which costs
+      // no access of its own.
+      const int known = min(q, quads - 1);
+      const int tap = known / p.tile.quads_per_tap;
       const int r = tap / p.S;
       const int s = tap - r * p.S;
       const int offset = (r * p.dilation_h * p.tile.x_cols + s * p.dilation_w) * p.tile.x_pitch +
-                         (q - tap * p.tile.quads_per_tap) * 8;
-      // Past the last quad weights are 0. What is split is finite, so that any value will do.
-      store_shared(offsets() + q * 4, static_cast<uint32_t>(q < quads ? offset : (kFloat ? 0 : -1)));
+                         (known - tap * p.tile.quads_per_tap) * 8;
+      store_shared(offsets() + q * 4, static_cast<uint32_t>(kFloat || q < quads ? offset : -1));
     }
-    {
-      const int pixel = threadIdx.x;
+    for (int pixel = threadIdx.x; pixel < kFewChannelsPixels; pixel += kFewChannelsThreads) {
       const int row = p.tile_q.div(pixel);
       const int col = pixel - row * p.tile.q;
       const bool inside = row < p.tile.p;
@@ -269,6 +340,7 @@ class FewChannels {
     float w_scale = 1.0f;
     if constexpr (kFloat) {
       Magnitudes m;
+#pragma unroll 8
       for (int e = threadIdx.x % kSharers; e < p.C * p.R * p.S && k < p.K; e += kSharers) {
         const int c = e / (p.R * p.S);
         const int tap = e - c * (p.R * p.S);
@@ -294,6 +366,7 @@ class FewChannels {
     }
 
     // Packed as the instruction wants it: of each k step and each 16 channels, 16 bytes a lane.
+#pragma unroll 2
     for (int e = threadIdx.x; e < p.tile.k_steps * kM * 32; e += kFewChannelsThreads) {
       const int e_lane = e % 32;
       const int m = e / 32 % kM;
@@ -309,8 +382,11 @@ class FewChannels {
         float v[kQuad];
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
+          // Read from where there is something, so that no read waits for another.
           const bool inside = quad < quads && c0 + i < p.C && first_channel + row < p.K;
-          v[i] = inside ? weight(p, first_channel + row, c0 + i, r, s) : 0.0f;
+          const float value = weight(p, inside ? first_channel + row : 0, inside ? c0 + i : 0, inside ? r : 0,
+                                     inside ? s : 0);
+          v[i] = inside ? value : 0.0f;
         }
         if constexpr (kFloat) {
           split(v[0], v[1], header().w_scales[row], high[half], low[half]);
@@ -363,9 +439,20 @@ class FewChannels {
   }
   template <int G>
   __device__ __forceinline__ void split_index(int index, int& pixel, int& channel) const {
-    const int per_pixel = p.tile.quads_per_tap * kQuad / G;
-    pixel = per_pixel == 1 ? index : index / per_pixel;
-    channel = per_pixel == 1 ? 0 : (index - pixel * per_pixel) * G;
+    pixel = p.pixel_groups.div(index);
+    channel = (index - pixel * p.pixel_groups.divisor) * G;
+  }
+
+  // A patch's pixel in the image, and whether the image has it.
+  __device__ __forceinline__ bool find_pixel(int pixel, const Tile& tile, int& h, int& w) const {
+    const int row = p.x_cols.div(pixel);
+    h = tile.p0 * p.stride_h - p.pad_h + row;
+    w = tile.q0 * p.stride_w - p.pad_w + pixel - row * p.tile.x_cols;
+    return static_cast<unsigned>(h) < static_cast<unsigned>(p.H) &&
+           static_cast<unsigned>(w) < static_cast<unsigned>(p.W);
+  }
+  __device__ __forceinline__ const T* image(const Tile& tile) const {
+    return p.x + static_cast<int64_t>(tile.image) * (p.C * p.H * p.W);
   }
 
   // Past the image, and past the patch, zeros.
@@ -373,12 +460,9 @@ class FewChannels {
   __device__ __forceinline__ void read_group(Group<G>& group, int index, const Tile& tile) const {
     int pixel, c0;
     split_index<G>(index, pixel, c0);
-    const int row = p.x_cols.div(pixel);
-    const int h = tile.p0 * p.stride_h - p.pad_h + row;
-    const int w = tile.q0 * p.stride_w - p.pad_w + pixel - row * p.tile.x_cols;
-    const T* const x = p.x + static_cast<int64_t>(tile.image) * (p.C * p.H * p.W);
-    const bool inside = index < groups<G>() && static_cast<unsigned>(h) < static_cast<unsigned>(p.H) &&
-                        static_cast<unsigned>(w) < static_cast<unsigned>(p.W);
+    int h, w;
+    const bool inside = find_pixel(pixel, tile, h, w) && index < groups<G>();
+    const T* const x = image(tile);
     constexpr int kWords = G * kBytes / 4;
     if (kLast && p.x_vectors) {
       const T* const source = x + (h * p.W + w) * p.C + c0;
@@ -398,12 +482,20 @@ class FewChannels {
       const int channel_stride = kLast ? 1 : p.H * p.W;
       const Bits* source = reinterpret_cast<const Bits*>(x) +
                            (kLast ? (h * p.W + w) * p.C + c0 : (c0 * p.H + h) * p.W + w);
-      const int channels = inside ? p.C - c0 : 0;
       uint32_t v[G];
+      if (p.whole_groups) {
 #pragma unroll
-      for (int i = 0; i < G; ++i) {
-        v[i] = i < channels ? __ldg(source) : 0;
-        source += channel_stride;
+        for (int i = 0; i < G; ++i) {
+          v[i] = inside ? __ldg(source) : 0;
+          source += channel_stride;
+        }
+      } else {
+        const int channels = inside ? p.C - c0 : 0;
+#pragma unroll
+        for (int i = 0; i < G; ++i) {
+          v[i] = i < channels ? __ldg(source) : 0;
+          source += channel_stride;
+        }
       }
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
@@ -413,21 +505,23 @@ class FewChannels {
   }
 
   template <int G>
-  __device__ __forceinline__ void store_group(const Group<G>& group, int index, bool exact, float scale) const {
+  __device__ __forceinline__ void store_exactly(const Group<G>& group, int index) const {
+    int pixel, c0;
+    split_index<G>(index, pixel, c0);
+    const uint32_t target = patch() + 2 * (pixel * p.tile.x_pitch + c0 * 2);
+#pragma unroll
+    for (int i = 0; i < G; i += 4) {
+      store_shared(target + i * 4,
+                   make_uint4(group.words[i], group.words[i + 1], group.words[i + 2], group.words[i + 3]));
+    }
+  }
+
+  template <int G>
+  __device__ __forceinline__ void store_group(const Group<G>& group, int index, float scale) const {
     int pixel, c0;
     split_index<G>(index, pixel, c0);
     const uint32_t target = patch() + pixel * p.tile.x_pitch + c0 * 2;
     uint32_t high[G / 2], low[G / 2];
-    if constexpr (kFloat) {
-      if (exact) {
-#pragma unroll
-        for (int i = 0; i < G; i += 4) {
-          store_shared(patch() + 2 * (target - patch()) + i * 4,
-                       make_uint4(group.words[i], group.words[i + 1], group.words[i + 2], group.words[i + 3]));
-        }
-        return;
-      }
-    }
 #pragma unroll
     for (int i = 0; i < G / 2; ++i) {
       if constexpr (kFloat) {
@@ -475,8 +569,8 @@ class FewChannels {
 #pragma unroll
       for (int i = 0; i < kKept<G>; ++i) {
         Group<G> group{};
-        if (i * kFewChannelsThreads < groups<G>()) {
-          read_group(group, threadIdx.x + i * kFewChannelsThreads, tile);
+        if (i * kThreads < groups<G>()) {
+          read_group(group, thread() + i * kThreads, tile);
         }
 #pragma unroll
         for (int k = 0; k < kWords; ++k) {
@@ -484,6 +578,23 @@ class FewChannels {
         }
       }
     });
+  }
+
+  // The magnitudes of all threads; when it returns, the patch may be written. Returns the scale.
+  __device__ __forceinline__ float meet(Magnitudes m, bool& exact, float& inverse) const {
+    m.most = __reduce_max_sync(0xffffffffu, m.most);
+    m.least = __reduce_min_sync(0xffffffffu, m.least);
+    if (lane() == 0) {
+      header().warps[threadIdx.x / 32] = make_uint2(m.most, m.least);
+    }
+    wait_for_stores();
+    sync();
+    const uint2 other = header().warps[group() * kWarps + lane() % kWarps];
+    m.most = __reduce_max_sync(0xffffffffu, other.x);
+    m.least = __reduce_min_sync(0xffffffffu, other.y);
+    inverse = m.inverse();
+    exact = header().all_exact != 0 || !m.can_split();
+    return m.scale();
   }
 
   __device__ __forceinline__ void load_patch(const Ahead& ahead, const Tile& tile, bool& exact, float& inverse) const {
@@ -509,41 +620,103 @@ class FewChannels {
         };
 #pragma unroll
         for (int i = 0; i < kKept<G>; ++i) {
-          if (i * kFewChannelsThreads < groups<G>()) {
+          if (i * kThreads < groups<G>()) {
             add(kept(i));
           }
         }
-        for (int i = threadIdx.x + kKept<G> * kFewChannelsThreads; i < groups<G>(); i += kFewChannelsThreads) {
+        for (int i = thread() + kKept<G> * kThreads; i < groups<G>(); i += kThreads) {
           Group<G> group;
           read_group(group, i, tile);
           add(group);
         }
-        m.most = __reduce_max_sync(0xffffffffu, m.most);
-        m.least = __reduce_min_sync(0xffffffffu, m.least);
-        if (lane() == 0) {
-          header().warps[warp()] = make_uint2(m.most, m.least);
-        }
-        __syncthreads();
-        const uint2 other = header().warps[lane() % kWarps];
-        m.most = __reduce_max_sync(0xffffffffu, other.x);
-        m.least = __reduce_min_sync(0xffffffffu, other.y);
-        scale = m.scale();
-        inverse = m.inverse();
-        exact = header().all_exact != 0 || !m.can_split();
+        scale = meet(m, exact, inverse);
       } else {
-        __syncthreads();
+        wait_for_stores();
+        sync();
+      }
+      if constexpr (kFloat) {
+        if (exact) {
+#pragma unroll 1
+          for (int i = thread(); i < groups<G>(); i += kThreads) {
+            Group<G> group;
+            read_group(group, i, tile);
+            store_exactly(group, i);
+          }
+          return;
+        }
       }
 #pragma unroll
       for (int i = 0; i < kKept<G>; ++i) {
-        if (static_cast<int>(threadIdx.x) + i * kFewChannelsThreads < groups<G>()) {
-          store_group(kept(i), threadIdx.x + i * kFewChannelsThreads, exact, scale);
+        if (thread() + i * kThreads < groups<G>()) {
+          store_group(kept(i), thread() + i * kThreads, scale);
         }
       }
 #pragma unroll 2
-      for (int i = threadIdx.x + kKept<G> * kFewChannelsThreads; i < groups<G>(); i += kFewChannelsThreads) {
+      for (int i = thread() + kKept<G> * kThreads; i < groups<G>(); i += kThreads) {
         Group<G> group;
         read_group(group, i, tile);
-        store_group(group, i, exact, scale);
+        store_group(group, i, scale);
+      }
+    });
+  }
+
+  // ---- kPaired: whole rows of the image, copied as they are, [channel][row][column] ----
+
+  __device__ __forceinline__ int vectors() const { return p.C * p.tile.x_rows * (p.W / kVec); }
+
+  // Rows that the image lacks become zeros.
+  __device__ __forceinline__ void start_copies(const Tile& tile) const {
+    const int h0 = tile.p0 * p.stride_h - p.pad_h;
+    const T* const x = image(tile) + h0 * p.W;
+    const bool all = h0 >= 0 && h0 + p.tile.x_rows <= p.H;
+    const int beyond = (p.H - p.tile.x_rows) * p.W;  // from a channel's copied rows to the next one's
+    for (int v = thread(); v < vectors(); v += kThreads) {
+      const int c = p.channel_vectors.div(v);
+      const int row = all ? 0 : p.row_vectors.div(v - c * p.channel_vectors.divisor);
+      const bool exists = all || static_cast<unsigned>(h0 + row) < static_cast<unsigned>(p.H);
+      copy_async(copies() + v * kVecBytes, exists ? x + (v * kVec + c * beyond) : p.x, exists);
+    }
+    copy_async_commit();
+  }
+
+  // From the copies into the patch. Columns that the image lacks are zeros.
+  __device__ __forceinline__ void load_copies(bool& exact, float& inverse) const {
+    copy_async_wait_all_but<0>();
+    Magnitudes m;
+#pragma unroll 4
+    for (int v = thread(); v < vectors(); v += kThreads) {
+      const uint4 values = load_shared_4(copies() + v * kVecBytes);  // this thread's own
+      m.add(__uint_as_float(values.x));
+      m.add(__uint_as_float(values.y));
+      m.add(__uint_as_float(values.z));
+      m.add(__uint_as_float(values.w));
+    }
+    const float scale = meet(m, exact, inverse);
+    by_group([&](auto g_) {
+      constexpr int G = decltype(g_)::value;
+      const auto for_groups = [&](auto&& store) {
+#pragma unroll 2
+        for (int index = thread(); index < groups<G>(); index += kThreads) {
+          int pixel, c0;
+          split_index<G>(index, pixel, c0);
+          const int row = p.x_cols.div(pixel);
+          const int w = pixel - row * p.tile.x_cols - p.pad_w;
+          const bool inside = static_cast<unsigned>(w) < static_cast<unsigned>(p.W);
+          const int channel_stride = p.tile.x_rows * p.W * kBytes;
+          uint32_t source = copies() + c0 * channel_stride + (row * p.W + w) * kBytes;
+          Group<G> group;
+#pragma unroll
+          for (int i = 0; i < G; ++i) {
+            group.words[i] = inside && (p.whole_groups || c0 + i < p.C) ? load_shared_1(source) : 0;
+            source += channel_stride;
+          }
+          store(group, index);
+        }
+      };
+      if (exact) {
+        for_groups([&](const auto& group, int index) { store_exactly(group, index); });
+      } else {
+        for_groups([&](const auto& group, int index) { store_group(group, index, scale); });
       }
     });
   }
@@ -553,8 +726,11 @@ class FewChannels {
   __device__ __forceinline__ void load_weights(uint4 (&w)[kM], int step, int plane) const {
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
-      w[i] = load_shared_4(weights() + plane * w_plane() + (step * kM + i) * 512 + lane() * 16);
+      w[i] = load_weight(step, plane, i);
     }
+  }
+  __device__ __forceinline__ uint4 load_weight(int step, int plane, int i) const {
+    return load_shared_4(weights() + plane * w_plane() + (step * kM + i) * 512 + lane() * 16);
   }
 
   // The pixels' share in a k step. Past the last quad, zeros: 0 times what a patch may hold need not be 0.
@@ -585,8 +761,9 @@ class FewChannels {
     uint32_t base[kN];
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      base[j] = patch() + header().operands[warp() * 32 + 8 * j + g()];
+      base[j] = patch() + header().operands[warp() * kPixels + 8 * j + g()];
     }
+    for_each([&](int i, int j, int e) { acc[i][j][e] = 0; });
     if constexpr (kFloat) {
       if (p.split) {
         int offset = quad_offset(0);
@@ -625,8 +802,64 @@ class FewChannels {
     }
   }
 
+  // kPaired, which has registers for weights on their way as well. After the last step these are what lies behind, and are
+  // not used.
+  __device__ __forceinline__ void multiply_ahead(Product& acc) const {
+    uint32_t base[kN];
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      base[j] = patch() + header().operands[warp() * kPixels + 8 * j + g()];
+    }
+    for_each([&](int i, int j, int e) { acc[i][j][e] = 0; });
+    uint4 w[kM];
+    uint2 v[kN], next[kN];
+    int offset = quad_offset(0);
+    if (p.split) {
+      load_weights(w, 0, 1);
+      load_pixels(v, base, offset, 0);
+#pragma unroll 1
+      for (int step = 0; step < p.tile.k_steps; ++step) {
+        load_pixels(next, base, offset, 1);
+        offset = quad_offset(step + 1);
+        multiply_step(acc, w, v, step, 0);
+        load_pixels(v, base, offset, 0);
+        multiply_step(acc, w, next, step + 1, 1);
+      }
+    }
+    load_weights(w, 0, 0);
+    load_pixels(v, base, quad_offset(0), 0);
+    offset = quad_offset(1);
+    for_each([&](int i, int j, int e) { acc[i][j][e] *= 1 / kLowScale; });
+#pragma unroll 1
+    for (int step = 0; step < p.tile.k_steps; step += 2) {
+      load_pixels(next, base, offset, 0);
+      offset = quad_offset(step + 2);
+      multiply_step(acc, w, v, step + 1, 0);
+      if (step + 1 < p.tile.k_steps) {
+        load_pixels(v, base, offset, 0);
+        offset = quad_offset(step + 3);
+        multiply_step(acc, w, next, step + 2, 0);
+      }
+    }
+  }
+  // A step, and the loading of another one's weights.
+  __device__ __forceinline__ void multiply_step(Product& acc, uint4 (&w)[kM], const uint2 (&v)[kN], int step,
+                                                int plane) const {
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        mma_m16n8k16<Half>(acc[i][j], w[i], v[j]);
+      }
+      w[i] = load_weight(step, plane, i);
+    }
+  }
+
   // float32 as it is, in FMAs: for values that do not split.
   __device__ __forceinline__ void multiply_exactly(Product& acc) const {
+    float zero = 0;
+    asm volatile("" : "+f"(zero));  // else all zeros are made before it is known which way to go
+    for_each([&](int i, int j, int e) { acc[i][j][e] = zero; });
     uint32_t base[kOwnPixels];
 #pragma unroll
     for (int j = 0; j < kOwnPixels; ++j) {
@@ -793,8 +1026,9 @@ class FewChannels {
   }
 
   // Into the stage, as [channel][pixel]: each run of the output starts there where it starts in memory, modulo 16 bytes.
-  // kPairs: two neighbours with one store. kWhole: rows are whole, so that one run has them all.
-  template <bool kPairs, bool kWhole>
+  // kPairs: two neighbours with one store. kWhole: rows are whole, so that one run has them all. kAligned: at a multiple of
+  // 16 bytes.
+  template <bool kPairs, bool kWhole, bool kAligned = false>
   __device__ __forceinline__ void stage_planes(const Product& acc, const Tile& tile) const {
     int2 places[kN];
 #pragma unroll
@@ -810,7 +1044,8 @@ class FewChannels {
     for (int i = 0; i < 2 * kM; ++i) {
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
-        const uint32_t address = target + places[j].x + (lead + (kWhole ? 0 : places[j].y)) % kVecBytes;
+        const uint32_t address = target + places[j].x +
+                                 (kAligned ? 0 : (lead + (kWhole ? 0 : places[j].y)) % kVecBytes);
         const float first = acc[i / 2][j][i % 2 * 2];
         const float second = acc[i / 2][j][i % 2 * 2 + 1];
         if constexpr (kFloat) {
@@ -840,7 +1075,7 @@ class FewChannels {
     const int lead = static_cast<int>(reinterpret_cast<uintptr_t>(target)) & (kVecBytes - 1);
     const int end = lead + length;
     target -= lead;
-    for (int at = (threadIdx.x & ((1 << p.run_shift) - 1)) * kVecBytes; at < end; at += kVecBytes << p.run_shift) {
+    for (int at = (thread() & ((1 << p.run_shift) - 1)) * kVecBytes; at < end; at += kVecBytes << p.run_shift) {
       if (at >= lead && at + kVecBytes <= end) {
         store_words(target + at, load_shared_4(source + at));
       } else {
@@ -856,10 +1091,53 @@ class FewChannels {
     }
   }
 
+  // All rows of the tile together, channel by channel, where runs are whole vectors.
+  __device__ __forceinline__ void write_vectors(const Tile& tile) const {
+    const int length = rows(tile) * p.Q * kBytes;
+    const int channels = min(kChannels, p.K - first_channel);
+    const int64_t plane = static_cast<int64_t>(p.P * p.Q) * kBytes;
+    const int pitch = p.tile.stage_pitch * kBytes;
+    unsigned char* target = reinterpret_cast<unsigned char*>(p.y + y_offset(tile));
+    uint32_t source = patch();
+#if __CUDA_ARCH__ >= 900
+    // Each by one thread; all warps have as many of them.
+    const int channel = lane() * kWarps + warp();
+    if (lane() < kChannels / kWarps && channel < channels) {
+      store_bulk(target + channel * plane, source + channel * pitch, length);
+    }
+#else
+    constexpr int kVectors = kFewChannelsPixels * kBytes / kVecBytes / 32;  // a lane's part of a run, at most
+    const int first = lane() * kVecBytes;
+    target += warp() * plane + first;
+    source += warp() * pitch + first;
+#pragma unroll 4
+    for (int channel = warp(); channel < channels; channel += kWarps) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = 32 * v * kVecBytes;
+        if (first + at < length) {
+          store_words(target + at, load_shared_4(source + at));
+        }
+      }
+      target += kWarps * plane;
+      source += kWarps * pitch;
+    }
+#endif
+  }
+
+  // Until what write_vectors() started has left the stage. Others know after a barrier.
+  __device__ __forceinline__ void wait_for_stores() const {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (!kLast) {
+      store_bulk_wait();
+    }
+#endif
+  }
+
   // All rows of the tile together, channel by channel.
   __device__ __forceinline__ void write_whole_planes(const Tile& tile) const {
-    const int first = threadIdx.x >> p.run_shift;
-    const int parallel = kFewChannelsThreads >> p.run_shift;
+    const int first = thread() >> p.run_shift;
+    const int parallel = kThreads >> p.run_shift;
     const int64_t plane = static_cast<int64_t>(p.P * p.Q) * kBytes;
     const int pitch = p.tile.stage_pitch * kBytes;
     const int length = rows(tile) * p.Q * kBytes;
@@ -879,7 +1157,7 @@ class FewChannels {
     const int last_row = rows(tile);
     const int length = cols(tile) * kBytes;
     unsigned char* const start = reinterpret_cast<unsigned char*>(p.y + y_offset(tile));
-    for (int run = threadIdx.x >> p.run_shift; run < channels * p.tile.p; run += kFewChannelsThreads >> p.run_shift) {
+    for (int run = thread() >> p.run_shift; run < channels * p.tile.p; run += kThreads >> p.run_shift) {
       const int channel = p.tile_p.div(run);
       const int row = run - channel * p.tile.p;
       if (row < last_row) {
@@ -897,11 +1175,11 @@ class FewChannels {
   const int first_channel;
 };
 
-template <typename T, int kM, bool kLast>
-__global__ void __launch_bounds__(kFewChannelsThreads, kFewChannelsResidents)
+template <typename T, int kM, bool kLast, bool kPaired>
+__global__ void __launch_bounds__(kFewChannelsThreads, few_channels_residents(kPaired))
     conv_few_channels_kernel(const __grid_constant__ FewChannelsParams<T> params) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
-  FewChannels<T, kM, kLast>(params).run();
+  FewChannels<T, kM, kLast, kPaired>(params).run();
 #endif
 }
 
@@ -928,7 +1206,12 @@ cudaError_t launch_conv_few_channels(const ConvProblem& c, const ConvOperands& o
   p.dilation_h = static_cast<int>(c.dilation_h), p.dilation_w = static_cast<int>(c.dilation_w);
   p.tile = tile;
   p.x_cols = FastDiv(tile.x_cols);
+  const int group = tile.quads_per_tap % 2 == 0 ? 2 * kQuad : kQuad;
+  p.pixel_groups = FastDiv(tile.quads_per_tap * kQuad / group);
+  p.whole_groups = c.C % group == 0;
   p.tile_q = FastDiv(tile.q);
+  p.row_vectors = FastDiv(static_cast<uint32_t>(std::max<int64_t>(1, c.W / Vec<T>::kSize)));
+  p.channel_vectors = FastDiv(tile.x_rows * p.row_vectors.divisor);
   p.tiles_q = FastDiv(tile.tiles_q);
   p.tiles_p = FastDiv(tile.tiles_p);
   p.tiles = static_cast<uint32_t>(c.N * tile.tiles_p * tile.tiles_q);
@@ -940,10 +1223,12 @@ cudaError_t launch_conv_few_channels(const ConvProblem& c, const ConvOperands& o
                 c.C * c.element_bytes % (tile.quads_per_tap % 2 == 0 ? 16 : 8) == 0;
   p.y_vectors = c.channels_last && c.K * c.element_bytes % kVecBytes == 0 && aligned(p.y);
   p.stage_pairs = !c.channels_last && c.Q % 2 == 0 && reinterpret_cast<uintptr_t>(p.y) % (2 * sizeof(T)) == 0;
+  p.run_vectors = p.stage_pairs && tile.q == c.Q && run_vectors > 16 && aligned(p.y) &&
+                  c.P * c.Q % Vec<T>::kSize == 0 && int64_t{tile.p} * tile.q % Vec<T>::kSize == 0;
   p.split = c.element_bytes == 4 && !c.allow_tf32;
   p.activation = activation;
-  const auto launch = [&](auto m, auto last) {
-    const auto kernel = conv_few_channels_kernel<T, m(), last()>;
+  const auto launch = [&](auto m, auto last, auto paired) {
+    const auto kernel = conv_few_channels_kernel<T, m(), last(), paired()>;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                     tile.shared_memory);
     if (status != cudaSuccess) {
@@ -951,16 +1236,27 @@ cudaError_t launch_conv_few_channels(const ConvProblem& c, const ConvOperands& o
     }
     const int64_t groups = ceil_div(c.K, tile.channels);
     const int64_t resident = int64_t{gpu.multiprocessors} * std::max(1, few_channels_blocks(tile, gpu));
-    const int64_t blocks = std::min<int64_t>(p.tiles, ceil_div(resident, groups));
+    const int64_t blocks = std::min<int64_t>(ceil_div(p.tiles, few_channels_groups(paired())),
+                                             ceil_div(resident, groups));
     kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kFewChannelsThreads,
              tile.shared_memory, stream>>>(p);
     return cudaGetLastError();
   };
-  const auto by_channels = [&](auto last) {
-    return tile.channels == 64 ? launch(std::integral_constant<int, 4>{}, last)
-                               : launch(std::integral_constant<int, 2>{}, last);
-  };
-  return c.channels_last ? by_channels(std::true_type{}) : by_channels(std::false_type{});
+  using std::false_type;
+  using std::true_type;
+  using Narrow = std::integral_constant<int, 2>;
+  using Full = std::integral_constant<int, 4>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (tile.paired && aligned(p.x)) {
+      return launch(Full{}, false_type{}, true_type{});
+    }
+  }
+  if (c.channels_last) {
+    return tile.channels == 64 ? launch(Full{}, true_type{}, false_type{})
+                               : launch(Narrow{}, true_type{}, false_type{});
+  }
+  return tile.channels == 64 ? launch(Full{}, false_type{}, false_type{})
+                             : launch(Narrow{}, false_type{}, false_type{});
 }
 
 }  // namespace fused_conv_bn

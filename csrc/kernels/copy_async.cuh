@@ -45,4 +45,18 @@ __device__ __forceinline__ void copy_async_wait_all_but() {
 #endif
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// `bytes` from shared to global memory, which a thread starts and waits for later: all multiples of 16. Compute capability 9.0
+// on.
+__device__ __forceinline__ void store_bulk(void* to, uint32_t from_shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from_shared), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// What this thread wrote to shared memory becomes visible to them.
+__device__ __forceinline__ void store_bulk_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Waits until those that this thread started have read their source.
+__device__ __forceinline__ void store_bulk_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+#endif
+
 }  // namespace fused_conv_bn

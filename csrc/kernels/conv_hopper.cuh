@@ -1060,14 +1060,10 @@ class Hopper {
     }
   }
 
-  static __device__ __noinline__ Moments merged(const Moments& all, float count, float pivot, float sum,
-                                                float squares) {
-    return merge(all, from_sums(count, pivot, sum, squares));
-  }
   static __device__ __forceinline__ void settle(Gathered& own) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      own.all[i] = merged(own.all[i], own.count, own.pivots[i], own.sums[i], own.squares[i]);
+      own.all[i] = merge(own.all[i], from_sums(own.count, own.pivots[i], own.sums[i], own.squares[i]));
       own.sums[i] = own.squares[i] = 0;
     }
     own.count = 0;

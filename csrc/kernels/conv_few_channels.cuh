@@ -171,10 +171,11 @@ class FewChannels {
           read_ahead(ahead, locate(index + step));
         }
       }
+      inverse = exact ? 0.0f : inverse;  // one register for both
       const bool has_pixels = warp() * kPixels < p.tile.p * p.tile.q;
       Product acc;
       if (has_pixels) {
-        if (kFloat && exact) {
+        if (kFloat && inverse == 0) {
           multiply_exactly(acc);
         } else if constexpr (kPaired) {
           multiply_ahead(acc);
@@ -182,7 +183,7 @@ class FewChannels {
         } else {
           multiply(acc);
         }
-        apply_affine(acc, exact, inverse);
+        apply_affine(acc, inverse == 0, inverse);
         if (p.residual != nullptr) {
           add_residual(acc, locate(index));
         }
@@ -196,7 +197,7 @@ class FewChannels {
       } else {
         sync();
         if (has_pixels) {
-          if (p.run_vectors) {
+          if (writes_vectors()) {
             stage_planes<true, true, true>(acc, tile);
           } else if (!p.stage_pairs) {
             stage_planes<false, false>(acc, tile);
@@ -210,7 +211,7 @@ class FewChannels {
         store_bulk_fence();
 #endif
         sync();
-        if (p.run_vectors) {
+        if (writes_vectors()) {
           write_vectors(tile);
         } else if (p.tile.q == p.Q) {
           write_whole_planes(tile);
@@ -1091,6 +1092,15 @@ class FewChannels {
     }
   }
 
+  // Below 9.0 a block that has a tile at a time lacks the registers for it.
+  __device__ __forceinline__ bool writes_vectors() const {
+#if __CUDA_ARCH__ >= 900
+    return p.run_vectors;
+#else
+    return kPaired && p.run_vectors;
+#endif
+  }
+
   // All rows of the tile together, channel by channel, where runs are whole vectors.
   __device__ __forceinline__ void write_vectors(const Tile& tile) const {
     const int length = rows(tile) * p.Q * kBytes;
@@ -1179,7 +1189,9 @@ template <typename T, int kM, bool kLast, bool kPaired>
 __global__ void __launch_bounds__(kFewChannelsThreads, few_channels_residents(kPaired))
     conv_few_channels_kernel(const __grid_constant__ FewChannelsParams<T> params) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
-  FewChannels<T, kM, kLast, kPaired>(params).run();
+  if constexpr (!kPaired || few_channels_pairs(__CUDA_ARCH__ / 10)) {
+    FewChannels<T, kM, kLast, kPaired>(params).run();
+  }
 #endif
 }
 

@@ -16,6 +16,8 @@ constexpr int kQuad = 4;                 // input channels that a thread feeds t
 
 // Of a block's threads, each with a tile of its own. Where they are two, a warp has 64 pixels, else 32.
 FCB_HD constexpr int few_channels_groups(bool paired) { return paired ? 2 : 1; }
+// From 10.0 on a pair does not fit into the registers, as the compiler deals them out, and was not measured.
+FCB_HD constexpr bool few_channels_pairs(int compute_capability) { return compute_capability < 100; }
 // Blocks of a multiprocessor that registers suffice for.
 FCB_HD constexpr int few_channels_residents(bool paired) { return paired ? 1 : 2; }
 
@@ -121,8 +123,8 @@ inline int64_t few_channels_tiles(const ConvProblem& c, const FewChannelsTile& t
 // Whole rows that copies of 16 bytes make up, pixels for each of four warps with 64, and tiles for every multiprocessor's pair.
 // 128 images of 128x128 with 8 channels take 0.82 of the time of single tiles then, of 64x64 with 3 channels 0.80.
 inline bool few_channels_can_be_paired(const ConvProblem& c, const FewChannelsTile& t, const GpuTraits& gpu) {
-  return c.element_bytes == 4 && !c.channels_last && t.channels == 64 && t.q == c.Q && c.W % 4 == 0 &&
-         t.p * t.q > 3 * 64 && few_channels_tiles(c, t) >= 2 * gpu.multiprocessors;
+  return few_channels_pairs(gpu.compute_capability) && c.element_bytes == 4 && !c.channels_last && t.channels == 64 &&
+         t.q == c.Q && c.W % 4 == 0 && t.p * t.q > 3 * 64 && few_channels_tiles(c, t) >= 2 * gpu.multiprocessors;
 }
 
 // The tile that the blocks need least time for, by this count: tensor core work goes by 32 pixels, and loading an input

@@ -207,9 +207,7 @@ class FewChannels {
             stage_planes<true, false>(acc, tile);
           }
         }
-#if __CUDA_ARCH__ >= 900
-        store_bulk_fence();
-#endif
+        fence_async();
         sync();
         if (writes_vectors()) {
           write_vectors(tile);
@@ -1113,7 +1111,8 @@ class FewChannels {
     // Each by one thread; all warps have as many of them.
     const int channel = lane() * kWarps + warp();
     if (lane() < kChannels / kWarps && channel < channels) {
-      store_bulk(target + channel * plane, source + channel * pitch, length);
+      copy_bulk(target + channel * plane, source + channel * pitch, length);
+      copy_bulk_commit();
     }
 #else
     constexpr int kVectors = kFewChannelsPixels * kBytes / kVecBytes / 32;  // a lane's part of a run, at most
@@ -1137,11 +1136,9 @@ class FewChannels {
 
   // Until what write_vectors() started has left the stage. Others know after a barrier.
   __device__ __forceinline__ void wait_for_stores() const {
-#if __CUDA_ARCH__ >= 900
     if constexpr (!kLast) {
-      store_bulk_wait();
+      copy_bulk_wait_read();
     }
-#endif
   }
 
   // All rows of the tile together, channel by channel.

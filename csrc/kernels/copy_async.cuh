@@ -1,5 +1,5 @@
-// Copies of 16 bytes from global to shared memory that a thread starts and waits for later. Compute capability 7.5 has
-// none: there they happen at once.
+// Copies between global and shared memory that a thread starts and waits for later. Compute capability 7.5 has none: there
+// those of 16 bytes happen at once.
 #pragma once
 
 #include <cstdint>
@@ -45,18 +45,26 @@ __device__ __forceinline__ void copy_async_wait_all_but() {
 #endif
 }
 
+// Bulk copies, from compute capability 9.0 on; elsewhere they compile to nothing. Bytes and addresses: multiples of 16.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-// `bytes` from shared to global memory, which a thread starts and waits for later: all multiples of 16. Compute capability 9.0
-// on.
-__device__ __forceinline__ void store_bulk(void* to, uint32_t from_shared, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from_shared), "r"(bytes)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-// What this thread wrote to shared memory becomes visible to them.
-__device__ __forceinline__ void store_bulk_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Waits until those that this thread started have read their source.
-__device__ __forceinline__ void store_bulk_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+#define FCB_BULK(...) asm volatile(__VA_ARGS__ : "memory")
+#else
+#define FCB_BULK(...)
 #endif
+
+// Starts one from shared to global memory.
+__device__ __forceinline__ void copy_bulk(void* to, uint32_t from_shared, uint32_t bytes) {
+  FCB_BULK("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from_shared), "r"(bytes));
+}
+// Ends a group of those that this thread started.
+__device__ __forceinline__ void copy_bulk_commit() { FCB_BULK("cp.async.bulk.commit_group;" ::); }
+// Waits until this thread's have read their source.
+__device__ __forceinline__ void copy_bulk_wait_read() { FCB_BULK("cp.async.bulk.wait_group.read 0;" ::); }
+// Waits until they are done.
+__device__ __forceinline__ void copy_bulk_wait() { FCB_BULK("cp.async.bulk.wait_group 0;" ::); }
+// What this thread wrote to shared memory becomes visible to bulk copies and wgmma.
+__device__ __forceinline__ void fence_async() { FCB_BULK("fence.proxy.async.shared::cta;" ::); }
+
+#undef FCB_BULK
 
 }  // namespace fused_conv_bn

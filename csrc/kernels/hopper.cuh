@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "copy_async.cuh"
 #include "scalar.h"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -57,12 +58,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 __device__ __forceinline__ void meet(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// What this thread wrote to shared memory becomes visible to wgmma and bulk copies.
-__device__ __forceinline__ void fence_async() {
-#if defined(FCB_HOPPER)
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
 
 // ---- registers of a warpgroup ----------------------------------------------------------------------------------------
 
@@ -81,13 +76,6 @@ __device__ __forceinline__ void take_registers() {
 
 // ---- bulk copies -----------------------------------------------------------------------------------------------------
 
-// `bytes` from shared to global memory: all multiples of 16.
-__device__ __forceinline__ void copy_bulk(void* to, uint32_t from_shared, uint32_t bytes) {
-#if defined(FCB_HOPPER)
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from_shared), "r"(bytes)
-               : "memory");
-#endif
-}
 // `bytes` from global to shared memory, counted by a barrier there.
 __device__ __forceinline__ void fetch_bulk(uint32_t to_shared, const void* from, uint32_t bytes, uint32_t barrier) {
 #if defined(FCB_HOPPER)
@@ -95,23 +83,6 @@ __device__ __forceinline__ void fetch_bulk(uint32_t to_shared, const void* from,
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to_shared),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
-#endif
-}
-__device__ __forceinline__ void copy_bulk_commit() {
-#if defined(FCB_HOPPER)
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#endif
-}
-// Waits until this thread's copies have read their source.
-__device__ __forceinline__ void copy_bulk_wait_read() {
-#if defined(FCB_HOPPER)
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
-}
-// Waits until this thread's copies are done.
-__device__ __forceinline__ void copy_bulk_wait() {
-#if defined(FCB_HOPPER)
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }
 

@@ -326,8 +326,8 @@ class FewChannels {
       if constexpr (kLast) {
         header().places[pixel] = make_int2((row * p.Q + col) * p.K * kBytes, inside ? row << 16 | col : kOutside);
       } else {
-        header().places[pixel] = make_int2((inside ? row * p.tile.stage_row + col : p.tile.stage_end) * kBytes,
-                                           p.tile.q == p.Q ? 0 : row * p.Q * kBytes);
+        const int place = inside ? row * p.tile.stage_row + col : p.tile.stage_end + pixel - p.tile.p * p.tile.q;
+        header().places[pixel] = make_int2(place * kBytes, p.tile.q == p.Q ? 0 : row * p.Q * kBytes);
       }
     }
     // The magnitudes of an output channel's weights, by neighbouring threads.

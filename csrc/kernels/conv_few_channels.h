@@ -36,7 +36,7 @@ struct FewChannelsTile {
   int group_bytes;  // paired: of a tile's patch, stage and copies
   int stage_row;    // from row to row of a contiguous tile, in elements; p rows follow each other directly if q == Q
   int stage_pitch;  // from channel to channel of a contiguous tile, in elements
-  int stage_end;    // a place in each channel's stage for results outside the tile
+  int stage_end;    // in each channel's stage, where the places for results outside the tile begin
   int tiles_p, tiles_q;
   int shared_memory;
 
@@ -75,7 +75,7 @@ inline FewChannelsTile few_channels_tile(const ConvProblem& c, int p, int q, boo
   } else {
     t.stage_row = static_cast<int>(q == c.Q ? q : round_up(q, vector) + vector);
     t.stage_end = static_cast<int>(round_up(int64_t{p} * t.stage_row + vector, 2));
-    const int64_t positions = t.stage_end + vector + 2;
+    const int64_t positions = t.stage_end + std::max(0, kFewChannelsPixels - p * q) + vector;
     // Eight channels side by side, each with four pairs of pixels, in different banks.
     const int wanted = 8;  // elements: 8 words (float32, stored in pairs) or 4
     const int words32 = 128 / c.element_bytes;

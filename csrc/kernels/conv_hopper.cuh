@@ -80,6 +80,7 @@ struct HopperHeader {
   uint64_t full[kHopperMostStages];
   uint64_t empty[kHopperMostStages];
   uint64_t slabs[kHopperSlabs];
+  uint64_t weights;
   // float32: whether the tile does not split, and the inverse of its scale. Else a byte for each loading warp: whether it has
   // met Inf or NaN.
   uint2 stages[kHopperMostStages];
@@ -120,7 +121,6 @@ class Hopper {
   // Barriers: who meets there.
   static constexpr int kLoadersMeet = 1;
   static constexpr int kTakersMeet = 2;
-  static constexpr int kWeightsAreThere = 3;
   static constexpr uint32_t kOutside = 0x7fff0000;  // as a row, below every other
 
   __device__ __forceinline__ explicit Hopper(const HopperParams<T>& params)
@@ -136,8 +136,10 @@ class Hopper {
     } else {
       take_registers<kFloat ? (kMoments ? 168 : 176) : 144>();
       set_up_weights();
-      // Loaders of float32 need to know about the weights.
-      meet(kWeightsAreThere, kFloat ? kHopperThreads : kTakeThreads);
+      meet(kTakersMeet, kTakeThreads);
+      if (threadIdx.x == kLoadThreads) {
+        barrier_arrive(weights_there());
+      }
       compute(warpgroup - kHopperLoaders);
     }
   }
@@ -154,6 +156,7 @@ class Hopper {
   static __device__ __forceinline__ uint32_t full(int stage) { return shared_address(&header().full[stage]); }
   static __device__ __forceinline__ uint32_t empty(int stage) { return shared_address(&header().empty[stage]); }
   static __device__ __forceinline__ uint32_t slab_full(int stage) { return shared_address(&header().slabs[stage]); }
+  static __device__ __forceinline__ uint32_t weights_there() { return shared_address(&header().weights); }
   static __device__ __forceinline__ uint32_t weights() { return shared() + kHopperHeader; }
   __device__ __forceinline__ uint32_t input(int stage) const {
     return shared() + p.tile.at_input + stage * kHalves * p.tile.x_half;
@@ -243,6 +246,7 @@ class Hopper {
       for (int stage = 0; stage < kHopperSlabs; ++stage) {
         barrier_init(slab_full(stage), p.fetches ? 1 : kLoadThreads);
       }
+      barrier_init(weights_there(), 1);
       header().all_exact = 0;
       header().w_span = 0;
       header().least_unscale = 1 << 20;
@@ -344,8 +348,8 @@ class Hopper {
         store_shared(places() + position * 8, make_uint2(static_cast<uint32_t>(row * p.Q + col) * p.K * kBytes,
                                                          inside ? row << 16 | col : kOutside));
       } else if constexpr (!kMoments) {
-        store_shared(places() + position * 2,
-                     static_cast<uint16_t>((inside ? row * p.tile.stage_row + col : p.tile.stage_end) * kBytes));
+        const int place = inside ? row * p.tile.stage_row + col : p.tile.stage_end + position % kHopperOutside;
+        store_shared(places() + position * 2, static_cast<uint16_t>(place * kBytes));
       }
     }
     if constexpr (kMoments) {
@@ -455,7 +459,7 @@ class Hopper {
     fill(blockIdx.x, 0);
     fill(blockIdx.x + gridDim.x, 1);
     if constexpr (kFloat) {
-      meet(kWeightsAreThere, kHopperThreads);
+      barrier_wait(weights_there(), 0);  // measuring asks how they split
     }
     // float32 needs the values twice. Where they are few enough they stay in registers.
     const bool kept = kFloat && p.tile.rounds == 1;

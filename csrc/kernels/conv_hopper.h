@@ -30,6 +30,7 @@ constexpr int kHopperMostUnits = 128;       // of a filter
 constexpr int kHopperMostPositions = 1024;  // of a tile
 constexpr int kHopperMostStages = 4;        // tiles in shared memory
 constexpr int kHopperSlabs = 2;
+constexpr int kHopperOutside = 8;  // of a channel: places for results outside the tile, for threads that share it
 constexpr int kHopperHeader = 2048;
 constexpr int kHopperAlignment = 16;  // of the input in memory
 // A run of the output is staged where it starts in memory, modulo so many bytes.
@@ -58,7 +59,7 @@ struct HopperTile {
   int stage_row;     // contiguous: from row to row of a tile on its way out, in elements
   int stage_pitch;   // contiguous: from channel to channel
   bool stage_deals;  // contiguous: a store has channels two apart
-  int stage_end;     // contiguous: a place for results outside the tile
+  int stage_end;     // contiguous: places for results outside the tile
   int pixel_stage;   // channels_last: a warp's place for 32 pixels on their way out; 0: there is none
   int tiles_p, tiles_q;
   // Shared memory: the header, the weights, the stages with input, the slabs, the table of units, the places of positions,
@@ -141,7 +142,7 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool write
     t.stage_deals = c.element_bytes == 4 && c.P * c.Q % 8 == 4;
     const int wanted = t.stage_deals ? 12 : 8;  // elements: words (float32) or half of one
     const int line = 128 / c.element_bytes;
-    t.stage_pitch = static_cast<int>(round_up(t.stage_end + 2 + most_lead - wanted, line) + wanted);
+    t.stage_pitch = static_cast<int>(round_up(t.stage_end + kHopperOutside + most_lead - wanted, line) + wanted);
     outputs = kHopperTakers * int64_t{kHopperChannels} * t.stage_pitch * c.element_bytes;
   }
   const int round = 128 * kHopperLoaders * hopper_units_at_once(t.halves, writes);

@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   m.def("_fold_conv_weight(Tensor weight, Tensor scale) -> (Tensor weight, Tensor scale)");
   // What conv_scale_shift would run on CUDA for a problem and a GPU, both as the numbers of kernels/conv_params.h and
   // conv_config.h in their order; `algorithm` forces one.
-  m.def("_conv_config(int[] problem, int[] gpu, str algorithm='') -> str");
+  m.def("_conv_config(int[] problem, int[] gpu, str algorithm='', str statistics='none') -> str");
 
   m.def(
       "bn_scale_train(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, "

@@ -490,7 +490,7 @@ inline ChannelBuffer channel_buffer(const OptionalOperand& x) {
   return buffer;
 }
 
-inline TrainParams train_params(const TrainOperands& bn) {
+inline TrainParams train_params(const TrainOperands& bn, bool spare_centers = false) {
   return {channel_buffer(bn.running_mean),
           channel_buffer(bn.running_var),
           channel_buffer(bn.weight),
@@ -498,7 +498,8 @@ inline TrainParams train_params(const TrainOperands& bn) {
           channel_buffer(bn.conv_bias),
           bn.scaling_factor,
           bn.momentum,
-          bn.eps};
+          bn.eps,
+          spare_centers};
 }
 
 // What had to be copied, kept alive while a kernel is launched on it.

@@ -21,6 +21,9 @@ DEVICES = ("cpu", "cuda")
 CONV_ALGORITHMS = ("aten", "hopper", "few_channels", "depthwise")
 """The algorithms of conv_scale_shift on CUDA, each of which tests force (conftest.py's ``conv_device``)."""
 
+CONV_STATISTICS = ("results", "patches")
+"""Where conv_bn_scale_train can take a batch's statistics from on CUDA (conftest.py's ``train_device``)."""
+
 
 def random_bn(
     channels: int, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from common import CONV_ALGORITHMS, DEVICES
+from common import CONV_ALGORITHMS, CONV_STATISTICS, DEVICES
 
 REQUIRED_GPUS = int(os.environ.get("FUSED_CONV_BN_REQUIRE_CUDA") or 0)
 
@@ -46,14 +46,28 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[("cpu", "by rule"), *(("cuda", name) for name in ("by rule", *CONV_ALGORITHMS))], ids="-".join)
-def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device for conv_scale_shift, with each of its algorithms forced there in turn."""
-    device, algorithm = request.param
+CONV_DEVICES = [("cpu", "by rule"), *(("cuda", name) for name in ("by rule", *CONV_ALGORITHMS))]
+TRAIN_DEVICES = [*((*pair, "by rule") for pair in CONV_DEVICES), *(("cuda", "hopper", s) for s in CONV_STATISTICS)]
+
+
+def _force(monkeypatch: pytest.MonkeyPatch, device: str, algorithm: str, statistics: str = "by rule") -> str:
     if device == "cuda":
         _need_gpus(1)
-    monkeypatch.setenv("FUSED_CONV_BN_CONV", "" if algorithm == "by rule" else algorithm)
+    for variable, value in (("FUSED_CONV_BN_CONV", algorithm), ("FUSED_CONV_BN_STATISTICS", statistics)):
+        monkeypatch.setenv(variable, "" if value == "by rule" else value)
     return device
+
+
+@pytest.fixture(params=CONV_DEVICES, ids="-".join)
+def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device for conv_scale_shift, with each of its algorithms forced there in turn."""
+    return _force(monkeypatch, *request.param)
+
+
+@pytest.fixture(params=TRAIN_DEVICES, ids="-".join)
+def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same for conv_bn_scale_train, and each source of statistics."""
+    return _force(monkeypatch, *request.param)
 
 
 @pytest.fixture

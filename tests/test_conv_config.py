@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import pytest
 import torch
 
 import fused_conv_bn  # noqa: F401  # registers the ops
-from common import CONV_ALGORITHMS
+from common import CONV_ALGORITHMS, CONV_STATISTICS
 
 conv_config = torch.ops.fused_conv_bn._conv_config
 
@@ -108,6 +108,19 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
 }
 
 
+def patches_fit(p: Problem, gpu: Gpu) -> bool:
+    """Whether a batch's statistics can come from sums over the input."""
+    return (
+        gpu.has_wgmma
+        and p.groups == 1
+        and p.element_bytes <= 4
+        and p.C <= 8
+        and max(p.R, p.S) <= 3
+        and p.stride_h == p.stride_w == p.dilation_h == p.dilation_w == 1
+        and min(p.P, p.Q) >= 2
+    )
+
+
 def fits(p: Problem, gpu: Gpu) -> bool:
     """Whether the few_channels kernel's weights and an input patch surely fit into shared memory."""
     channels = -(-p.C // 4) * 4
@@ -162,8 +175,8 @@ def random_problem(rng: random.Random) -> Problem:
             )
 
 
-def configuration(problem: Problem, gpu: Gpu, algorithm: str = "") -> str:
-    return conv_config([int(value) for value in astuple(problem)], list(astuple(gpu)), algorithm)
+def configuration(problem: Problem, gpu: Gpu, algorithm: str = "", statistics: str = "none") -> str:
+    return conv_config([int(value) for value in astuple(problem)], list(astuple(gpu)), algorithm, statistics)
 
 
 def test_every_algorithm_has_a_domain() -> None:
@@ -198,6 +211,47 @@ def test_forced_choices(algorithm: str) -> None:
         else:
             assert forced.split()[0] == algorithm
             assert DOMAINS[algorithm](problem, gpu), problem
+
+
+def small_filter(problem: Problem, rng: random.Random) -> Problem:
+    """The same with what sums over the input are for."""
+    r, s, pad = rng.randint(1, 3), rng.randint(1, 3), rng.randint(0, 2)
+    size = {"P": problem.H + 2 * pad - r + 1, "Q": problem.W + 2 * pad - s + 1}
+    if min(size.values()) < 1:
+        return problem
+    ones = dict.fromkeys(("stride_h", "stride_w", "dilation_h", "dilation_w", "groups"), 1)
+    return replace(problem, C=rng.randint(1, 10), R=r, S=s, pad_h=pad, pad_w=pad, **size, **ones)
+
+
+def test_statistics_stay_inside_their_domain() -> None:
+    rng = random.Random(11)
+    seen = set()
+    for _ in range(4000):
+        problem, gpu = small_filter(random_problem(rng), rng), rng.choice(GPUS)
+        chosen = configuration(problem, gpu, statistics="")
+        assert chosen.removesuffix(", statistics of patches") == configuration(problem, gpu)
+        patches = chosen.endswith(", statistics of patches")
+        assert not patches or (chosen.startswith("hopper") and patches_fit(problem, gpu)), (chosen, problem)
+        seen.add(patches)
+        try:
+            configuration(problem, gpu, "hopper", "patches")
+        except RuntimeError as error:
+            assert "which does not cover this convolution" in str(error)
+            huge = problem.N * (problem.H + 8) * (problem.W + 32) > 1 << 28
+            assert huge or not patches_fit(problem, gpu) or not hopper_fits(problem), problem
+        else:
+            assert patches_fit(problem, gpu), problem
+        assert configuration(problem, gpu, "aten", "results") == "aten"
+    assert seen == {False, True}
+
+
+def test_unknown_statistics() -> None:
+    problem = random_problem(random.Random(0))
+    with pytest.raises(RuntimeError, match="FUSED_CONV_BN_STATISTICS is 'no such'") as caught:
+        configuration(problem, GPUS[0], "", "no such")
+    assert tuple(re.findall(r"'(\w+)'", str(caught.value).partition("expected")[2])) == CONV_STATISTICS
+    with pytest.raises(RuntimeError, match="FUSED_CONV_BN_STATISTICS is 'patches', which does not cover"):
+        configuration(problem, GPUS[0], "aten", "patches")
 
 
 def test_lists_of_the_wrong_length() -> None:

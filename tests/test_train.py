@@ -448,9 +448,9 @@ def covered(call: Callable[[], Tensor]) -> Tensor:
 @dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("case", CONV_CASES)
-def test_conv_bn_scale_train(conv_device, dtype, layout, case, generator):
+def test_conv_bn_scale_train(train_device, dtype, layout, case, generator):
     size, weight_size, *window = CONV_CASES[case]
-    device = conv_device
+    device = train_device
     x = arrange(torch.randn(size, generator=generator).to(device, dtype), layout)
     w, b = ((torch.randn(s, generator=generator) / 4).to(device, dtype) for s in (weight_size, weight_size[:1]))
     b = b * 8  # a bias that would show
@@ -472,12 +472,12 @@ def test_conv_bn_scale_train(conv_device, dtype, layout, case, generator):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_conv_parts_that_may_be_missing(conv_device, memory_format, generator):
-    x = torch.randn(4, 5, 12, 10, generator=generator).to(conv_device).to(memory_format=memory_format)
-    w = torch.randn(8, 5, 3, 3, generator=generator).to(conv_device)
+def test_conv_parts_that_may_be_missing(train_device, memory_format, generator):
+    x = torch.randn(4, 5, 12, 10, generator=generator).to(train_device).to(memory_format=memory_format)
+    w = torch.randn(8, 5, 3, 3, generator=generator).to(train_device)
     all_of_them = [
-        torch.randn(8, generator=generator).to(conv_device),
-        *state(8, torch.float32, conv_device, generator),
+        torch.randn(8, generator=generator).to(train_device),
+        *state(8, torch.float32, train_device, generator),
     ]
     for bias, statistics, weight in itertools.product((0, 1), repeat=3):
         mask = (bias, statistics, statistics, weight, weight)
@@ -492,10 +492,87 @@ def test_conv_parts_that_may_be_missing(conv_device, memory_format, generator):
             assert_no_worse_than_eager(ours[i], eagers[i], doubles[i])
 
 
-def test_conv_is_deterministic(conv_device, generator):
-    x = torch.randn(8, 8, 40, 41, generator=generator).to(conv_device)
-    w = torch.randn(16, 8, 3, 3, generator=generator).to(conv_device)
-    before = state(16, torch.float32, conv_device, generator)
+# Filters that sums over the input can serve: channels, filter, padding, image.
+PATCH_CASES = [
+    (8, (3, 3), 0, (4, 16, 16)),
+    (8, (3, 3), 1, (5, 17, 19)),
+    (5, (3, 3), 2, (3, 9, 8)),
+    (3, (3, 3), (0, 1), (2, 6, 33)),
+    (1, (3, 3), (1, 0), (7, 5, 4)),
+    (6, (2, 3), (1, 0), (3, 12, 20)),
+    (7, (3, 2), 1, (3, 11, 12)),
+    (4, (1, 3), (0, 1), (2, 7, 10)),
+    (2, (1, 1), 0, (6, 4, 5)),
+    (8, (3, 3), 0, (41, 60, 64)),  # tasks that two warps share
+    (8, (3, 3), 1, (1, 300, 61)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", PATCH_CASES, ids=str)
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_statistics_of_patches_are_exact(device, case, layout, dtype, generator, monkeypatch):
+    """Sums of exact products in float64, so that nothing is rounded but what is put out: at any mean."""
+    channels, kernel, padding, (batch, *image) = case
+    x = torch.randn(batch, channels, *image, generator=generator) * 3 + 20
+    x = arrange(x.to(device, dtype), layout)
+    w = torch.randn(10, channels, *kernel, generator=generator).to(device, dtype)
+    monkeypatch.setenv("FUSED_CONV_BN_CONV", "hopper")
+    monkeypatch.setenv("FUSED_CONV_BN_STATISTICS", "patches")
+    mean, var = torch.zeros(10, device=device), torch.zeros(10, device=device)
+    y = covered(lambda: fcb.conv_bn_scale_train(x, w, None, mean, var, None, None, 1, 1, EPS, padding=padding))
+    assert y.isfinite().all()
+    truth = F.conv2d(x.double(), w.double(), padding=padding)
+    u = 2.0**-24
+    exact_mean, exact_var = truth.mean((0, 2, 3)), truth.var((0, 2, 3))
+    # Of float64 sums: so many terms, each of them at most the largest, before the mean's square is taken away.
+    slack = 2.0**-53 * 64 * (exact_var + exact_mean.square() + w.double().abs().sum((1, 2, 3)).square() * 23**2)
+    assert ((mean.double() - exact_mean).abs() <= u * exact_mean.abs() + slack).all()
+    assert ((var.double() - exact_var).abs() <= u * exact_var + slack).all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("channels", [4, 8])
+def test_conv_of_values_far_from_zero(train_device, channels, memory_format, generator):
+    """A mean of 1e4 and a deviation of 1: results as good as eager's, statistics as good as a convolution allows.
+
+    That may be off by twice as much as eager's, by a value that has to do with the result or not, so that the deviation
+    is off by as much at most, and the variance by what follows.
+    """
+    x = torch.randn(16, channels, 15, 16, generator=generator).add(1e4)
+    x = x.to(train_device).to(memory_format=memory_format)
+    w = torch.randn(12, channels, 3, 3, generator=generator).to(train_device)
+    weight, bias = state(12, torch.float32, train_device, generator)[2:]
+    ours, eagers = ([torch.zeros(12, device=train_device) for _ in range(2)] for _ in range(2))
+    y = covered(lambda: fcb.conv_bn_scale_train(x, w, None, *ours, weight, bias, FACTOR, 1, EPS))
+    eager = reference.conv_bn_scale_train(x, w, None, *eagers, weight, bias, FACTOR, 1, EPS)
+    convolved = F.conv2d(x.double(), w.double())
+    truth = reference.bn_scale_train(convolved, None, None, weight.double(), bias.double(), FACTOR, 1, EPS)
+    assert_no_worse_than_eager(y, eager, truth)
+    mean, var = convolved.mean((0, 2, 3)), convolved.var((0, 2, 3))
+    off = 2 * (F.conv2d(x, w).double() - convolved).square().mean((0, 2, 3)).sqrt()
+    u = 2.0**-23
+    assert ((ours[0].double() - mean).abs() <= off + u * mean.abs()).all()
+    assert ((ours[1].double() - var).abs() <= 2 * var.sqrt() * off + off.square() + u * var).all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_conv_of_values_that_are_not_finite(train_device, value, generator):
+    """What BatchNorm makes of them: nothing is left of any channel that has one."""
+    x = torch.randn(3, 6, 10, 12, generator=generator).to(train_device)
+    x[1, 2, 4, 5] = value
+    w = torch.randn(8, 6, 3, 3, generator=generator).to(train_device)
+    s = state(8, torch.float32, train_device, generator)
+    y = covered(lambda: fcb.conv_bn_scale_train(x, w, None, *s))
+    assert y.isnan().all() and s[1].isnan().all()
+    assert not s[0].isfinite().any()
+
+
+def test_conv_is_deterministic(train_device, generator):
+    x = torch.randn(8, 8, 40, 41, generator=generator).to(train_device)
+    w = torch.randn(16, 8, 3, 3, generator=generator).to(train_device)
+    before = state(16, torch.float32, train_device, generator)
     results = []
     for _ in range(3):
         s = copy.deepcopy(before)

@@ -379,13 +379,6 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
 
 // ---- the merge -------------------------------------------------------------------------------------------------------
 
-// center, scale and shift of each channel, in this order: acc_t<T>, for inputs of T.
-struct AffineBuffer {
-  void* data;
-  uint32_t channels;
-  Element element;  // T
-};
-
 constexpr uint32_t kFinishWarps = 4;  // of a block
 
 // Over the warp, or over the block, in each of the threads.
@@ -424,6 +417,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
       f(partials[(static_cast<int64_t>(split) * affines.channels + c) * inner.divisor + (i - split * inner.divisor)]);
     }
   };
+  const ChannelValues channel = channel_values(params, c);
   const double pivot = partials[static_cast<int64_t>(c) * inner.divisor].mean;
   double values = 0, sum = 0, m2 = 0;
   each([&](const Moments& m) {
@@ -438,17 +432,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
   });
   m2 = channel_sum(m2, whole_block);
   if (threadIdx.x % threads == 0) {
-    const Affine<double> affine = finish_channel(params, {values, mean, m2}, c, affines.element);
-    const double numbers[] = {affine.center, affine.scale, affine.shift};
-#pragma unroll
-    for (uint32_t i = 0; i < 3; ++i) {
-      const int64_t at = static_cast<int64_t>(i) * affines.channels + c;
-      if (affines.element == Element::float64) {
-        static_cast<double*>(affines.data)[at] = numbers[i];
-      } else {
-        static_cast<float*>(affines.data)[at] = static_cast<float>(numbers[i]);
-      }
-    }
+    affines.set(c, finish_channel(params, channel, {values, mean, m2}, c, affines.element));
   }
 }
 

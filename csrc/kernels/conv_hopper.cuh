@@ -27,6 +27,7 @@
 
 #include "conv_hopper.h"
 #include "copy_async.cuh"
+#include "dependent_launch.cuh"
 #include "epilogue.h"
 #include "hopper.cuh"
 #include "memory_format.h"
@@ -86,13 +87,14 @@ struct HopperHeader {
   uint2 stages[kHopperMostStages];
   uint2 warps[4][4 * kHopperLoaders];  // of the loading warps: magnitudes
   uint32_t all_exact;                  // the weights, or their affines, do not split: nothing does
+  uint32_t centered;                   // some of the centers are not 0
   int w_span;                          // the widest span of an output channel's weights
   int least_unscale, most_unscale;     // exponents among unscales[]
   float scales[kHopperChannels];
   float shifts[kHopperChannels];
   float centers[kHopperChannels];
-  float unscales
-      [kHopperChannels];  // the inverse of the weights' scale, and where there are no centers, the affine's scale
+  float
+      unscales[kHopperChannels];  // the inverse of the weights' scale, and unless there are centers, the affine's scale
   float w_scales[kHopperChannels];
 };
 static_assert(sizeof(HopperHeader) <= kHopperHeader);
@@ -248,6 +250,7 @@ class Hopper {
       }
       barrier_init(weights_there(), 1);
       header().all_exact = 0;
+      header().centered = 0;
       header().w_span = 0;
       header().least_unscale = 1 << 20;
       header().most_unscale = -(1 << 20);
@@ -262,9 +265,8 @@ class Hopper {
     {
       const int channel = thread / kSharers;
       const int k = first_channel + channel;
-      const float scale = k < p.K ? (kMoments ? 1.0f : p.scale[k]) : 0.0f;
+      Magnitudes m;
       if constexpr (kFloat) {
-        Magnitudes m;
         const int terms = k < p.K ? p.C * p.R * p.S : 0;
         constexpr int kBatch = 16;  // loads under way
         for (int first = thread % kSharers; first < terms; first += kSharers * kBatch) {
@@ -286,10 +288,13 @@ class Hopper {
         for (int other = 1; other < kSharers; other *= 2) {
           m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
         }
-        const float unscaled = p.center == nullptr ? scale * m.inverse() : m.inverse();
+      }
+      wait_for_previous();  // it may make the affines
+      const float scale = k < p.K ? (kMoments ? 1.0f : p.scale[k]) : 0.0f;
+      if constexpr (kFloat) {
         if (thread % kSharers == 0) {
           header().w_scales[channel] = m.scale();
-          header().unscales[channel] = unscaled;
+          header().unscales[channel] = m.inverse();
           if (!m.has_scale() || m.span() > kMaxSpan) {
             header().all_exact = 1;
           }
@@ -308,10 +313,17 @@ class Hopper {
       if (thread % kSharers == 0) {
         header().scales[channel] = scale;
         header().shifts[channel] = k < p.K && !kMoments ? p.shift[k] : 0.0f;
-        header().centers[channel] = k < p.K && p.center != nullptr ? p.center[k] : 0.0f;
+        const float center = k < p.K && p.center != nullptr ? p.center[k] : 0.0f;
+        header().centers[channel] = center;
+        if (center != 0) {
+          header().centered = 1;
+        }
       }
     }
     meet(kTakersMeet, kTakeThreads);
+    if (kFloat && thread < kHopperChannels && header().centered == 0) {
+      header().unscales[thread] *= header().scales[thread];
+    }
     // Of each step, the first unit of all channels, then the second.
     for (int e = thread; e < p.tile.k_steps * 2 * kHopperChannels; e += kTakeThreads) {
       const int row = e % kHopperChannels;
@@ -1094,7 +1106,7 @@ class Hopper {
 
   // What was scaled is unscaled on the way: that is a power of two, and can go into the affine's scale.
   __device__ __forceinline__ void apply_affine(Sums& sums, bool exact, float inverse) const {
-    if (p.center != nullptr) {
+    if (header().centered != 0) {
 #pragma unroll
       for (int i = 0; i < kOwnChannels; ++i) {
         const int channel = own_channel(i);
@@ -1454,9 +1466,9 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   }
   const int64_t groups = ceil_div(c.K, kHopperChannels);
   const int64_t blocks = hopper_blocks(c, tile, gpu);
-  kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kHopperThreads, tile.shared_memory,
-           stream>>>(p);
-  return cudaGetLastError();
+  // Where there are centers, they come of the batch's statistics, which the kernel before ends with.
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kHopperThreads,
+                       tile.shared_memory, p.center != nullptr, stream, p);
 }
 
 }  // namespace fused_conv_bn

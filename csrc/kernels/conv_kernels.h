@@ -24,7 +24,15 @@ cudaError_t launch_conv_depthwise(const ConvProblem& problem, const ConvOperands
 template <typename T>
 cudaError_t launch_conv_hopper(const ConvProblem& problem, const ConvOperands& operands, const HopperTile& tile,
                                const GpuTraits& gpu, Activation activation, Moments* moments, cudaStream_t stream);
-// Whether this library has it: a build for other GPUs alone has not.
+
+// T: float, float16, bfloat16. The plan was made for the problem; the workspace has patches_workspace(plan) doubles. Leaves the
+// channels' affines, and their running statistics.
+template <typename T>
+cudaError_t launch_conv_patches(const ConvProblem& problem, const ConvOperands& operands, const PatchPlan& plan,
+                                double* workspace, const TrainParams& bn, const AffineBuffer& affines,
+                                cudaStream_t stream);
+
+// Whether this library has the two above: a build for other GPUs alone has not.
 bool conv_hopper_is_compiled();
 
 }  // namespace fused_conv_bn

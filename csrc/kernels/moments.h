@@ -107,24 +107,56 @@ struct TrainParams {
   double scaling_factor;
   double momentum;
   double eps;
+  // What is to be normalised has roundings of its own, so that a mean within the deviation can as well go into the shift.
+  bool spare_centers;
 };
+
+// What a channel's result depends on besides its moments, so that it can be read long before they are there.
+struct ChannelValues {
+  double running_mean, running_var, weight, bias, conv_bias;
+};
+FCB_HD ChannelValues channel_values(const TrainParams& p, uint32_t c) {
+  return {p.running_mean.at(c, 0), p.running_var.at(c, 0), p.weight.at(c, 1), p.bias.at(c, 0), p.conv_bias.at(c, 0)};
+}
 
 // Channel c's affine by its batch's moments, for inputs of `element`; updates its running statistics. In double
 // throughout; the caller rounds to acc_t<T>, which the center is a value of already.
-FCB_HD Affine<double> finish_channel(const TrainParams& p, const Moments& m, uint32_t c, Element element) {
+FCB_HD Affine<double> finish_channel(const TrainParams& p, const ChannelValues& v, const Moments& m, uint32_t c,
+                                     Element element) {
   if (p.running_mean.data != nullptr) {
-    const double mean = m.mean + p.conv_bias.at(c, 0);
+    const double mean = m.mean + v.conv_bias;
     const double unbiased = divide_by_count(m.m2, m.count - 1);
-    p.running_mean.set(c, (1 - p.momentum) * p.running_mean.at(c, 0) + p.momentum * mean);
-    p.running_var.set(c, (1 - p.momentum) * p.running_var.at(c, 0) + p.momentum * unbiased);
+    p.running_mean.set(c, (1 - p.momentum) * v.running_mean + p.momentum * mean);
+    p.running_var.set(c, (1 - p.momentum) * v.running_var + p.momentum * unbiased);
   }
-  const Affine<double> affine = fold<double>(m.mean, divide_by_count(m.m2, m.count), p.weight.at(c, 1), p.bias.at(c, 0),
-                                             p.scaling_factor, p.eps);
+  const Affine<double> affine = fold<double>(m.mean, divide_by_count(m.m2, m.count), v.weight, v.bias, p.scaling_factor,
+                                             p.eps);
   // What rounding takes from the center goes into the shift.
-  const double center = element == Element::float64   ? affine.center
-                        : element == Element::float32 ? static_cast<double>(static_cast<float>(affine.center))
-                                                      : 0;
+  const bool spared = p.spare_centers && m.mean * m.mean * m.count <= m.m2;
+  const double center = element == Element::float64 ? affine.center
+                        : element == Element::float32 && !spared
+                            ? static_cast<double>(static_cast<float>(affine.center))
+                            : 0;
   return {center, affine.scale, affine.shift + (center - affine.center) * affine.scale};
 }
+
+// center, scale and shift of each channel, in this order: acc_t<T>, for inputs of T.
+struct AffineBuffer {
+  void* data;
+  uint32_t channels;
+  Element element;  // T
+
+  FCB_HD void set(uint32_t c, const Affine<double>& affine) const {
+    const double numbers[] = {affine.center, affine.scale, affine.shift};
+    for (uint32_t i = 0; i < 3; ++i) {
+      const int64_t at = static_cast<int64_t>(i) * channels + c;
+      if (element == Element::float64) {
+        static_cast<double*>(data)[at] = numbers[i];
+      } else {
+        static_cast<float*>(data)[at] = static_cast<float>(numbers[i]);
+      }
+    }
+  }
+};
 
 }  // namespace fused_conv_bn

@@ -49,6 +49,26 @@ __device__ __forceinline__ void store_words(void* address, const uint32_t (&w)[4
   store_words(address, uint4{w[0], w[1], w[2], w[3]});
 }
 
+// If the condition holds, else zeros. As a branch it would wait for the load.
+__device__ __forceinline__ void load_words_if(bool condition, const void* address, uint32_t (&w)[1]) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.u32 %0, 0;\n@p ld.global.u32 %0, [%1];\n}"
+               : "=&r"(w[0])
+               : "l"(address), "r"(static_cast<int>(condition)));
+}
+__device__ __forceinline__ void load_words_if(bool condition, const void* address, uint32_t (&w)[2]) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\n@p ld.global.v2.u32 {%0, %1}, [%2];\n}"
+      : "=&r"(w[0]), "=&r"(w[1])
+      : "l"(address), "r"(static_cast<int>(condition)));
+}
+__device__ __forceinline__ void load_words_if(bool condition, const void* address, uint32_t (&w)[4]) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3])
+      : "l"(address), "r"(static_cast<int>(condition)));
+}
+
 // Elements [e, e + kSize) of data; `whole`: all of them exist, else only those in [0, n) do, and the others read as 0;
 // `aligned`: data + e is a multiple of 16 bytes.
 template <typename T>

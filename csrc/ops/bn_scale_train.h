@@ -43,7 +43,7 @@ struct BnScaleTrain {
 void apply_bn_scale_train_cpu(const char* op, const Operand& x, const TrainOperands& bn);
 void apply_bn_scale_train_cuda(const char* op, const Operand& x, const TrainOperands& bn);
 
-// The affines of channels whose moments a kernel has gathered, [count][channels], and their running statistics. affines:
+// The affines of a convolution's channels whose moments a kernel has gathered, [count][channels], and their running statistics. affines:
 // centers, then scales, then shifts. dtype: of the input; not float64.
 void finish_bn_cuda(const char* op, const TrainOperands& bn, ScalarType dtype, const Device& device,
                     const Moments* moments, int64_t count, int64_t channels, float* affines);

@@ -16,8 +16,8 @@ struct CpuKernel {
     std::vector<Affine<acc_t<T>>> affines;
     affines.reserve(moments.size());
     for (const Moments& m : moments) {
-      affines.push_back(
-          affine_cast<acc_t<T>>(finish_channel(params, m, static_cast<uint32_t>(affines.size()), kElement<T>)));
+      const auto c = static_cast<uint32_t>(affines.size());
+      affines.push_back(affine_cast<acc_t<T>>(finish_channel(params, channel_values(params, c), m, c, kElement<T>)));
     }
     run_elementwise_cpu<T, Activation::none, false>(e, [&](uint32_t c) { return affines[c]; });
   }

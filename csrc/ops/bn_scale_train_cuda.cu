@@ -30,7 +30,7 @@ void finish_bn_cuda(const char* op, const TrainOperands& bn, ScalarType dtype, c
   const CudaScope cuda(device);
   dispatch_dtype(dtype, [&](auto tag) {
     const AffineBuffer buffer{affines, static_cast<uint32_t>(channels), kElement<typename decltype(tag)::type>};
-    cuda.check_launch(op, launch_bn_finish(train_params(bn), moments, count, 1, buffer, cuda.stream()));
+    cuda.check_launch(op, launch_bn_finish(train_params(bn, true), moments, count, 1, buffer, cuda.stream()));
   });
 }
 

@@ -1,6 +1,7 @@
-// conv_bn_scale_train on CUDA, by the algorithm that conv_scale_shift would choose. hopper computes the convolution twice: once
-// for its statistics, which writes nothing else, and once with the affine that comes of them. With the others the
-// convolution is written, its statistics read, and then there is one pass in place.
+// conv_bn_scale_train on CUDA, by the algorithm that conv_scale_shift would choose. With hopper the statistics come first, from
+// sums over the input, or from a pass that computes the convolution and writes nothing; then comes the convolution with
+// the affine that they make. With the others the convolution is written, its statistics read, and then there is
+// one pass in place.
 #include "../kernels/conv_kernels.h"
 #include "bn_scale_train.h"
 #include "conv_bn_scale_train.h"
@@ -18,41 +19,60 @@ Tensor channel_tensor(const PlainConv& c, double value) {
 
 struct CudaKernel {
   static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, bool allow_tf32) {
-    const CudaConvChoice choice = choose_conv_cuda(op, c, false, allow_tf32);
+    const CudaConvChoice choice = choose_conv_cuda(op, c, false, true, allow_tf32);
     if (choice.config.algorithm == ConvAlgorithm::hopper) {
-      return convolve_twice(op, c, bn, choice);
+      return statistics_first(op, c, bn, choice);
     }
     const Tensor y = convolve(op, c, choice);
     apply_bn_scale_train_cuda(op, Operand("output", y), bn);
     return y;
   }
 
-  static Tensor convolve_twice(const char* op, const PlainConv& c, const TrainOperands& bn,
-                               const CudaConvChoice& choice) {
+  static Tensor statistics_first(const char* op, const PlainConv& c, const TrainOperands& bn,
+                                 const CudaConvChoice& choice) {
     const CudaScope cuda(c.input.device);
     const ConvProblem& problem = choice.problem;
-    const int64_t partials = hopper_partials(problem, choice.config.hopper_moments, choice.gpu);
+    const ConvConfig& config = choice.config;
+    const bool by_patches = config.statistics == ConvStatistics::patches;
+    const PatchPlan plan = by_patches ? plan_patches(problem, choice.gpu) : PatchPlan{};
+    const int64_t partials = by_patches ? 0 : hopper_partials(problem, config.hopper_moments, choice.gpu);
+    // The affines, then sums or moments.
     constexpr auto kDoubles = static_cast<int64_t>(sizeof(Moments) / sizeof(double));
-    const int64_t doubles = partials * problem.K * kDoubles + 2 * problem.K, stride = 1;
+    const int64_t affine_doubles = 2 * problem.K, stride = 1;
+    const int64_t doubles = affine_doubles + (by_patches ? patches_workspace(plan) : partials * problem.K * kDoubles);
     const Tensor memory = empty_strided(1, &doubles, &stride, ScalarType::Double, c.input.device);
-    auto* const moments = static_cast<Moments*>(memory.data_ptr());
-    auto* const affines = reinterpret_cast<float*>(moments + partials * problem.K);
+    auto* const affines = static_cast<float*>(memory.data_ptr());
+    auto* const workspace = static_cast<double*>(memory.data_ptr()) + affine_doubles;
     KernelConv conv(c, kHopperAlignment);
-    const auto launch = [&](const HopperTile& tile, Moments* target) {
+    const auto launch = [&](const auto& kernel) {
       dispatch_dtype(c.input.dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        if constexpr (sizeof(T) <= 4) {
-          cuda.check_launch(op, launch_conv_hopper<T>(problem, conv.operands, tile, choice.gpu, Activation::none,
-                                                      target, cuda.stream()));
+        if constexpr (sizeof(typename decltype(tag)::type) <= 4) {
+          cuda.check_launch(op, kernel(tag));
         }
       });
     };
-    launch(choice.config.hopper_moments, moments);
-    finish_bn_cuda(op, bn, c.input.dtype, c.input.device, moments, partials, problem.K, affines);
+    const auto convolve = [&](const HopperTile& tile, Moments* target) {
+      launch([&](auto tag) {
+        return launch_conv_hopper<typename decltype(tag)::type>(problem, conv.operands, tile, choice.gpu,
+                                                                Activation::none, target, cuda.stream());
+      });
+    };
+    if (by_patches) {
+      launch([&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const AffineBuffer buffer{affines, static_cast<uint32_t>(problem.K), kElement<T>};
+        return launch_conv_patches<T>(problem, conv.operands, plan, workspace, train_params(bn, true), buffer,
+                                      cuda.stream());
+      });
+    } else {
+      auto* const moments = reinterpret_cast<Moments*>(workspace);
+      convolve(config.hopper_moments, moments);
+      finish_bn_cuda(op, bn, c.input.dtype, c.input.device, moments, partials, problem.K, affines);
+    }
     conv.operands.center = affines;
     conv.operands.scale = affines + problem.K;
     conv.operands.shift = affines + 2 * problem.K;
-    launch(choice.config.hopper, nullptr);
+    convolve(config.hopper, nullptr);
     return conv.y;
   }
 

@@ -4,9 +4,10 @@
 namespace fused_conv_bn {
 namespace {
 
-std::string conv_config(std::vector<int64_t> problem, std::vector<int64_t> gpu, StringHandle algorithm_handle) {
+std::string conv_config(std::vector<int64_t> problem, std::vector<int64_t> gpu, StringHandle algorithm_handle,
+                        StringHandle statistics_handle) {
   const char* op = "_conv_config";
-  const std::string algorithm = take_string(algorithm_handle);
+  const std::string algorithm = take_string(algorithm_handle), statistics = take_string(statistics_handle);
   constexpr size_t kProblem = 20, kGpu = 5;
   if (problem.size() != kProblem || gpu.size() != kGpu) {
     fail(op, ": problem and gpu have ", problem.size(), " and ", gpu.size(), " values, expected ", kProblem, " and ",
@@ -35,7 +36,11 @@ std::string conv_config(std::vector<int64_t> problem, std::vector<int64_t> gpu, 
                       v[19] != 0};
   const GpuTraits traits{static_cast<int>(gpu[0]), static_cast<int>(gpu[1]), static_cast<int>(gpu[2]),
                          static_cast<int>(gpu[3]), gpu[4] != 0};
-  return config_text(choose_config(op, algorithm.c_str(), &p, traits));
+  ConvConfig config = choose_config(op, algorithm, &p, traits);
+  if (statistics != "none") {
+    config.statistics = choose_statistics(op, statistics, config, p, traits);
+  }
+  return config_text(config);
 }
 
 }  // namespace

@@ -31,23 +31,28 @@ inline Tensor plain_convolution(const PlainConv& c, const Tensor& weight, const 
              : torch::stable::contiguous(y, memory_format(c.input.dim, channels_last));
 }
 
+// What the user forces, by the name that an environment variable has.
+template <typename Value, size_t kSize>
+Value forced_value(const char* op, const char* variable, const std::pair<const char*, Value> (&list)[kSize],
+                   const std::string& name) {
+  const std::optional<Value> found = find_by_name(list, name);
+  if (!found.has_value()) {
+    std::ostringstream names;
+    for (const auto& known : list) {
+      names << (&known == &list[0] ? "'" : ", '") << known.first << "'";
+    }
+    fail(op, ": ", variable, " is '", name, "', expected one of ", names.str(), ", or nothing for a choice by rule");
+  }
+  return *found;
+}
+
 // The algorithm that the user forces by name, else the one that select_config() prefers. problem: nullptr for what is not
 // two-dimensional, which PyTorch computes.
-inline ConvConfig choose_config(const char* op, const char* forced, const ConvProblem* problem, const GpuTraits& gpu) {
-  const bool force = forced != nullptr && *forced != '\0';
-  ConvAlgorithm algorithm = ConvAlgorithm::aten;
-  if (force) {
-    const std::optional<ConvAlgorithm> found = find_algorithm(forced);
-    if (!found.has_value()) {
-      std::ostringstream names;
-      for (const auto& known : kConvAlgorithms) {
-        names << (&known == &kConvAlgorithms[0] ? "'" : ", '") << known.first << "'";
-      }
-      fail(op, ": FUSED_CONV_BN_CONV is '", forced, "', expected one of ", names.str(),
-           ", or nothing for a choice by rule");
-    }
-    algorithm = *found;
-  }
+inline ConvConfig choose_config(const char* op, const std::string& forced, const ConvProblem* problem,
+                                const GpuTraits& gpu) {
+  const char* const variable = "FUSED_CONV_BN_CONV";
+  const bool force = !forced.empty();
+  const ConvAlgorithm algorithm = force ? forced_value(op, variable, kConvAlgorithms, forced) : ConvAlgorithm::aten;
   if (algorithm == ConvAlgorithm::aten && (force || problem == nullptr)) {
     return ConvConfig{};
   }
@@ -56,10 +61,25 @@ inline ConvConfig choose_config(const char* op, const char* forced, const ConvPr
   }
   const std::optional<ConvConfig> config = problem == nullptr ? std::nullopt : configure(algorithm, *problem, gpu);
   if (!config.has_value()) {
-    fail(op, ": FUSED_CONV_BN_CONV is '", forced,
-         "', which does not cover this convolution, expected 'aten' for it, or ", "nothing for a choice by rule");
+    fail(op, ": ", variable, " is '", forced, "', which does not cover this convolution, expected 'aten' for it, or ",
+         "nothing for a choice by rule");
   }
   return *config;
+}
+
+// The same of statistics.
+inline ConvStatistics choose_statistics(const char* op, const std::string& forced, const ConvConfig& config,
+                                        const ConvProblem& problem, const GpuTraits& gpu) {
+  if (forced.empty()) {
+    return select_statistics(config, problem, gpu);
+  }
+  const char* const variable = "FUSED_CONV_BN_STATISTICS";
+  const ConvStatistics statistics = forced_value(op, variable, kConvStatistics, forced);
+  if (!has_statistics(statistics, config, problem, gpu)) {
+    fail(op, ": ", variable, " is '", forced,
+         "', which does not cover this convolution, expected 'results' for it, or ", "nothing for a choice by rule");
+  }
+  return statistics;
 }
 
 // What computes a convolution on CUDA: the choice, and what it was made of.
@@ -70,7 +90,8 @@ struct CudaConvChoice {
 };
 
 // Of the CUDA library, for ops that have a convolution in them.
-CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool allow_tf32);
+CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
+                                bool allow_tf32);
 Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice);
 
 }  // namespace fused_conv_bn

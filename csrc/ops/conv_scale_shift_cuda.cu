@@ -107,23 +107,31 @@ Tensor run_aten(const char* op, const ConvArguments& c) {
 
 struct CudaKernel {
   static Tensor run(const char* op, const ConvArguments& c, bool allow_tf32) {
-    return run_conv_cuda(op, c, choose_conv_cuda(op, c, c.residual.has_value(), allow_tf32));
+    return run_conv_cuda(op, c, choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32));
   }
 };
 
 }  // namespace
 
-CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool allow_tf32) {
+CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
+                                bool allow_tf32) {
   const bool two_dimensional = c.space() == 2 && c.numel > 0;
   CudaConvChoice choice{two_dimensional ? make_problem(c, has_residual, allow_tf32) : ConvProblem{},
                         gpu_traits(c.input.device.index),
                         {}};
-  const char* forced = std::getenv("FUSED_CONV_BN_CONV");
-  const bool by_rule = two_dimensional && (forced == nullptr || *forced == '\0');
-  choice.config = by_rule ? remembered_config(choice.problem, c.input.device.index, choice.gpu)
-                          : choose_config(op, forced, two_dimensional ? &choice.problem : nullptr, choice.gpu);
-  const char* print = std::getenv("FUSED_CONV_BN_PRINT_CONFIG");
-  if (print != nullptr && *print == '1') {
+  const auto setting = [](const char* variable) {
+    const char* value = std::getenv(variable);
+    return std::string(value == nullptr ? "" : value);
+  };
+  const std::string forced = setting("FUSED_CONV_BN_CONV");
+  choice.config = two_dimensional && forced.empty()
+                      ? remembered_config(choice.problem, c.input.device.index, choice.gpu)
+                      : choose_config(op, forced, two_dimensional ? &choice.problem : nullptr, choice.gpu);
+  if (has_statistics) {
+    choice.config.statistics = choose_statistics(op, setting("FUSED_CONV_BN_STATISTICS"), choice.config, choice.problem,
+                                                 choice.gpu);
+  }
+  if (setting("FUSED_CONV_BN_PRINT_CONFIG") == "1") {
     print_config(op, c, has_residual, allow_tf32, choice.config);
   }
   return choice;

@@ -1,5 +1,6 @@
 // Kernels of one stream that begin while the one before still ends (programmatic dependent launch, compute capability 9.0 on):
-// what a kernel can do without that one's results it does meanwhile.
+// what a kernel can do without that one's results it does meanwhile. Starting a kernel alone takes more than a
+// microsecond: a 1x1 convolution with one pass behind it went from 8.1 to 6.8 us on an H200.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +21,14 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// dependent: the kernel waits by wait_for_previous(), all that it reads of others is older than the kernel before.
+// Whether the current device has it.
+inline bool launches_dependents() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+// dependent: the kernel waits by wait_for_previous(), unless what it touches is older than the kernel before.
 template <typename Params>
 cudaError_t launch_kernel(void (*kernel)(Params), dim3 blocks, unsigned threads, int shared_memory, bool dependent,
                           cudaStream_t stream, const Params& params) {
@@ -33,7 +41,7 @@ cudaError_t launch_kernel(void (*kernel)(Params), dim3 blocks, unsigned threads,
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.numAttrs = dependent && launches_dependents() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 

@@ -22,6 +22,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "dependent_launch.cuh"
 #include "epilogue.h"
 #include "fold.h"
 #include "memory_format.h"
@@ -144,6 +145,7 @@ __global__ void __launch_bounds__(kThreads) scale_shift_planes_kernel(const Scal
   if (vector >= p.vectors) {
     return;
   }
+  wait_for_previous();
   Item<T> item = load_item<kResidual>(p, vector);
   uint32_t remaining;
   const uint32_t c = p.channels.channel(vector * V, remaining);
@@ -179,6 +181,7 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
   const uint32_t pixel = p.lanes.div(threadIdx.x);
   const uint32_t lane = threadIdx.x - pixel * p.lanes.divisor;
   const bool active = pixel < p.pixels && first_lane + lane < p.pixel_vectors;
+  wait_for_previous();
   const uint32_t stride = p.pixels * p.pixel_vectors;
   const uint32_t vector = group * kRows * stride + pixel * p.pixel_vectors + first_lane + lane;
   Item<T> items[kRows];
@@ -233,6 +236,7 @@ __global__ void __launch_bounds__(kThreads, 4) scale_shift_periodic_kernel(const
   const uint32_t column = thread - group * p.row.divisor;
   const uint32_t vector = group * kRows * p.row.divisor + column;
   Item<T> items[kRows];
+  wait_for_previous();
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     if (vector + i * p.row.divisor < p.vectors) {
@@ -296,19 +300,21 @@ cudaError_t launch_scale_shift(const T* input, const T* residual, T* output, con
     p.channels = make_channel_map(shape, begin, p.lead, count);
     p.numel = static_cast<int>(count);
     p.vectors = static_cast<uint32_t>((p.lead + count + V - 1) / V);
-    const auto blocks = [](uint32_t threads) { return (threads + kThreads - 1) / kThreads; };
     // Measured on an H200: more than this many vectors a thread cost bandwidth, fewer leave the affines' cost visible.
     constexpr int kRows = sizeof(T) == 2 ? 2 : 1;
+    const auto launch = [&](const auto kernel, uint32_t threads) {
+      return launch_kernel(kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, true, stream, p);
+    };
+    cudaError_t status;
     if (shape.inner >= V) {
-      scale_shift_planes_kernel<T, Source, A, kResidual><<<blocks(p.vectors), kThreads, 0, stream>>>(p);
+      status = launch(scale_shift_planes_kernel<T, Source, A, kResidual>, p.vectors);
     } else if (shape.inner == 1 && shape.channels % V == 0 && p.channels.first_channel == 0) {
       const uint32_t threads = set_columns(p, shape, kRows);
-      scale_shift_columns_kernel<T, Source, A, kResidual, kRows><<<blocks(threads), kThreads, 0, stream>>>(p);
+      status = launch(scale_shift_columns_kernel<T, Source, A, kResidual, kRows>, threads);
     } else {
       const uint32_t threads = set_periodic(p, shape, 2);
-      scale_shift_periodic_kernel<T, Source, A, kResidual, 2><<<blocks(threads), kThreads, 0, stream>>>(p);
+      status = launch(scale_shift_periodic_kernel<T, Source, A, kResidual, 2>, threads);
     }
-    const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess) {
       return status;
     }

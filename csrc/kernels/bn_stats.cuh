@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "dependent_launch.cuh"
 #include "memory_format.h"
 #include "moments.h"
 #include "scale_shift.cuh"
@@ -153,6 +154,7 @@ __global__ void __launch_bounds__(kStatsThreads, kPlaneBlocks) bn_stats_planes_k
   double sum = 0, squares = 0;
   uint32_t count = 0;
   bool first = true;
+  wait_for_previous();
   for (int64_t unit = split * p.share; unit < end; unit += step) {
     PlaneBatch<T> batch;
     load_batch(p, c, unit, batch);
@@ -282,6 +284,7 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
   const T* x = p.x + (begin + row) * p.columns + static_cast<int64_t>(first_lane + lane) * W;
   Acc pivot[W] = {};
   double sum[W] = {}, square[W] = {};
+  wait_for_previous();
   for (uint32_t first = 0; first < rows; first += step) {
     ColumnItem<T, W> items[U];
 #pragma unroll
@@ -418,6 +421,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
     }
   };
   const ChannelValues channel = channel_values(params, c);
+  wait_for_previous();
   const double pivot = partials[static_cast<int64_t>(c) * inner.divisor].mean;
   double values = 0, sum = 0, m2 = 0;
   each([&](const Moments& m) {
@@ -441,9 +445,8 @@ inline cudaError_t launch_bn_finish(const TrainParams& params, const Moments* pa
   const auto count = static_cast<uint32_t>(splits * inner);
   const bool whole_block = count > 64;
   const uint32_t blocks = whole_block ? affines.channels : (affines.channels + kFinishWarps - 1) / kFinishWarps;
-  bn_finish_kernel<<<blocks, 32 * kFinishWarps, 0, stream>>>(
-      params, partials, count, FastDiv(static_cast<uint32_t>(inner)), whole_block, affines);
-  return cudaGetLastError();
+  return launch_kernel(bn_finish_kernel, blocks, 32 * kFinishWarps, 0, true, stream, params, partials, count,
+                       FastDiv(static_cast<uint32_t>(inner)), whole_block, affines);
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------
@@ -537,8 +540,7 @@ cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& pla
   if (plan.planes) {
     const auto p = planes_params(x, shape, plan, partials);
     const auto blocks = static_cast<uint32_t>(plan.splits * shape.channels);
-    bn_stats_planes_kernel<T><<<blocks, kStatsThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(bn_stats_planes_kernel<T>, blocks, kStatsThreads, 0, true, stream, p);
   }
   ColumnsParams<T> p{};
   p.x = x;
@@ -551,12 +553,8 @@ cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& pla
   p.rows = kStatsThreads / plan.lanes;
   p.row_vectors = plan.row_vectors;
   const auto blocks = static_cast<uint32_t>(plan.splits * plan.chunks);
-  if (plan.vectors) {
-    bn_stats_columns_kernel<T, kColumnVec<T>><<<blocks, kStatsThreads, 0, stream>>>(p);
-  } else {
-    bn_stats_columns_kernel<T, 1><<<blocks, kStatsThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  return launch_kernel(plan.vectors ? bn_stats_columns_kernel<T, kColumnVec<T>> : bn_stats_columns_kernel<T, 1>, blocks,
+                       kStatsThreads, 0, true, stream, p);
 }
 
 }  // namespace fused_conv_bn

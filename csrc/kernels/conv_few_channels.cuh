@@ -25,6 +25,7 @@
 
 #include "conv_few_channels.h"
 #include "copy_async.cuh"
+#include "dependent_launch.cuh"
 #include "epilogue.h"
 #include "memory_format.h"
 #include "shared_memory.cuh"
@@ -1187,6 +1188,7 @@ __global__ void __launch_bounds__(kFewChannelsThreads, few_channels_residents(kP
     conv_few_channels_kernel(const __grid_constant__ FewChannelsParams<T> params) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
   if constexpr (!kPaired || few_channels_pairs(__CUDA_ARCH__ / 10)) {
+    wait_for_previous();
     FewChannels<T, kM, kLast, kPaired>(params).run();
   }
 #endif
@@ -1247,9 +1249,8 @@ cudaError_t launch_conv_few_channels(const ConvProblem& c, const ConvOperands& o
     const int64_t resident = int64_t{gpu.multiprocessors} * std::max(1, few_channels_blocks(tile, gpu));
     const int64_t blocks = std::min<int64_t>(ceil_div(p.tiles, few_channels_groups(paired())),
                                              ceil_div(resident, groups));
-    kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kFewChannelsThreads,
-             tile.shared_memory, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)),
+                         kFewChannelsThreads, tile.shared_memory, true, stream, p);
   };
   using std::false_type;
   using std::true_type;

@@ -314,6 +314,7 @@ template <typename T, bool kVectors>
 __global__ void __launch_bounds__(32 * kPatchWarps, 1)
     conv_patches_kernel(const __grid_constant__ PatchParams<T> params) {
 #if defined(FCB_PATCHES)
+  wait_for_previous();
   let_next_begin();
   Patches<T, kVectors>(params).run(patch_slots);
 #endif
@@ -511,7 +512,7 @@ cudaError_t launch_conv_patches(const ConvProblem& c, const ConvOperands& operan
   if (status != cudaSuccess) {
     return status;
   }
-  status = launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * kPatchWarps, kShared, false, stream, p);
+  status = launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * kPatchWarps, kShared, true, stream, p);
   if (status != cudaSuccess) {
     return status;
   }

@@ -5,9 +5,11 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 namespace fused_conv_bn {
 
-// In the kernel that comes first: the next one may be started.
+// In the kernel that comes first: the next one may be started. What that reads before it waits has to be there by now.
 __device__ __forceinline__ void let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -29,9 +31,9 @@ inline bool launches_dependents() {
 }
 
 // dependent: the kernel waits by wait_for_previous(), unless what it touches is older than the kernel before.
-template <typename Params>
-cudaError_t launch_kernel(void (*kernel)(Params), dim3 blocks, unsigned threads, int shared_memory, bool dependent,
-                          cudaStream_t stream, const Params& params) {
+template <typename... Params>
+cudaError_t launch_kernel(void (*kernel)(Params...), dim3 blocks, unsigned threads, int shared_memory, bool dependent,
+                          cudaStream_t stream, const std::type_identity_t<Params>&... params) {
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
@@ -42,7 +44,7 @@ cudaError_t launch_kernel(void (*kernel)(Params), dim3 blocks, unsigned threads,
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = dependent && launches_dependents() ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
 }  // namespace fused_conv_bn

@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -351,6 +353,83 @@ def test_one_huge_value_among_small_ones(conv_device, where, outlier, dtype, gen
             else:
                 call.w[3, 0, 1, 1] = outlier
             check(call)
+
+
+WIDE_FIRST_LAYERS = {
+    "problem 73": ((1, 8, 36, 128), (30, 8, 3, 3)),
+    "padding, a last tile of channels": ((1, 3, 67, 70), (13, 3, 5, 5), 1, 2),
+    "stride 2": ((3, 3, 45, 225), (32, 3, 3, 3), 2, 1),
+    "7x7, stride 2": ((2, 1, 75, 131), (9, 1, 7, 7), 2, 3),
+    "stride of rows alone": ((1, 4, 170, 81), (8, 4, 3, 3), (3, 1), (0, 1)),
+    "dilation": ((1, 2, 80, 100), (16, 2, 3, 4), 1, (3, 1), (4, 3)),
+    "a row of taps": ((1, 9, 41, 113), (17, 9, 1, 8), 1, (0, 7)),
+    "a column of taps": ((2, 5, 90, 64), (24, 5, 6, 1), (2, 1), (5, 0)),
+    "rows longer than the buffer": ((1, 6, 3, 4100), (10, 6, 2, 3), 1, 1),
+}
+has_vectors = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="the CPU has no AVX2"
+)
+
+
+def runs_pytorchs(call: Call) -> bool:
+    """Whether PyTorch's convolution is part of the call."""
+    with torch.autograd.profiler.profile() as profile:
+        call.ours()
+    return any("conv" in event.name and event.name.startswith("aten::") for event in profile.function_events)
+
+
+@has_vectors
+@pytest.mark.parametrize("problem", WIDE_FIRST_LAYERS)
+def test_wide_first_layers_on_the_cpu(problem, generator):
+    """Those that a kernel of this package computes there."""
+    arguments = WIDE_FIRST_LAYERS[problem]
+    cases = [("none", False), ("none", True)]
+    if problem == "problem 73":
+        cases += itertools.product(list(reference.ACTIVATIONS)[1:], (False, True))
+    for activation, residual in cases:
+        call = make(generator, "cpu", torch.float32, *arguments, residual=residual, activation=activation)
+        assert not runs_pytorchs(call) and check(call)
+    ours, threads = call.ours(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 3)
+        assert torch.equal(call.ours(), ours)
+    finally:
+        torch.set_num_threads(threads)
+    # As they come from elsewhere: a slice, a transposed and a permuted tensor, addresses that are no vector's.
+    other = Call(*call.tensors()[:4], *call.window(), call.residual, call.activation)
+    other.x = torch.empty(*call.x.shape[:-1], call.x.size(-1) + 3)[..., 1:-2].copy_(call.x)
+    other.w = torch.empty(*call.w.shape[:2], *call.w.shape[:1:-1]).transpose(2, 3).copy_(call.w)
+    other.residual = torch.empty(call.residual.numel() + 1)[1:].view(call.residual.shape).copy_(call.residual)
+    assert torch.equal(other.ours(), ours)
+    call.x[0, 0, 1, 5], call.x[-1, -1, -1, -9], call.x[0, -1, 0, 0] = math.nan, math.inf, -math.inf
+    ours, eager = call.ours(), call.eager()
+    for pattern in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(pattern(ours), pattern(eager))
+
+
+@has_vectors
+def test_other_layers_are_pytorchs_on_the_cpu(generator):
+    for x, w, *window in (
+        ((2, 8, 80, 60), (64, 8, 3, 3)),  # narrow
+        ((1, 16, 64, 80), (64, 16, 3, 3)),  # many terms
+        ((1, 8, 64, 80), (64, 8, 1, 1)),  # one tap
+        ((1, 8, 64, 80), (64, 4, 3, 3), 1, 1, 1, 2),
+    ):
+        assert runs_pytorchs(make(generator, "cpu", torch.float32, x, w, *window))
+    wide = WIDE_FIRST_LAYERS["problem 73"]
+    for dtype, formats in ((torch.float64, "cc"), (torch.bfloat16, "cc"), (torch.float32, "lc"), (torch.float32, "cl")):
+        assert runs_pytorchs(make(generator, "cpu", dtype, *wide, formats=formats))
+
+
+@has_vectors
+def test_wide_first_layers_without_avx512():
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("this is such a CPU, or a process held to AVX2")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    command += ["-k", "wide_first_layers_on_the_cpu"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and f"{len(WIDE_FIRST_LAYERS)} passed" in result.stdout, result.stdout[-2000:]
 
 
 def test_many_tiles_of_whole_rows(conv_device, generator):

@@ -168,13 +168,21 @@ __attribute__((target("arch=x86-64-v3"))) void run_v3(const T* input, const T* r
                                                       const AffineOf& affine, bool streaming) {
   run_body<true, T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
 }
-// ATEN_CPU_CAPABILITY=default holds PyTorch's own kernels to the baseline, and so it does ours.
+// ATEN_CPU_CAPABILITY holds PyTorch's own kernels to an instruction set, default being the baseline, and so it does ours.
+inline bool is_capability(const char* name) {
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  return capability != nullptr && std::strcmp(capability, name) == 0;
+}
 inline bool use_v3() {
-  static const bool result = [] {
-    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool held = capability != nullptr && std::strcmp(capability, "default") == 0;
-    return !held && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  }();
+  static const bool result = !is_capability("default") && __builtin_cpu_supports("avx2") &&
+                             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return result;
+}
+// x86-64-v4 has AVX-512 besides.
+inline bool use_v4() {
+  static const bool result = use_v3() && !is_capability("avx2") && __builtin_cpu_supports("avx512f") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return result;
 }
 #endif

@@ -221,8 +221,9 @@ def conv_scale_shift(
     residual are cast as ``F.conv2d`` casts its arguments.
 
     On CUDA a kernel of this package runs where there is a faster one, and else PyTorch's convolution and one pass in
-    place behind it. On the CPU it is the same pass, or none: without residual and activation, scale and shift are
-    folded into PyTorch's convolution where that costs no accuracy.
+    place behind it. On the CPU a kernel of this package runs for contiguous float32 inputs of few channels and wide
+    rows, and else PyTorch's convolution with the same pass, or none: without residual and activation, scale and shift
+    are folded into the convolution where that costs no accuracy.
     This package's kernels are as accurate as float32 arithmetic, whatever PyTorch's flags say, unless ``allow_tf32``
     is set. PyTorch's convolution is what eager would run, and as accurate: cuDNN's follows
     ``torch.backends.cudnn.allow_tf32``, which this function neither reads nor changes.

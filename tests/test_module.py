@@ -536,6 +536,82 @@ def test_float_scaling_factor_change(generator: torch.Generator) -> None:
         assert torch.equal(ours(x), before * 2)  # 1.7 * 2: only exponents differ
 
 
+def write_to_list(module: ConvBnScale2d) -> None:
+    module.conv.stride = [1, 1]
+    module(torch.ones(2, 4, 9, 8))
+    module(torch.ones(2, 4, 9, 8))
+    module.conv.stride[0] = 2
+
+
+CONFIGURATIONS: dict[str, Callable[[ConvBnScale2d], Any]] = {
+    "stride": set_attribute("conv", "stride", (2, 1)),
+    "stride in a list": write_to_list,
+    "padding": set_attribute("conv", "padding", (0, 2)),
+    "no padding": set_attribute("conv", "padding", "valid"),
+    "uneven padding": lambda module: (
+        setattr(module.conv, "weight", nn.Parameter(module.conv.weight[:, :, :2])),
+        setattr(module.conv, "padding", "same"),
+    ),
+    "padding mode": set_attribute("conv", "padding_mode", "reflect"),
+    "dilation": set_attribute("conv", "dilation", (1, 2)),
+    "new conv": lambda module: setattr(module, "conv", nn.Conv2d(4, 6, 3)),
+    "conv of another class": lambda module: setattr(module, "conv", nn.Sequential(nn.Conv2d(4, 6, 1))),
+    "bn of another class": lambda module: setattr(module, "bn", nn.Identity()),
+    "weights computed": lambda module: nn.utils.parametrizations.spectral_norm(module.conv),
+    "hook": lambda module: module.conv.register_forward_hook(lambda m, args, y: y + 1),
+    "hook before": lambda module: module.bn.register_forward_pre_hook(lambda m, args: args[0] + 1),
+    "forward": lambda module: setattr(module.bn, "forward", lambda x: x * 2),
+    "bn in training": lambda module: module.bn.train(),
+}
+
+
+@pytest.mark.parametrize("change", CONFIGURATIONS)
+def test_every_configuration_is_seen(change: str, generator: torch.Generator) -> None:
+    _, ours = models(generator, padding=1)
+    x = sample(generator)
+    with torch.no_grad():
+        for _ in range(2):
+            before = ours(x)
+        CONFIGURATIONS[change](ours)
+        plain = Plain(4, 6, 3, 1.7)
+        plain.conv, plain.bn = copy.deepcopy(ours.conv), copy.deepcopy(ours.bn)
+        for _ in range(2):
+            y = ours(x)
+            check(y, plain, x)
+        assert y.shape != before.shape or error(y, before) > 1e-2
+
+
+def test_calls_of_all_kinds_by_turns(generator: torch.Generator) -> None:
+    """What a call prepares for the next one of its kind does not serve one of another."""
+    plain, ours = models(generator, padding=1, activation="silu")
+    x, other = sample(generator), torch.randn(1, 4, 5, 9, generator=generator)
+    full, row = torch.randn(ours(x).shape, generator=generator), torch.randn(1, 6, 1, 1, generator=generator)
+    calls: dict[str, Callable[..., Tensor]] = {
+        "plain": lambda m: m(x),
+        "other shape": lambda m: m(other),
+        "channels_last": lambda m: m(x.to(memory_format=torch.channels_last)),
+        "residual": lambda m: m(x, full),
+        "residual to broadcast": lambda m: m(x, row),
+        "residual of another dtype": lambda m: m(x, full.double()),
+        "float64": lambda m: m.double()(x.double()),
+    }
+
+    def truth(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = copy.deepcopy(plain).double()(x.double())
+        return F.silu(y if residual is None else y + residual.double())
+
+    for name in [*calls, *reversed(calls), *calls]:
+        with torch.no_grad():
+            y = calls[name](ours)
+            expected = truth(x) if name == "float64" else calls[name](truth)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+        assert y.dtype == (torch.float64 if name in ("float64", "residual of another dtype") else torch.float32)
+        ours.float()
+        assert ours(x).requires_grad and not y.requires_grad
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert ours(x).dtype == torch.bfloat16
+
+
 def test_folds_once(device: str, generator: torch.Generator) -> None:
     for factor in (1.7, torch.tensor(1.7)):
         _, ours = models(generator, device, scaling_factor=factor)

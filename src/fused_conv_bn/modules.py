@@ -51,6 +51,17 @@ class _Folded(NamedTuple):
     done: torch.cuda.Event | None
 
 
+class _Prepared(NamedTuple):
+    """A call in evaluation mode: what it depends on, and what the op takes beside the input and the residual."""
+
+    key: tuple[Any, ...]
+    sources: tuple[Any, ...]  # the tensors whose identities are in the key: they are not reused meanwhile
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    window: tuple[Any, ...]  # stride, padding, dilation, groups
+
+
 class ConvBnScale2d(nn.Module):
     """``nn.Conv2d``, then ``nn.BatchNorm2d``, then a factor, and optionally a residual and an activation.
 
@@ -85,7 +96,8 @@ class ConvBnScale2d(nn.Module):
         ValueError: an unknown activation, or a ``scaling_factor`` tensor with dimensions.
     """
 
-    _folded: _Folded | None
+    _folded: _Folded | None = None
+    _prepared: _Prepared | None = None
 
     def __init__(
         self,
@@ -156,10 +168,17 @@ class ConvBnScale2d(nn.Module):
         self.bn = bn
         self.scaling_factor = scaling_factor
         self.activation = activation
-        self._folded = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x``: (N, in_channels, H, W). ``residual``: of the result's shape and dtype, added before the activation."""
+        key, sources = (None, ()) if torch.compiler.is_compiling() else self._key(x, residual)
+        prepared = self._prepared
+        if key is not None and prepared is not None and key == prepared.key:
+            return torch.ops.fused_conv_bn.conv_scale_shift(
+                *(x, prepared.weight, prepared.scale, prepared.shift, *prepared.window),
+                residual=residual,
+                activation=self.activation,
+            )
         if self._fusible(x, residual):
             conv = self.conv
             padded, padding = self._padded(x)
@@ -169,18 +188,12 @@ class ConvBnScale2d(nn.Module):
                 if min(size[2:]) > 0 and size[0] * size[2] * size[3] > 1 and self._params_fit(dtype):
                     return self._forward_train(padded, padding, residual, dtype)
             elif min(size[2:]) > 0 and (residual is None or (list(residual.shape) == size and residual.dtype == dtype)):
-                weight, scale, shift = self._operands(dtype)
+                operands = self._operands(dtype)
+                window = conv.stride, tuple(padding), conv.dilation, conv.groups
+                if key is not None and padded is x and self._is_plain((*sources, *operands)):
+                    self._prepared = _Prepared(key, sources, *operands, window)
                 return torch.ops.fused_conv_bn.conv_scale_shift(
-                    padded,
-                    weight,
-                    scale,
-                    shift,
-                    conv.stride,
-                    padding,
-                    conv.dilation,
-                    conv.groups,
-                    residual=residual,
-                    activation=self.activation,
+                    padded, *operands, *window, residual=residual, activation=self.activation
                 )
         return self._forward_plain(x, residual)
 
@@ -191,10 +204,12 @@ class ConvBnScale2d(nn.Module):
             return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
         if not isinstance(conv.padding, str):
             return x, conv.padding
-        right, left = conv._reversed_padding_repeated_twice[::2], conv._reversed_padding_repeated_twice[1::2]
-        if right == left:
-            return x, left[::-1]
-        return F.pad(x, conv._reversed_padding_repeated_twice), (0, 0)
+        if conv.padding == "valid":
+            return x, (0, 0)
+        height, width = (d * (k - 1) for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True))
+        if height % 2 == 0 and width % 2 == 0:
+            return x, (height // 2, width // 2)
+        return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2)), (0, 0)
 
     def _forward_train(self, x: Tensor, padding: Sequence[int], residual: Tensor | None, dtype: torch.dtype) -> Tensor:
         conv, bn, factor = self.conv, self.bn, self.scaling_factor
@@ -244,6 +259,62 @@ class ConvBnScale2d(nn.Module):
             y = y + residual
         return ACTIVATIONS[self.activation](y)
 
+    def _key(self, x: Tensor, residual: Tensor | None) -> tuple[tuple[Any, ...] | None, tuple[Tensor | None, ...]]:
+        """All that forward() looks at before it calls conv_scale_shift, in a form that is quick to get and to compare,
+        and the tensors among it. (None, ()) where more than that would have to be looked at."""
+        modules: dict[str, Any] = self._modules
+        conv, bn = modules["conv"], modules["bn"]
+        if self.training or type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+            return None, ()
+        if _has_hooks(conv) or _has_hooks(bn) or forward_ad._current_level >= 0:
+            return None, ()
+        factor = self.scaling_factor
+        weights, affine, buffers = conv._parameters, bn._parameters, bn._buffers
+        if type(weights.get("weight")) not in (Tensor, nn.Parameter):  # of fake tensors, say, which have no data
+            return None, ()
+        try:
+            sources = (
+                weights["weight"],
+                weights["bias"],
+                affine["weight"],
+                affine["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
+                factor if isinstance(factor, Tensor) else None,
+            )
+            states = [None if t is None else (id(t), t._version, t.data_ptr(), t.dtype, t.device) for t in sources]
+        except (KeyError, RuntimeError):  # no parameter there, or nothing tells when it changes
+            return None, ()
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *sources)):
+            return None, ()
+        device = x.device
+        kind = device.type
+        stream = None
+        if kind == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return None, ()
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+        key = (
+            *(x.shape, x.dtype, device, stream),
+            None if residual is None else (residual.shape, residual.dtype),
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            *(conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, bn.training, bn.eps),
+            None if isinstance(factor, Tensor) else factor,
+            self.activation,
+            *states,
+        )
+        return key, sources
+
+    def _is_plain(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether nothing but a change of the key can change what a call does; tensors: that it reads."""
+        conv = self.conv
+        return (
+            type(conv.stride) is type(conv.dilation) is tuple
+            and type(conv.padding) in (tuple, str)
+            and all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
+        )
+
     # ---- when the fused ops may run ----------------------------------------------------------------------------------
 
     def _takes_batch_statistics(self) -> bool:
@@ -259,14 +330,14 @@ class ConvBnScale2d(nn.Module):
 
     def _fusible(self, x: Tensor, residual: Tensor | None) -> bool:
         conv, bn = self.conv, self.bn
+        if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return False
         if (bn.running_mean is None) != (bn.running_var is None):
             return False
         if self._takes_batch_statistics():
             if type(bn) is not nn.BatchNorm2d:
                 return False
-        elif self.training or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return False
-        if type(conv) is not nn.Conv2d:
+        elif self.training:
             return False
         if _has_hooks(conv) or _has_hooks(bn):
             return False
@@ -341,15 +412,15 @@ class ConvBnScale2d(nn.Module):
         return weight if kept is None else kept, scale, shift
 
     def train(self, mode: bool = True) -> ConvBnScale2d:
-        self._folded = None
+        self._folded = self._prepared = None
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ConvBnScale2d:
-        self._folded = None
+        self._folded = self._prepared = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
+        return {**self.__dict__, "_folded": None, "_prepared": None}
 
     def extra_repr(self) -> str:
         text = f"scaling_factor={self.scaling_factor}"

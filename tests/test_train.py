@@ -422,6 +422,7 @@ def test_inference_mode(device, generator):
 
 # input, weight, stride, padding, dilation, groups
 CONV_CASES: dict[str, tuple[Any, ...]] = {
+    "first layer of wide rows": ((2, 3, 40, 70), (9, 3, 3, 3), 1, 1, 1, 1),
     "3x3": ((4, 8, 14, 13), (16, 8, 3, 3), 1, 0, 1, 1),
     "stride and padding": ((4, 6, 15, 12), (10, 6, 3, 3), (2, 1), (1, 2), 1, 1),
     "3 channels, 7x7": ((3, 3, 20, 21), (8, 3, 7, 7), 2, 3, 1, 1),

@@ -7,16 +7,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "conv_depthwise_common.cuh"
 #include "copy_async.cuh"
 
 namespace fused_conv_bn {
-
-// conv_depthwise.h's number, which device code can only have as a constant.
-template <int kStride>
-constexpr int kDepthwiseStages = depthwise_stages(kStride);
 
 // A lane's channels, in shared or global memory.
 template <typename T>
@@ -29,13 +27,61 @@ __device__ __forceinline__ void load_lane(const float* address, float (&out)[2])
   out[0] = two.x, out[1] = two.y;
 }
 
+// As many channels as share a word: one or two.
 template <typename T>
-__device__ __forceinline__ void store_lane(T* address, const float* in) {
-  *reinterpret_cast<uint32_t*>(address) = pack_pair(T(), in[0], in[1]);
+__device__ __forceinline__ uint32_t pack_word(T, float low, float high) {
+  return pack_pair(T(), low, high);
 }
-__device__ __forceinline__ void store_lane(float* address, const float* in) {
-  *reinterpret_cast<float2*>(address) = {in[0], in[1]};
+__device__ __forceinline__ uint32_t pack_word(float, float v, float) { return __float_as_uint(v); }
+
+// A word of values no smaller than `low` and no larger than `high`, which are words too. NaN passes through.
+template <typename T>
+__device__ __forceinline__ uint32_t bound_word(uint32_t word, uint32_t low, uint32_t high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, float16>) {
+    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
+    asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
+    asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
+  } else {
+    word = __float_as_uint(at_most(at_least(__uint_as_float(word), __uint_as_float(low)), __uint_as_float(high)));
+  }
+#endif
+  return word;
 }
+
+// The steps of a range of rows, image by image: those of an image are one for each row of outputs, behind those that
+// only begin to sum.
+template <int R, int kStride>
+struct DepthwiseWalk {
+  static constexpr int kBefore = kDepthwiseSteps<R, kStride> - 1;
+  uint32_t row, end;  // of the rows of all images, those that are still to come behind this image
+  int rows = 0;       // of outputs in this image
+  int left = 0;       // of its steps
+  int h = 0;          // the first row of inputs of the step, counted in the image
+
+  // To an image's first step, and its number.
+  template <typename T>
+  __device__ __forceinline__ uint32_t next_image(const DepthwiseParams<T>& p) {
+    const uint32_t n = p.image_rows.div(row);
+    const int p0 = static_cast<int>(row - n * p.image_rows.divisor);
+    rows = min(static_cast<int>(end - row), p.P - p0);
+    row += rows;
+    left = rows + kBefore;
+    h = p0 * kStride - p.pad_h;
+    return n;
+  }
+  __device__ __forceinline__ void next_step() {
+    --left;
+    h += kStride;
+  }
+  // Whether row i of the step exists and is needed: the last step only finishes an output.
+  __device__ __forceinline__ bool has_row(int i, int H) const {
+    return static_cast<unsigned>(h + i) < static_cast<unsigned>(H) && (i == 0 || left > 1);
+  }
+  __device__ __forceinline__ bool finishes() const { return left <= rows; }
+};
 
 // gridDim.x: the chunks of channels, so that the blocks which share lines of x run together, of all tiles across the
 // image. gridDim.y: the ranges of rows.
@@ -47,105 +93,138 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
   constexpr int kCols = kDepthwiseCols;
   constexpr int kIn = (kCols - 1) * kStride + R;
   constexpr int kSteps = kDepthwiseSteps<R, kStride>;
-  constexpr int kStages = kDepthwiseStages<kStride>;
+  constexpr int kStages = depthwise_stages(kStride);
   constexpr int kPiece = Vec<T>::kSize;
+  constexpr int kPieces = (kIn * V + kPiece - 1) / kPiece;  // of a row, for a thread, at most
+  constexpr int kBytes = static_cast<int>(sizeof(T));
+  constexpr int kWords = V * kBytes / 4;
   extern __shared__ uint4 shared[];
-  unsigned char* const ring = reinterpret_cast<unsigned char*>(shared);
+  float2* const affine = reinterpret_cast<float2*>(shared);  // scale and shift of a channel
+  unsigned char* const ring = reinterpret_cast<unsigned char*>(affine + p.channels);
   const int ring_bytes = kStages * p.stage_bytes;
-#pragma unroll 1
-  for (int at = threadIdx.x * 16; at < ring_bytes; at += blockDim.x * 16) {
-    *reinterpret_cast<uint4*>(ring + at) = uint4{0, 0, 0, 0};
-  }
   uint32_t chunk = blockIdx.x;
   const int q0 = static_cast<int>(div_mod(p.chunks, chunk)) * p.tile_cols;
   const int first_channel = static_cast<int>(chunk) * p.channels;
   uint32_t lane = threadIdx.x;
   const int col_thread = static_cast<int>(div_mod(p.lanes, lane));
-  const int c0 = first_channel + static_cast<int>(lane) * V;
+  const int lane_channel = static_cast<int>(lane) * V;
+  const int c0 = first_channel + lane_channel;
   const bool works = col_thread < static_cast<int>(p.col_threads.divisor);
-  // Columns that the thread has to compute.
-  const int cols = works && c0 < p.C ? min(p.tile_cols, p.Q - q0) - col_thread * kCols : 0;
-  uint32_t row = blockIdx.y * p.range_rows + min(blockIdx.y, p.longer_ranges);
-  const uint32_t end = row + p.range_rows + (blockIdx.y < p.longer_ranges ? 1 : 0);
+  const int q = q0 + col_thread * kCols;
+  const int cols = works && c0 < p.C ? p.Q - q : 0;  // that the thread has to compute, or more
+  DepthwiseWalk<R, kStride> walk;
+  walk.row = blockIdx.y * p.range_rows + min(blockIdx.y, p.longer_ranges);
+  walk.end = walk.row + p.range_rows + (blockIdx.y < p.longer_ranges ? 1 : 0);
 
-  // What the thread copies of a row: 16 bytes of channels of the pixels pixel, pixel + pixel_step, ... that exist.
-  const int pixel_bytes = p.channels * static_cast<int>(sizeof(T));
+  // What the thread copies of a row: 16 bytes of channels of every pixel_step-th pixel. Where a pixel does not exist, the
+  // ring has zeros from the start.
+  const int pixel_bytes = p.channels * kBytes;
   const int row_bytes = p.in_cols * pixel_bytes;
-  const int pieces = p.channels / kPiece;
+  const int row_pieces = p.channels / kPiece;
   const int pixel_step = static_cast<int>(p.col_threads.divisor) * kPiece / V;
-  const int w0 = q0 * kStride - p.pad_w;
-  int pixel = static_cast<int>(threadIdx.x) / pieces;
-  const int piece = (static_cast<int>(threadIdx.x) - pixel * pieces) * kPiece;
-  const int pixel_end = works && first_channel + piece < p.C ? min(p.in_cols, p.W - w0) : 0;
-  while (pixel < -w0) {
-    pixel += pixel_step;
-  }
-  const int64_t from_offset = static_cast<int64_t>(w0 + pixel) * p.C + first_channel + piece;
-  const int to_offset = pixel * pixel_bytes + piece * static_cast<int>(sizeof(T));
-
-  acc_t<T> w[R][R][V];
-  Affine<acc_t<T>> affine[V];
+  const int pixel = static_cast<int>(threadIdx.x) / row_pieces;
+  const int piece = (static_cast<int>(threadIdx.x) - pixel * row_pieces) * kPiece;
+  const int w = q0 * kStride - p.pad_w + pixel;
+  const int from_offset = w * p.C + first_channel + piece, from_step = pixel_step * p.C;
+  const int to_offset = pixel * pixel_bytes + piece * kBytes, to_step = pixel_step * pixel_bytes;
+  uint32_t copies = 0;  // bit i: piece i is one to copy
 #pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const int c = min(c0 + k, p.C - 1);
-    affine[k] = {0, p.scale[c], p.shift[c]};
-    load_filter(p, c, w, k);
+  for (int i = 0; i < kPieces; ++i) {
+    if (works && pixel + i * pixel_step < p.in_cols) {
+      if (static_cast<unsigned>(w + i * pixel_step) < static_cast<unsigned>(p.W) && first_channel + piece < p.C) {
+        copies |= 1u << i;
+      } else {
+#pragma unroll 1
+        for (int to = to_offset + i * to_step; to < ring_bytes; to += row_bytes) {
+          *reinterpret_cast<uint4*>(ring + to) = uint4{0, 0, 0, 0};
+        }
+      }
+    }
   }
+
+  // Copies run kStages - 1 steps ahead, into the next image too.
+  DepthwiseWalk<R, kStride> ahead = walk;
+  const T* from_row = nullptr;
+  const auto ring_start = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+  uint32_t stage = ring_start;  // where the next step is copied to; behind that, where the present one is
+  const auto copy_step = [&] {
+    if (ahead.left == 0 && ahead.row < ahead.end) {
+      const int64_t n = ahead.next_image(p);
+      from_row = p.x + (n * p.H + ahead.h) * p.W * p.C + from_offset;
+    }
+    if (ahead.left > 0) {
+#pragma unroll
+      for (int i = 0; i < kStride; ++i) {
+        const bool exists = ahead.has_row(i, p.H);
+#pragma unroll
+        for (int k = 0; k < kPieces; ++k) {
+          if (copies & 1u << k) {
+            copy_async(stage + i * row_bytes + to_offset + k * to_step, from_row + k * from_step, exists);
+          }
+        }
+        from_row += p.W * p.C;
+      }
+      ahead.next_step();
+    }
+    copy_async_commit();
+    stage += p.stage_bytes;
+    stage = stage == ring_start + ring_bytes ? ring_start : stage;
+  };
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) {
+    copy_step();
+  }
+
+  // Meanwhile the weights, tap by tap, and scale and shift.
+  T* const taps = reinterpret_cast<T*>(ring + ring_bytes);
+#pragma unroll 1
+  for (int k = threadIdx.x; k < p.channels && first_channel + k < p.C; k += blockDim.x) {
+    const T* from = p.w + (first_channel + k) * p.w_stride_k;
+    T tap[R * R];
+#pragma unroll
+    for (int i = 0; i < R * R; ++i) {
+      tap[i] = from[i / R * p.w_stride_r + i % R * p.w_stride_s];
+    }
+    const float2 of_channel = {p.scale[first_channel + k], p.shift[first_channel + k]};
+#pragma unroll
+    for (int i = 0; i < R * R; ++i) {
+      taps[i * p.channels + k] = tap[i];
+    }
+    affine[k] = of_channel;
+  }
+  __syncthreads();
+  acc_t<T> weights[R][R][V];
+#pragma unroll
+  for (int i = 0; i < R * R; ++i) {
+    load_lane(taps + i * p.channels + lane_channel, weights[i / R][i % R]);
+  }
+
+  // ReLU and ReLU6 bound the results. Rounding keeps the order of numbers, and these bounds as they are, so they may come
+  // behind it, for two channels at a time.
+  const bool relu6 = p.activation == Activation::relu6;
+  const float least = relu6 || p.activation == Activation::relu ? 0.0f : -INFINITY, most = relu6 ? 6.0f : INFINITY;
+  const uint32_t low = pack_word(T(), least, least), high = pack_word(T(), most, most);
+
   acc_t<T> sums[kSteps - 1][kCols][V];  // its first values are not used
 #pragma unroll
   for (int i = 0; i < (kSteps - 1) * kCols * V; ++i) {
     sums[i / (kCols * V)][i / V % kCols][i % V] = 0;
   }
-  T* out = p.y + ((static_cast<int64_t>(row) * p.Q + q0 + col_thread * kCols) * p.C + c0);
-  const int in_offset = (col_thread * kCols * kStride * p.channels + static_cast<int>(lane) * V) *
-                        static_cast<int>(sizeof(T));
-  unsigned char* stage = ring;  // the one to copy to, then the one to compute
-
-  // The rows of one image at a time.
+  const int in_offset = (col_thread * kCols * kStride * p.channels + lane_channel) * kBytes;
+  T* out = p.y + (static_cast<int64_t>(walk.row) * p.Q + q) * p.C + c0;
 #pragma unroll 1
-  while (row < end) {
-    const uint32_t n = p.image_rows.div(row);
-    const int p0 = static_cast<int>(row - n * p.image_rows.divisor);
-    const int rows = min(static_cast<int>(end - row), p.P - p0);
-    row += rows;
-    int h = p0 * kStride - p.pad_h;
-    const T* from_row = p.x + (static_cast<int64_t>(n) * p.H + h) * p.W * p.C + from_offset;
+  while (walk.left > 0 || walk.row < walk.end) {
+    if (walk.left == 0) {
+      walk.next_image(p);
+    }
+    copy_async_wait_all_but<kStages - 2>();
     __syncthreads();
-    // Step t is computed, and step t + kStages - 1 begins to arrive.
-#pragma unroll 1
-    for (int t = 1 - kStages; t < rows + kSteps - 1; ++t) {
-      if (t >= 0) {
-        copy_async_wait_all_but<kStages - 2>();
-        __syncthreads();
-      }
-#pragma unroll
-      for (int i = 0; i < kStride; ++i) {
-        if (t + kStages - 1 < rows + kSteps - 1 - (i > 0 ? 1 : 0)) {
-          const bool exists = static_cast<unsigned>(h) < static_cast<unsigned>(p.H);
-          const T* from = from_row;
-          unsigned char* to = stage + i * row_bytes + to_offset;
-#pragma unroll 1
-          for (int at = pixel; at < pixel_end; at += pixel_step) {
-            copy_async(to, from, exists);
-            from += pixel_step * p.C;
-            to += pixel_step * pixel_bytes;
-          }
-        }
-        ++h;
-        from_row += p.W * p.C;
-      }
-      copy_async_commit();
-      stage += p.stage_bytes;
-      if (stage == ring + ring_bytes) {
-        stage = ring;
-      }
-      if (t < 0 || cols <= 0) {
-        continue;
-      }
+    copy_step();
+    if (cols > 0) {
       step_down<R, kStride, kCols, V>(
-          w, sums,
+          weights, sums,
           [&](int i, acc_t<T>(&in)[kIn][V]) {
-            const unsigned char* from = stage + i * row_bytes + in_offset;
+            const unsigned char* from = ring + (stage - ring_start) + i * row_bytes + in_offset;
 #pragma unroll
             for (int col = 0; col < kIn; ++col) {
               load_lane(reinterpret_cast<const T*>(from), in[col]);
@@ -153,38 +232,51 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
             }
           },
           [&](const acc_t<T>(&sum)[kCols][V]) {
-            if (t < kSteps - 1) {
+            if (!walk.finishes()) {
               return;
             }
+            const float4 of_lane = *reinterpret_cast<const float4*>(affine + lane_channel);
+            const Affine<float> of_channel[V] = {{0, of_lane.x, of_lane.y}, {0, of_lane.z, of_lane.w}};
             acc_t<T> z[kCols * V];
 #pragma unroll
             for (int k = 0; k < kCols * V; ++k) {
-              z[k] = epilogue<Activation::none>(sum[k / V][k % V], affine[k % V]);
+              z[k] = epilogue<Activation::none>(sum[k / V][k % V], of_channel[k % V]);
             }
             if (p.residual != nullptr) {
               const T* from = p.residual + (out - p.y);
 #pragma unroll
-              for (int q = 0; q < kCols; ++q) {
-                if (q < cols) {
+              for (int col = 0; col < kCols; ++col) {
+                if (col < cols) {
                   acc_t<T> residual[V];
-                  load_lane(from + q * p.C, residual);
+                  load_lane(from + col * p.C, residual);
 #pragma unroll
                   for (int k = 0; k < V; ++k) {
-                    z[q * V + k] += residual[k];  // as epilogue() does
+                    z[col * V + k] += residual[k];  // as epilogue() does
                   }
                 }
               }
             }
-            activate<V>(p.activation, z);
+            if (p.activation == Activation::silu || p.activation == Activation::hardswish) {
+              activate<V>(p.activation, z);
+            }
+            T* to = out;
 #pragma unroll
-            for (int q = 0; q < kCols; ++q) {
-              if (q < cols) {
-                store_lane(out + q * p.C, z + q * V);
+            for (int col = 0; col < kCols; ++col) {
+              uint32_t words[kWords];
+#pragma unroll
+              for (int i = 0; i < kWords; ++i) {
+                const float* of_word = z + col * V + i * (V / kWords);
+                words[i] = bound_word<T>(pack_word(T(), of_word[0], of_word[V / kWords - 1]), low, high);
               }
+              if (col < cols) {
+                store_words(to, words);
+              }
+              to += p.C;
             }
             out += p.Q * p.C;
           });
     }
+    walk.next_step();
   }
 #endif
 }

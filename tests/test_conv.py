@@ -341,6 +341,18 @@ def test_more_tiles_than_multiprocessors(conv_device, dtype, generator):
             assert check(call) or not is_covered(dtype, depthwise=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_depthwise_rows_of_many_images(conv_device, dtype, generator):
+    """A block's range of rows begins and ends anywhere in an image, and goes on into the next ones."""
+    batch = 2 if conv_device == "cpu" else 3001
+    for kernel, stride in ((3, 1), (5, 2)):
+        call = make(
+            *(generator, conv_device, dtype, (batch, 64, 3, 1), (64, 1, kernel, kernel), stride, kernel // 2, 1, 64),
+            formats="ll",
+        )
+        assert check(call) or os.environ.get("FUSED_CONV_BN_CONV") != "depthwise"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("outlier", [2.0**30, -(2.0**40)])
 @pytest.mark.parametrize("where", ["x", "w"])

@@ -112,15 +112,8 @@ cudaError_t launch_conv_depthwise(const ConvProblem& c, const ConvOperands& oper
     } else {  // the tiles are shared out evenly to no more blocks than run at a time
       grid = dim3(static_cast<unsigned>(ceil_div(plan.tiles, ceil_div(plan.tiles, most))));
     }
-    kernel<<<grid, plan.threads, plan.shared_bytes, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel(kernel, grid, static_cast<unsigned>(plan.threads), plan.shared_bytes, true, stream, p);
   });
-}
-
-template <typename T>
-cudaError_t launch_conv_depthwise(const ConvProblem& c, const ConvOperands& operands, Activation activation,
-                                  int multiprocessors, cudaStream_t stream) {
-  return launch_conv_depthwise<T>(c, operands, activation, plan_depthwise(c, multiprocessors), multiprocessors, stream);
 }
 
 }  // namespace fused_conv_bn

@@ -7,6 +7,7 @@
 
 #include "conv_depthwise.h"
 #include "conv_params.h"
+#include "dependent_launch.cuh"
 #include "epilogue.h"
 #include "memory_format.h"
 #include "vec.cuh"

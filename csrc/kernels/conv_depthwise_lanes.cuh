@@ -89,6 +89,7 @@ template <typename T, int R, int kStride>
 __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_blocks(R))
     conv_depthwise_lanes_kernel(const DepthwiseParams<T> p) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
+  wait_for_previous();
   constexpr int V = kDepthwiseLaneChannels;
   constexpr int kCols = kDepthwiseCols;
   constexpr int kIn = (kCols - 1) * kStride + R;

@@ -81,6 +81,7 @@ template <typename T, int R, int kStride>
 __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwisePlaneBlocks<R>)
     conv_depthwise_planes_kernel(const DepthwiseParams<T> p) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
+  wait_for_previous();
   using Acc = acc_t<T>;
   constexpr int kCols = kDepthwiseCols;
   constexpr int kSteps = kDepthwiseSteps<R, kStride>;

@@ -9,7 +9,7 @@
 // For a contiguous output the rows of the product are channels. A warp has 16 of them to itself, puts them into shared
 // memory as they lie in the output, and starts copies of whole rows behind its next product. For a channels_last output
 // the rows are pixels, and channels are dealt to the columns so that a thread ends up with 16 bytes of a pixel's. In 16 bits
-// it writes them; float32 goes through shared memory too.
+// it writes them, and where there are at most 32 channels, no more are computed; float32 goes through shared memory too.
 //
 // For BatchNorm in training mode there are two passes: one that keeps the moments of each channel and writes nothing else,
 // and one with the affine that comes of them.
@@ -101,7 +101,8 @@ static_assert(sizeof(HopperHeader) <= kHopperHeader);
 
 extern __shared__ __align__(128) unsigned char hopper_shared[];
 
-template <typename T, HopperOutput kOutput>
+// kChannels: output channels of a block. 32 is for pixels in 16 bits.
+template <typename T, HopperOutput kOutput, int kChannels>
 class Hopper {
  public:
   static constexpr bool kLast = kOutput == HopperOutput::pixels;
@@ -109,24 +110,29 @@ class Hopper {
   static constexpr bool kFloat = std::is_same_v<T, float>;
   using Half = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float16>;  // what is multiplied
   static constexpr int kHalves = kFloat ? 2 : 1;
+  static constexpr int kRows = kHalves * kChannels;  // of weights, for each unit
   static constexpr int kBytes = static_cast<int>(sizeof(T));
   static constexpr int kVec = Vec<T>::kSize;
   static constexpr int kReadAtOnce = hopper_units_at_once(kHalves,
                                                           !kMoments);  // units that a loading thread has in registers
   static constexpr uint32_t kInfinity = std::is_same_v<T, bfloat16> ? 0x7f80 : 0x7c00;
   // A thread's own part of the product of a chunk.
-  static constexpr int kOwnChannels = kLast ? 16 : 2;
-  static constexpr int kOwnPositions = 64 / kOwnChannels;
+  static constexpr int kSums = kChannels * kHopperChunk / 128;
+  static constexpr int kOwnChannels = kLast ? kChannels / 4 : 2;
+  static constexpr int kOwnPositions = kSums / kOwnChannels;
   static constexpr int kLoadThreads = 128 * kHopperLoaders;
   static constexpr int kTakeThreads = 128 * kHopperTakers;
-  using Sums = float[64];
+  using Sums = float[kSums];
+  // Whether a unit is read from the slab as words: a pixel's channels lie side by side.
+  template <int kSlots>
+  static constexpr bool kPixelWords = kLast && !kFloat && kSlots == 4;
   // Barriers: who meets there.
   static constexpr int kLoadersMeet = 1;
   static constexpr int kTakersMeet = 2;
   static constexpr uint32_t kOutside = 0x7fff0000;  // as a row, below every other
 
   __device__ __forceinline__ explicit Hopper(const HopperParams<T>& params)
-      : p(params), first_channel(blockIdx.y * kHopperChannels) {}
+      : p(params), first_channel(blockIdx.y * kChannels) {}
 
   __device__ __forceinline__ void run() {
     set_up_barriers();
@@ -176,7 +182,7 @@ class Hopper {
 
   // Where a thread's own channels and positions are in the product, and which they are.
   static __device__ __forceinline__ float& at(Sums& sums, int channel, int position) {
-    return kLast ? sums[position / 2 * 32 + channel / 2 * 4 + position % 2 * 2 + channel % 2]
+    return kLast ? sums[position / 2 * (kSums / 2) + channel / 2 * 4 + position % 2 * 2 + channel % 2]
                  : sums[position / 2 * 4 + channel * 2 + position % 2];
   }
   __device__ __forceinline__ int own_channel(int i) const {
@@ -257,11 +263,21 @@ class Hopper {
     }
   }
 
+  // A unit of the filter, and a row of its weights. A warp has four units of eight rows: a load for many channels is slow,
+  // and so is a store for one.
+  struct WeightRow {
+    int unit, row;
+  };
+  static __device__ __forceinline__ WeightRow weight_row(int index) {
+    constexpr int kEights = kChannels / 8;
+    return {index / (32 * kEights) * 4 + index / 8 % 4, index / 32 % kEights * 8 + index % 8};
+  }
+
   // By the warpgroups that multiply, while the others begin to load.
   __device__ __forceinline__ void set_up_weights() {
     const int thread = threadIdx.x - kLoadThreads;
     // The magnitudes of an output channel's weights, by neighbouring threads.
-    constexpr int kSharers = kTakeThreads / kHopperChannels;
+    constexpr int kSharers = kTakeThreads / kChannels;
     {
       const int channel = thread / kSharers;
       const int k = first_channel + channel;
@@ -321,35 +337,53 @@ class Hopper {
       }
     }
     meet(kTakersMeet, kTakeThreads);
-    if (kFloat && thread < kHopperChannels && header().centered == 0) {
+    if (kFloat && thread < kChannels && header().centered == 0) {
       header().unscales[thread] *= header().scales[thread];
     }
-    // Of each step, the first unit of all channels, then the second.
-    for (int e = thread; e < p.tile.k_steps * 2 * kHopperChannels; e += kTakeThreads) {
-      const int row = e % kHopperChannels;
-      const int channel = row_channel(row);
-      const int k = first_channel + channel;
-      const uint32_t unit = p.units[e / kHopperChannels];
-      float v[8];
+    // Of each step, the first unit of all channels, then the second; float32: of each, the high halves, then the low ones.
+    constexpr int kBatch = 2;  // loads under way
+    const int rows = (p.tile.k_steps + 1) / 2 * 4 * kChannels;
+    for (int first = thread; first < rows; first += kTakeThreads * kBatch) {
+      float v[kBatch][8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int s = static_cast<int>(unit >> 8 & 255) + (i >> p.tile.slots_log2);
-        const int c = static_cast<int>(unit & 255) * 8 + (i & ((1 << p.tile.slots_log2) - 1));
-        const bool inside = unit != kNoUnit && s < p.S && c < p.C && k < p.K;
-        v[i] = inside ? weight(k, c, static_cast<int>(unit >> 16), s) : 0.0f;
-      }
-      uint32_t high[4], low[4];
+      for (int b = 0; b < kBatch; ++b) {
+        const WeightRow w = weight_row(first + b * kTakeThreads);
+        const uint32_t unit = w.unit < p.tile.k_steps * 2 ? p.units[w.unit] : kNoUnit;
+        const int k = first_channel + row_channel(w.row);
+        const int r = static_cast<int>(unit >> 16);
+        const int s = static_cast<int>(unit >> 8 & 255);
+        const int c = static_cast<int>(unit & 255) * 8;
+        const int last_slot = (1 << p.tile.slots_log2) - 1;
+        const int channels = unit != kNoUnit && k < p.K ? p.C - c : 0;
+        // From one value to the next without a multiplication: with 64-bit strides those took longer than the loads.
+        int64_t offset = k * p.w_stride_k + c * p.w_stride_c + r * p.w_stride_r + s * p.w_stride_s;
+        const int64_t to_next_tap = p.w_stride_s - last_slot * p.w_stride_c;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kFloat) {
-          split(v[2 * i], v[2 * i + 1], header().w_scales[channel], high[i], low[i]);
-        } else {
-          high[i] = pack_pair(T(), v[2 * i], v[2 * i + 1]);
+        for (int i = 0; i < 8; ++i) {
+          const int slot = i & last_slot;
+          v[b][i] = slot < channels && s + (i >> p.tile.slots_log2) < p.S ? to_acc(p.w[offset]) : 0.0f;
+          offset += slot == last_slot ? to_next_tap : p.w_stride_c;
         }
       }
-      store_shared(weights() + e * 16, make_uint4(high[0], high[1], high[2], high[3]));
-      if constexpr (kFloat) {
-        store_shared(weights() + p.tile.w_half() + e * 16, make_uint4(low[0], low[1], low[2], low[3]));
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const WeightRow w = weight_row(first + b * kTakeThreads);
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (kFloat) {
+            split(v[b][2 * i], v[b][2 * i + 1], header().w_scales[row_channel(w.row)], high[i], low[i]);
+          } else {
+            high[i] = pack_pair(T(), v[b][2 * i], v[b][2 * i + 1]);
+          }
+        }
+        if (w.unit < p.tile.k_steps * 2) {
+          const uint32_t target = weights() + (w.unit * kRows + w.row) * 16;
+          store_shared(target, make_uint4(high[0], high[1], high[2], high[3]));
+          if constexpr (kFloat) {
+            store_shared(target + kChannels * 16, make_uint4(low[0], low[1], low[2], low[3]));
+          }
+        }
       }
     }
     for (int position = thread; position < p.tile.chunks * kHopperChunk; position += kTakeThreads) {
@@ -442,11 +476,11 @@ class Hopper {
   }
 
   __device__ __forceinline__ void load() const {
-    make_table();
     if constexpr (kFloat) {
       load_through_slabs();
     } else {
       if (p.tile.slab == 0) {
+        make_table();
         load_units();
       } else {
         load_through_slabs();
@@ -470,6 +504,7 @@ class Hopper {
   __device__ __forceinline__ void load_through_slabs_of() const {
     fill(blockIdx.x, 0);
     fill(blockIdx.x + gridDim.x, 1);
+    make_table();
     if constexpr (kFloat) {
       barrier_wait(weights_there(), 0);  // measuring asks how they split
     }
@@ -566,11 +601,15 @@ class Hopper {
     }
   }
 
-  // A unit's values as bits; 0 for what is outside of the image, the patch or the channels, and behind the last unit.
+  using Unit = uint32_t[kFloat ? 8 : 4];  // values as bits, in 16 bits two to a word
+  using Values = Unit[kReadAtOnce];
+
+  // 0 for what is outside of the image, the patch or the channels, and behind the last unit.
   template <int kSlots>
-  __device__ __forceinline__ void read_unit(int index, const Patch& patch, uint32_t slab, uint32_t (&v)[8]) const {
+  __device__ __forceinline__ void read_unit(int index, const Patch& patch, uint32_t slab, Unit& v) const {
     const UnitPlace place = unit_place(index, patch);
     const uint32_t address = slab + place.offset + (patch.w0 * p.x_col_bytes - patch.first);
+    uint32_t values[8];
 #pragma unroll
     for (int tap = 0; tap < 8 / kSlots; ++tap) {
       const bool inside = static_cast<unsigned>(place.w + tap * p.dilation_w) < static_cast<unsigned>(patch.end);
@@ -580,18 +619,37 @@ class Hopper {
         if (p.slab_vectors) {
           const uint4 a = channels > 0 ? load_shared_4(start) : make_uint4(0, 0, 0, 0);
           const uint4 b = channels > 0 ? load_shared_4(start + 16) : make_uint4(0, 0, 0, 0);
-          v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+          values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
+          values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
           continue;
         }
       }
+      if constexpr (kPixelWords<kSlots>) {
+        // Three or four channels lie in two words, every other three from the first word's second half on.
+        const uint32_t first = load_shared_if_less<4>(start & ~3u, 0, channels);
+        const uint32_t second = load_shared_if_less<4>((start & ~3u) + 4, 0, channels);
+        const uint32_t half = start & 2;
+        v[tap * 2] = __byte_perm(first, second, 0x3210 + half * 0x1111);
+        v[tap * 2 + 1] = __byte_perm(second, 0, p.C == 4 ? 0x3210 : 0x4410 + half * 0x11);
+      } else {
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        v[tap * kSlots + slot] = load_shared_if_less<kBytes>(start + slot * p.unit_channel, slot, channels);
+        for (int slot = 0; slot < kSlots; ++slot) {
+          values[tap * kSlots + slot] = load_shared_if_less<kBytes>(start + slot * p.unit_channel, slot, channels);
+        }
+      }
+    }
+    if constexpr (kFloat) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        v[i] = values[i];
+      }
+    } else if constexpr (!kPixelWords<kSlots>) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[i] = __byte_perm(values[2 * i], values[2 * i + 1], 0x5410);
       }
     }
   }
-
-  using Values = uint32_t[kReadAtOnce][8];
 
   // f(index, values) for this thread's units, some at once. there: they are in `v` already.
   template <int kSlots, typename F>
@@ -638,7 +696,7 @@ class Hopper {
                                                    int side) const {
     constexpr int kGroup = kSlots < 4 ? 1 : kSlots;
     Magnitudes groups;
-    for_each_unit<kSlots>(patch, slab, v, false, [&](int, const uint32_t (&unit)[8]) {
+    for_each_unit<kSlots>(patch, slab, v, false, [&](int, const Unit& unit) {
 #pragma unroll
       for (int first = 0; first < 8; first += kGroup) {
         float most = fabsf(__uint_as_float(unit[first]));
@@ -656,7 +714,7 @@ class Hopper {
     if (splits && groups.span() + (kGroup > 1 ? header().w_span : 0) > kMaxSpan) {
       Magnitudes all = groups;
       if constexpr (kGroup > 1) {
-        for_each_unit<kSlots>(patch, slab, v, kept, [&](int, const uint32_t (&unit)[8]) {
+        for_each_unit<kSlots>(patch, slab, v, kept, [&](int, const Unit& unit) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             all.add(__uint_as_float(unit[i]));
@@ -679,7 +737,7 @@ class Hopper {
   __device__ __forceinline__ uint32_t build_units(const Patch& patch, uint32_t slab, Values& values, bool there,
                                                   int stage, float scale) const {
     uint32_t most = 0;
-    for_each_unit<kSlots>(patch, slab, values, there, [&](int index, const uint32_t (&v)[8]) {
+    for_each_unit<kSlots>(patch, slab, values, there, [&](int index, const Unit& v) {
       const uint32_t target = input(stage) + index * 16;
       if constexpr (kFloat) {
         uint32_t high[4], low[4];
@@ -692,8 +750,7 @@ class Hopper {
           store_shared(target + p.tile.x_half, make_uint4(low[0], low[1], low[2], low[3]));
         }
       } else {
-        const uint4 unit = make_uint4(__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[2], v[3], 0x5410),
-                                      __byte_perm(v[4], v[5], 0x5410), __byte_perm(v[6], v[7], 0x5410));
+        const uint4 unit = make_uint4(v[0], v[1], v[2], v[3]);
         most = most_of(most, unit);
         if (index < p.x_units) {
           store_shared(target, unit);
@@ -766,7 +823,7 @@ class Hopper {
       if constexpr (!kMoments) {
         if (staged != kNoTile) {
           if constexpr (kLast) {
-            copy_pixels(locate(staged), staged_chunk * kHopperChunk, taker);
+            copy_pixels(pixels(locate(staged)), staged_chunk * kHopperChunk, taker);
           } else {
             copy_planes(locate(staged), taker);
           }
@@ -784,6 +841,10 @@ class Hopper {
       const float inverse = kFloat && !exact ? __uint_as_float(info.y) : 1.0f;
       const bool whole = kMoments && is_whole(locate(index));
       const uint2 targets = kOutput == HopperOutput::planes ? stage_targets(locate(index), taker) : make_uint2(0, 0);
+      Pixels of_tile{};
+      if constexpr (kLast) {
+        of_tile = pixels(locate(index));
+      }
 #pragma unroll 1
       for (int chunk = 0; chunk < p.tile.chunks; ++chunk) {
         Sums sums;
@@ -794,7 +855,7 @@ class Hopper {
             barrier_arrive(empty(stage));
           }
         }
-        if (exact) {
+        if (exact) [[unlikely]] {
           multiply_exactly(sums, locate(index), chunk * kHopperChunk);
         }
         if constexpr (kMoments) {
@@ -830,9 +891,9 @@ class Hopper {
               }
             }
             if (p.y_vectors) {
-              write_pixels<true, kRelu>(sums, locate(index), chunk * kHopperChunk);
+              write_pixels<true, kRelu>(sums, of_tile, chunk * kHopperChunk);
             } else {
-              write_pixels<false, kRelu>(sums, locate(index), chunk * kHopperChunk);
+              write_pixels<false, kRelu>(sums, of_tile, chunk * kHopperChunk);
             }
           } else if (p.stage_pairs) {
             stage_planes<true, kRelu>(sums, targets, chunk * kHopperChunk);
@@ -867,55 +928,63 @@ class Hopper {
   // x: the chunk's first unit. meanwhile(): what there is to do while the tensor cores are busy.
   template <typename F>
   __device__ __forceinline__ void multiply(Sums& sums, uint32_t x, F&& meanwhile) const {
-    const uint32_t w_start = operand_start(weights(), kHopperChannels * 16);
-    const uint32_t w_step = 2 * kHopperChannels * 16 >> 4;
-    const uint32_t x_start = x >> 4;
-    const auto add = [&](Sums& to, uint32_t w, uint32_t units, auto more) {
-      if constexpr (kLast) {
-        product_m64n64k16<Half, 0, more()>(to, operand(units), operand(w));
-        product_m64n64k16<Half, 32, more()>(to, operand(units + 64), operand(w));
-      } else {
-        product_m64n128k16<Half, more()>(to, operand(w), operand(units));
+    const uint32_t w_start = operand_start(weights(), kRows * 16);
+    constexpr uint32_t kStep = 2 * kRows * 16 >> 4;
+    // f(the step's pixels, its weights, whether there is something to add to)
+    const auto for_each_step = [&](uint32_t units, auto&& f) {
+      f((units >> 4) + p.steps[0], w_start, std::false_type{});
+#pragma unroll 1
+      for (int step = 1; step < p.tile.k_steps; ++step) {
+        f((units >> 4) + p.steps[step], w_start + step * kStep, std::true_type{});
       }
     };
-    if constexpr (kFloat) {
-      Sums low;
-      const auto add_step = [&](int step, auto more) {
-        const uint32_t units = x_start + p.steps[step];
-        const uint32_t w = w_start + step * w_step;
-        add(low, w + (p.tile.w_half() >> 4), units, more);
-        add(sums, w, units, more);
-        add(low, w, units + (p.tile.x_half >> 4), std::true_type{});
-      };
-      product_fence();
-      add_step(0, std::false_type{});
-#pragma unroll 1
-      for (int step = 1; step < p.tile.k_steps; ++step) {
-        add_step(step, std::true_type{});
-      }
-      product_commit();
-      meanwhile();
-      product_wait<0>();
+    const uint32_t x_low = p.tile.x_half >> 4;  // float32: from high halves to low ones
+    constexpr uint32_t w_low = kChannels * 16 >> 4;
+    if constexpr (kFloat && kLast) {
+      // High and low halves of the weights, side by side, are columns of one product: the pixels are read once for both.
 #pragma unroll
-      for (int e = 0; e < 64; ++e) {
-        sums[e] = fmaf(low[e], 1 / kLowScale, sums[e]);
+      for (int half = 0; half < 2; ++half) {
+        Sums both;
+        float low[32];
+        product_fence();
+        for_each_step(x + half * (64 * 16), [&](uint32_t units, uint32_t w, auto more) {
+          product_m64n128k16<Half, more()>(both, operand(units), operand(w));
+          product_m64n64k16<Half, more()>(low, operand(units + x_low), operand(w));
+        });
+        product_commit();
+        if (half == 0) {
+          meanwhile();
+        }
+        product_wait<0>();
+#pragma unroll
+        for (int e = 0; e < 32; ++e) {
+          sums[half * 32 + e] = fmaf(both[32 + e] + low[e], 1 / kLowScale, both[e]);
+        }
       }
     } else {
+      Sums low;
       product_fence();
-      add(sums, w_start, x_start + p.steps[0], std::false_type{});
-#pragma unroll 1
-      for (int step = 1; step < p.tile.k_steps; ++step) {
-        add(sums, w_start + step * w_step, x_start + p.steps[step], std::true_type{});
-      }
+      for_each_step(x, [&](uint32_t units, uint32_t w, auto more) {
+        if constexpr (kLast) {
+          product_half<Half, 0, more()>(sums, operand(units), operand(w));
+          product_half<Half, 1, more()>(sums, operand(units + 64), operand(w));
+        } else if constexpr (kFloat) {
+          product_m64n128k16<Half, more()>(low, operand(w + w_low), operand(units));
+          product_m64n128k16<Half, more()>(sums, operand(w), operand(units));
+          product_m64n128k16<Half, true>(low, operand(w), operand(units + x_low));
+        } else {
+          product_m64n128k16<Half, more()>(sums, operand(w), operand(units));
+        }
+      });
       product_commit();
       meanwhile();
       product_wait<0>();
-    }
-  }
-  static __device__ __forceinline__ void clear(Sums& sums) {
+      if constexpr (kFloat) {
 #pragma unroll
-    for (int e = 0; e < 64; ++e) {
-      sums[e] = 0;
+        for (int e = 0; e < kSums; ++e) {
+          sums[e] = fmaf(low[e], 1 / kLowScale, sums[e]);
+        }
+      }
     }
   }
 
@@ -924,7 +993,7 @@ class Hopper {
     const T* const image = p.x + static_cast<int64_t>(tile.image) * (p.C * p.H * p.W);
     constexpr int kBatch = kOwnPositions < 8 ? kOwnPositions : 8;
 #pragma unroll
-    for (int e = 0; e < 64; ++e) {
+    for (int e = 0; e < kSums; ++e) {
       sums[e] = 0;
     }
     // One copy of the code for some of the positions, through which the others go by turns.
@@ -973,9 +1042,9 @@ class Hopper {
   template <Activation A>
   static __device__ __forceinline__ void apply_activation(Sums& sums) {
     // Divisions are long: one copy of them for some of the sums, through which the others go by turns.
-    constexpr int kTurn = A == Activation::silu || A == Activation::hardswish ? 8 : 64;
+    constexpr int kTurn = A == Activation::silu || A == Activation::hardswish ? 8 : kSums;
 #pragma unroll 1
-    for (int first = 0; first < 64; first += kTurn) {
+    for (int first = 0; first < kSums; first += kTurn) {
 #pragma unroll
       for (int e = 0; e < kTurn; ++e) {
         sums[e] = activate<A>(sums[e]);
@@ -986,19 +1055,19 @@ class Hopper {
   // What comes behind the first so many comes to the front, and these to the end.
   template <int kFirst>
   static __device__ __forceinline__ void rotate(Sums& sums) {
-    if constexpr (kFirst < 64) {
+    if constexpr (kFirst < kSums) {
       float first[kFirst];
 #pragma unroll
       for (int e = 0; e < kFirst; ++e) {
         first[e] = sums[e];
       }
 #pragma unroll
-      for (int e = 0; e < 64 - kFirst; ++e) {
+      for (int e = 0; e < kSums - kFirst; ++e) {
         sums[e] = sums[e + kFirst];
       }
 #pragma unroll
       for (int e = 0; e < kFirst; ++e) {
-        sums[64 - kFirst + e] = first[e];
+        sums[kSums - kFirst + e] = first[e];
       }
     }
   }
@@ -1106,7 +1175,7 @@ class Hopper {
 
   // What was scaled is unscaled on the way: that is a power of two, and can go into the affine's scale.
   __device__ __forceinline__ void apply_affine(Sums& sums, bool exact, float inverse) const {
-    if (header().centered != 0) {
+    if (p.center != nullptr && header().centered != 0) {  // the parameter first: it is there at once
 #pragma unroll
       for (int i = 0; i < kOwnChannels; ++i) {
         const int channel = own_channel(i);
@@ -1153,23 +1222,31 @@ class Hopper {
     }
   }
 
+  // A tile of a channels_last output: its first pixel, from `first_channel` on, and its rows (<< 16) and columns.
+  struct Pixels {
+    unsigned char* start;
+    uint32_t rows, cols;
+  };
+  __device__ __forceinline__ Pixels pixels(const Tile& tile) const {
+    return {reinterpret_cast<unsigned char*>(p.y + y_offset(tile)), static_cast<uint32_t>(rows(tile)) << 16,
+            static_cast<uint32_t>(cols(tile))};
+  }
+
   // 16 bytes of a pixel's channels at a time; threads of the same t write 64 bytes side by side.
   template <bool kVectors, bool kRelu>
-  __device__ __forceinline__ void write_pixels(const Sums& sums, const Tile& tile, int first_position) const {
-    unsigned char* const start = reinterpret_cast<unsigned char*>(p.y + y_offset(tile) + t() * kVec);
+  __device__ __forceinline__ void write_pixels(const Sums& sums, const Pixels& pixels, int first_position) const {
+    unsigned char* const start = pixels.start + t() * kVecBytes;
     const int channels = p.K - first_channel - t() * kVec;
-    const uint32_t last_row = rows(tile) << 16;
-    const uint32_t last_col = cols(tile);
     const uint32_t table = places() + (first_position + own_position()) * 8;
 #pragma unroll
     for (int j = 0; j < kOwnPositions; ++j) {
       const uint2 place = load_shared_2(table + position_step(j) * 8);
-      const bool inside = place.y < last_row && (place.y & 0xffff) < last_col;
+      const bool inside = place.y < pixels.rows && (place.y & 0xffff) < pixels.cols;
       T* const target = reinterpret_cast<T*>(start + place.x);
 #pragma unroll
       for (int i = 0; i < kOwnChannels; i += kVec) {
         const int first = i / kVec * (4 * kVec);
-        const auto value = [&](int v) { return sums[j / 2 * 32 + (i + v) / 2 * 4 + j % 2 * 2 + v % 2]; };
+        const auto value = [&](int v) { return sums[j / 2 * (kSums / 2) + (i + v) / 2 * 4 + j % 2 * 2 + v % 2]; };
         if constexpr (kVectors) {
           uint32_t words[4];
 #pragma unroll
@@ -1223,21 +1300,20 @@ class Hopper {
     }
   }
 
-  // A lane looks after one of the 32 pixels that its warp has staged. A run of neighbours in the output begins behind a pixel that is not there, in
-  // another row, or among the other 16.
-  __device__ __forceinline__ void copy_pixels(const Tile& tile, int first_position, int taker) const {
+  // A lane looks after one of the 32 pixels that its warp has staged. A run of neighbours in the output begins behind a pixel
+  // that is not there, in another row, or among the other 16.
+  __device__ __forceinline__ void copy_pixels(const Pixels& pixels, int first_position, int taker) const {
     const uint32_t pitch = p.K * kBytes;
     const uint2 place = load_shared_2(places() + (first_position + lane() / 16 * 64 + warp() * 16 + lane() % 16) * 8);
     const uint32_t col = place.y & 0xffff;
-    const bool inside = place.y < static_cast<uint32_t>(rows(tile) << 16) && col < static_cast<uint32_t>(cols(tile));
+    const bool inside = place.y < pixels.rows && col < pixels.cols;
     const uint32_t there = __ballot_sync(0xffffffffu, inside);
     const bool follows = lane() % 16 > 0 && (there >> (lane() - 1) & 1) != 0 && col > 0;
     const uint32_t begins = __ballot_sync(0xffffffffu, inside && !follows);
     if (begins >> lane() & 1) {
       const uint32_t behind = (~there | begins) & (0xfffffffeu << lane());
       const int length = (behind == 0 ? 32 : __ffs(static_cast<int>(behind)) - 1) - lane();
-      copy_bulk(reinterpret_cast<unsigned char*>(p.y + y_offset(tile)) + place.x, pixel_stage(taker) + lane() * pitch,
-                length * pitch);
+      copy_bulk(pixels.start + place.x, pixel_stage(taker) + lane() * pitch, length * pitch);
     }
   }
   static __device__ __forceinline__ void store_words_if(bool condition, void* address, const uint32_t (&w)[4]) {
@@ -1373,11 +1449,11 @@ class Hopper {
   const int first_channel;
 };
 
-template <typename T, HopperOutput kOutput>
+template <typename T, HopperOutput kOutput, int kChannels = kHopperChannels>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     conv_hopper_kernel(const __grid_constant__ HopperParams<T> params) {
 #if defined(FCB_HOPPER)
-  Hopper<T, kOutput>(params).run();
+  Hopper<T, kOutput, kChannels>(params).run();
 #endif
 }
 
@@ -1456,9 +1532,11 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
     p.units[2 * step] = a.r << 16 | a.s << 8 | a.channel_block;
     p.units[2 * step + 1] = half ? kNoUnit : b.r << 16 | b.s << 8 | b.channel_block;
   }
-  const auto kernel = moments != nullptr ? conv_hopper_kernel<T, HopperOutput::moments>
-                      : c.channels_last  ? conv_hopper_kernel<T, HopperOutput::pixels>
-                                         : conv_hopper_kernel<T, HopperOutput::planes>;
+  constexpr int kFewChannels = sizeof(T) == 2 ? kHopperChannels / 2 : kHopperChannels;
+  const auto kernel = moments != nullptr    ? conv_hopper_kernel<T, HopperOutput::moments>
+                      : !c.channels_last    ? conv_hopper_kernel<T, HopperOutput::planes>
+                      : c.K <= kFewChannels ? conv_hopper_kernel<T, HopperOutput::pixels, kFewChannels>
+                                            : conv_hopper_kernel<T, HopperOutput::pixels>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   tile.shared_memory);
   if (status != cudaSuccess) {

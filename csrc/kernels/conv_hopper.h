@@ -24,7 +24,7 @@ constexpr int kHopperThreads = 128 * (kHopperLoaders + kHopperTakers);
 // Units of the input that a loading thread has in registers at once.
 FCB_HD constexpr int hopper_units_at_once(int halves, bool writes) { return halves == 2 && !writes ? 4 : 2; }
 FCB_HD constexpr int hopper_place_bytes(bool channels_last) { return channels_last ? 8 : 2; }
-constexpr int kHopperChannels = 64;         // output channels of a block
+constexpr int kHopperChannels = 64;         // output channels of a block, at most
 constexpr int kHopperChunk = 128;           // positions that a warpgroup multiplies at a time
 constexpr int kHopperMostUnits = 128;       // of a filter
 constexpr int kHopperMostPositions = 1024;  // of a tile
@@ -68,7 +68,7 @@ struct HopperTile {
   int shared_memory;
 
   FCB_HD int taps() const { return 8 >> slots_log2; }
-  FCB_HD int w_half() const { return k_steps * 2 * kHopperChannels * 16; }
+  FCB_HD int w_bytes() const { return halves * k_steps * 2 * kHopperChannels * 16; }
 };
 
 // A unit of the filter: its place in a tile's units, and what it holds.
@@ -169,15 +169,14 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool write
   }
   // Who waits for a stage must not be more than one of its turns behind: a taker is not while there are as many as takers.
   const int64_t places = positions * hopper_place_bytes(c.channels_last);
-  const int64_t others = kHopperHeader + t.halves * t.w_half() + kHopperSlabs * int64_t{t.slab} + t.table + places +
-                         outputs;
+  const int64_t others = kHopperHeader + t.w_bytes() + kHopperSlabs * int64_t{t.slab} + t.table + places + outputs;
   const int64_t stage = int64_t{t.halves} * t.x_half;
   t.stages = static_cast<int>(
       std::clamp<int64_t>((gpu.shared_memory_per_block - others) / stage, 0, kHopperMostStages));
   if (t.stages < kHopperTakers) {
     return false;
   }
-  t.at_input = kHopperHeader + t.halves * t.w_half();
+  t.at_input = kHopperHeader + t.w_bytes();
   t.at_slabs = static_cast<int>(t.at_input + t.stages * stage);
   t.at_table = t.at_slabs + kHopperSlabs * t.slab;
   t.at_places = t.at_table + t.table;

@@ -136,6 +136,10 @@ class Hopper {
 
   __device__ __forceinline__ void run() {
     set_up_barriers();
+    // With centers, what comes before makes these, scales and shifts; else it may be anything.
+    if (p.center == nullptr) {
+      wait_for_previous();
+    }
     __syncthreads();
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler shall see that a warp agrees
     if (warpgroup < kHopperLoaders) {
@@ -281,10 +285,21 @@ class Hopper {
     {
       const int channel = thread / kSharers;
       const int k = first_channel + channel;
+      float scale = 0, shift = 0, center = 0;
+      const auto read_affine = [&] {
+        if (k < p.K) {
+          scale = kMoments ? 1.0f : p.scale[k];
+          shift = kMoments ? 0.0f : p.shift[k];
+          center = p.center == nullptr ? 0.0f : p.center[k];
+        }
+      };
+      if (p.center == nullptr) {
+        read_affine();
+      }
       Magnitudes m;
       if constexpr (kFloat) {
         const int terms = k < p.K ? p.C * p.R * p.S : 0;
-        constexpr int kBatch = 16;  // loads under way
+        constexpr int kBatch = 20;  // loads under way
         for (int first = thread % kSharers; first < terms; first += kSharers * kBatch) {
           float v[kBatch];
 #pragma unroll
@@ -305,8 +320,10 @@ class Hopper {
           m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
         }
       }
-      wait_for_previous();  // it may make the affines
-      const float scale = k < p.K ? (kMoments ? 1.0f : p.scale[k]) : 0.0f;
+      if (p.center != nullptr) {
+        wait_for_previous();
+        read_affine();
+      }
       if constexpr (kFloat) {
         if (thread % kSharers == 0) {
           header().w_scales[channel] = m.scale();
@@ -328,8 +345,7 @@ class Hopper {
       }
       if (thread % kSharers == 0) {
         header().scales[channel] = scale;
-        header().shifts[channel] = k < p.K && !kMoments ? p.shift[k] : 0.0f;
-        const float center = k < p.K && p.center != nullptr ? p.center[k] : 0.0f;
+        header().shifts[channel] = shift;
         header().centers[channel] = center;
         if (center != 0) {
           header().centered = 1;
@@ -341,7 +357,7 @@ class Hopper {
       header().unscales[thread] *= header().scales[thread];
     }
     // Of each step, the first unit of all channels, then the second; float32: of each, the high halves, then the low ones.
-    constexpr int kBatch = 2;  // loads under way
+    constexpr int kBatch = 4;  // loads under way
     const int rows = (p.tile.k_steps + 1) / 2 * 4 * kChannels;
     for (int first = thread; first < rows; first += kTakeThreads * kBatch) {
       float v[kBatch][8];
@@ -1544,9 +1560,8 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   }
   const int64_t groups = ceil_div(c.K, kHopperChannels);
   const int64_t blocks = hopper_blocks(c, tile, gpu);
-  // Where there are centers, they come of the batch's statistics, which the kernel before ends with.
   return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kHopperThreads,
-                       tile.shared_memory, p.center != nullptr, stream, p);
+                       tile.shared_memory, true, stream, p);
 }
 
 }  // namespace fused_conv_bn

@@ -136,10 +136,6 @@ class Hopper {
 
   __device__ __forceinline__ void run() {
     set_up_barriers();
-    // With centers, what comes before makes these, scales and shifts; else it may be anything.
-    if (p.center == nullptr) {
-      wait_for_previous();
-    }
     __syncthreads();
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler shall see that a warp agrees
     if (warpgroup < kHopperLoaders) {
@@ -147,6 +143,8 @@ class Hopper {
       load();
     } else {
       take_registers<kFloat ? (kMoments ? 168 : 176) : 144>();
+      set_up_places();
+      wait_unless_centered();
       set_up_weights();
       meet(kTakersMeet, kTakeThreads);
       if (threadIdx.x == kLoadThreads) {
@@ -267,6 +265,35 @@ class Hopper {
     }
   }
 
+  // With centers, the kernel before makes these, scales and shifts, and nothing else; without, it may make anything.
+  __device__ __forceinline__ void wait_unless_centered() const {
+    if (p.center == nullptr) {
+      wait_for_previous();
+    }
+  }
+
+  // By the warpgroups that multiply: where results of each position go.
+  __device__ __forceinline__ void set_up_places() const {
+    const int thread = threadIdx.x - kLoadThreads;
+    for (int position = thread; position < p.tile.chunks * kHopperChunk; position += kTakeThreads) {
+      const int row = p.x_cols.div(position);
+      const int col = position - row * p.tile.x_cols;
+      const bool inside = row < p.tile.p && col < p.tile.q;
+      if constexpr (kLast) {
+        store_shared(places() + position * 8, make_uint2(static_cast<uint32_t>(row * p.Q + col) * p.K * kBytes,
+                                                         inside ? row << 16 | col : kOutside));
+      } else if constexpr (!kMoments) {
+        const int place = inside ? row * p.tile.stage_row + col : p.tile.stage_end + position % kHopperOutside;
+        store_shared(places() + position * 2, static_cast<uint16_t>(place * kBytes));
+      }
+    }
+    if constexpr (kMoments) {
+      for (int i = thread; i < p.tile.chunks * 4; i += kTakeThreads) {
+        store_shared(places() + i * 4, inside_of(i / 4 * kHopperChunk + i % 4 * 2, Tile{0, 0, 0}));
+      }
+    }
+  }
+
   // A unit of the filter, and a row of its weights. A warp has four units of eight rows: a load for many channels is slow,
   // and so is a store for one.
   struct WeightRow {
@@ -277,7 +304,7 @@ class Hopper {
     return {index / (32 * kEights) * 4 + index / 8 % 4, index / 32 % kEights * 8 + index % 8};
   }
 
-  // By the warpgroups that multiply, while the others begin to load.
+  // By the same, while the others begin to load.
   __device__ __forceinline__ void set_up_weights() {
     const int thread = threadIdx.x - kLoadThreads;
     // The magnitudes of an output channel's weights, by neighbouring threads.
@@ -402,23 +429,6 @@ class Hopper {
         }
       }
     }
-    for (int position = thread; position < p.tile.chunks * kHopperChunk; position += kTakeThreads) {
-      const int row = p.x_cols.div(position);
-      const int col = position - row * p.tile.x_cols;
-      const bool inside = row < p.tile.p && col < p.tile.q;
-      if constexpr (kLast) {
-        store_shared(places() + position * 8, make_uint2(static_cast<uint32_t>(row * p.Q + col) * p.K * kBytes,
-                                                         inside ? row << 16 | col : kOutside));
-      } else if constexpr (!kMoments) {
-        const int place = inside ? row * p.tile.stage_row + col : p.tile.stage_end + position % kHopperOutside;
-        store_shared(places() + position * 2, static_cast<uint16_t>(place * kBytes));
-      }
-    }
-    if constexpr (kMoments) {
-      for (int i = thread; i < p.tile.chunks * 4; i += kTakeThreads) {
-        store_shared(places() + i * 4, inside_of(i / 4 * kHopperChunk + i % 4 * 2, Tile{0, 0, 0}));
-      }
-    }
     fence_async();
   }
 
@@ -492,11 +502,12 @@ class Hopper {
   }
 
   __device__ __forceinline__ void load() const {
+    make_table();
+    wait_unless_centered();
     if constexpr (kFloat) {
       load_through_slabs();
     } else {
       if (p.tile.slab == 0) {
-        make_table();
         load_units();
       } else {
         load_through_slabs();
@@ -520,7 +531,6 @@ class Hopper {
   __device__ __forceinline__ void load_through_slabs_of() const {
     fill(blockIdx.x, 0);
     fill(blockIdx.x + gridDim.x, 1);
-    make_table();
     if constexpr (kFloat) {
       barrier_wait(weights_there(), 0);  // measuring asks how they split
     }

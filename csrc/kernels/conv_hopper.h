@@ -244,7 +244,7 @@ inline bool hopper_best_tile(const ConvProblem& c, const GpuTraits& gpu, bool wr
       // float32 that takes more than one round is read twice. Rows that are not whole come one by one, which was measured for
       // channels_last; contiguous output has a cost of its own below.
       const int runs = t.slab == 0 || q == c.Q || !c.channels_last ? 0 : t.slab_rows;
-      const double load = (c.element_bytes == 4 && t.rounds > 1 ? 0.1 : 0.0625) * t.table + 16.0 * runs + 128;
+      const double load = (c.element_bytes == 4 && t.rounds > 1 ? 0.1 : 0.0625) * t.table + 6.0 * runs + 128;
       double cost = static_cast<double>(rounds) * (static_cast<double>(turns) * std::max(work, load) + work + load);
       if (writes && !c.channels_last && q < c.Q) {
         cost *= 1.0 + 8.0 / static_cast<double>(q);  // short runs in many planes

@@ -219,11 +219,14 @@ class Patches {
       }
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
-        if (a < 2) {  // as late as possible, and yet long before the next are needed
-          take(2 * a, next);
-          take(2 * a + 1, next);
+        // As late as registers want it, and yet long before the next are needed.
+        if (a == 0) {
+          take(0, next);
         }
-        if (a == 1) {
+        if (a < 3) {
+          take(a + 1, next);
+        }
+        if (a == 2) {
           load_columns(col + 4, next);
         }
         const int w = col - 2 + a;

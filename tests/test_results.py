@@ -12,7 +12,7 @@ from fused_conv_bn import _report, bench
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("record", ["h200.json", "h200_conv.json", "cpu.json"])
+@pytest.mark.parametrize("record", ["h200.json", "h200_conv.json", "h200_train.json", "cpu.json"])
 def test_readme_has_the_tables_of_the_record(record: str) -> None:
     path = ROOT / "benchmarks" / "results" / record
     readme = (ROOT / "README.md").read_text()

@@ -249,10 +249,15 @@ def gencode(arch: str) -> list[str]:
 
 def source_flags(library: str, source: str) -> list[str]:
     """nvcc's flags for one file: its architectures, and its name, which cuobjdump then prints of what it became."""
+    listed = archs(library, source)
+    old_ptx = any(
+        major < 9 and ptx for major, _, _, ptx in map(parse_arch, listed)
+    )  # csrc/kernels/dependent_launch.cuh
     return [
         f"-Xfatbin=--ident={Path(source).name}",
-        *(["-DFCB_HAS_9_0A"] if "9.0a" in archs(library, source) else []),
-        *[flag for arch in archs(library, source) for flag in gencode(arch)],
+        *(["-DFCB_HAS_9_0A"] if "9.0a" in listed else []),
+        *(["-DFCB_OLD_PTX"] if old_ptx else []),
+        *[flag for arch in listed for flag in gencode(arch)],
     ]
 
 

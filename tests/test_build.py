@@ -171,6 +171,26 @@ def test_arch_list_and_kernels_that_not_every_gpu_runs(
     assert project.archs("cu12", "csrc/ops/scale_shift_cuda.cu") == project.archs("cu12") == re.split("[ ;,]", setting)
 
 
+@pytest.mark.parametrize(
+    ("setting", "old"),
+    [
+        ("", False),
+        ("9.0", False),
+        ("8.0;9.0+PTX", False),
+        ("8.0+PTX", True),
+        ("7.5+PTX 9.0", True),
+        ("10.0+PTX", False),
+    ],
+)
+def test_ptx_of_older_gpus_is_told_to_the_code(
+    project: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: str, old: bool
+) -> None:
+    """Newer GPUs run it, and it does not wait for the kernel before."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", setting)
+    for library in ("cu12", "cu13"):
+        assert ("-DFCB_OLD_PTX" in project.source_flags(library, "csrc/ops/scale_shift_cuda.cu")) == old
+
+
 def test_each_file_has_flags_of_its_own(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tools = project.Tools.__new__(project.Tools)
     use(project, monkeypatch, install_torch(tmp_path / "packages", "2.13.0", None))

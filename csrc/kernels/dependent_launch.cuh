@@ -23,11 +23,15 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Whether the current device has it.
+// Whether the current device has it, and only code that waits.
 inline bool launches_dependents() {
+#if defined(FCB_OLD_PTX)  // PTX of older GPUs does not, and newer ones run it
+  return false;
+#else
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+#endif
 }
 
 // dependent: the kernel waits by wait_for_previous(), unless what it touches is older than the kernel before.

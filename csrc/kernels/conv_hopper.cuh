@@ -11,8 +11,8 @@
 // the rows are pixels, and channels are dealt to the columns so that a thread ends up with 16 bytes of a pixel's. In 16 bits
 // it writes them, and where there are at most 32 channels, no more are computed; float32 goes through shared memory too.
 //
-// For BatchNorm in training mode there are two passes: one that keeps the moments of each channel and writes nothing else,
-// and one with the affine that comes of them.
+// For BatchNorm in training mode there are two passes: one that keeps the moments of each channel and writes nothing else
+// (unless sums over the input take its place, conv_patches.h), and one with the affine that comes of them.
 //
 // float32 is split in two halves (split_float.cuh). A tile that does not split, or has Inf or NaN (which must not meet the
 // zeros of half-filled units), is computed in plain float32 FMAs.

@@ -24,12 +24,9 @@
 
 #include "conv_patches.h"
 #include "dependent_launch.cuh"
+#include "hopper.cuh"
 #include "moments.h"
 #include "vec.cuh"
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FCB_PATCHES 1
-#endif
 
 namespace fused_conv_bn {
 
@@ -109,7 +106,7 @@ class Patches {
   static __device__ __forceinline__ int channel() { return threadIdx.x % 32 / 4; }
 
   static __device__ __forceinline__ void multiply(double (&sums)[4], double a, double b, double columns) {
-#if defined(FCB_PATCHES)
+#if defined(FCB_HOPPER)
     asm volatile("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+d"(sums[0]), "+d"(sums[1]), "+d"(sums[2]), "+d"(sums[3])
                  : "d"(a), "d"(b), "d"(columns));
@@ -315,7 +312,7 @@ extern __shared__ double patch_slots[][kPatchRecord];
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(32 * kPatchWarps, 1)
     conv_patches_kernel(const __grid_constant__ PatchParams<T> params) {
-#if defined(FCB_PATCHES)
+#if defined(FCB_HOPPER)
   wait_for_previous();
   let_next_begin();
   Patches<T, kVectors>(params).run(patch_slots);

@@ -312,6 +312,8 @@ PROBLEMS = {
     "depthwise, 5x5, stride 2": ((2, 40, 20, 21), (40, 1, 5, 5), 2, 2, 1, 40),
     "rows of whole vectors, longer than a tile": ((1, 3, 9, 1104), (64, 3, 3, 3), 1, (1, 2)),
     "rows of odd lengths, longer than a tile": ((1, 5, 9, 1101), (33, 5, 3, 5), (1, 2), (0, 3), 2),
+    "many weights": ((2, 40, 12, 14), (70, 40, 5, 5), 1, 2),
+    "many weights for float32": ((2, 10, 24, 24), (70, 10, 5, 5)),
     "1x1": ((2, 32, 9, 9), (40, 32, 1, 1)),
     "one pixel": ((1, 1, 1, 1), (1, 1, 1, 1)),
     "as large as its kernel": ((3, 4, 5, 6), (7, 4, 5, 6)),
@@ -621,7 +623,8 @@ def test_parameters_and_residual_of_any_strides(conv_device, generator):
     call.scale, call.shift = (torch.stack([t, t.neg()], 1)[:, 0] for t in (call.scale, call.shift))
     assert call.residual is not None
     call.residual = call.residual.transpose(1, 3).contiguous().transpose(1, 3)
-    assert not call.scale.is_contiguous() and not call.residual.is_contiguous()
+    call.w = call.w.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not any(t.is_contiguous() for t in (call.scale, call.residual, call.w))
     ours = call.ours()
     assert (ours is None) == (expected is None)
     if ours is not None:

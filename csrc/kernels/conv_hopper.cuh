@@ -4,7 +4,7 @@
 // A block owns 64 output channels for good and takes one tile of output pixels after another. Input rows of the tiles to come
 // are on their way to shared memory, by bulk copies where they begin at multiples of 16 bytes. Two warpgroups put them there
 // into units (conv_hopper.h), of which wgmma reads any two at a time: im2col is a table of offsets. The other two take turns
-// with the tiles: while one multiplies, the other writes.
+// with the tiles, or with the chunks of each: while one multiplies, the other writes.
 //
 // For a contiguous output the rows of the product are channels. A warp has 16 of them to itself, puts them into shared
 // memory as they lie in the output, and starts copies of whole rows behind its next product. For a channels_last output
@@ -52,8 +52,8 @@ struct HopperParams {
   const float* shift;
   const T* residual;
   T* y;
-  Moments* moments;  // [blocks][takers][K]
-  int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
+  Moments* moments;                        // [blocks][takers][K]
+  int w_stride_c, w_stride_r, w_stride_s;  // output channels follow each other
   int x_stride_c, x_stride_h, x_stride_w;
   int C, H, W, K, R, S, P, Q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -62,11 +62,11 @@ struct HopperParams {
   int x_row_bytes, x_col_bytes,
       x_planes;                      // of the input: of a row, from column to column; channels apart from each other
   int unit_row_bytes, unit_channel;  // where units are read: bytes from row to row, from channel to channel
-  FastDiv filter, filter_row, x_cols, x_rows, channel_blocks, phases_w, slab_rows, tiles_q, tiles_p, tile_p,
-      run_vectors;
+  FastDiv x_cols, x_rows, channel_blocks, phases_w, slab_rows, tiles_q, tiles_p, tile_p, run_vectors;
   uint32_t tiles;
   bool fetches;       // slabs come by bulk copies
   bool slab_vectors;  // float32: a unit's eight channels lie side by side in the slab
+  bool w_vectors;     // float32: and in the weights
   bool y_vectors;     // channels_last: a pixel's channels can be written 16 bytes at a time
   bool stage_pairs;   // contiguous: two neighbouring results can be staged with one store
   bool rows_aligned;  // contiguous, rows that are not whole: each starts at a multiple of 16 bytes
@@ -82,6 +82,7 @@ struct HopperHeader {
   uint64_t empty[kHopperMostStages];
   uint64_t slabs[kHopperSlabs];
   uint64_t weights;
+  uint64_t multiplied[kHopperTakers];  // a chunk's products are under way
   // float32: whether the tile does not split, and the inverse of its scale. Else a byte for each loading warp: whether it has
   // met Inf or NaN.
   uint2 stages[kHopperMostStages];
@@ -89,13 +90,14 @@ struct HopperHeader {
   uint32_t all_exact;                  // the weights, or their affines, do not split: nothing does
   uint32_t centered;                   // some of the centers are not 0
   int w_span;                          // the widest span of an output channel's weights
-  int least_unscale, most_unscale;     // exponents among unscales[]
-  float scales[kHopperChannels];
+  int least_unscale, most_unscale;     // exponents among scaled_unscales[]
+  // Four channels are read at a time.
+  alignas(16) float scales[kHopperChannels];
   float shifts[kHopperChannels];
   float centers[kHopperChannels];
-  float
-      unscales[kHopperChannels];  // the inverse of the weights' scale, and unless there are centers, the affine's scale
-  float w_scales[kHopperChannels];
+  float w_scales[kHopperChannels];         // float32: of the weights
+  float unscales[kHopperChannels];         // their inverses
+  float scaled_unscales[kHopperChannels];  // times the affine's scale
 };
 static_assert(sizeof(HopperHeader) <= kHopperHeader);
 
@@ -113,14 +115,21 @@ class Hopper {
   static constexpr int kRows = kHalves * kChannels;  // of weights, for each unit
   static constexpr int kBytes = static_cast<int>(sizeof(T));
   static constexpr int kVec = Vec<T>::kSize;
-  static constexpr int kReadAtOnce = hopper_units_at_once(kHalves,
-                                                          !kMoments);  // units that a loading thread has in registers
+  static constexpr int kLineBytes = 128;  // of L2
+  // Units that a loading thread has in registers.
+  static constexpr int kReadAtOnce = hopper_units_at_once(kOutput == HopperOutput::planes);
   static constexpr uint32_t kInfinity = std::is_same_v<T, bfloat16> ? 0x7f80 : 0x7c00;
   // A thread's own part of the product of a chunk.
   static constexpr int kSums = kChannels * kHopperChunk / 128;
   static constexpr int kOwnChannels = kLast ? kChannels / 4 : 2;
   static constexpr int kOwnPositions = kSums / kOwnChannels;
   static constexpr int kLoadThreads = 128 * kHopperLoaders;
+  // Loading threads that have a tile together: all, or some that take turns with the tiles.
+  static constexpr int kTeams = hopper_teams(kHalves, kLast);
+  // Whether one warpgroup waits until the products of the other are under way: 168 -> 164 us for problem 73. Without it they
+  // do the same at the same time. Elsewhere it gained nothing, or lost 2%.
+  static constexpr bool kByTurns = kFloat && kLast;
+  static constexpr int kTeamThreads = kLoadThreads / kTeams;
   static constexpr int kTakeThreads = 128 * kHopperTakers;
   using Sums = float[kSums];
   // Whether a unit is read from the slab as words: a pixel's channels lie side by side.
@@ -129,23 +138,29 @@ class Hopper {
   // Barriers: who meets there.
   static constexpr int kLoadersMeet = 1;
   static constexpr int kTakersMeet = 2;
+  static constexpr int kTeamMeets = 3;              // the first one; others follow
   static constexpr uint32_t kOutside = 0x7fff0000;  // as a row, below every other
 
   __device__ __forceinline__ explicit Hopper(const HopperParams<T>& params)
-      : p(params), first_channel(blockIdx.y * kChannels) {}
+      : p(params),
+        first_channel(blockIdx.y * kChannels),
+        // The compiler shall see that a warp agrees: it keeps addresses in uniform registers then.
+        warp_of_block(__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)) {}
 
   __device__ __forceinline__ void run() {
     set_up_barriers();
     __syncthreads();
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler shall see that a warp agrees
+    const int warpgroup = warp_of_block / 4;
     if (warpgroup < kHopperLoaders) {
       give_registers_away<kFloat ? (kMoments ? 88 : 80) : 112>();
       load();
     } else {
       take_registers<kFloat ? (kMoments ? 168 : 176) : 144>();
+      prefetch_weights();
       set_up_places();
       wait_unless_centered();
       set_up_weights();
+      let_next_begin();
       meet(kTakersMeet, kTakeThreads);
       if (threadIdx.x == kLoadThreads) {
         barrier_arrive(weights_there());
@@ -157,6 +172,12 @@ class Hopper {
  private:
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int warp() { return threadIdx.x % 128 / 32; }  // of its warpgroup
+  __device__ __forceinline__ int team() const { return kTeams == 1 ? 0 : warp_of_block / (kTeamThreads / 32); }
+  static __device__ __forceinline__ int team_thread() { return kTeams == 1 ? threadIdx.x : threadIdx.x % kTeamThreads; }
+  __device__ __forceinline__ int team_warp() const {
+    return kTeams == 1 ? warp_of_block : warp_of_block % (kTeamThreads / 32);
+  }
+  __device__ __forceinline__ void meet_team() const { meet(kTeamMeets + team(), kTeamThreads); }
   // The row and the column group that a thread has in a product.
   static __device__ __forceinline__ int g() { return threadIdx.x % 32 / 4; }
   static __device__ __forceinline__ int t() { return threadIdx.x % 4; }
@@ -167,6 +188,9 @@ class Hopper {
   static __device__ __forceinline__ uint32_t empty(int stage) { return shared_address(&header().empty[stage]); }
   static __device__ __forceinline__ uint32_t slab_full(int stage) { return shared_address(&header().slabs[stage]); }
   static __device__ __forceinline__ uint32_t weights_there() { return shared_address(&header().weights); }
+  static __device__ __forceinline__ uint32_t multiplied(int taker) {
+    return shared_address(&header().multiplied[taker]);
+  }
   static __device__ __forceinline__ uint32_t weights() { return shared() + kHopperHeader; }
   __device__ __forceinline__ uint32_t input(int stage) const {
     return shared() + p.tile.at_input + stage * kHalves * p.tile.x_half;
@@ -243,20 +267,24 @@ class Hopper {
 
   // ---- once: weights, affines, tables ----
 
+  __device__ __forceinline__ int terms() const { return p.C * p.R * p.S; }  // of an output channel
   __device__ __forceinline__ float weight(int k, int c, int r, int s) const {
-    return to_acc(p.w[k * p.w_stride_k + c * p.w_stride_c + r * p.w_stride_r + s * p.w_stride_s]);
+    return to_acc(p.w[k * terms() + c * p.w_stride_c + r * p.w_stride_r + s * p.w_stride_s]);
   }
 
   __device__ __forceinline__ void set_up_barriers() {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < p.tile.stages; ++stage) {
-        barrier_init(full(stage), 4 * kHopperLoaders);
-        barrier_init(empty(stage), 4);
+        barrier_init(full(stage), kTeamThreads / 32);
+        barrier_init(empty(stage), p.tile.takers_share ? 4 * kHopperTakers : 4);
       }
       for (int stage = 0; stage < kHopperSlabs; ++stage) {
-        barrier_init(slab_full(stage), p.fetches ? 1 : kLoadThreads);
+        barrier_init(slab_full(stage), p.fetches ? 1 : kTeamThreads);
       }
       barrier_init(weights_there(), 1);
+      for (int taker = 0; taker < kHopperTakers; ++taker) {
+        barrier_init(multiplied(taker), 4);
+      }
       header().all_exact = 0;
       header().centered = 0;
       header().w_span = 0;
@@ -304,132 +332,176 @@ class Hopper {
     return {index / (32 * kEights) * 4 + index / 8 % 4, index / 32 % kEights * 8 + index % 8};
   }
 
-  // By the same, while the others begin to load.
+  // By the same, while the others begin to load. Of some output channels after the other, which is mostly all, the weights
+  // come to shared memory as they lie, to where the second tile's units will be: gathered from global memory, with a
+  // distance between any two, those of a stem took 7 us.
   __device__ __forceinline__ void set_up_weights() {
-    const int thread = threadIdx.x - kLoadThreads;
-    // The magnitudes of an output channel's weights, by neighbouring threads.
-    constexpr int kSharers = kTakeThreads / kChannels;
-    {
-      const int channel = thread / kSharers;
-      const int k = first_channel + channel;
-      float scale = 0, shift = 0, center = 0;
-      const auto read_affine = [&] {
-        if (k < p.K) {
-          scale = kMoments ? 1.0f : p.scale[k];
-          shift = kMoments ? 0.0f : p.shift[k];
-          center = p.center == nullptr ? 0.0f : p.center[k];
-        }
-      };
-      if (p.center == nullptr) {
-        read_affine();
-      }
-      Magnitudes m;
+    if (p.center == nullptr) {
+      start_affines();
+    }
+#pragma unroll 1
+    for (int pass = 0; pass < p.tile.w_passes; ++pass) {
+      const int first = pass * p.tile.w_channels;
+      const int channels = min(min(p.tile.w_channels, kChannels - first), p.K - first_channel - first);
+      meet(kTakersMeet, kTakeThreads);  // the ones before are done with
+      start_weights(first, channels);
+      copy_async_commit();
+      copy_async_wait_all_but<0>();
+      meet(kTakersMeet, kTakeThreads);
       if constexpr (kFloat) {
-        const int terms = k < p.K ? p.C * p.R * p.S : 0;
-        constexpr int kBatch = 20;  // loads under way
-        for (int first = thread % kSharers; first < terms; first += kSharers * kBatch) {
-          float v[kBatch];
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            const int e = first + i * kSharers;
-            const int c = p.filter.div(e);
-            const int tap = e - c * (p.R * p.S);
-            const int r = p.filter_row.div(tap);
-            v[i] = e < terms ? weight(k, c, r, tap - r * p.S) : 0.0f;
-          }
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            m.add(v[i]);
-          }
-        }
-#pragma unroll
-        for (int other = 1; other < kSharers; other *= 2) {
-          m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
-        }
+        measure_weights(first, channels);
+        meet(kTakersMeet, kTakeThreads);
       }
-      if (p.center != nullptr) {
-        wait_for_previous();
-        read_affine();
-      }
-      if constexpr (kFloat) {
-        if (thread % kSharers == 0) {
-          header().w_scales[channel] = m.scale();
-          header().unscales[channel] = m.inverse();
-          if (!m.has_scale() || m.span() > kMaxSpan) {
-            header().all_exact = 1;
-          }
-          atomicMax(&header().w_span, m.span());
-          // What PyTorch would have it be at any scale, 0, Inf or NaN, does not count.
-          const int exponent = static_cast<int>(__float_as_uint(scale) >> 23 & 255);
-          if (scale != 0 && exponent < 255) {
-            if (exponent + m.inverse_exponent() < 2 || exponent + m.inverse_exponent() > 250) {
-              header().all_exact = 1;
-            }
-            atomicMin(&header().least_unscale, exponent + m.inverse_exponent());
-            atomicMax(&header().most_unscale, exponent + m.inverse_exponent());
-          }
-        }
-      }
-      if (thread % kSharers == 0) {
-        header().scales[channel] = scale;
-        header().shifts[channel] = shift;
-        header().centers[channel] = center;
-        if (center != 0) {
-          header().centered = 1;
-        }
-      }
+      build_weights(first);
+    }
+    if (p.center != nullptr) {
+      wait_for_previous();
+      start_affines();
+      copy_async_commit();
+      copy_async_wait_all_but<0>();
     }
     meet(kTakersMeet, kTakeThreads);
-    if (kFloat && thread < kChannels && header().centered == 0) {
-      header().unscales[thread] *= header().scales[thread];
+    finish_affines();
+    fence_async();
+  }
+
+  // Before it is known whether they are there: L2 sees who writes to them yet.
+  __device__ __forceinline__ void prefetch_weights() const {
+    const int bytes = min(kChannels, p.K - first_channel) * terms() * kBytes;
+    const auto* const source = reinterpret_cast<const unsigned char*>(p.w) +
+                               static_cast<int64_t>(first_channel) * terms() * kBytes;
+    for (int i = (threadIdx.x - kLoadThreads) * kLineBytes; i < bytes; i += kTakeThreads * kLineBytes) {
+      prefetch_l2(source + i);
     }
-    // Of each step, the first unit of all channels, then the second; float32: of each, the high halves, then the low ones.
-    constexpr int kBatch = 4;  // loads under way
-    const int rows = (p.tile.k_steps + 1) / 2 * 4 * kChannels;
-    for (int first = thread; first < rows; first += kTakeThreads * kBatch) {
-      float v[kBatch][8];
+    if (!kMoments && threadIdx.x == kLoadThreads) {
+      prefetch_l2(p.scale + first_channel);
+      prefetch_l2(p.shift + first_channel);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t raw_weights() const { return input(1); }
+
+  __device__ __forceinline__ void start_weights(int first, int channels) const {
+    const int bytes = channels * terms() * kBytes;
+    const auto* const source = reinterpret_cast<const unsigned char*>(p.w) +
+                               static_cast<int64_t>(first_channel + first) * terms() * kBytes;
+    for (int i = (threadIdx.x - kLoadThreads) * kVecBytes; i < bytes; i += kTakeThreads * kVecBytes) {
+      copy_async_some(raw_weights() + i, source + i, min(kVecBytes, bytes - i));
+    }
+  }
+
+  // float32: the magnitudes of an output channel's weights, by neighbouring threads.
+  __device__ __forceinline__ void measure_weights(int first, int channels) const {
+    constexpr int kSharers = kTakeThreads / kChannels;
+    const int thread = threadIdx.x - kLoadThreads;
+    const int channel = thread / kSharers - first;
+    const bool measured = channel >= 0 && channel < p.tile.w_channels;
+    Magnitudes m;
+    const int end = measured && channel < channels ? terms() : 0;
+    const uint32_t start = raw_weights() + channel * terms() * kBytes;
+#pragma unroll 4
+    for (int i = thread % kSharers; i < end; i += kSharers) {
+      m.add(__uint_as_float(load_shared_1(start + i * kBytes)));
+    }
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const WeightRow w = weight_row(first + b * kTakeThreads);
-        const uint32_t unit = w.unit < p.tile.k_steps * 2 ? p.units[w.unit] : kNoUnit;
-        const int k = first_channel + row_channel(w.row);
-        const int r = static_cast<int>(unit >> 16);
-        const int s = static_cast<int>(unit >> 8 & 255);
-        const int c = static_cast<int>(unit & 255) * 8;
-        const int last_slot = (1 << p.tile.slots_log2) - 1;
-        const int channels = unit != kNoUnit && k < p.K ? p.C - c : 0;
-        // From one value to the next without a multiplication: with 64-bit strides those took longer than the loads.
-        int64_t offset = k * p.w_stride_k + c * p.w_stride_c + r * p.w_stride_r + s * p.w_stride_s;
-        const int64_t to_next_tap = p.w_stride_s - last_slot * p.w_stride_c;
+    for (int other = 1; other < kSharers; other *= 2) {
+      m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
+    }
+    if (measured && thread % kSharers == 0) {
+      header().w_scales[first + channel] = m.scale();
+      header().unscales[first + channel] = m.inverse();
+      if (!m.has_scale() || m.span() > kMaxSpan) {
+        header().all_exact = 1;
+      }
+      atomicMax(&header().w_span, m.span());
+    }
+  }
+
+  // Of each step, the first unit of all channels, then the second; float32: of each, the high halves, then the low ones.
+  __device__ __forceinline__ void build_weights(int first) const {
+    const int rows = (p.tile.k_steps + 1) / 2 * 4 * kChannels;
+    const int last_slot = (1 << p.tile.slots_log2) - 1;
+#pragma unroll 2
+    for (int index = threadIdx.x - kLoadThreads; index < rows; index += kTakeThreads) {
+      const WeightRow w = weight_row(index);
+      const int channel = row_channel(w.row) - first;
+      if (w.unit >= p.tile.k_steps * 2 || channel < 0 || channel >= p.tile.w_channels) {
+        continue;
+      }
+      const uint32_t unit = p.units[w.unit];
+      const int r = static_cast<int>(unit >> 16);
+      const int s = static_cast<int>(unit >> 8 & 255);
+      const int c = static_cast<int>(unit & 255) * 8;
+      const int present = unit != kNoUnit && first_channel + first + channel < p.K ? p.C - c : 0;
+      const uint32_t start = raw_weights() + (channel * terms() + c * p.w_stride_c + r * p.w_stride_r) * kBytes;
+      uint32_t v[8];
+      if (kFloat && p.w_vectors) {
+        const uint32_t address = start + s * p.w_stride_s * kBytes;
+        const uint4 a = present > 0 ? load_shared_4(address) : make_uint4(0, 0, 0, 0);
+        const uint4 b = present > 0 ? load_shared_4(address + 16) : make_uint4(0, 0, 0, 0);
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+        v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+      } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int slot = i & last_slot;
-          v[b][i] = slot < channels && s + (i >> p.tile.slots_log2) < p.S ? to_acc(p.w[offset]) : 0.0f;
-          offset += slot == last_slot ? to_next_tap : p.w_stride_c;
+          const int tap = s + (i >> p.tile.slots_log2);
+          v[i] = load_shared_if_less<kBytes>(start + (slot * p.w_stride_c + tap * p.w_stride_s) * kBytes, slot,
+                                             tap < p.S ? present : 0);
         }
       }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const WeightRow w = weight_row(first + b * kTakeThreads);
+      const uint32_t target = weights() + (w.unit * kRows + w.row) * 16;
+      if constexpr (kFloat) {
         uint32_t high[4], low[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if constexpr (kFloat) {
-            split(v[b][2 * i], v[b][2 * i + 1], header().w_scales[row_channel(w.row)], high[i], low[i]);
-          } else {
-            high[i] = pack_pair(T(), v[b][2 * i], v[b][2 * i + 1]);
-          }
+          split(__uint_as_float(v[2 * i]), __uint_as_float(v[2 * i + 1]), header().w_scales[first + channel], high[i],
+                low[i]);
         }
-        if (w.unit < p.tile.k_steps * 2) {
-          const uint32_t target = weights() + (w.unit * kRows + w.row) * 16;
-          store_shared(target, make_uint4(high[0], high[1], high[2], high[3]));
-          if constexpr (kFloat) {
-            store_shared(target + kChannels * 16, make_uint4(low[0], low[1], low[2], low[3]));
-          }
-        }
+        store_shared(target, make_uint4(high[0], high[1], high[2], high[3]));
+        store_shared(target + kChannels * 16, make_uint4(low[0], low[1], low[2], low[3]));
+      } else {
+        store_shared(target, make_uint4(__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[2], v[3], 0x5410),
+                                        __byte_perm(v[4], v[5], 0x5410), __byte_perm(v[6], v[7], 0x5410)));
       }
     }
-    fence_async();
+  }
+
+  __device__ __forceinline__ void start_affines() const {
+    const int channel = threadIdx.x - kLoadThreads;
+    const int k = first_channel + channel;
+    if (!kMoments && channel < kChannels) {
+      copy_async_1(shared_address(&header().scales[channel]), p.scale + k, k < p.K);
+      copy_async_1(shared_address(&header().shifts[channel]), p.shift + k, k < p.K);
+      copy_async_1(shared_address(&header().centers[channel]), p.center + k, k < p.K && p.center != nullptr);
+    }
+  }
+
+  // Looks for centers. float32: what the weights' scales have to be undone by, with the affine's scale where that is all.
+  __device__ __forceinline__ void finish_affines() const {
+    const int channel = threadIdx.x - kLoadThreads;
+    const bool own = channel < kChannels;
+    const float scale = own && !kMoments ? header().scales[channel] : 1.0f;
+    const bool centered = own && !kMoments && header().centers[channel] != 0;
+    if (centered) {
+      header().centered = 1;
+    }
+    if constexpr (kFloat) {
+      const float unscale = own ? header().unscales[channel] : 1.0f;
+      // What PyTorch would have it be at any scale, 0, Inf or NaN, does not count.
+      const int exponent = static_cast<int>(__float_as_uint(scale) >> 23 & 255);
+      if (own && scale != 0 && exponent < 255) {
+        const int product = exponent + static_cast<int>(__float_as_uint(unscale) >> 23) - 127;
+        if (product < 2 || product > 250) {
+          header().all_exact = 1;
+        }
+        atomicMin(&header().least_unscale, product);
+        atomicMax(&header().most_unscale, product);
+      }
+      if (own) {
+        header().scaled_unscales[channel] = unscale * scale;
+      }
+    }
   }
 
   // ---- the warpgroups that load ----
@@ -454,11 +526,11 @@ class Hopper {
             whole ? p.x_row_bytes : min(p.x_row_bytes, (end * p.x_col_bytes + 15) & ~15)};
   }
 
-  // What a loading thread has to know of a unit is the same for every tile, so it is worked out once. A thread has
-  // the same units every time, and nobody else reads of them. x: the bytes from the patch's first value to the unit's first.
+  // What a loading thread has to know of a unit is the same for every tile, so it is worked out once. A thread of a team has
+  // the same units every time. x: the bytes from the patch's first value to the unit's first.
   // y: columns to the right, rows down << 17, how many channels there are << 27.
   __device__ __forceinline__ void make_table() const {
-#pragma unroll 1
+#pragma unroll 2
     for (int index = threadIdx.x; index * 8 < p.tile.table; index += kLoadThreads) {
       const int line = p.x_cols.div(index);
       const int col = index - line * p.tile.x_cols;
@@ -503,6 +575,9 @@ class Hopper {
 
   __device__ __forceinline__ void load() const {
     make_table();
+    if constexpr (kTeams > 1) {
+      meet(kLoadersMeet, kLoadThreads);
+    }
     wait_unless_centered();
     if constexpr (kFloat) {
       load_through_slabs();
@@ -527,33 +602,37 @@ class Hopper {
     }
   }
 
+  // Until a stage is free. All but the first have raw weights in them at first.
+  __device__ __forceinline__ void wait_for_stage(const Turn& turn) const {
+    if (turn.parity == 0 && turn.stage > 0) {
+      barrier_wait(weights_there(), 0);
+    }
+    barrier_wait(empty(turn.stage), turn.parity ^ 1);
+  }
+
   template <int kSlots>
   __device__ __forceinline__ void load_through_slabs_of() const {
-    fill(blockIdx.x, 0);
-    fill(blockIdx.x + gridDim.x, 1);
-    if constexpr (kFloat) {
-      barrier_wait(weights_there(), 0);  // measuring asks how they split
+    for (int i = team(); i < kHopperSlabs; i += kTeams) {
+      fill(blockIdx.x + i * gridDim.x, i);
     }
     // float32 needs the values twice. Where they are few enough they stay in registers.
     const bool kept = kFloat && p.tile.rounds == 1;
-    Turn turn{0, 0}, from{0, 0};
-    for (uint32_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    Turn turn{team(), 0}, from{team(), 0};
+    for (uint32_t index = blockIdx.x + team() * gridDim.x; index < p.tiles; index += kTeams * gridDim.x) {
       const Patch patch = this->patch(index);
       const uint32_t next = index + kHopperSlabs * gridDim.x;
       Values v;
       barrier_wait(slab_full(from.stage), from.parity);
       if constexpr (kFloat) {
-        const Scaling scaling = measure_units<kSlots>(patch, slab(from.stage), v, kept, from.stage);
-        if (kept) {
-          fill(next, from.stage);
-        }
-        barrier_wait(empty(turn.stage), turn.parity ^ 1);
-        if (threadIdx.x == 0) {
+        const Scaling scaling = measure_units<kSlots>(patch, slab(from.stage), v, kept,
+                                                      kTeams == 1 ? from.stage : static_cast<int>(from.parity));
+        wait_for_stage(turn);
+        if (team_thread() == 0) {
           header().stages[turn.stage] = make_uint2(scaling.exact, __float_as_uint(scaling.inverse));
         }
         build_units<kSlots>(patch, slab(from.stage), v, kept, turn.stage, scaling.scale);
       } else {
-        barrier_wait(empty(turn.stage), turn.parity ^ 1);
+        wait_for_stage(turn);
         report(turn.stage, build_units<kSlots>(patch, slab(from.stage), v, false, turn.stage, 1.0f));
       }
       fence_async();
@@ -562,17 +641,18 @@ class Hopper {
         barrier_arrive(full(turn.stage));
       }
       if (!kept) {
-        meet(kLoadersMeet, kLoadThreads);  // nobody reads the slab any more
-        fill(next, from.stage);
+        meet_team();  // nobody reads the slab any more
       }
-      advance(turn, 1, p.tile.stages);
-      advance(from, 1, kHopperSlabs);
+      fill(next, from.stage);
+      advance(turn, kTeams, p.tile.stages);
+      advance(from, kTeams, kHopperSlabs);
     }
   }
 
   // Starts the copies of a tile's input rows into a slab.
   __device__ __forceinline__ void fill(uint32_t index, int stage) const {
-    if (index >= p.tiles) {
+    const int copies = p.x_planes * (whole_rows() ? 1 : p.tile.slab_rows);
+    if (index >= p.tiles || (p.fetches && team_warp() >= copies)) {
       return;
     }
     const Patch patch = this->patch(index);
@@ -582,19 +662,16 @@ class Hopper {
     const uint32_t target = slab(stage) + above * p.tile.slab_pitch;
     const unsigned char* const source = patch.image + static_cast<int64_t>(patch.h0 + above) * p.x_row_bytes +
                                         patch.first;
-    const int planes = p.x_planes;
     if (p.fetches) {
-      if (threadIdx.x == 0) {
-        barrier_arrive_expect(slab_full(stage), planes * rows * bytes);
+      if (team_thread() == 0) {
+        barrier_arrive_expect(slab_full(stage), p.x_planes * rows * bytes);
       }
-      // Whole rows follow each other in memory and in the slab. The warps share the runs: starting a copy takes long.
-      const int runs = whole_rows() ? 1 : rows;
+      // Whole rows follow each other in memory and in the slab. The warps share the copies: starting one takes long.
       const int run = whole_rows() ? rows * bytes : bytes;
-      for (int i = threadIdx.x / 32 + kLoadThreads / 32 * lane(); i < planes * p.tile.slab_rows && run > 0;
-           i += kLoadThreads) {
+      for (int i = team_warp() + kTeamThreads / 32 * lane(); i < copies && run > 0; i += kTeamThreads) {
         const int plane = whole_rows() ? i : static_cast<int>(p.slab_rows.div(i));
         const int row = whole_rows() ? 0 : i - plane * p.tile.slab_rows;
-        if (plane < planes && row < runs) {
+        if (row < rows) {
           fetch_bulk(target + (plane * p.tile.slab_rows + row) * p.tile.slab_pitch,
                      source + (static_cast<int64_t>(plane) * p.H + row) * p.x_row_bytes, run, slab_full(stage));
         }
@@ -603,7 +680,7 @@ class Hopper {
     }
     // Four bytes at a time, or two where rows begin at odd multiples of them.
     const bool odd = p.x_row_bytes % 4 != 0;
-    for (int i = threadIdx.x / 32; i < planes * p.tile.slab_rows; i += kLoadThreads / 32) {
+    for (int i = team_warp(); i < p.x_planes * p.tile.slab_rows; i += kTeamThreads / 32) {
       const int plane = p.slab_rows.div(i);
       const int row = i - plane * p.tile.slab_rows;
       const unsigned char* const start = source + (static_cast<int64_t>(plane) * p.H + row) * p.x_row_bytes;
@@ -681,16 +758,16 @@ class Hopper {
   template <int kSlots, typename F>
   __device__ __forceinline__ void for_each_unit(const Patch& patch, uint32_t slab, Values& v, bool there, F&& f) const {
 #pragma unroll 1
-    for (int first = threadIdx.x; first < p.x_units; first += kReadAtOnce * kLoadThreads) {
+    for (int first = team_thread(); first < p.x_units; first += kReadAtOnce * kTeamThreads) {
       if (!there) {
 #pragma unroll
         for (int i = 0; i < kReadAtOnce; ++i) {
-          read_unit<kSlots>(first + i * kLoadThreads, patch, slab, v[i]);
+          read_unit<kSlots>(first + i * kTeamThreads, patch, slab, v[i]);
         }
       }
 #pragma unroll
       for (int i = 0; i < kReadAtOnce; ++i) {
-        f(first + i * kLoadThreads, v[i]);
+        f(first + i * kTeamThreads, v[i]);
       }
     }
   }
@@ -701,15 +778,16 @@ class Hopper {
     float scale, inverse;
   };
 
-  // Of all loading threads' values. Between two calls with the same `place` there is one with another.
+  // Of all values of a team. Between two calls with the same `place` there is one with another.
   __device__ __forceinline__ Magnitudes of_all(const Magnitudes& own, int place) const {
     const uint32_t most = __reduce_max_sync(0xffffffffu, own.most);
     const uint32_t least = __reduce_min_sync(0xffffffffu, own.least);
     if (lane() == 0) {
       header().warps[place][threadIdx.x / 32] = make_uint2(most, least);
     }
-    meet(kLoadersMeet, kLoadThreads);
-    const uint2 other = header().warps[place][lane() % (kLoadThreads / 32)];
+    meet_team();
+    constexpr int kWarps = kTeamThreads / 32;
+    const uint2 other = header().warps[place][team() * kWarps + lane() % kWarps];
     Magnitudes all;
     all.merge(__reduce_max_sync(0xffffffffu, other.x), __reduce_min_sync(0xffffffffu, other.y));
     return all;
@@ -734,6 +812,7 @@ class Hopper {
       }
     });
     groups = of_all(groups, side);
+    barrier_wait(weights_there(), 0);  // and how they split
     // The affine's scale takes both inverses in, and is to stay clear of float32's limits.
     bool splits = groups.has_scale() && header().least_unscale + groups.inverse_exponent() > 1 &&
                   header().most_unscale + groups.inverse_exponent() < 250;
@@ -792,7 +871,7 @@ class Hopper {
     Turn turn{0, 0}, next{0, 0};
     const auto start = [&](uint32_t index) {
       if (index < p.tiles) {
-        barrier_wait(empty(next.stage), next.parity ^ 1);
+        wait_for_stage(next);
         const Patch patch = this->patch(index);
         const unsigned char* const start = patch.image + static_cast<int64_t>(patch.h0) * p.x_row_bytes +
                                            patch.w0 * p.x_col_bytes;
@@ -840,28 +919,43 @@ class Hopper {
   // ---- the warpgroups that multiply and write ----
 
   __device__ __forceinline__ void compute(int taker) const {
-    Turn turn{taker, 0};
+    const bool share = p.tile.takers_share;
+    const int chunk_step = share ? kHopperTakers : 1, tile_step = share ? 1 : kHopperTakers;
+    int first_chunk = share ? taker : 0;
+    Turn turn{share ? 0 : taker, 0};
     Gathered gathered;
-    // What is staged and has to be copied: a tile's channels, or a chunk's pixels.
-    uint32_t staged = kNoTile;
-    int staged_chunk = 0;
+    // kByTurns: whose products are under way.
+    const auto tiles = static_cast<int>((p.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
+    const int others = share ? (tiles * p.tile.chunks + taker) / 2 : (tiles + taker) / 2 * p.tile.chunks;
+    int turns = taker - 1;  // of the other that have to be over
+    const auto wait_for_turn = [&] {
+      if (kByTurns && turns >= 0 && turns < others) {
+        barrier_wait(multiplied(1 - taker), turns & 1);
+      }
+      ++turns;
+    };
+    const auto end_turn = [&] {
+      if (kByTurns) {
+        __syncwarp();
+        if (lane() == 0) {
+          barrier_arrive(multiplied(taker));
+        }
+      }
+    };
+    uint32_t staged = kNoTile;  // a tile that has to be copied
     const auto copy_staged = [&] {
-      if constexpr (!kMoments) {
+      if constexpr (kOutput == HopperOutput::planes) {
         if (staged != kNoTile) {
-          if constexpr (kLast) {
-            copy_pixels(pixels(locate(staged)), staged_chunk * kHopperChunk, taker);
-          } else {
-            copy_planes(locate(staged), taker);
-          }
+          copy_planes(locate(staged), taker);
           copy_bulk_commit();
           staged = kNoTile;
         }
       }
     };
-    for (uint32_t index = blockIdx.x + taker * gridDim.x; index < p.tiles; index += kHopperTakers * gridDim.x) {
+    for (uint32_t index = blockIdx.x + turn.stage * gridDim.x; index < p.tiles; index += tile_step * gridDim.x) {
       const int stage = turn.stage;
       barrier_wait(full(stage), turn.parity);
-      advance(turn, kHopperTakers, p.tile.stages);
+      advance(turn, tile_step, p.tile.stages);
       const uint2 info = header().stages[stage];
       const bool exact = kFloat ? info.x != 0 : (info.x | info.y) != 0;
       const float inverse = kFloat && !exact ? __uint_as_float(info.y) : 1.0f;
@@ -872,10 +966,11 @@ class Hopper {
         of_tile = pixels(locate(index));
       }
 #pragma unroll 1
-      for (int chunk = 0; chunk < p.tile.chunks; ++chunk) {
+      for (int chunk = first_chunk; chunk < p.tile.chunks; chunk += chunk_step) {
         Sums sums;
-        multiply(sums, input(stage) + chunk * (kHopperChunk * 16), copy_staged);
-        if (chunk == p.tile.chunks - 1) {
+        wait_for_turn();
+        multiply(sums, input(stage) + chunk * (kHopperChunk * 16), end_turn, copy_staged);
+        if (chunk + chunk_step >= p.tile.chunks) {
           __syncwarp();
           if (lane() == 0) {
             barrier_arrive(empty(stage));
@@ -911,8 +1006,8 @@ class Hopper {
                 stage_pixels(sums, taker);
                 fence_async();
                 __syncwarp();
-                staged = index;
-                staged_chunk = chunk;
+                copy_pixels(of_tile, chunk * kHopperChunk, taker);
+                copy_bulk_commit();
                 return;
               }
             }
@@ -942,6 +1037,9 @@ class Hopper {
           write_planes(locate(index), taker);
         }
       }
+      if (share) {
+        first_chunk ^= p.tile.chunks & 1;  // an odd chunk goes to either by turns
+      }
     }
     copy_staged();
     if constexpr (kMoments) {
@@ -951,9 +1049,9 @@ class Hopper {
     }
   }
 
-  // x: the chunk's first unit. meanwhile(): what there is to do while the tensor cores are busy.
-  template <typename F>
-  __device__ __forceinline__ void multiply(Sums& sums, uint32_t x, F&& meanwhile) const {
+  // x: the chunk's first unit. issued(): the tensor cores know all there is to do; meanwhile(): while they are busy.
+  template <typename E, typename F>
+  __device__ __forceinline__ void multiply(Sums& sums, uint32_t x, E&& issued, F&& meanwhile) const {
     const uint32_t w_start = operand_start(weights(), kRows * 16);
     constexpr uint32_t kStep = 2 * kRows * 16 >> 4;
     // f(the step's pixels, its weights, whether there is something to add to)
@@ -980,6 +1078,8 @@ class Hopper {
         product_commit();
         if (half == 0) {
           meanwhile();
+        } else {
+          issued();
         }
         product_wait<0>();
 #pragma unroll
@@ -1003,6 +1103,7 @@ class Hopper {
         }
       });
       product_commit();
+      issued();
       meanwhile();
       product_wait<0>();
       if constexpr (kFloat) {
@@ -1214,7 +1315,7 @@ class Hopper {
       }
       return;
     }
-    const float* const source = kFloat && !exact ? header().unscales : header().scales;
+    const float* const source = kFloat && !exact ? header().scaled_unscales : header().scales;
 #pragma unroll
     for (int i = 0; i < kOwnChannels; ++i) {
       const int channel = own_channel(i);
@@ -1472,7 +1573,7 @@ class Hopper {
   }
 
   const HopperParams<T>& p;
-  const int first_channel;
+  const int first_channel, warp_of_block;
 };
 
 template <typename T, HopperOutput kOutput, int kChannels = kHopperChannels>
@@ -1496,10 +1597,9 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   p.residual = static_cast<const T*>(operands.residual);
   p.y = static_cast<T*>(operands.y);
   p.moments = moments;
-  p.w_stride_k = operands.w_stride_k;
-  p.w_stride_c = operands.w_stride_c;
-  p.w_stride_r = operands.w_stride_r;
-  p.w_stride_s = operands.w_stride_s;
+  p.w_stride_c = static_cast<int>(operands.w_stride_c);
+  p.w_stride_r = static_cast<int>(operands.w_stride_r);
+  p.w_stride_s = static_cast<int>(operands.w_stride_s);
   p.C = static_cast<int>(c.C), p.H = static_cast<int>(c.H), p.W = static_cast<int>(c.W);
   p.K = static_cast<int>(c.K), p.R = static_cast<int>(c.R), p.S = static_cast<int>(c.S);
   p.P = static_cast<int>(c.P), p.Q = static_cast<int>(c.Q);
@@ -1510,8 +1610,6 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   p.pad_h = static_cast<int>(c.pad_h), p.pad_w = static_cast<int>(c.pad_w);
   p.dilation_h = static_cast<int>(c.dilation_h), p.dilation_w = static_cast<int>(c.dilation_w);
   p.tile = tile;
-  p.filter = FastDiv(p.R * p.S);
-  p.filter_row = FastDiv(p.S);
   p.x_cols = FastDiv(tile.x_cols);
   p.x_rows = FastDiv(tile.x_rows);
   p.channel_blocks = FastDiv(tile.channel_blocks);
@@ -1536,6 +1634,7 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   p.unit_channel = c.channels_last ? static_cast<int>(kBytes) : tile.slab_rows * tile.slab_pitch;
   p.fetches = p.x_row_bytes % 16 == 0;
   p.slab_vectors = c.channels_last && c.C % 8 == 0;
+  p.w_vectors = operands.w_stride_c == 1 && c.C % 8 == 0;
   p.y_vectors = c.channels_last && c.K * kBytes % kVecBytes == 0 && aligned(p.y, kVecBytes);
   p.stage_pairs = tile.q % 2 == 0 && tile.x_cols % 2 == 0 && c.Q % 2 == 0 && aligned(p.y, 2 * kBytes);
   p.rows_aligned = c.Q * kBytes % kVecBytes == 0 && aligned(p.y, kVecBytes);

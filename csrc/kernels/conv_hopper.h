@@ -22,7 +22,10 @@ constexpr int kHopperLoaders = 2;  // warpgroups that load
 constexpr int kHopperTakers = 2;   // warpgroups that multiply and write, by turns
 constexpr int kHopperThreads = 128 * (kHopperLoaders + kHopperTakers);
 // Units of the input that a loading thread has in registers at once.
-FCB_HD constexpr int hopper_units_at_once(int halves, bool writes) { return halves == 2 && !writes ? 4 : 2; }
+FCB_HD constexpr int hopper_units_at_once(bool planes) { return planes ? 2 : 4; }
+// Teams of loading threads that take turns with the tiles. float32 has to be looked at before it can be split, and a team waits
+// most of that time. For contiguous outputs two teams were slower (176 -> 182 us for problem 73).
+FCB_HD constexpr int hopper_teams(int halves, bool pixels) { return halves == 2 && pixels ? kHopperLoaders : 1; }
 FCB_HD constexpr int hopper_place_bytes(bool channels_last) { return channels_last ? 8 : 2; }
 constexpr int kHopperChannels = 64;         // output channels of a block, at most
 constexpr int kHopperChunk = 128;           // positions that a warpgroup multiplies at a time
@@ -32,7 +35,7 @@ constexpr int kHopperMostStages = 4;        // tiles in shared memory
 constexpr int kHopperSlabs = 2;
 constexpr int kHopperOutside = 8;  // of a channel: places for results outside the tile, for threads that share it
 constexpr int kHopperHeader = 2048;
-constexpr int kHopperAlignment = 16;  // of the input in memory
+constexpr int kHopperAlignment = 16;  // of input and weights in memory
 // A run of the output is staged where it starts in memory, modulo so many bytes.
 constexpr int kHopperRunAlign = 32;
 
@@ -51,16 +54,18 @@ struct HopperTile {
   int chunks;
   int x_half;  // the units of one half
   int stages;
-  int rounds;        // in which the threads load a tile's units
-  int table;         // of these units
-  int slab_rows;     // input rows
-  int slab_pitch;    // from row to row
-  int slab;          // one slab; 0: there are none
-  int stage_row;     // contiguous: from row to row of a tile on its way out, in elements
-  int stage_pitch;   // contiguous: from channel to channel
-  bool stage_deals;  // contiguous: a store has channels two apart
-  int stage_end;     // contiguous: places for results outside the tile
-  int pixel_stage;   // channels_last: a warp's place for 32 pixels on their way out; 0: there is none
+  bool takers_share;         // the warpgroups that multiply share a tile's chunks; else they take turns with the tiles
+  int w_passes, w_channels;  // weights are set up in passes of so many output channels
+  int rounds;                // in which the threads load a tile's units
+  int table;                 // of these units
+  int slab_rows;             // input rows
+  int slab_pitch;            // from row to row
+  int slab;                  // one slab; 0: there are none
+  int stage_row;             // contiguous: from row to row of a tile on its way out, in elements
+  int stage_pitch;           // contiguous: from channel to channel
+  bool stage_deals;          // contiguous: a store has channels two apart
+  int stage_end;             // contiguous: places for results outside the tile
+  int pixel_stage;           // channels_last: a warp's place for 32 pixels on their way out; 0: there is none
   int tiles_p, tiles_q;
   // Shared memory: the header, the weights, the stages with input, the slabs, the table of units, the places of positions,
   // the stages on the way out.
@@ -145,7 +150,8 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool write
     t.stage_pitch = static_cast<int>(round_up(t.stage_end + kHopperOutside + most_lead - wanted, line) + wanted);
     outputs = kHopperTakers * int64_t{kHopperChannels} * t.stage_pitch * c.element_bytes;
   }
-  const int round = 128 * kHopperLoaders * hopper_units_at_once(t.halves, writes);
+  const int round = 128 * kHopperLoaders / hopper_teams(t.halves, writes && c.channels_last) *
+                    hopper_units_at_once(writes && !c.channels_last);
   t.rounds = static_cast<int>(ceil_div(t.x_units, round));
   t.table = t.rounds * round * 8;
   const int64_t cols = (t.q - 1) * c.stride_w + (c.S - 1) * c.dilation_w + 1;
@@ -176,6 +182,16 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool write
   if (t.stages < kHopperTakers) {
     return false;
   }
+  // They lie in the second stage, and behind that.
+  const int64_t w_channel = c.C * c.R * c.S * c.element_bytes;
+  t.w_channels = static_cast<int>(std::min<int64_t>((t.stages - 1) * stage / w_channel / 8 * 8, kHopperChannels));
+  if (t.w_channels == 0) {
+    return false;
+  }
+  t.w_passes = static_cast<int>(ceil_div(kHopperChannels, t.w_channels));
+  // The last tile of a block takes half as long, which counts where there are few: 16.7 -> 16.0 us for 3 -> 32 channels,
+  // stride 2. A contiguous output is staged by the tile.
+  t.takers_share = writes && c.channels_last && t.chunks > 2;
   t.at_input = kHopperHeader + t.w_bytes();
   t.at_slabs = static_cast<int>(t.at_input + t.stages * stage);
   t.at_table = t.at_slabs + kHopperSlabs * t.slab;

@@ -24,10 +24,19 @@ __device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from,
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 }
+// The first `bytes`, and zeros behind them.
+__device__ __forceinline__ void copy_async_some(uint32_t to_shared, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
+}
 // 4 bytes.
 __device__ __forceinline__ void copy_async_1(uint32_t to_shared, const void* from, bool exists) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to_shared), "l"(from), "r"(exists ? 4 : 0)
                : "memory");
+}
+
+// The line that holds this address is to come to L2.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // Ends a group of the copies that this thread started.

@@ -43,7 +43,7 @@ struct CudaKernel {
     const Tensor memory = empty_strided(1, &doubles, &stride, ScalarType::Double, c.input.device);
     auto* const affines = static_cast<float*>(memory.data_ptr());
     auto* const workspace = static_cast<double*>(memory.data_ptr()) + affine_doubles;
-    KernelConv conv(c, kHopperAlignment);
+    KernelConv conv(c, kHopperAlignment, true);
     const auto launch = [&](const auto& kernel) {
       dispatch_dtype(c.input.dtype, [&](auto tag) {
         if constexpr (sizeof(typename decltype(tag)::type) <= 4) {

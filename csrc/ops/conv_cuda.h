@@ -6,41 +6,45 @@
 
 namespace fused_conv_bn {
 
-// Dense in the memory format of the result, and from a multiple of `alignment` bytes on, as kernels want it.
+// Dense tensors that start at a multiple of `alignment` bytes, as kernels want them.
 class DenseCopies {
  public:
-  DenseCopies(bool channels_last, uintptr_t alignment) : channels_last_(channels_last), alignment_(alignment) {}
+  explicit DenseCopies(uintptr_t alignment) : alignment_(alignment) {}
 
-  const void* data(const Operand& x) {
-    const bool dense = has_strides(x, dense_strides(x, channels_last_));
+  const void* data(const Operand& x, bool channels_last) {
+    const bool dense = has_strides(x, dense_strides(x, channels_last));
     if (dense && reinterpret_cast<uintptr_t>(x.tensor->data_ptr()) % alignment_ == 0) {
       return x.tensor->data_ptr();
     }
     copies_.push_back(dense ? torch::stable::clone(*x.tensor)
-                            : torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last_)));
+                            : torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last)));
     return copies_.back().data_ptr();
   }
 
  private:
-  bool channels_last_;
   uintptr_t alignment_;
   std::vector<Tensor> copies_;
 };
 
-// The input and a new output; the weight is taken as it lies.
+// The input and a residual in the memory format of the result, and a new output. The weight is taken as it lies, or
+// dense_weight: dense, contiguous or channels_last.
 struct KernelConv {
+  bool channels_last;
   DenseCopies copies;
   Tensor y;
   ConvOperands operands{};
 
-  KernelConv(const PlainConv& c, uintptr_t alignment) : copies(computes_channels_last(c), alignment) {
-    const Strides strides = dense_strides(c.input.dim, c.sizes.data(), computes_channels_last(c));
+  KernelConv(const PlainConv& c, uintptr_t alignment, bool dense_weight)
+      : channels_last(computes_channels_last(c)), copies(alignment) {
+    const Strides strides = dense_strides(c.input.dim, c.sizes.data(), channels_last);
     y = empty_strided(c.input.dim, c.sizes.data(), strides.data(), c.input.dtype, c.input.device);
-    operands.x = copies.data(c.input);
-    operands.w = c.weight.tensor->data_ptr();
-    operands.w_stride_k = c.weight.strides[0], operands.w_stride_c = c.weight.strides[1];
-    operands.w_stride_r = c.weight.strides[2], operands.w_stride_s = c.weight.strides[3];
     operands.y = y.data_ptr();
+    operands.x = copies.data(c.input, channels_last);
+    const bool last = has_strides(c.weight, dense_strides(c.weight, true));
+    const Strides dense = dense_strides(c.weight, last);
+    const int64_t* const w = dense_weight ? dense.data() : c.weight.strides;
+    operands.w = dense_weight ? copies.data(c.weight, last) : c.weight.tensor->data_ptr();
+    operands.w_stride_k = w[0], operands.w_stride_c = w[1], operands.w_stride_r = w[2], operands.w_stride_s = w[3];
   }
 };
 

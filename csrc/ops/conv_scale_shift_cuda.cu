@@ -87,13 +87,13 @@ void print_config(const char* op, const PlainConv& c, bool has_residual, bool al
 
 // An algorithm of this package: launch(TypeTag<T>, ConvOperands) starts its kernel.
 template <typename Launch>
-Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda, uintptr_t alignment,
+Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda, uintptr_t alignment, bool dense_weight,
                   const Launch& launch) {
   OptionalTensor scale_copy, shift_copy;
-  KernelConv conv(c, alignment);
+  KernelConv conv(c, alignment, dense_weight);
   conv.operands.scale = channel_data(c.scale, c.scale.dtype, scale_copy);
   conv.operands.shift = channel_data(c.shift, c.shift.dtype, shift_copy);
-  conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual) : nullptr;
+  conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual, conv.channels_last) : nullptr;
   dispatch_dtype(c.input.dtype, [&](auto tag) { cuda.check_launch(op, launch(tag, conv.operands)); });
   return conv.y;
 }
@@ -144,7 +144,7 @@ Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoic
   const bool hopper = config.algorithm == ConvAlgorithm::hopper;
   const uintptr_t alignment = hopper ? kHopperAlignment : (depthwise && choice.problem.channels_last ? 16 : 1);
   const auto run = [&](const auto& launch) {
-    return run_kernel(op, c, cuda, alignment, [&](auto tag, const ConvOperands& operands) {
+    return run_kernel(op, c, cuda, alignment, hopper, [&](auto tag, const ConvOperands& operands) {
       if constexpr (sizeof(typename decltype(tag)::type) <= 4) {  // none is for float64
         return launch(tag, operands);
       }

@@ -31,6 +31,8 @@ DepthwiseParams<T> make_depthwise_params(const ConvProblem& c, const ConvOperand
   p.w_stride_k = operands.w_stride_k;
   p.w_stride_r = operands.w_stride_r;
   p.w_stride_s = operands.w_stride_s;
+  p.dense_filters = p.w_stride_s == 1 && p.w_stride_r == c.S && p.w_stride_k == c.R * c.S &&
+                    reinterpret_cast<uintptr_t>(operands.w) % kVecBytes == 0;
   p.C = static_cast<int>(c.C);
   p.H = static_cast<int>(c.H);
   p.W = static_cast<int>(c.W);
@@ -102,6 +104,7 @@ cudaError_t launch_conv_depthwise(const ConvProblem& c, const ConvOperands& oper
     }
     const int64_t most = std::max<int64_t>(int64_t{resident} * multiprocessors, 1);
     dim3 grid;
+    int shared_bytes = plan.shared_bytes;
     if (c.channels_last) {
       const int64_t columns = int64_t{plan.tiles_q} * plan.chunks;
       const int64_t rows = c.N * c.P;
@@ -109,10 +112,19 @@ cudaError_t launch_conv_depthwise(const ConvProblem& c, const ConvOperands& oper
       p.range_rows = static_cast<uint32_t>(rows / ranges);
       p.longer_ranges = static_cast<uint32_t>(rows % ranges);
       grid = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(ranges));
+      // The next kernel's blocks come where there is room. So that those of a next one like this do not crowd on some of the
+      // multiprocessors, none has room for more than its share: 384 channels of 14x14 took 10.5 us without this, 7.3 with it,
+      // 7.7 where none come. Blocks of many rows gain nothing, and lose up to 1%.
+      constexpr uint32_t kMostRows = 16;
+      const int64_t share = ceil_div(columns * ranges, multiprocessors);
+      if (launches_dependents() && share > 1 && p.range_rows <= kMostRows) {
+        p.next_begins = true;
+        shared_bytes = std::max(shared_bytes, depthwise_bytes_of_share(share));
+      }
     } else {  // the tiles are shared out evenly to no more blocks than run at a time
       grid = dim3(static_cast<unsigned>(ceil_div(plan.tiles, ceil_div(plan.tiles, most))));
     }
-    return launch_kernel(kernel, grid, static_cast<unsigned>(plan.threads), plan.shared_bytes, true, stream, p);
+    return launch_kernel(kernel, grid, static_cast<unsigned>(plan.threads), shared_bytes, true, stream, p);
   });
 }
 

@@ -73,6 +73,13 @@ inline int64_t depthwise_ranges(const ConvProblem& c, const DepthwisePlan& p, in
   return std::clamp<int64_t>(std::min(blocks / (int64_t{p.tiles_q} * p.chunks), c.N * c.P / p.tile_rows), 1, kMost);
 }
 
+// Shared memory that a block asks for so that no more than so many find room on a multiprocessor of compute capability 9.0,
+// the only one where kernels begin early.
+inline int depthwise_bytes_of_share(int64_t blocks) {
+  constexpr int64_t kAll = 228 * 1024, kReserved = 1024, kUnit = 128;  // of a multiprocessor; of a block, by the system
+  return static_cast<int>(std::min<int64_t>(kDepthwiseMaxSharedBytes, (kAll / blocks - kReserved) / kUnit * kUnit));
+}
+
 // How long a channels_last plan takes, in steps of a warp. All warps of a multiprocessor take their turns; a block takes two
 // steps' time to begin, and waits for four turns at each step. Inputs that tiles share are copied by each. Pieces of pixels
 // move more slowly where they are not whole lines. Of all plans for 29 layers (3x3 and 5x5, 16 bits and float32, batches of

@@ -23,6 +23,7 @@ struct DepthwiseParams {
   const acc_t<T>* scale;
   const acc_t<T>* shift;
   int64_t w_stride_k, w_stride_r, w_stride_s;
+  bool dense_filters;  // one behind the other, and aligned for vectors
   int C, H, W, P, Q;
   int pad_h, pad_w;
   Activation activation;
@@ -39,6 +40,7 @@ struct DepthwiseParams {
   // channels_last; range i has range_rows rows of all images, one more if i < longer_ranges
   int channels;
   uint32_t range_rows, longer_ranges;
+  bool next_begins;  // whether blocks of the next kernel may come before these end
   FastDiv lanes;
   FastDiv chunks;
   FastDiv image_rows;
@@ -131,12 +133,12 @@ __device__ __forceinline__ void add_row(const Acc (&in)[kIn][V], const Acc (&w)[
   }
 }
 
-// One step. load(i, in): input row i of the step; finish(sum): a row of outputs. The sums move on by one as they grow,
-// in an order that needs no copies.
+// One step. load(i, in): input row i of the step; finish(sum): a row of outputs. The last step only finishes one, which takes
+// its first row. The sums move on by one as they grow, in an order that needs no copies.
 template <int R, int kStride, int kCols, int V, typename Acc, typename Load, typename Finish>
 __device__ __forceinline__ void step_down(const Acc (&w)[R][R][V],
                                           Acc (&sums)[kDepthwiseSteps<R, kStride> - 1][kCols][V], Load load,
-                                          Finish finish) {
+                                          Finish finish, bool last) {
   static_assert((R - 1) % kStride == 0, "the first row of a step finishes an output");
   constexpr int kSteps = kDepthwiseSteps<R, kStride>;
   Acc in[(kCols - 1) * kStride + R][V];
@@ -150,6 +152,9 @@ __device__ __forceinline__ void step_down(const Acc (&w)[R][R][V],
   add_row<kStride, true>(in, w[0], sums[kSteps - 2], sums[kSteps - 2]);
 #pragma unroll
   for (int i = 1; i < kStride; ++i) {
+    if (last) {
+      break;
+    }
     load(i, in);
 #pragma unroll
     for (int j = (R - 1 - i) / kStride; j >= 0; --j) {

@@ -89,7 +89,6 @@ template <typename T, int R, int kStride>
 __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_blocks(R))
     conv_depthwise_lanes_kernel(const DepthwiseParams<T> p) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
-  wait_for_previous();
   constexpr int V = kDepthwiseLaneChannels;
   constexpr int kCols = kDepthwiseCols;
   constexpr int kIn = (kCols - 1) * kStride + R;
@@ -171,33 +170,52 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
     stage += p.stage_bytes;
     stage = stage == ring_start + ring_bytes ? ring_start : stage;
   };
+
+  // What is above reads parameters alone. From here on all that the block needs first is under way at once: its filters, one
+  // behind the other, scale and shift, and inputs.
+  wait_for_previous();
+  if (p.next_begins) {
+    let_next_begin();
+  }
+  T* const taps = reinterpret_cast<T*>(ring + ring_bytes);
+  const int filters = min(p.channels, p.C - first_channel);
+  if (p.dense_filters) {
+    const T* const from = p.w + first_channel * (R * R);
+#pragma unroll 1
+    for (int i = threadIdx.x * kPiece; i < filters * (R * R); i += blockDim.x * kPiece) {
+      copy_async(ring_start + ring_bytes + i * kBytes, from + i, true);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < filters * (R * R); i += blockDim.x) {
+      const int k = i / (R * R), tap = i % (R * R);
+      taps[i] = p.w[(first_channel + k) * p.w_stride_k + tap / R * p.w_stride_r + tap % R * p.w_stride_s];
+    }
+  }
+#pragma unroll 1
+  for (int k = threadIdx.x; k < filters; k += blockDim.x) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(affine + k));
+    copy_async_1(to, p.scale + (first_channel + k), true);
+    copy_async_1(to + sizeof(float), p.shift + (first_channel + k), true);
+  }
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) {
     copy_step();
   }
 
-  // Meanwhile the weights, tap by tap, and scale and shift.
-  T* const taps = reinterpret_cast<T*>(ring + ring_bytes);
-#pragma unroll 1
-  for (int k = threadIdx.x; k < p.channels && first_channel + k < p.C; k += blockDim.x) {
-    const T* from = p.w + (first_channel + k) * p.w_stride_k;
-    T tap[R * R];
-#pragma unroll
-    for (int i = 0; i < R * R; ++i) {
-      tap[i] = from[i / R * p.w_stride_r + i % R * p.w_stride_s];
-    }
-    const float2 of_channel = {p.scale[first_channel + k], p.shift[first_channel + k]};
-#pragma unroll
-    for (int i = 0; i < R * R; ++i) {
-      taps[i * p.channels + k] = tap[i];
-    }
-    affine[k] = of_channel;
-  }
+  // A lane's taps lie an odd number of words behind the one before, which spreads them over the banks.
+  copy_async_wait_all_but<kStages - 2>();
   __syncthreads();
   acc_t<T> weights[R][R][V];
 #pragma unroll
   for (int i = 0; i < R * R; ++i) {
-    load_lane(taps + i * p.channels + lane_channel, weights[i / R][i % R]);
+    acc_t<T> two[V];
+    load_lane(taps + lane_channel * (R * R) + i * V, two);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const int tap = (i * V + k) % (R * R);
+      weights[tap / R][tap % R][(i * V + k) / (R * R)] = two[k];
+    }
   }
 
   // ReLU and ReLU6 bound the results. Rounding keeps the order of numbers, and these bounds as they are, so they may come
@@ -275,7 +293,8 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
               to += p.C;
             }
             out += p.Q * p.C;
-          });
+          },
+          walk.left == 1);
     }
     walk.next_step();
   }

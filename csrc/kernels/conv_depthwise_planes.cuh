@@ -185,7 +185,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwisePlaneBlocks<R>)
                 }
               }
               e += p.Q;
-            });
+            },
+            t == rows + kSteps - 2);
       }
     }
     __syncthreads();

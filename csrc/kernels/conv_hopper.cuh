@@ -71,6 +71,7 @@ struct HopperParams {
   bool stage_pairs;   // contiguous: two neighbouring results can be staged with one store
   bool rows_aligned;  // contiguous, rows that are not whole: each starts at a multiple of 16 bytes
   bool bulk;  // contiguous: a channel's run starts and ends at multiples of 16 bytes; channels_last: pixels are staged
+  bool streams;  // the output is larger than L2
   Activation activation;
   uint32_t steps[kHopperMostUnits / 2];  // operand_start() of each step, from the tile's first unit on
   uint32_t units[kHopperMostUnits];      // r, s and channel block of each step's two units; kNoUnit
@@ -1440,7 +1441,7 @@ class Hopper {
     if (begins >> lane() & 1) {
       const uint32_t behind = (~there | begins) & (0xfffffffeu << lane());
       const int length = (behind == 0 ? 32 : __ffs(static_cast<int>(behind)) - 1) - lane();
-      copy_bulk(pixels.start + place.x, pixel_stage(taker) + lane() * pitch, length * pitch);
+      copy_bulk(pixels.start + place.x, pixel_stage(taker) + lane() * pitch, length * pitch, L2Policy::once(p.streams));
     }
   }
   static __device__ __forceinline__ void store_words_if(bool condition, void* address, const uint32_t (&w)[4]) {
@@ -1512,7 +1513,7 @@ class Hopper {
     if (lane() < 16 && first_channel + channel < p.K) {
       const int64_t own = y_offset(tile) + channel * (p.P * p.Q);
       copy_bulk(p.y + own, output(taker) + channel * p.tile.stage_pitch * kBytes + lead(channel, own),
-                rows(tile) * p.Q * kBytes);
+                rows(tile) * p.Q * kBytes, L2Policy::once(p.streams));
     }
   }
 
@@ -1641,6 +1642,7 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   p.bulk = aligned(p.y, kVecBytes) &&
            (c.channels_last ? tile.pixel_stage > 0
                             : whole && c.P * c.Q * kBytes % kVecBytes == 0 && tile.p * c.Q * kBytes % kVecBytes == 0);
+  p.streams = c.N * c.K * c.P * c.Q * kBytes > kHopperL2Bytes;
   p.activation = activation;
   std::vector<HopperUnit> units;
   for (int i = 0; i < tile.units; ++i) {

@@ -65,6 +65,23 @@ __device__ __forceinline__ void copy_async_wait_all_but() {
 __device__ __forceinline__ void copy_bulk(void* to, uint32_t from_shared, uint32_t bytes) {
   FCB_BULK("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from_shared), "r"(bytes));
 }
+// The same of data that L2 need not keep, or like any other: once().
+struct L2Policy {
+  uint64_t bits = 0;
+  static __device__ __forceinline__ L2Policy once(bool is) {
+    L2Policy policy;
+    if (is) {
+      FCB_BULK("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy.bits) :);
+    } else {
+      FCB_BULK("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy.bits) :);
+    }
+    return policy;
+  }
+};
+__device__ __forceinline__ void copy_bulk(void* to, uint32_t from_shared, uint32_t bytes, L2Policy policy) {
+  FCB_BULK("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to), "r"(from_shared),
+           "r"(bytes), "l"(policy.bits));
+}
 // Ends a group of those that this thread started.
 __device__ __forceinline__ void copy_bulk_commit() { FCB_BULK("cp.async.bulk.commit_group;" ::); }
 // Waits until this thread's have read their source.

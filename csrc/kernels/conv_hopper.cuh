@@ -936,7 +936,7 @@ class Hopper {
       ++turns;
     };
     const auto end_turn = [&] {
-      if (kByTurns) {
+      if (kByTurns && turns < others) {  // somebody waits for it
         __syncwarp();
         if (lane() == 0) {
           barrier_arrive(multiplied(taker));

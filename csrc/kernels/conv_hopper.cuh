@@ -118,7 +118,7 @@ class Hopper {
   static constexpr int kVec = Vec<T>::kSize;
   static constexpr int kLineBytes = 128;  // of L2
   // Units that a loading thread has in registers.
-  static constexpr int kReadAtOnce = hopper_units_at_once(kOutput == HopperOutput::planes);
+  static constexpr int kReadAtOnce = hopper_units_at_once(kHalves, !kMoments, kLast);
   static constexpr uint32_t kInfinity = std::is_same_v<T, bfloat16> ? 0x7f80 : 0x7c00;
   // A thread's own part of the product of a chunk.
   static constexpr int kSums = kChannels * kHopperChunk / 128;
@@ -161,7 +161,9 @@ class Hopper {
       set_up_places();
       wait_unless_centered();
       set_up_weights();
-      let_next_begin();
+      if constexpr (!kMoments) {  // else small blocks come next, and would crowd where there is room first
+        let_next_begin();
+      }
       meet(kTakersMeet, kTakeThreads);
       if (threadIdx.x == kLoadThreads) {
         barrier_arrive(weights_there());

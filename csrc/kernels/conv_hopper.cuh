@@ -972,7 +972,10 @@ class Hopper {
       for (int chunk = first_chunk; chunk < p.tile.chunks; chunk += chunk_step) {
         Sums sums;
         wait_for_turn();
-        multiply(sums, input(stage) + chunk * (kHopperChunk * 16), end_turn, copy_staged);
+        multiply(sums, input(stage) + chunk * (kHopperChunk * 16), [&] {
+          end_turn();
+          copy_staged();
+        });
         if (chunk + chunk_step >= p.tile.chunks) {
           __syncwarp();
           if (lane() == 0) {
@@ -1052,9 +1055,9 @@ class Hopper {
     }
   }
 
-  // x: the chunk's first unit. issued(): the tensor cores know all there is to do; meanwhile(): while they are busy.
-  template <typename E, typename F>
-  __device__ __forceinline__ void multiply(Sums& sums, uint32_t x, E&& issued, F&& meanwhile) const {
+  // x: the chunk's first unit. meanwhile(): what there is to do while the tensor cores are busy with the last products.
+  template <typename F>
+  __device__ __forceinline__ void multiply(Sums& sums, uint32_t x, F&& meanwhile) const {
     const uint32_t w_start = operand_start(weights(), kRows * 16);
     constexpr uint32_t kStep = 2 * kRows * 16 >> 4;
     // f(the step's pixels, its weights, whether there is something to add to)
@@ -1079,10 +1082,8 @@ class Hopper {
           product_m64n64k16<Half, more()>(low, operand(units + x_low), operand(w));
         });
         product_commit();
-        if (half == 0) {
+        if (half == 1) {
           meanwhile();
-        } else {
-          issued();
         }
         product_wait<0>();
 #pragma unroll
@@ -1106,7 +1107,6 @@ class Hopper {
         }
       });
       product_commit();
-      issued();
       meanwhile();
       product_wait<0>();
       if constexpr (kFloat) {

@@ -38,7 +38,7 @@ constexpr int kHopperMostStages = 4;        // tiles in shared memory
 constexpr int kHopperSlabs = 2;
 constexpr int kHopperOutside = 8;  // of a channel: places for results outside the tile, for threads that share it
 constexpr int kHopperHeader = 2048;
-constexpr int64_t kHopperL2Bytes = int64_t{60} << 20;  // at most
+constexpr int64_t kHopperL2Bytes = int64_t{60} << 20;  // of L2, at most
 constexpr int kHopperAlignment = 16;                   // of input and weights in memory
 // A run of the output is staged where it starts in memory, modulo so many bytes.
 constexpr int kHopperRunAlign = 32;

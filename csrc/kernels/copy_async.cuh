@@ -19,14 +19,12 @@ __device__ __forceinline__ void copy_async(void* to_shared, const void* from, bo
 #endif
 }
 
-// The same by the shared memory's 32-bit address. Compute capability 8.0 on.
-__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(exists ? 16 : 0)
-               : "memory");
-}
-// The first `bytes`, and zeros behind them.
+// The same by the shared memory's 32-bit address, of the first `bytes`, with zeros behind them. Compute capability 8.0 on.
 __device__ __forceinline__ void copy_async_some(uint32_t to_shared, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from, bool exists) {
+  copy_async_some(to_shared, from, exists ? 16 : 0);
 }
 // 4 bytes.
 __device__ __forceinline__ void copy_async_1(uint32_t to_shared, const void* from, bool exists) {

@@ -337,7 +337,7 @@ class FewChannels {
     const int k = first_channel + channel;
     const float scale = k < p.K ? p.scale[k] : 0.0f;
     bool exact = false;
-    float w_scale = 1.0f;
+    float w_scale = 1.0f, unscaled = scale;
     if constexpr (kFloat) {
       Magnitudes m;
 #pragma unroll 8
@@ -352,12 +352,14 @@ class FewChannels {
         m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
       }
       w_scale = m.scale();
-      const float unscaled = scale * m.inverse();
+      unscaled = scale * m.inverse();
       exact = !m.can_split() || !is_moderate(unscaled);
-      header().w_scales[channel] = w_scale;
-      header().unscales[channel] = unscaled;
     }
     if (threadIdx.x % kSharers == 0) {
+      if constexpr (kFloat) {
+        header().w_scales[channel] = w_scale;
+        header().unscales[channel] = unscaled;
+      }
       header().scales[channel] = scale;
       header().shifts[channel] = k < p.K ? p.shift[k] : 0.0f;
     }
@@ -802,8 +804,7 @@ class FewChannels {
     }
   }
 
-  // kPaired, which has registers for weights on their way as well. After the last step these are what lies behind, and are
-  // not used.
+  // kPaired, which has registers for weights on their way as well. Behind the last step that is the last one's again.
   __device__ __forceinline__ void multiply_ahead(Product& acc) const {
     uint32_t base[kN];
 #pragma unroll
@@ -845,6 +846,7 @@ class FewChannels {
   // A step, and the loading of another one's weights.
   __device__ __forceinline__ void multiply_step(Product& acc, uint4 (&w)[kM], const uint2 (&v)[kN], int step,
                                                 int plane) const {
+    step = min(step, p.tile.k_steps - 1);
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll

@@ -414,7 +414,7 @@ class Hopper {
       header().w_scales[first + channel] = m.scale();
       header().unscales[first + channel] = m.inverse();
       if (!m.has_scale() || m.span() > kMaxSpan) {
-        header().all_exact = 1;
+        set(header().all_exact);
       }
       atomicMax(&header().w_span, m.span());
     }
@@ -480,6 +480,9 @@ class Hopper {
     }
   }
 
+  // What several threads may do at once.
+  static __device__ __forceinline__ void set(uint32_t& flag) { atomicOr(&flag, 1u); }
+
   // Looks for centers. float32: what the weights' scales have to be undone by, with the affine's scale where that is all.
   __device__ __forceinline__ void finish_affines() const {
     const int channel = threadIdx.x - kLoadThreads;
@@ -487,7 +490,7 @@ class Hopper {
     const float scale = own && !kMoments ? header().scales[channel] : 1.0f;
     const bool centered = own && !kMoments && header().centers[channel] != 0;
     if (centered) {
-      header().centered = 1;
+      set(header().centered);
     }
     if constexpr (kFloat) {
       const float unscale = own ? header().unscales[channel] : 1.0f;
@@ -496,7 +499,7 @@ class Hopper {
       if (own && scale != 0 && exponent < 255) {
         const int product = exponent + static_cast<int>(__float_as_uint(unscale) >> 23) - 127;
         if (product < 2 || product > 250) {
-          header().all_exact = 1;
+          set(header().all_exact);
         }
         atomicMin(&header().least_unscale, product);
         atomicMax(&header().most_unscale, product);

@@ -10,7 +10,7 @@ ARGS ?=
 CPU_LIBRARY := src/fused_conv_bn/_cpu.so
 CUDA_LIBRARY := src/fused_conv_bn/_cu13.so
 SOURCES := setup.py wheels/matrix.json $(shell find csrc -type f)
-CLANG_FORMATTED := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CLANG_FORMATTED := $(shell find csrc benchmarks tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 STATE := build/make
 
 # VENV= (empty) uses $(PYTHON) as it is and installs nothing.

@@ -76,6 +76,11 @@ def long_train(y: np.ndarray, weight: Tensor | None, bias: Tensor | None, eps: f
     return z * np.longdouble(FACTOR)
 
 
+def adds_in_float32(x: Tensor) -> bool:
+    """Whether kernels that gather statistics add the first few values up in float32."""
+    return x.is_cuda
+
+
 def check_running(
     y: np.ndarray,
     before: list[Tensor],
@@ -84,8 +89,8 @@ def check_running(
     momentum: float = MOMENTUM,
     slack: float = 0,
 ) -> None:
-    """Within two roundings of the exact values, of which the mean's is that of its two terms: they may cancel. On CUDA,
-    where the first few values are added up in float32, also within one of what is averaged.
+    """Within two roundings of the exact values, of which the mean's is that of its two terms: they may cancel. On CUDA
+    also within one of what is averaged.
     ``slack``: what the values that are averaged may be off by."""
     mean, var, count = long_moments(y)
     if conv_bias is not None:
@@ -93,7 +98,7 @@ def check_running(
     u = DTYPES[after[0].dtype]
     # In float64 there is nothing wider to add up in: a few roundings of the largest partial sum.
     roundings = 2 if u > 2.0**-50 else 64
-    slack += DTYPES[torch.float32] if after[0].is_cuda and u > 2.0**-50 else 0
+    slack += DTYPES[torch.float32] if adds_in_float32(after[0]) and u > 2.0**-50 else 0
     m = np.longdouble(momentum)
     for old, new, batch, spread in (
         (before[0], after[0], mean, np.sqrt(var)),

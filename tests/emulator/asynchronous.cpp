@@ -1,0 +1,395 @@
+// What happens beside the threads: copies, matrix products, and the barriers in shared memory that tell of them.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <map>
+
+#include "multiprocessor.h"
+
+namespace emulated {
+namespace {
+
+// ---- mbarriers ----
+
+struct Barrier {
+  uint32_t arrivals = 0, pending = 0;
+  int64_t bytes = 0;  // expected, less those that came
+  uint64_t phase = 0;
+  bool waited = true;  // somebody has waited for the phase before
+  Clock gathered, completed;
+  std::vector<std::pair<Thread*, uint32_t>> waiting;  // with the parity
+};
+std::map<uint32_t, Barrier> mbarriers;
+
+Barrier& find_barrier(uint32_t address) {
+  const auto found = mbarriers.find(address);
+  if (found == mbarriers.end()) {
+    fail("an mbarrier at %u of shared memory that was not initialised", address - kSharedBase);
+  }
+  return found->second;
+}
+
+void complete_if_due(Barrier& b) {
+  if (b.pending != 0 || b.bytes != 0) {
+    return;
+  }
+  if (!b.waited) {
+    fail("an mbarrier's phase %llu has ended, and nobody has waited for the one before",
+         static_cast<unsigned long long>(b.phase));
+  }
+  ++b.phase;
+  b.waited = !b.waiting.empty();
+  b.pending = b.arrivals;
+  b.completed = b.gathered;
+  std::fill(b.gathered.begin(), b.gathered.end(), 0);
+  for (const auto& [t, parity] : b.waiting) {
+    join(t->clock, b.completed);
+    resume(t);
+  }
+  b.waiting.clear();
+}
+
+void arrive_at(uint32_t address, Thread& t) {
+  Barrier& b = find_barrier(address);
+  if (b.pending == 0) {
+    fail("more arrivals at the mbarrier at %u of shared memory than the phase has", address - kSharedBase);
+  }
+  join(b.gathered, t.clock);
+  tick(t);
+  --b.pending;
+  complete_if_due(b);
+}
+
+// ---- asynchronous copies ----
+
+struct Fetch {
+  uint32_t to, bytes, barrier;
+  const void* from;
+  Clock clock;
+};
+std::vector<Fetch> fetches;
+size_t copies_under_way = 0;  // of all threads
+uint32_t bulk_copies = 0;     // that were started
+
+void start_copy(const AsyncCopy& copy) {
+  running->copies.push_back(copy);
+  ++running->open_copies;
+  ++copies_under_way;
+}
+
+void move(const AsyncCopy& copy) {
+  if (!copy.moved) {
+    unsigned char* const to = shared_memory + (copy.to - kSharedBase);
+    std::memcpy(to, copy.from, copy.bytes);
+    std::memset(to + copy.bytes, 0, copy.size - copy.bytes);
+  }
+}
+
+void complete_copy(Thread& t) {  // the oldest
+  const AsyncCopy copy = t.copies.front();
+  t.copies.pop_front();
+  --copies_under_way;
+  if (copy.size == 0) {
+    arrive_at(copy.barrier, t);
+    return;
+  }
+  unsigned char* const to = shared_memory + (copy.to - kSharedBase);
+  note_writer(number(to), copy.size, -1);
+  note_write(t, number(to), copy.size);
+  move(copy);
+}
+
+void complete_fetch(size_t index) {
+  const Fetch fetch = fetches[index];
+  fetches[index] = fetches.back();
+  fetches.pop_back();
+  unsigned char* const to = shared_memory + (fetch.to - kSharedBase);
+  note_writer(number(to), fetch.bytes, -1);
+  std::memcpy(to, fetch.from, fetch.bytes);
+  Barrier& b = find_barrier(fetch.barrier);
+  join(b.gathered, fetch.clock);
+  b.bytes -= fetch.bytes;
+  complete_if_due(b);
+}
+
+void move(BulkStore& store) {
+  if (!store.moved) {
+    std::memcpy(store.to, shared_memory + (store.from - kSharedBase), store.bytes);
+    store.moved = true;
+  }
+}
+
+// ---- products ----
+
+struct Product {
+  Half type;
+  unsigned n;
+  uint64_t a, b;
+  bool add;
+  unsigned there = 0;
+  std::array<std::array<float*, 64>, kWarpgroup> sums;
+};
+struct Warpgroup {
+  std::deque<Product> products;
+  uint64_t done = 0;                                  // those before the first in the queue
+  std::vector<std::pair<Thread*, uint64_t>> waiting;  // until so many are done
+};
+std::array<Warpgroup, kMostThreads / kWarpgroup> warpgroups;
+
+struct Operand {
+  uint32_t start, other_half, step;
+  explicit Operand(uint64_t bits)
+      : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
+        other_half(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
+        step(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4) {
+    if (bits >> 62 != 0 || (bits >> 49 & 7) != 0) {
+      fail("a wgmma descriptor with swizzling or a base offset: %#llx", static_cast<unsigned long long>(bits));
+    }
+  }
+  // Of eight rows, in one half of k.
+  uint32_t block(unsigned row, unsigned half) const { return start + half * other_half + row / 8 * step; }
+};
+
+// A product begins to read it (1), or is over (-1).
+void note_operand(Thread& t, const Operand& operand, unsigned rows, int change) {
+  for (unsigned row = 0; row < rows; row += 8) {
+    for (unsigned half = 0; half < 2; ++half) {
+      const uintptr_t block = number(at(operand.block(row, half), 128, "wgmma's read", 16));
+      if (change > 0) {
+        note_read(t, block, 128, true);
+      }
+      note_reader(block, 128, change);
+    }
+  }
+}
+
+void multiply(const Product& p) {
+  const auto values = [&](const Operand& operand, unsigned rows) {
+    std::vector<float> all(rows * 16);
+    for (unsigned row = 0; row < rows; ++row) {
+      for (unsigned k = 0; k < 16; ++k) {
+        uint16_t bits;
+        std::memcpy(&bits, shared_memory + (operand.block(row, k / 8) - kSharedBase) + row % 8 * 16 + k % 8 * 2, 2);
+        all[row * 16 + k] = from_half(p.type, bits);
+      }
+    }
+    return all;
+  };
+  const std::vector<float> a = values(Operand(p.a), 64), b = values(Operand(p.b), p.n);
+  for (unsigned thread = 0; thread < kWarpgroup; ++thread) {
+    for (unsigned i = 0; i < p.n / 2; ++i) {
+      const unsigned row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+      const unsigned col = i / 4 * 8 + thread % 4 * 2 + i % 2;
+      float& sum = *p.sums[thread][i];
+      double total = p.add ? sum : 0.0;
+      for (unsigned k = 0; k < 16; ++k) {
+        total += double{a[row * 16 + k]} * b[col * 16 + k];
+      }
+      sum = static_cast<float>(total);
+    }
+  }
+}
+
+void do_products(Warpgroup& g, uint64_t until) {
+  while (g.done < until && !g.products.empty() && g.products.front().there == kWarpgroup) {
+    multiply(g.products.front());
+    g.products.pop_front();
+    ++g.done;
+  }
+  std::erase_if(g.waiting, [&](const auto& waiting) {
+    if (waiting.second > g.done) {
+      return false;
+    }
+    if (waiting.first != running) {
+      resume(waiting.first);
+    }
+    return true;
+  });
+}
+
+}  // namespace
+
+bool complete_one() {
+  if (copies_under_way + fetches.size() == 0) {
+    return false;
+  }
+  std::vector<Thread*> candidates;
+  for (const auto& t : threads) {
+    if (!t->copies.empty()) {
+      candidates.push_back(t.get());
+    }
+  }
+  const size_t i = draw(static_cast<unsigned>(candidates.size() + fetches.size()));
+  if (i < fetches.size()) {
+    complete_fetch(i);
+  } else {
+    complete_copy(*candidates[i - fetches.size()]);
+  }
+  return true;
+}
+
+void reset_asynchronous() {
+  mbarriers.clear();
+  fetches.clear();
+  copies_under_way = bulk_copies = 0;
+  for (Warpgroup& g : warpgroups) {
+    g = {};
+  }
+}
+
+void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  note_write(*running, number(at(barrier, 8, "mbarrier.init", 8)), 8);
+  Barrier b;
+  b.arrivals = b.pending = arrivals;
+  b.gathered.assign(running->clock.size(), 0);
+  b.completed = b.gathered;
+  mbarriers[barrier] = b;
+}
+void barrier_arrive(uint32_t barrier, uint32_t expected_bytes) {
+  note_read(*running, number(at(barrier, 8, "mbarrier.arrive", 8)), 8);
+  find_barrier(barrier).bytes += expected_bytes;
+  arrive_at(barrier, *running);
+}
+void barrier_arrive_behind_copies(uint32_t barrier) {
+  note_read(*running, number(at(barrier, 8, "cp.async.mbarrier.arrive", 8)), 8);
+  find_barrier(barrier);
+  if (running->copies.empty()) {
+    arrive_at(barrier, *running);
+  } else {
+    start_copy({0, 0, 0, nullptr, barrier});
+  }
+}
+void barrier_wait(uint32_t barrier, uint32_t parity) {
+  note_read(*running, number(at(barrier, 8, "mbarrier.try_wait", 8)), 8);
+  Barrier& b = find_barrier(barrier);
+  if ((b.phase & 1) != parity) {
+    b.waited = true;
+    join(running->clock, b.completed);
+    return;
+  }
+  b.waiting.emplace_back(running, parity);
+  wait("the mbarrier at " + std::to_string(barrier - kSharedBase) + ", parity " + std::to_string(parity));
+}
+
+void copy_async(uint32_t to, const void* from, unsigned size, unsigned bytes) {
+  unsigned char* const target = at(to, size, "cp.async", size);
+  if (bytes > size) {
+    fail("cp.async of %u bytes into %u", bytes, size);
+  }
+  if (bytes > 0) {
+    check_global(from, bytes, "cp.async", 1, false);
+  }
+  if (number(from) % size != 0) {
+    fail("cp.async from an address that is no multiple of %u", size);
+  }
+  note_write(*running, number(target), size);
+  note_writer(number(target), size, 1);
+  start_copy({to, size, bytes, from, 0});
+  if (!late && draw(2) != 0) {
+    move(running->copies.back());
+    running->copies.back().moved = true;
+  }
+}
+void copy_async_commit() {
+  running->copy_groups.push_back(running->open_copies);
+  running->open_copies = 0;
+}
+void copy_async_wait(unsigned groups_left) {
+  // Completion is in order, so that what may still be under way are the youngest.
+  size_t may_stay = running->open_copies;
+  for (size_t i = 0; i < std::min<size_t>(groups_left, running->copy_groups.size()); ++i) {
+    may_stay += running->copy_groups[running->copy_groups.size() - 1 - i];
+  }
+  while (running->copies.size() > may_stay) {
+    complete_copy(*running);
+  }
+  while (running->copy_groups.size() > groups_left) {
+    running->copy_groups.pop_front();
+  }
+}
+
+void fetch_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  unsigned char* const target = at(to, bytes, "cp.async.bulk", 16);
+  if (bytes % 16 != 0 || bytes == 0) {
+    fail("cp.async.bulk of %u bytes", bytes);
+  }
+  check_global(from, bytes, "cp.async.bulk", 16, false);
+  note_read(*running, number(at(barrier, 8, "cp.async.bulk's mbarrier", 8)), 8);
+  find_barrier(barrier);
+  note_write(*running, number(target), bytes, Writer::copy);
+  note_writer(number(target), bytes, 1);
+  note_bulk_write(number(target), bytes, ++bulk_copies);
+  fetches.push_back({to, bytes, barrier, from, running->clock});
+  fetches.back().clock.back() = bulk_copies;
+  tick(*running);
+}
+void copy_bulk(void* to, uint32_t from, uint32_t bytes) {
+  const unsigned char* const source = at(from, bytes, "cp.async.bulk", 16);
+  if (bytes % 16 != 0 || bytes == 0) {
+    fail("cp.async.bulk of %u bytes", bytes);
+  }
+  check_global(to, bytes, "cp.async.bulk", 16, true);
+  note_read(*running, number(source), bytes, true);
+  note_reader(number(source), bytes, 1);
+  running->stores.push_back({to, from, bytes});
+}
+void copy_bulk_commit() {
+  running->committed_stores = running->stores.size();
+  for (BulkStore& store : running->stores) {
+    if (!late) {
+      move(store);
+    }
+  }
+}
+void copy_bulk_wait() {
+  std::vector<BulkStore>& stores = running->stores;
+  const auto end = stores.begin() + static_cast<ptrdiff_t>(running->committed_stores);
+  std::for_each(stores.begin(), end, [](BulkStore& store) {
+    note_reader(number(shared_memory + (store.from - kSharedBase)), store.bytes, -1);
+    move(store);
+  });
+  stores.erase(stores.begin(), end);
+  running->committed_stores = 0;
+}
+void fence_async() { ++running->fences; }
+
+void product(Half type, unsigned n, float* const* sums, uint64_t a, uint64_t b, bool add) {
+  Warpgroup& g = warpgroups[running->id / kWarpgroup];
+  const size_t index = running->products++ - g.done;
+  if (index == g.products.size()) {
+    g.products.push_back({type, n, a, b, add, 0, {}});
+  }
+  Product& p = g.products[index];
+  if (p.type != type || p.n != n || p.a != a || p.b != b || p.add != add) {
+    fail("wgmma with other operands than the other threads of its warpgroup");
+  }
+  std::copy(sums, sums + n / 2, p.sums[running->id % kWarpgroup].begin());
+  if (running->id % kWarp == 0) {
+    note_operand(*running, Operand(a), 64, 1);
+    note_operand(*running, Operand(b), n, 1);
+    running->operands.emplace_back(a, b, n);
+  }
+  if (++p.there == kWarpgroup && !late) {
+    do_products(g, g.done + index + 1);
+  }
+}
+void product_commit() { running->committed_products = running->products; }
+void product_wait(unsigned groups_left) {
+  Warpgroup& g = warpgroups[running->id / kWarpgroup];
+  if (groups_left != 0) {
+    fail("wgmma.wait_group of %u: only of 0 is emulated", groups_left);
+  }
+  const uint64_t until = running->committed_products;
+  g.waiting.emplace_back(running, until);
+  do_products(g, until);
+  if (g.done < until) {
+    wait("wgmma.wait_group");
+  }
+  for (const auto& [a, b, n] : running->operands) {
+    note_operand(*running, Operand(a), 64, -1);
+    note_operand(*running, Operand(b), n, -1);
+  }
+  running->operands.clear();
+}
+
+}  // namespace emulated

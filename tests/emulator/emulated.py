@@ -1,0 +1,287 @@
+"""Ops by their CUDA kernels, run on the processor: CPU tensors in, results or a broken rule out.
+
+Functions are called as those of fused_conv_bn. What ops do around their kernels (checks, copies of what does not lie as
+kernels want it) is not emulated: here is as much of it as tests need.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import translate
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fused_conv_bn import reference
+
+ELEMENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # csrc/kernels/scalar.h
+
+
+class RuleBroken(AssertionError):
+    """What a kernel did that the emulated GPU does not allow."""
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "N C H W K R S P Q".split()),
+        *((f"{name}_{side}", ctypes.c_int64) for name in ("stride", "pad", "dilation") for side in "hw"),
+        ("groups", ctypes.c_int64),
+        ("element_bytes", ctypes.c_int),
+        *((name, ctypes.c_bool) for name in ("channels_last", "has_residual", "allow_tf32")),
+    ]
+
+
+class _Operands(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w")),
+        *((f"w_stride_{name}", ctypes.c_int64) for name in "kcrs"),
+        *((name, ctypes.c_void_p) for name in ("center", "scale", "shift", "residual", "y")),
+    ]
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("element", ctypes.c_int)]
+
+
+class _Train(ctypes.Structure):
+    _fields_ = [
+        *((name, _Buffer) for name in ("running_mean", "running_var", "weight", "bias", "conv_bias")),
+        *((name, ctypes.c_double) for name in ("scaling_factor", "momentum", "eps")),
+        ("spare_centers", ctypes.c_bool),
+    ]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("numel", "channels", "inner")]
+
+
+@functools.cache
+def _library(capability: int) -> tuple[Path, ctypes.CDLL]:
+    path = translate.library(capability)
+    return path, ctypes.CDLL(str(path))
+
+
+_seeds = itertools.count(0, 1000)
+
+
+def _call(capability: int, name: str, *arguments: Any) -> None:
+    """Each call has another order of events."""
+    path, library = _library(capability)
+    function = getattr(library, name)
+    function.restype = ctypes.c_char_p
+    answer = function(*arguments, ctypes.c_uint64(next(_seeds)))
+    if answer is None:
+        return
+    message = answer.decode()
+    if message == "not covered":
+        raise RuntimeError("the algorithm does not cover this convolution")
+    if addresses := re.findall(r"\+(0x[0-9a-f]+)", message):
+        # The lines where it happened, the innermost first.
+        command = ["addr2line", "-i", "-e", str(path), *addresses]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+        places = [line.split()[0].rpartition("/")[2] for line in lines if "/kernels/" in line]
+        message = message[: message.index(", at +")] + "; at " + ", ".join(dict.fromkeys(places))
+    raise RuleBroken(message)
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _element(x: Tensor) -> int:
+    return ELEMENTS.index(x.dtype)
+
+
+def _buffer(x: Tensor | None) -> _Buffer:
+    return _Buffer() if x is None else _Buffer(x.data_ptr(), x.stride(0), _element(x))
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def _result(op: str, *arguments: Any) -> Tensor:
+    """Of an op: a tensor of its shape and strides, full of NaN."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+        fake = getattr(torch.ops.fused_conv_bn, op)(*fakes)
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(math.nan)
+
+
+def _pairs(input: Tensor, *window: int | Sequence[int]) -> list[list[int]]:
+    """Stride, padding and dilation, each for two dimensions."""
+    if input.dim() != 4 or input.dtype == torch.float64 or input.numel() == 0:
+        raise RuntimeError("the algorithm does not cover this convolution")
+    return [list(v) * (2 // len(v)) if isinstance(v, Sequence) else [v, v] for v in window]
+
+
+def _dense(x: Tensor, channels_last: bool, alignment: int) -> Tensor:
+    dense = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return dense if dense.data_ptr() % alignment == 0 else dense.clone()
+
+
+class _Conv:
+    """What kernels are told of a convolution; keeps the tensors alive."""
+
+    def __init__(
+        self,
+        y: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        pairs: list[list[int]],
+        groups: int,
+        residual: Tensor | None,
+        algorithm: str,
+    ) -> None:
+        self.y = y
+        last = not self.y.is_contiguous()
+        # As the op itself does, csrc/ops/conv_cuda.h.
+        alignment = 16 if algorithm == "hopper" or (algorithm == "depthwise" and last) else 1
+        if algorithm == "hopper":
+            w_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+            weight = _dense(weight, w_last, alignment)
+        self.tensors = {
+            "x": _dense(input, last, alignment),
+            "w": weight,
+            "scale": None if scale is None else scale.contiguous(),
+            "shift": None if shift is None else shift.contiguous(),
+            "residual": None if residual is None else _dense(residual, last, alignment),
+            "y": self.y,
+        }
+        sizes = (*input.shape, weight.size(0), *weight.shape[2:], *self.y.shape[2:], *itertools.chain(*pairs))
+        self.problem = _Problem(*sizes, groups, input.element_size(), last, residual is not None, False)
+        self.operands = _Operands(
+            **{name: None if t is None else t.data_ptr() for name, t in self.tensors.items()},
+            **{f"w_stride_{name}": size for name, size in zip("kcrs", weight.stride(), strict=True)},
+        )
+
+
+def conv_scale_shift(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    algorithm: str,
+    capability: int = 90,
+) -> Tensor:
+    pairs = _pairs(input, stride, padding, dilation)
+    y = _result("conv_scale_shift", input, weight, scale, shift, *pairs, groups)
+    conv = _Conv(y, input, weight, scale, shift, pairs, groups, residual, algorithm)
+    _call(
+        capability,
+        "emulated_conv",
+        *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), _element(input)),
+        *(list(reference.ACTIVATIONS).index(activation), algorithm.encode()),
+    )
+    return y
+
+
+def conv_bn_scale_train(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    statistics: str,
+) -> Tensor:
+    """By hopper, with statistics of this source."""
+    pairs = _pairs(input, stride, padding, dilation)
+    bn = (running_mean, running_var, weight, bias)
+    numbers = (scaling_factor, momentum, eps)
+    y = _result("conv_bn_scale_train", input, conv_weight, conv_bias, *bn, *numbers, *pairs, groups)
+    conv = _Conv(y, input, conv_weight, None, None, pairs, groups, None, "hopper")
+    train = _Train(*(_buffer(t) for t in (*bn, conv_bias)), *numbers, True)
+    _call(
+        90,
+        "emulated_conv_train",
+        *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), ctypes.byref(train)),
+        *(_element(input), statistics.encode()),
+    )
+    return y
+
+
+# ---- elementwise -----------------------------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor) -> _Shape:
+    return _Shape(x.numel(), x.size(1), x[0, 0].numel() if x.is_contiguous() else 1)
+
+
+def bn_scale_train(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    capability: int = 90,
+) -> Tensor:
+    statistics = (running_mean, running_var, weight, bias)
+    y = _result("bn_scale_train", input, *statistics, scaling_factor, momentum, eps)
+    x = y.clone().copy_(input)
+    bn = _Train(*(_buffer(t) for t in (*statistics, None)), scaling_factor, momentum, eps, False)
+    shape = ctypes.byref(_shape(y))
+    _call(
+        *(capability, "emulated_bn_scale_train"),
+        *(_pointer(x), _pointer(y), shape, ctypes.byref(bn), _element(x)),
+    )
+    return y
+
+
+def scale_shift(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    capability: int = 90,
+) -> Tensor:
+    y = _result("scale_shift", input, scale, shift)
+    x = y.clone().copy_(input)
+    added = None if residual is None else y.clone().copy_(residual)
+    _call(
+        capability,
+        "emulated_scale_shift",
+        *(_pointer(x), _pointer(added), _pointer(y), ctypes.byref(_shape(y)), _pointer(scale), _pointer(shift)),
+        *(list(reference.ACTIVATIONS).index(activation), _element(x)),
+    )
+    return y
+
+
+# ---- the emulator itself ---------------------------------------------------------------------------------------------
+
+
+def break_rule(name: str) -> None:
+    """Runs one of broken_rules.cu's kernels."""
+    _call(90, "emulated_broken_rule", name.encode())

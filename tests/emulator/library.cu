@@ -1,0 +1,196 @@
+// What tests call of the emulated kernels (emulated.py), and what lies between an op's checks and its launches.
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/bn_stats.cuh"
+#include "kernels/conv_kernels.h"
+#include "kernels/scale_shift.cuh"
+#include "kernels/select_config.h"
+#include "machine.h"
+
+namespace fused_conv_bn {
+namespace {
+
+constexpr int kMultiprocessors = 3;  // so few that blocks have several tiles of a small problem
+constexpr int kCapability = __CUDA_ARCH__ / 10;
+constexpr bool kLarge = kCapability == 90 || kCapability == 100;
+const GpuTraits kGpu{kCapability, kMultiprocessors, kLarge ? 232448 : 101376, kLarge ? 233472 : 102400,
+                     kCapability == 90};
+
+template <typename F>
+cudaError_t dispatch_element(Element element, const F& f) {
+  return element == Element::float32 ? f(float()) : element == Element::float16 ? f(float16()) : f(bfloat16());
+}
+
+// For tests: nullptr if all went well, else what is the matter.
+const char* answer(cudaError_t status) {
+  static std::string message;
+  if (status == cudaSuccess) {
+    return nullptr;
+  }
+  message = emulated::problem().empty() ? "the launch was refused" : emulated::problem();
+  return message.c_str();
+}
+
+void allow_operands(const ConvProblem& c, const ConvOperands& o) {
+  const auto elements = [&](int64_t count) { return static_cast<size_t>(count * c.element_bytes); };
+  emulated::allow(o.x, elements(c.N * c.C * c.H * c.W));
+  emulated::allow(o.w, elements(c.K * (c.C / c.groups) * c.R * c.S));
+  emulated::allow(o.residual, elements(c.N * c.K * c.P * c.Q));
+  emulated::allow(o.y, elements(c.N * c.K * c.P * c.Q));
+  for (const void* values : {o.center, o.scale, o.shift}) {
+    emulated::allow(values, static_cast<size_t>(c.K) * sizeof(float));
+  }
+}
+
+size_t bytes_of(Element element) { return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2; }
+
+void allow_channels(const TrainParams& bn, int64_t channels) {
+  for (const ChannelBuffer* b : {&bn.running_mean, &bn.running_var, &bn.weight, &bn.bias, &bn.conv_bias}) {
+    emulated::allow(b->data, static_cast<size_t>(channels) * bytes_of(b->element));
+  }
+}
+
+template <typename T>
+cudaError_t bn_scale_train(const T* x, T* y, const Shape& shape, const TrainParams& bn) {
+  const StatsPlan plan = plan_stats<T>(x, shape, kMultiprocessors);
+  std::vector<Moments> partials(static_cast<size_t>(plan.partials(shape)));
+  std::vector<acc_t<T>> affines(static_cast<size_t>(3 * shape.channels));
+  emulated::allow(partials.data(), partials.size() * sizeof(Moments));
+  emulated::allow(affines.data(), affines.size() * sizeof(acc_t<T>));
+  cudaError_t status = launch_bn_stats(x, shape, plan, partials.data(), nullptr);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  status = launch_bn_finish(bn, partials.data(), plan.splits, plan.inner,
+                            {affines.data(), static_cast<uint32_t>(shape.channels), kElement<T>}, nullptr);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  const acc_t<T>* const center = kCentered<T> ? affines.data() : nullptr;
+  const acc_t<T>* const scale = affines.data() + shape.channels;
+  const BnParams<acc_t<T>> params{{center}, {nullptr}, {scale}, {scale + shape.channels}, {nullptr}, 1, 0};
+  return launch_scale_shift<Activation::none, false>(x, static_cast<const T*>(nullptr), y, shape,
+                                                     make_bn_source<T>(params), nullptr);
+}
+
+template <typename T>
+cudaError_t scale_shift(const T* x, const T* residual, T* y, const Shape& shape, const acc_t<T>* scale,
+                        const acc_t<T>* shift, Activation activation) {
+  const FoldedSource<acc_t<T>> source{{scale}, {shift}};
+  cudaError_t status = cudaSuccess;
+  dispatch_epilogue(activation, residual != nullptr, [&](auto a, auto has_residual) {
+    status = launch_scale_shift<a(), has_residual()>(x, residual, y, shape, source, nullptr);
+  });
+  return status;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* emulated_conv(const ConvProblem* problem, const ConvOperands* operands, int element, int activation,
+                          const char* algorithm, uint64_t seed) {
+  const ConvProblem& c = *problem;
+  const std::optional<ConvConfig> config = configure(*find_by_name(kConvAlgorithms, algorithm), c, kGpu);
+  if (!config.has_value()) {
+    return "not covered";
+  }
+  emulated::begin(seed);
+  allow_operands(c, *operands);
+  const auto a = static_cast<Activation>(activation);
+  return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
+    using T = decltype(tag);
+    switch (config->algorithm) {
+      case ConvAlgorithm::hopper:
+        return launch_conv_hopper<T>(c, *operands, config->hopper, kGpu, a, nullptr, nullptr);
+      case ConvAlgorithm::few_channels:
+        return launch_conv_few_channels<T>(c, *operands, config->few_channels, kGpu, a, nullptr);
+      case ConvAlgorithm::depthwise:
+        return launch_conv_depthwise<T>(c, *operands, a, config->depthwise, kMultiprocessors, nullptr);
+      case ConvAlgorithm::aten:
+        break;
+    }
+    return cudaErrorInvalidValue;
+  }));
+}
+
+// As ops/conv_bn_scale_train_cuda.cu does with hopper.
+const char* emulated_conv_train(const ConvProblem* problem, const ConvOperands* operands, const TrainParams* bn,
+                                int element, const char* statistics, uint64_t seed) {
+  const ConvProblem& c = *problem;
+  const ConvStatistics from = *find_by_name(kConvStatistics, statistics);
+  const std::optional<ConvConfig> config = configure(ConvAlgorithm::hopper, c, kGpu);
+  if (!config.has_value() || !has_statistics(from, *config, c, kGpu)) {
+    return "not covered";
+  }
+  ConvOperands o = *operands;
+  std::vector<float> affines(static_cast<size_t>(3 * c.K));
+  o.center = affines.data(), o.scale = affines.data() + c.K, o.shift = affines.data() + 2 * c.K;
+  emulated::begin(seed);
+  allow_operands(c, o);
+  allow_channels(*bn, c.K);
+  return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
+    using T = decltype(tag);
+    const AffineBuffer buffer{affines.data(), static_cast<uint32_t>(c.K), kElement<T>};
+    ConvOperands first = *operands;
+    cudaError_t status;
+    if (from == ConvStatistics::patches) {
+      const PatchPlan plan = plan_patches(c, kGpu);
+      std::vector<double> workspace(static_cast<size_t>(patches_workspace(plan)));
+      emulated::allow(workspace.data(), workspace.size() * sizeof(double));
+      status = launch_conv_patches<T>(c, first, plan, workspace.data(), *bn, buffer, nullptr);
+    } else {
+      const int64_t partials = hopper_partials(c, config->hopper_moments, kGpu);
+      std::vector<Moments> moments(static_cast<size_t>(partials * c.K));
+      emulated::allow(moments.data(), moments.size() * sizeof(Moments));
+      status = launch_conv_hopper<T>(c, first, config->hopper_moments, kGpu, Activation::none, moments.data(), nullptr);
+      if (status == cudaSuccess) {
+        status = launch_bn_finish(*bn, moments.data(), partials, 1, buffer, nullptr);
+      }
+    }
+    return status != cudaSuccess
+               ? status
+               : launch_conv_hopper<T>(c, o, config->hopper, kGpu, Activation::none, nullptr, nullptr);
+  }));
+}
+
+// x and y: dense, with the given shape.
+const char* emulated_bn_scale_train(const void* x, void* y, const Shape* shape, const TrainParams* bn, int element,
+                                    uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  for (const void* data : {x, static_cast<const void*>(y)}) {
+    emulated::allow(data, static_cast<size_t>(shape->numel) * bytes_of(type));
+  }
+  allow_channels(*bn, shape->channels);
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    return bn_scale_train(static_cast<const T*>(x), static_cast<T*>(y), *shape, *bn);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+const char* emulated_scale_shift(const void* x, const void* residual, void* y, const Shape* shape, const void* scale,
+                                 const void* shift, int activation, int element, uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  for (const void* data : {x, residual, static_cast<const void*>(y)}) {
+    emulated::allow(data, static_cast<size_t>(shape->numel) * bytes_of(type));
+  }
+  for (const void* data : {scale, shift}) {
+    emulated::allow(data, static_cast<size_t>(shape->channels) * (type == Element::float64 ? 8 : 4));
+  }
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    using Acc = acc_t<T>;
+    return scale_shift(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), *shape,
+                       static_cast<const Acc*>(scale), static_cast<const Acc*>(shift),
+                       static_cast<Activation>(activation));
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+}  // extern "C"
+}  // namespace fused_conv_bn

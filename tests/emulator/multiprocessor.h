@@ -1,0 +1,96 @@
+// What the parts of the emulated multiprocessor share. machine.h has what they do for others.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "machine.h"
+
+namespace emulated {
+
+inline uintptr_t number(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+// ---- scheduler.cpp: threads ----
+
+// For each thread how much of what it has done is known; one more is for bulk copies to shared memory.
+using Clock = std::vector<uint32_t>;
+void join(Clock& a, const Clock& b);
+
+struct AsyncCopy {  // cp.async; without a size: an arrival behind those before it
+  uint32_t to, size, bytes;
+  const void* from;
+  uint32_t barrier;
+  bool moved = false;  // the data is there, which nobody can know yet
+};
+struct BulkStore {
+  void* to;
+  uint32_t from, bytes;
+  bool moved = false;
+};
+
+struct Thread {
+  unsigned id;
+  Index index;
+  void* stack_pointer = nullptr;
+  bool done = false;
+  std::string waits_for;
+  Clock clock;
+  bool knows_previous = false;  // that the kernel before has ended
+  uint32_t fences = 0;
+  std::deque<AsyncCopy> copies;
+  std::deque<size_t> copy_groups;  // copies in each, the oldest first
+  size_t open_copies = 0;
+  std::vector<BulkStore> stores;
+  size_t committed_stores = 0;
+  uint64_t products = 0;  // issued
+  uint64_t committed_products = 0;
+  std::vector<std::tuple<uint64_t, uint64_t, unsigned>> operands;  // of those under way; kept by a warp's first lane
+};
+
+constexpr size_t kStack = 128 << 10;
+
+extern std::vector<std::unique_ptr<Thread>> threads;  // of the block
+extern Thread* running;                               // nullptr: none
+extern bool late;                                     // asynchronous operations happen as late as allowed
+extern bool trusted;  // code of the emulator's own runs that compilers announce accesses of
+
+void set_seed(uint64_t seed);
+unsigned draw(unsigned below);
+// A thread has passed its clock on: what it does from now on is not covered by that.
+void tick(Thread& t);
+// Until resume().
+void wait(const std::string& what);
+void resume(Thread* t);
+uintptr_t stack_of(const Thread& t);
+
+// ---- memory.cpp ----
+
+enum class Writer { thread, copy, atomic };
+
+// Shared memory's bytes, and those of __shared__ variables: who may know of what was done there.
+void note_read(Thread& t, uintptr_t address, size_t bytes, bool by_proxy = false);
+void note_write(Thread& t, uintptr_t address, size_t bytes, Writer writer = Writer::thread);
+// Nobody knows of a bulk copy's writing but who has waited; `number`: of the copy.
+void note_bulk_write(uintptr_t address, size_t bytes, uint32_t number);
+// An asynchronous operation that reads them, or writes, begins (1) or ends (-1).
+void note_reader(uintptr_t address, size_t bytes, int change);
+void note_writer(uintptr_t address, size_t bytes, int change);
+// Where an address of shared memory is; it is to exist.
+unsigned char* at(uint32_t address, size_t bytes, const char* what, size_t alignment);
+void check_global(const void* pointer, size_t bytes, const char* what, size_t alignment, bool write);
+void begin_memory(uintptr_t arguments, size_t shared_bytes, bool early);  // of a launch
+void end_memory();
+void reset_memory();  // of a block
+
+// ---- asynchronous.cpp ----
+
+// Ends one of the copies that others wait for; false if there is none.
+bool complete_one();
+void reset_asynchronous();
+
+}  // namespace emulated

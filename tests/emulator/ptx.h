@@ -1,0 +1,255 @@
+// The instructions that kernels have in inline assembly, as functions: names and operands are those of PTX. translate.py makes
+// calls of them, so that one which is missing here does not compile.
+#pragma once
+
+#include <array>
+
+#include "cuda_runtime.h"
+
+namespace emulated::ptx {
+
+// Operands in braces, by reference.
+template <typename T, typename... More>
+std::array<std::remove_const_t<T>*, 1 + sizeof...(More)> list(T& first, More&... more) {
+  return {const_cast<std::remove_const_t<T>*>(&first), const_cast<std::remove_const_t<T>*>(&more)...};
+}
+template <typename T, size_t n>
+using List = std::array<T*, n>;
+
+// ---- predicates ----
+
+inline void setp_lt_s32(bool& p, int a, int b) { p = a < b; }
+template <typename T>
+void setp_ne_b32(bool& p, T a, T b) {
+  p = a != b;
+}
+template <typename T>
+void mov_u32(T& to, uint32_t value) {
+  to = value;
+}
+
+// ---- memory ----
+
+template <typename T>
+void ld_shared_u16(T& to, uint32_t address) {
+  uint16_t v;
+  load_shared(address, &v, 2);
+  to = v;
+}
+inline void ld_shared_u32(uint32_t& to, uint32_t address) { load_shared(address, &to, 4); }
+template <size_t n>
+void load_words(const List<uint32_t, n>& to, const uint32_t (&words)[n]) {
+  for (size_t i = 0; i < n; ++i) {
+    *to[i] = words[i];
+  }
+}
+inline void ld_shared_v2_u32(const List<uint32_t, 2>& to, uint32_t address) {
+  uint32_t words[2];
+  load_shared(address, words, 8);
+  load_words(to, words);
+}
+inline void ld_shared_v4_u32(const List<uint32_t, 4>& to, uint32_t address) {
+  uint32_t words[4];
+  load_shared(address, words, 16);
+  load_words(to, words);
+}
+inline void st_shared_u16(uint32_t address, uint16_t v) { store_shared(address, &v, 2); }
+inline void st_shared_u32(uint32_t address, uint32_t v) { store_shared(address, &v, 4); }
+inline void st_shared_v2_u32(uint32_t address, const List<uint32_t, 2>& v) {
+  const uint32_t words[] = {*v[0], *v[1]};
+  store_shared(address, words, 8);
+}
+inline void st_shared_v4_u32(uint32_t address, const List<uint32_t, 4>& v) {
+  const uint32_t words[] = {*v[0], *v[1], *v[2], *v[3]};
+  store_shared(address, words, 16);
+}
+inline void ld_global_u32(uint32_t& to, const void* from) { load_global(from, &to, 4); }
+inline void ld_global_v2_u32(const List<uint32_t, 2>& to, const void* from) {
+  uint32_t words[2];
+  load_global(from, words, 8);
+  load_words(to, words);
+}
+inline void ld_global_v4_u32(const List<uint32_t, 4>& to, const void* from) {
+  uint32_t words[4];
+  load_global(from, words, 16);
+  load_words(to, words);
+}
+inline void st_global_u32(void* to, uint32_t v) { store_global(to, &v, 4); }
+inline void st_global_v2_u32(void* to, const List<uint32_t, 2>& v) {
+  const uint32_t words[] = {*v[0], *v[1]};
+  store_global(to, words, 8);
+}
+inline void st_global_v4_u32(void* to, const List<uint32_t, 4>& v) {
+  const uint32_t words[] = {*v[0], *v[1], *v[2], *v[3]};
+  store_global(to, words, 16);
+}
+inline void prefetch_global_L2(const void*) {}
+
+// ---- barriers ----
+
+inline void bar_sync(int id, int threads) { meet_at_barrier(id, threads, true); }
+inline void bar_arrive(int id, int threads) { meet_at_barrier(id, threads, false); }
+inline void mbarrier_init_shared__cta_b64(uint32_t barrier, uint32_t arrivals) { barrier_init(barrier, arrivals); }
+inline void mbarrier_arrive_shared__cta_b64(uint32_t barrier) { barrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_expect_tx_shared__cta_b64(uint32_t barrier, uint32_t bytes) {
+  barrier_arrive(barrier, bytes);
+}
+inline void cp_async_mbarrier_arrive_noinc_shared__cta_b64(uint32_t barrier) { barrier_arrive_behind_copies(barrier); }
+inline void mbarrier_try_wait_parity_shared__cta_b64(bool& done, uint32_t barrier, uint32_t parity) {
+  barrier_wait(barrier, parity);
+  done = true;
+}
+inline void setmaxnreg_dec_sync_aligned_u32(int) {}
+inline void setmaxnreg_inc_sync_aligned_u32(int) {}
+inline void griddepcontrol_launch_dependents() { let_next_begin(); }
+inline void griddepcontrol_wait() { wait_for_previous(); }
+
+// ---- copies ----
+
+inline void cp_async_cg_shared_global(uint32_t to, const void* from, int size, int bytes) {
+  copy_async(to, from, size, bytes);
+}
+inline void cp_async_ca_shared_global(uint32_t to, const void* from, int size, int bytes) {
+  copy_async(to, from, size, bytes);
+}
+inline void cp_async_commit_group() { copy_async_commit(); }
+inline void cp_async_wait_group(int groups) { copy_async_wait(groups); }
+inline void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(uint32_t to, const void* from,
+                                                                              uint32_t bytes, uint32_t barrier) {
+  fetch_bulk(to, from, bytes, barrier);
+}
+inline void cp_async_bulk_global_shared__cta_bulk_group(void* to, uint32_t from, uint32_t bytes) {
+  copy_bulk(to, from, bytes);
+}
+inline void cp_async_bulk_global_shared__cta_bulk_group_L2__cache_hint(void* to, uint32_t from, uint32_t bytes,
+                                                                       uint64_t) {
+  copy_bulk(to, from, bytes);
+}
+inline void createpolicy_fractional_L2__evict_first_b64(uint64_t& policy, double) { policy = 1; }
+inline void createpolicy_fractional_L2__evict_normal_b64(uint64_t& policy, double) { policy = 2; }
+inline void cp_async_bulk_commit_group() { copy_bulk_commit(); }
+inline void cp_async_bulk_wait_group_read(int) { copy_bulk_wait(); }
+inline void cp_async_bulk_wait_group(int) { copy_bulk_wait(); }
+inline void fence_proxy_async_shared__cta() { fence_async(); }
+
+// ---- arithmetic ----
+
+inline float extreme_or_nan(float a, float b, bool largest) {
+  if (std::isnan(a) || std::isnan(b)) {
+    return __uint_as_float(0x7fffffff);
+  }
+  return largest ? std::max(a, b) : std::min(a, b);
+}
+inline uint32_t extremes_or_nan(Half type, uint32_t a, uint32_t b, bool largest) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float x = from_half(type, static_cast<uint16_t>(a >> shift));
+    const float y = from_half(type, static_cast<uint16_t>(b >> shift));
+    result |= static_cast<uint32_t>(to_half(type, extreme_or_nan(x, y, largest))) << shift;
+  }
+  return result;
+}
+inline void max_NaN_f32(float& to, float a, float b) { to = extreme_or_nan(a, b, true); }
+inline void min_NaN_f32(float& to, float a, float b) { to = extreme_or_nan(a, b, false); }
+inline void max_NaN_f16x2(uint32_t& to, uint32_t a, uint32_t b) { to = extremes_or_nan(Half::float16, a, b, true); }
+inline void min_NaN_f16x2(uint32_t& to, uint32_t a, uint32_t b) { to = extremes_or_nan(Half::float16, a, b, false); }
+inline void max_NaN_bf16x2(uint32_t& to, uint32_t a, uint32_t b) { to = extremes_or_nan(Half::bfloat16, a, b, true); }
+inline void min_NaN_bf16x2(uint32_t& to, uint32_t a, uint32_t b) { to = extremes_or_nan(Half::bfloat16, a, b, false); }
+inline uint32_t pack_relu(Half type, float high, float low) {
+  const auto half = [&](float v) { return uint32_t{to_half(type, std::isnan(v) || v > 0 ? v : 0.0f)}; };
+  return half(high) << 16 | half(low);
+}
+inline void cvt_rn_relu_f16x2_f32(uint32_t& to, float high, float low) { to = pack_relu(Half::float16, high, low); }
+inline void cvt_rn_relu_bf16x2_f32(uint32_t& to, float high, float low) { to = pack_relu(Half::bfloat16, high, low); }
+inline void rcp_approx_ftz_f64(double& to, double v) {  // 20 bits
+  const double inverse = 1 / v;
+  uint64_t bits;
+  std::memcpy(&bits, &inverse, 8);
+  bits &= ~uint64_t{0xffffffff};
+  std::memcpy(&to, &bits, 8);
+}
+
+// ---- products of a warp ----
+
+struct Fragments {
+  List<float, 4> d;
+  uint32_t a[4], b[2];
+  float c[4];
+};
+inline void multiply_16x8x16(Half type, const List<float, 4>& d, const List<uint32_t, 4>& a, const List<uint32_t, 2>& b,
+                             const List<float, 4>& c) {
+  Fragments own{d, {*a[0], *a[1], *a[2], *a[3]}, {*b[0], *b[1]}, {*c[0], *c[1], *c[2], *c[3]}};
+  meet_in_warp("mma.sync", 0xffffffffu, &own, false, [&](void* const(&lanes)[kWarp]) {
+    float left[16][16], right[8][16];
+    const auto of = [&](unsigned lane) -> Fragments& { return *static_cast<Fragments*>(lanes[lane]); };
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      for (unsigned i = 0; i < 8; ++i) {
+        const unsigned k = lane % 4 * 2 + i % 2 + i / 4 * 8;
+        left[lane / 4 + i / 2 % 2 * 8][k] = from_half(type, static_cast<uint16_t>(of(lane).a[i / 2] >> i % 2 * 16));
+      }
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned k = lane % 4 * 2 + i % 2 + i / 2 * 8;
+        right[lane / 4][k] = from_half(type, static_cast<uint16_t>(of(lane).b[i / 2] >> i % 2 * 16));
+      }
+    }
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      for (unsigned i = 0; i < 4; ++i) {
+        double sum = of(lane).c[i];
+        for (unsigned k = 0; k < 16; ++k) {
+          sum += double{left[lane / 4 + i / 2 * 8][k]} * right[lane % 4 * 2 + i % 2][k];
+        }
+        *of(lane).d[i] = static_cast<float>(sum);
+      }
+    }
+  });
+}
+inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(const List<float, 4>& d, const List<uint32_t, 4>& a,
+                                                              const List<uint32_t, 2>& b, const List<float, 4>& c) {
+  multiply_16x8x16(Half::float16, d, a, b, c);
+}
+inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(const List<float, 4>& d, const List<uint32_t, 4>& a,
+                                                                const List<uint32_t, 2>& b, const List<float, 4>& c) {
+  multiply_16x8x16(Half::bfloat16, d, a, b, c);
+}
+
+struct DoubleFragments {
+  List<double, 4> d;
+  double a[2], b, c[4];
+};
+inline void mma_sync_aligned_m16n8k4_row_col_f64_f64_f64_f64(const List<double, 4>& d, const List<double, 2>& a,
+                                                             const List<double, 1>& b, const List<double, 4>& c) {
+  DoubleFragments own{d, {*a[0], *a[1]}, *b[0], {*c[0], *c[1], *c[2], *c[3]}};
+  meet_in_warp("mma.sync", 0xffffffffu, &own, false, [](void* const(&lanes)[kWarp]) {
+    const auto of = [&](unsigned lane) -> DoubleFragments& { return *static_cast<DoubleFragments*>(lanes[lane]); };
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      for (unsigned i = 0; i < 4; ++i) {
+        double sum = of(lane).c[i];
+        for (unsigned k = 0; k < 4; ++k) {
+          const double left = of(lane / 4 * 4 + k).a[i / 2];
+          sum = std::fma(left, of((lane % 4 * 2 + i % 2) * 4 + k).b, sum);
+        }
+        *of(lane).d[i] = sum;
+      }
+    }
+  });
+}
+
+// ---- products of a warpgroup ----
+
+inline void wgmma_fence_sync_aligned() {}
+inline void wgmma_commit_group_sync_aligned() { product_commit(); }
+inline void wgmma_wait_group_sync_aligned(int groups) { product_wait(groups); }
+#define FCB_WGMMA(n, name, type)                                                                                       \
+  inline void wgmma_mma_async_sync_aligned_m64n##n##k16_f32_##name##_##name(const List<float, n / 2>& d, uint64_t a,   \
+                                                                            uint64_t b, int add, int, int, int, int) { \
+    product(type, n, d.data(), a, b, add != 0);                                                                        \
+  }
+FCB_WGMMA(32, f16, Half::float16)
+FCB_WGMMA(64, f16, Half::float16)
+FCB_WGMMA(128, f16, Half::float16)
+FCB_WGMMA(32, bf16, Half::bfloat16)
+FCB_WGMMA(64, bf16, Half::bfloat16)
+FCB_WGMMA(128, bf16, Half::bfloat16)
+#undef FCB_WGMMA
+
+}  // namespace emulated::ptx

@@ -1,0 +1,202 @@
+"""The CUDA kernels on the processor (emulator/): tests of the ops, with every access to memory looked at.
+
+What compute-sanitizer finds on a GPU (accesses out of bounds, races, misused barriers) fails here without one, and more:
+asynchronous copies and products that nobody waits for, and results that depend on the order of events. It says nothing
+of speed, and nothing of the machine code.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import emulated
+import pytest
+import torch
+import translate
+
+import fused_conv_bn as fcb
+import test_conv
+import test_train
+from common import CONV_ALGORITHMS, CONV_STATISTICS, DTYPES, assert_no_worse_than_eager, random_bn
+from fused_conv_bn import reference
+from test_ops import LAYOUTS, SHAPES, arrange
+
+
+def some_of(test: Callable[..., Any], **values: Iterable[Any]) -> Callable[..., Any]:
+    """A test of another file, to be run with this file's fixtures, for some values of its parameters."""
+    copy = types.FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
+    copy.__doc__ = test.__doc__
+    marks = test.pytestmark  # type: ignore[attr-defined]
+    copy.pytestmark = [mark for mark in marks if mark.args[0] not in values]  # type: ignore[attr-defined]
+    for name, chosen in values.items():
+        copy = pytest.mark.parametrize(name, chosen, ids=str)(copy)
+    return copy
+
+
+# A kernel's bfloat16 differs from its float16 in conversions alone.
+FLOAT32_AND_16 = (torch.float32, torch.float16)
+ALL_OF_KERNELS = (*FLOAT32_AND_16, torch.bfloat16)
+
+test_random_problems = some_of(test_conv.test_random_problems, dtype=ALL_OF_KERNELS)
+test_random_depthwise_problems = some_of(test_conv.test_random_depthwise_problems, dtype=ALL_OF_KERNELS)
+test_problems = some_of(test_conv.test_problems, dtype=FLOAT32_AND_16)
+test_activations_and_residual = some_of(test_conv.test_activations_and_residual, dtype=ALL_OF_KERNELS)
+test_one_huge_value_among_small_ones = some_of(
+    test_conv.test_one_huge_value_among_small_ones, dtype=(torch.float32,), outlier=(2.0**30,)
+)
+test_large_magnitudes_that_cancel = some_of(test_conv.test_large_magnitudes_that_cancel, dtype=FLOAT32_AND_16)
+test_scales_of_any_magnitude = some_of(test_conv.test_scales_of_any_magnitude, dtype=(torch.float32,))
+test_non_finite_values_are_where_eager_has_them = some_of(
+    test_conv.test_non_finite_values_are_where_eager_has_them, dtype=ALL_OF_KERNELS
+)
+test_non_finite_parameters = test_conv.test_non_finite_parameters
+test_misaligned_addresses = some_of(test_conv.test_misaligned_addresses, dtype=FLOAT32_AND_16)
+test_parameters_and_residual_of_any_strides = test_conv.test_parameters_and_residual_of_any_strides
+test_bn_scale_train = test_train.test_bn_scale_train
+test_a_constant_channel = test_train.test_a_constant_channel
+test_conv_bn_scale_train = some_of(test_train.test_conv_bn_scale_train, dtype=ALL_OF_KERNELS)
+test_conv_parts_that_may_be_missing = test_train.test_conv_parts_that_may_be_missing
+test_conv_of_values_far_from_zero = test_train.test_conv_of_values_far_from_zero
+test_conv_of_values_that_are_not_finite = test_train.test_conv_of_values_that_are_not_finite
+test_statistics_of_patches_are_exact = some_of(
+    test_train.test_statistics_of_patches_are_exact,
+    dtype=FLOAT32_AND_16,
+    case=[case for case in test_train.PATCH_CASES if math.prod(case[-1]) < 100_000],
+)
+
+
+@pytest.fixture(params=[name for name in CONV_ALGORITHMS if name != "aten"])
+def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As conftest.py's, with the kernels of each algorithm instead of the op."""
+    monkeypatch.setenv("FUSED_CONV_BN_CONV", request.param)
+    monkeypatch.setattr(fcb, "conv_scale_shift", functools.partial(emulated.conv_scale_shift, algorithm=request.param))
+    return "cpu"
+
+
+@pytest.fixture(params=CONV_STATISTICS)
+def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
+    function = functools.partial(emulated.conv_bn_scale_train, statistics=request.param)
+    monkeypatch.setattr(fcb, "conv_bn_scale_train", function)
+    return "cpu"
+
+
+@pytest.fixture(params=["cpu"])
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
+    monkeypatch.setattr(fcb, "bn_scale_train", emulated.bn_scale_train)
+    function = functools.partial(emulated.conv_bn_scale_train, statistics="patches")
+    monkeypatch.setattr(fcb, "conv_bn_scale_train", function)
+    return "cpu"
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scale_shift(shape, layout, dtype, capability, generator):
+    """By the kernels that bn_scale has as well."""
+    x, residual = (arrange(torch.randn(shape, generator=generator).to(dtype), layout) for _ in range(2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    _, _, scale, shift = random_bn(shape[1], wide, "cpu", generator)
+    for activation, added in zip(reference.ACTIVATIONS, (None, residual, None, residual, None), strict=True):
+        ours = emulated.scale_shift(x, scale, shift, residual=added, activation=activation, capability=capability)
+        eager, truth = (
+            reference.scale_shift(
+                *(t.to(d) for t, d in ((x, e), (scale, f), (shift, f))),
+                residual=None if added is None else added.to(e),
+                activation=activation,
+            )
+            for e, f in ((torch.float32 if dtype == torch.float64 else dtype,) * 2, (torch.float64,) * 2)
+        )
+        assert_no_worse_than_eager(ours, eager, truth)
+
+
+# ---- GPUs other than the H200 ------------------------------------------------------------------------------------------
+#
+# They have other code where bulk copies are missing (8.6), less shared memory (8.6, 12.0), and no two tiles at a time (12.0).
+
+
+@pytest.mark.parametrize("algorithm", ["few_channels", "depthwise"])
+@pytest.mark.parametrize("capability", [86, 120])
+@pytest.mark.parametrize("dtype", FLOAT32_AND_16, ids=str)
+def test_convolutions_of_other_gpus(capability, algorithm, dtype, generator, monkeypatch):
+    monkeypatch.setenv("FUSED_CONV_BN_CONV", algorithm)
+    function = functools.partial(emulated.conv_scale_shift, algorithm=algorithm, capability=capability)
+    monkeypatch.setattr(fcb, "conv_scale_shift", function)
+    if algorithm == "few_channels":
+        test_conv.test_random_problems("cpu", dtype, generator)
+    else:
+        test_conv.test_random_depthwise_problems("cpu", dtype, generator)
+    for problem in ("problem 73", "depthwise, 5x5, stride 2", "rows of odd lengths, longer than a tile"):
+        test_conv.test_problems("cpu", dtype, problem, generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_statistics_of_other_gpus(dtype, generator, monkeypatch):
+    monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
+    monkeypatch.setattr(fcb, "bn_scale_train", functools.partial(emulated.bn_scale_train, capability=75))
+    for shape in test_train.TRAIN_SHAPES:
+        for layout in ("contiguous", "channels_last"):
+            test_train.test_bn_scale_train("cpu", dtype, layout, shape, generator)
+
+
+# ---- the emulator itself ---------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "shared_out_of_bounds": "load of 4 bytes at 8192 of shared memory, of which there are 8192 bytes",
+    "shared_misaligned": "load at 4 of shared memory, which is no multiple of 16",
+    "global_out_of_bounds": "store of 4 bytes of global memory that belong to no operand",
+    "vector_out_of_bounds": "load of 16 bytes of global memory that belong to no operand",
+    "copy_out_of_bounds": "cp.async of 16 bytes of global memory that belong to no operand",
+    "read_without_barrier": "read of byte .* of shared memory, and nothing orders it behind the write by|"
+    "write of byte .* of shared memory, and nothing orders it behind the read by",
+    "write_behind_read": "write of byte .*, and nothing orders it behind the read by|"
+    "read of byte .*, and nothing orders it behind the write by",
+    "pointer_without_barrier": "write of byte .*, and nothing orders it behind the write by",
+    "static_without_barrier": "of a __shared__ variable, and nothing orders it behind",
+    "shuffle_orders_nothing": "read of byte .*, and nothing orders it behind the write by",
+    "copy_not_awaited": "read of byte .*, which a copy under way is to write",
+    "copy_of_others": "read of byte .*, and nothing orders it behind the write by|which a copy under way is to write|"
+    "write of byte .*, and nothing orders it behind the read by",
+    "fetch_not_awaited": "read of byte 0 of shared memory, which a copy under way is to write",
+    "bulk_copy_without_fence": "asynchronous read of byte 0 of shared memory, .*without a fence.proxy.async",
+    "bulk_copy_overwritten": "write of byte 0 of shared memory, which a copy or product under way is to read",
+    "bulk_copy_left_alone": "thread 0 has ended while its bulk copies may still read shared memory",
+    "product_without_fence": "asynchronous read of byte 0 of shared memory, .*without a fence.proxy.async",
+    "product_overwritten": "write of byte .* of shared memory, which a copy or product under way is to read|"
+    "asynchronous read of byte .*, which thread|read of byte .*, and nothing orders it",
+    "warp_at_two_places": "__s.*, while other lanes of the warp are at __s",
+    "barrier_not_initialised": "an mbarrier at 4096 of shared memory that was not initialised",
+    "barrier_seen_too_early": "an mbarrier at 4096 of shared memory that was not initialised|nothing orders it behind",
+    "too_many_arrivals": "more arrivals at the mbarrier at 4096 of shared memory than the phase has",
+    "nobody_waits": "phase 1 has ended, and nobody has waited for the one before",
+    "nobody_arrives": "deadlock: 256 threads from 0 on at the mbarrier at 4096, parity 0",
+    "previous_not_awaited": "load of global memory that a kernel before may still write to",
+    "previous_awaited_by_another": "load of global memory that a kernel before may still write to",
+    "barrier_without_some": "deadlock: 224 threads from .* on at bar.sync",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rules_are_found(name):
+    for _ in range(5):  # in any order of events
+        with pytest.raises(emulated.RuleBroken, match=BROKEN[name]):
+            emulated.break_rule(name)
+
+
+@pytest.mark.parametrize("name", ["through_shared_memory", "by_copies"])
+def test_kernels_that_keep_to_the_rules(name):
+    for _ in range(20):
+        emulated.break_rule(name)
+
+
+def test_unknown_instructions_do_not_compile():
+    """They become calls of functions that do not exist."""
+    statement = 'asm volatile("lop3.b32 %0, %1, [%2];" : "=r"(a) : "r"(b), "l"(c + 1) : "memory");'
+    translated = translate.translate_assembly(statement)
+    assert translated == "do { ::emulated::ptx::lop3_b32((a), (b), (c + 1)); } while (0);"

@@ -42,9 +42,6 @@ struct dim3 {
 struct alignas(8) int2 {
   int x, y;
 };
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -60,7 +57,6 @@ struct alignas(8) float2 {
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 
 struct __half {
   uint16_t bits;

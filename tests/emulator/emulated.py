@@ -65,8 +65,12 @@ class _Shape(ctypes.Structure):
 
 
 @functools.cache
-def _library(capability: int) -> tuple[Path, ctypes.CDLL]:
-    path = translate.library(capability)
+def _library(capability: int) -> tuple[Path, ctypes.CDLL] | RuntimeError:
+    """Or why there is none: what does not compile once need not be tried for every test."""
+    try:
+        path = translate.library(capability)
+    except RuntimeError as error:
+        return error
     return path, ctypes.CDLL(str(path))
 
 
@@ -75,7 +79,10 @@ _seeds = itertools.count(0, 1000)
 
 def _call(capability: int, name: str, *arguments: Any) -> None:
     """Each call has another order of events."""
-    path, library = _library(capability)
+    compiled = _library(capability)
+    if isinstance(compiled, RuntimeError):
+        raise compiled
+    path, library = compiled
     function = getattr(library, name)
     function.restype = ctypes.c_char_p
     answer = function(*arguments, ctypes.c_uint64(next(_seeds)))

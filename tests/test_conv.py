@@ -287,6 +287,14 @@ def test_random_depthwise_problems(conv_device, dtype, generator):
         assert covered or not is_covered(dtype, depthwise=True)
 
 
+@dtypes
+def test_filters_of_few_terms(conv_device, dtype, generator):
+    """Where each product's own error shows: that of an element is the largest of many."""
+    for channels, kernel in itertools.product((1, 2, 3, 5), ((1, 1), (2, 1), (1, 3), (2, 2), (3, 3))):
+        for formats in ("cc", "ll"):
+            check(make(generator, conv_device, dtype, (2, channels, 30, 30), (32, channels, *kernel), formats=formats))
+
+
 @activations
 @dtypes
 def test_activations_and_residual(conv_device, dtype, activation, generator):

@@ -83,7 +83,7 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         and p.C <= 64
         and p.R * p.S <= 256
         and hopper_units(p) <= 128
-        and (p.element_bytes == 2 or p.element_bytes == 4 and p.C * p.R * p.S <= 256)
+        and (p.element_bytes == 2 or p.element_bytes == 4 and 8 <= p.C * p.R * p.S <= 256)
         and max(p.C * p.H * p.W, p.K * p.P * p.Q, p.N * p.P * p.Q) <= 1 << 30
         and max(p.H, p.W, p.K) <= 1 << 20
     ),
@@ -92,7 +92,7 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         and p.groups == 1
         and p.C <= 64
         and p.R * p.S <= 256
-        and (p.element_bytes == 2 or p.element_bytes == 4 and p.C * p.R * p.S <= 512)
+        and (p.element_bytes == 2 or p.element_bytes == 4 and 8 <= p.C * p.R * p.S <= 512)
         and max(p.C * p.H * p.W, p.K * p.P * p.Q, p.N * p.P * p.Q) <= 1 << 30
         and max(p.H, p.W, p.K) <= 1 << 20
     ),
@@ -109,11 +109,9 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
 
 
 def patches_fit(p: Problem, gpu: Gpu) -> bool:
-    """Whether a batch's statistics can come from sums over the input."""
+    """Whether a batch's statistics can come from sums over the input: before the hopper kernel."""
     return (
-        gpu.has_wgmma
-        and p.groups == 1
-        and p.element_bytes <= 4
+        DOMAINS["hopper"](p, gpu)
         and p.C <= 8
         and max(p.R, p.S) <= 3
         and p.stride_h == p.stride_w == p.dilation_h == p.dilation_w == 1

@@ -44,6 +44,7 @@ ALL_OF_KERNELS = (*FLOAT32_AND_16, torch.bfloat16)
 test_random_problems = some_of(test_conv.test_random_problems, dtype=ALL_OF_KERNELS)
 test_random_depthwise_problems = some_of(test_conv.test_random_depthwise_problems, dtype=ALL_OF_KERNELS)
 test_problems = some_of(test_conv.test_problems, dtype=FLOAT32_AND_16)
+test_filters_of_few_terms = some_of(test_conv.test_filters_of_few_terms, dtype=FLOAT32_AND_16)
 test_activations_and_residual = some_of(test_conv.test_activations_and_residual, dtype=ALL_OF_KERNELS)
 test_one_huge_value_among_small_ones = some_of(
     test_conv.test_one_huge_value_among_small_ones, dtype=(torch.float32,), outlier=(2.0**30,)

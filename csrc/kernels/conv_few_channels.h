@@ -102,7 +102,7 @@ constexpr int64_t kFewChannelsMostTerms = 512;
 
 inline bool few_channels_supports(const ConvProblem& c, const GpuTraits& gpu) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  if (c.element_bytes == 4 && c.C * c.R * c.S > kFewChannelsMostTerms) {
+  if (!can_split_terms(c, kFewChannelsMostTerms)) {
     return false;
   }
   return gpu.compute_capability >= 80 && c.element_bytes <= 4 && c.groups == 1 && c.C <= 64 && c.R * c.S <= 256 &&

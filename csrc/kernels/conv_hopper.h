@@ -225,7 +225,7 @@ constexpr int64_t kHopperMostTerms = 256;
 inline bool hopper_supports(const ConvProblem& c, const GpuTraits& gpu) {
   constexpr int64_t kLimit = int64_t{1} << 30;
   if (!gpu.has_wgmma || c.element_bytes > 4 || c.groups != 1 || c.C > 64 || c.R * c.S > 256 ||
-      (c.element_bytes == 4 && c.C * c.R * c.S > kHopperMostTerms)) {
+      !can_split_terms(c, kHopperMostTerms)) {
     return false;
   }
   return c.H <= 1 << 20 && c.W <= 1 << 20 && c.stride_h <= 1 << 10 && c.stride_w <= 1 << 10 && c.pad_h <= 1 << 20 &&

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdio>
 #include <cstring>
 
 #include "multiprocessor.h"
@@ -62,14 +61,10 @@ Cell* cells_of(uintptr_t address, size_t bytes) {
 }
 
 std::string place_of(uintptr_t address) {
-  const auto shared = reinterpret_cast<uintptr_t>(shared_memory);
-  char text[80];
-  if (address >= shared && address < shared + kSharedBytes) {
-    std::snprintf(text, sizeof text, "byte %zu of shared memory", static_cast<size_t>(address - shared));
-  } else {
-    std::snprintf(text, sizeof text, "a __shared__ variable");
-  }
-  return text;
+  const uintptr_t shared = number(shared_memory);
+  return Range{shared, shared + kSharedBytes}.has(address, 1)
+             ? "byte " + std::to_string(address - shared) + " of shared memory"
+             : "a __shared__ variable";
 }
 
 bool is_before(const Access& access, const Thread& t) {
@@ -304,7 +299,7 @@ void look_at(const void* pointer, size_t bytes, bool write) {
   }
   if (statics.has(address, bytes)) {
     const uintptr_t shared = number(shared_memory);
-    if (address >= shared && address < shared + kSharedBytes) {
+    if (Range{shared, shared + kSharedBytes}.has(address, 1)) {
       at(static_cast<uint32_t>(address - shared) + kSharedBase, bytes, write ? "store" : "load", 1);
     }
     if (write) {

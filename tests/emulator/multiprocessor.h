@@ -35,7 +35,6 @@ struct BulkStore {
 
 struct Thread {
   unsigned id;
-  Index index;
   void* stack_pointer = nullptr;
   bool done = false;
   std::string waits_for;

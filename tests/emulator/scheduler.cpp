@@ -153,7 +153,6 @@ void reset_block(unsigned count) {
     threads.push_back(std::make_unique<Thread>());
     Thread& t = *threads.back();
     t.id = i;
-    t.index = {i, 0, 0};
     t.clock.assign(count + 1, 0);
     t.clock[i] = 1;
     if (stacks.size() <= i) {
@@ -221,7 +220,7 @@ void wait(const std::string& what) {
 void resume(Thread* t) { runnable.push_back(t); }
 uintptr_t stack_of(const Thread& t) { return number(stacks[t.id]); }
 
-Index thread_index() { return running->index; }
+Index thread_index() { return {running->id, 0, 0}; }
 Index block_index() { return block; }
 Index grid_size() { return grid_of_launch; }
 Index block_size() { return {threads_of_block, 1, 1}; }

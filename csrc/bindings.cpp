@@ -5,48 +5,52 @@
 // (A result that shares no memory with what is written, as those of the *_train ops, is functionalised as well.)
 #include <torch/csrc/stable/library.h>
 
+#define FCB_EPILOGUE "Tensor? residual=None, str activation='none', float negative_slope=0.01, bool residual_last=False"
+#define FCB_WINDOW "int[1] stride=1, int[1] padding=0, int[1] dilation=1, int groups=1"
+#define FCB_BN                                                                                                  \
+  "Tensor running_mean, Tensor running_var, Tensor? weight=None, Tensor? bias=None, float scaling_factor=1.0, " \
+  "float eps=1e-05"
+// running: how running_mean and running_var are annotated.
+#define FCB_BN_TRAIN(running_mean, running_var)                                                                       \
+  running_mean " running_mean, " running_var                                                                          \
+               " running_var, Tensor? weight=None, Tensor? bias=None, float scaling_factor=1.0, float momentum=0.1, " \
+               "float eps=1e-05"
+#define FCB_UPDATED FCB_BN_TRAIN("Tensor(a!)?", "Tensor(b!)?")
+#define FCB_READ FCB_BN_TRAIN("Tensor?", "Tensor?")
+
 STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   m.def(
       "fold_bn(Tensor running_mean, Tensor running_var, Tensor? weight=None, Tensor? bias=None, "
       "float scaling_factor=1.0, float eps=1e-05, Tensor? conv_bias=None) -> (Tensor scale, Tensor shift)");
 
-  m.def(
-      "bn_scale(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight=None, Tensor? bias=None, "
-      "float scaling_factor=1.0, float eps=1e-05) -> Tensor");
-  m.def(
-      "bn_scale.out(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight=None, Tensor? bias=None, "
-      "float scaling_factor=1.0, float eps=1e-05, *, Tensor(a!) out) -> ()");
-  m.def(
-      "bn_scale_(Tensor(a!) input, Tensor running_mean, Tensor running_var, Tensor? weight=None, Tensor? bias=None, "
-      "float scaling_factor=1.0, float eps=1e-05) -> ()");
+  m.def("bn_scale(Tensor input, " FCB_BN ", *, " FCB_EPILOGUE ") -> Tensor");
+  m.def("bn_scale.out(Tensor input, " FCB_BN ", *, " FCB_EPILOGUE ", Tensor(a!) out) -> ()");
+  m.def("bn_scale_(Tensor(a!) input, " FCB_BN ", *, " FCB_EPILOGUE ") -> ()");
 
-  m.def(
-      "scale_shift(Tensor input, Tensor scale, Tensor shift, *, Tensor? residual=None, str activation='none') -> "
-      "Tensor");
-  m.def(
-      "scale_shift.out(Tensor input, Tensor scale, Tensor shift, *, Tensor? residual=None, str activation='none', "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "scale_shift_(Tensor(a!) input, Tensor scale, Tensor shift, *, Tensor? residual=None, str activation='none') -> "
-      "()");
+  m.def("scale_shift(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> Tensor");
+  m.def("scale_shift.out(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ", Tensor(a!) out) -> ()");
+  m.def("scale_shift_(Tensor(a!) input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> ()");
 
-  m.def(
-      "conv_scale_shift(Tensor input, Tensor weight, Tensor scale, Tensor shift, int[] stride, int[] padding, "
-      "int[] dilation, int groups, *, Tensor? residual=None, str activation='none', bool allow_tf32=False) -> Tensor");
-  // weight * scale and a scale of ones where that costs no accuracy, else both as they are: what conv_scale_shift does
-  // on the CPU in each call, for callers that keep the result.
-  m.def("_fold_conv_weight(Tensor weight, Tensor scale) -> (Tensor weight, Tensor scale)");
-  // What conv_scale_shift would run on CUDA for a problem and a GPU, both as the numbers of kernels/conv_params.h and
+  m.def("conv_scale_shift(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, " FCB_WINDOW ", *, " FCB_EPILOGUE
+        ", bool allow_tf32=False) -> Tensor");
+  m.def("conv_bn_scale(Tensor input, Tensor conv_weight, Tensor? conv_bias, " FCB_BN ", " FCB_WINDOW
+        ", *, " FCB_EPILOGUE ", bool allow_tf32=False) -> Tensor");
+  // What a convolution op would run on CUDA for a problem and a GPU, both as the numbers of kernels/conv_params.h and
   // conv_config.h in their order; `algorithm` forces one.
   m.def("_conv_config(int[] problem, int[] gpu, str algorithm='', str statistics='none') -> str");
 
-  m.def(
-      "bn_scale_train(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, "
-      "float scaling_factor, float momentum, float eps) -> Tensor");
-  m.def(
-      "conv_bn_scale_train(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor? weight, Tensor? bias, float scaling_factor, float momentum, float eps, "
-      "int[] stride, int[] padding, int[] dilation, int groups, *, bool allow_tf32=False) -> Tensor");
+  // Batch statistics, in three forms. The first returns the result alone; _stats the batch's mean and the inverse of its
+  // deviation as well, for a backward; _functional writes to no argument, and returns the updated running statistics, which are
+  // empty where there are none. The statistics are those of the convolution without its bias.
+#define FCB_TRAIN_FORMS(name, arguments, updated, read, behind)                                      \
+  m.def(name "(" arguments updated behind ") -> Tensor");                                            \
+  m.def(name "_stats(" arguments updated behind ") -> (Tensor output, Tensor mean, Tensor invstd)"); \
+  m.def(name "_functional(" arguments read behind                                                    \
+             ") -> (Tensor output, Tensor mean, Tensor invstd, Tensor running_mean, Tensor running_var)");
+  FCB_TRAIN_FORMS("bn_scale_train", "Tensor input, ", FCB_UPDATED, FCB_READ, ", *, " FCB_EPILOGUE)
+  FCB_TRAIN_FORMS("conv_bn_scale_train", "Tensor input, Tensor conv_weight, Tensor? conv_bias, ", FCB_UPDATED, FCB_READ,
+                  ", " FCB_WINDOW ", *, " FCB_EPILOGUE ", bool allow_tf32=False")
+#undef FCB_TRAIN_FORMS
 
   // The compute capabilities that the loaded CUDA library has code for; no kernel without one.
   m.def("cuda_archs() -> str");

@@ -185,18 +185,32 @@ inline void check_channel_param(const char* op, const Operand& x, int64_t channe
   check_same_device(op, x, reference);
 }
 
-inline Activation parse_activation(const char* op, const std::string& name) {
-  static constexpr std::pair<const char*, Activation> kActivations[] = {{"none", Activation::none},
-                                                                        {"relu", Activation::relu},
-                                                                        {"relu6", Activation::relu6},
-                                                                        {"silu", Activation::silu},
-                                                                        {"hardswish", Activation::hardswish}};
-  for (const auto& [known, activation] : kActivations) {
-    if (name == known) {
-      return activation;
+// The names of the schemas' argument `activation`.
+constexpr std::pair<const char*, Activation> kActivationNames[kActivations] = {
+    {"none", Activation::none},           {"relu", Activation::relu},
+    {"relu6", Activation::relu6},         {"silu", Activation::silu},
+    {"hardswish", Activation::hardswish}, {"gelu", Activation::gelu},
+    {"gelu_tanh", Activation::gelu_tanh}, {"leaky_relu", Activation::leaky_relu},
+    {"sigmoid", Activation::sigmoid},     {"hardsigmoid", Activation::hardsigmoid},
+    {"mish", Activation::mish},           {"tanh", Activation::tanh}};
+
+// The schemas' <epilogue>, as it comes.
+struct EpilogueArguments {
+  const OptionalTensor& residual;
+  std::string activation;
+  double negative_slope;
+  bool residual_last;
+};
+
+inline Epilogue check_epilogue(const char* op, const EpilogueArguments& arguments) {
+  std::string names;
+  for (const auto& [known, activation] : kActivationNames) {
+    if (arguments.activation == known) {
+      return {activation, arguments.residual_last, arguments.negative_slope};
     }
+    names.append(names.empty() ? "'" : ", '").append(known).append("'");
   }
-  fail(op, ": activation is '", name, "', expected 'none', 'relu', 'relu6', 'silu' or 'hardswish'");
+  fail(op, ": activation is '", arguments.activation, "', expected one of ", names);
 }
 
 // [first, last) addresses of a non-empty tensor.
@@ -230,7 +244,7 @@ inline void check_overlap(const char* op, const Operand& target, const Operand& 
 
 inline void check_written(const char* op, const Operand& target) {
   for (int64_t d = 0; d < target.dim; ++d) {
-    if (target.sizes[d] > 1 && target.strides[d] == 0) {
+    if (target.numel > 0 && target.sizes[d] > 1 && target.strides[d] == 0) {
       fail(op, ": ", target.name, " has stride 0 in dimension ", d, ", expected a memory location for each element");
     }
   }
@@ -239,6 +253,96 @@ inline void check_written(const char* op, const Operand& target) {
 inline void check_target(const char* op, const Operand& target, const Operand& input) {
   check_like(op, target, input);
   check_written(op, target);
+}
+
+// ---- the affine of a channel -----------------------------------------------------------------------------------------
+
+// BatchNorm's tensors and a convolution's bias, or a scale and a shift as weight and bias.
+struct AffineOperands {
+  OptionalOperand mean;
+  OptionalOperand var;
+  OptionalOperand weight;
+  OptionalOperand bias;
+  OptionalOperand conv_bias;
+  double scaling_factor = 1;
+  double eps = 0;
+
+  template <typename F>
+  void for_each(F&& f) const {
+    for (const OptionalOperand* x : {&mean, &var, &weight, &bias, &conv_bias}) {
+      if (x->has_value()) {
+        f(**x);
+      }
+    }
+  }
+
+  bool is_identity() const {
+    bool result = scaling_factor == 1;
+    for_each([&](const Operand&) { result = false; });
+    return result;
+  }
+
+  // Each operand has the dtype, or acc_dtype() of it.
+  void check(const char* op, int64_t channels, const char* channels_from, ScalarType dtype,
+             const Operand& reference) const {
+    if (eps < 0) {
+      fail(op, ": eps is ", eps, ", expected 0 or more");
+    }
+    for_each([&](const Operand& x) {
+      check_channel_param(op, x, channels, channels_from, dtype, acc_dtype(dtype), reference);
+    });
+  }
+};
+
+inline AffineOperands bn_operands(const OptionalTensor& conv_bias, const Tensor& running_mean,
+                                  const Tensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
+                                  double scaling_factor, double eps) {
+  return {Operand("running_mean", running_mean),
+          Operand("running_var", running_var),
+          optional_operand("weight", weight),
+          optional_operand("bias", bias),
+          optional_operand("conv_bias", conv_bias),
+          scaling_factor,
+          eps};
+}
+
+// They are in acc_dtype(): what fold_bn puts out.
+inline AffineOperands scale_shift_operands(const OptionalTensor& scale, const OptionalTensor& shift) {
+  AffineOperands affine;
+  affine.weight = optional_operand("scale", scale);
+  affine.bias = optional_operand("shift", shift);
+  return affine;
+}
+
+// What had to be copied, kept alive while a kernel is launched on it.
+using Copies = std::array<OptionalTensor, 5>;
+
+// A one-dimensional operand's data as contiguous elements of `dtype`.
+inline const void* channel_data(const Operand& x, ScalarType dtype, OptionalTensor& copy) {
+  if (x.dtype == dtype && (x.sizes[0] <= 1 || x.strides[0] == 1)) {
+    return x.tensor->data_ptr();
+  }
+  copy = torch::stable::contiguous(torch::stable::to(*x.tensor, dtype));
+  return copy->data_ptr();
+}
+
+// The view of checked operands that kernels take, for inputs of `dtype`. Kernels know no mixtures of dtypes: operands that are
+// not all of the input's are made wide.
+inline AffineTensors affine_tensors(const AffineOperands& affine, ScalarType dtype, Copies& copies) {
+  bool uniform = true;
+  affine.for_each([&](const Operand& x) { uniform = uniform && x.dtype == dtype; });
+  const ScalarType common = uniform ? dtype : acc_dtype(dtype);
+  const auto data = [&](const OptionalOperand& x, size_t i) {
+    return x.has_value() ? channel_data(*x, common, copies[i]) : nullptr;
+  };
+  return {data(affine.mean, 0),
+          data(affine.var, 1),
+          data(affine.weight, 2),
+          data(affine.bias, 3),
+          data(affine.conv_bias, 4),
+          affine.scaling_factor,
+          affine.eps,
+          !uniform || dtype == acc_dtype(dtype)};
 }
 
 // ---- convolutions ----------------------------------------------------------------------------------------------------
@@ -260,12 +364,12 @@ struct PlainConv {
   int64_t space() const { return input.dim - 2; }
 };
 
-// A convolution and its epilogue.
+// A convolution, the affine of its results, and its epilogue.
 struct ConvArguments : PlainConv {
-  Operand scale;
-  Operand shift;
+  AffineOperands affine;
   OptionalOperand residual;
-  Activation activation;
+  Epilogue epilogue;
+  bool dense = false;  // the result is to be dense, whatever PyTorch's convolution puts out
 };
 
 // stride, padding or dilation: a value for each spatial dimension, or one for all of them, as in PyTorch.
@@ -351,31 +455,22 @@ inline PlainConv check_plain_conv(const char* op, const Tensor& input, const cha
   return c;
 }
 
-inline ConvArguments check_conv(const char* op, const Tensor& input, const Tensor& weight, const Tensor& scale,
-                                const Tensor& shift, const std::vector<int64_t>& stride,
-                                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                int64_t groups, const OptionalTensor& residual, const std::string& activation) {
-  ConvArguments c{check_plain_conv(op, input, "weight", weight, stride, padding, dilation, groups),
-                  Operand("scale", scale), Operand("shift", shift), optional_operand("residual", residual),
-                  Activation::none};
-  const Operand& x = c.input;
-  for (const Operand* param : {&c.scale, &c.shift}) {
-    check_channel_param(op, *param, c.sizes[1], "the output", acc_dtype(x.dtype), acc_dtype(x.dtype), x);
-  }
-  if (c.residual.has_value()) {
-    const Operand& r = *c.residual;
-    if (r.dim != x.dim || !std::equal(r.sizes, r.sizes + r.dim, c.sizes.begin())) {
-      fail(op, ": residual has shape ", r.shape(), ", expected ", list_text(c.sizes.data(), x.dim),
+// The residual of a convolution.
+inline OptionalOperand check_conv_residual(const char* op, const PlainConv& c, const OptionalTensor& residual) {
+  const OptionalOperand r = optional_operand("residual", residual);
+  if (r.has_value()) {
+    const Operand& x = c.input;
+    if (r->dim != x.dim || !std::equal(r->sizes, r->sizes + r->dim, c.sizes.begin())) {
+      fail(op, ": residual has shape ", r->shape(), ", expected ", list_text(c.sizes.data(), x.dim),
            ", the shape of the output");
     }
-    if (r.dtype != x.dtype) {
-      fail(op, ": residual has dtype ", dtype_name(r.dtype), ", expected ", dtype_name(x.dtype),
+    if (r->dtype != x.dtype) {
+      fail(op, ": residual has dtype ", dtype_name(r->dtype), ", expected ", dtype_name(x.dtype),
            ", the dtype of input");
     }
-    check_same_device(op, r, x);
+    check_same_device(op, *r, x);
   }
-  c.activation = parse_activation(op, activation);
-  return c;
+  return r;
 }
 
 // Whether eager's convolution puts its result out as channels_last: cuDNN and PyTorch's CPU kernels do if the input or
@@ -389,38 +484,6 @@ inline bool computes_channels_last(const PlainConv& c) {
 }
 
 // ---- operands of the kernels -----------------------------------------------------------------------------------------
-
-// The BN tensors (and a convolution's bias) as operands, in the order of the schema.
-struct BnOperands {
-  Operand running_mean;
-  Operand running_var;
-  OptionalOperand weight;
-  OptionalOperand bias;
-  OptionalOperand conv_bias;
-  double scaling_factor;
-  double eps;
-
-  template <typename F>
-  void for_each(F&& f) const {
-    f(running_mean);
-    f(running_var);
-    for (const OptionalOperand* x : {&weight, &bias, &conv_bias}) {
-      if (x->has_value()) {
-        f(**x);
-      }
-    }
-  }
-
-  void check(const char* op, int64_t channels, const char* channels_from, ScalarType dtype,
-             const Operand& reference) const {
-    if (eps < 0) {
-      fail(op, ": eps is ", eps, ", expected 0 or more");
-    }
-    for_each([&](const Operand& x) {
-      check_channel_param(op, x, channels, channels_from, dtype, acc_dtype(dtype), reference);
-    });
-  }
-};
 
 // BatchNorm's tensors and numbers in training mode, in the order of the schema.
 struct TrainOperands {
@@ -444,7 +507,8 @@ struct TrainOperands {
 
   // sizes: of what is normalised, which F.batch_norm wants to have more than one element a channel. It takes an empty
   // tensor for what it is, and so do we.
-  void check(const char* op, const int64_t* sizes, int64_t dim, const char* sizes_of, const Operand& reference) const {
+  void check(const char* op, const int64_t* sizes, int64_t dim, const char* sizes_of, const Operand& reference,
+             const OptionalOperand& residual) const {
     int64_t values = sizes[0];
     for (int64_t d = 2; d < dim; ++d) {
       values *= sizes[d];
@@ -471,12 +535,43 @@ struct TrainOperands {
       const Operand& t = **target;
       check_written(op, t);
       check_overlap(op, t, reference, false);
+      if (residual.has_value()) {
+        check_overlap(op, t, *residual, false);
+      }
       for_each([&](const Operand& x) {
         if (x.name != t.name) {
           check_overlap(op, t, x, false);
         }
       });
     }
+  }
+};
+
+inline TrainOperands train_operands(const OptionalTensor& conv_bias, const OptionalTensor& running_mean,
+                                    const OptionalTensor& running_var, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, double scaling_factor, double momentum, double eps) {
+  return {optional_operand("conv_bias", conv_bias),
+          optional_operand("running_mean", running_mean),
+          optional_operand("running_var", running_var),
+          optional_operand("weight", weight),
+          optional_operand("bias", bias),
+          scaling_factor,
+          momentum,
+          eps};
+}
+
+// A batch's mean and the inverse of its deviation, one of each a channel, in acc_dtype() of the input.
+struct SavedStatistics {
+  Tensor mean;
+  Tensor invstd;
+
+  SavedStatistics(int64_t channels, ScalarType dtype, const Device& device)
+      : mean(channel_values(channels, dtype, device)), invstd(channel_values(channels, dtype, device)) {}
+
+ private:
+  static Tensor channel_values(int64_t channels, ScalarType dtype, const Device& device) {
+    const int64_t stride = 1;
+    return empty_strided(1, &channels, &stride, acc_dtype(dtype), device);
   }
 };
 
@@ -490,7 +585,8 @@ inline ChannelBuffer channel_buffer(const OptionalOperand& x) {
   return buffer;
 }
 
-inline TrainParams train_params(const TrainOperands& bn, bool spare_centers = false) {
+// saved: nullptr for none.
+inline TrainParams train_params(const TrainOperands& bn, const SavedStatistics* saved, bool spare_centers = false) {
   return {channel_buffer(bn.running_mean),
           channel_buffer(bn.running_var),
           channel_buffer(bn.weight),
@@ -499,45 +595,9 @@ inline TrainParams train_params(const TrainOperands& bn, bool spare_centers = fa
           bn.scaling_factor,
           bn.momentum,
           bn.eps,
-          spare_centers};
-}
-
-// What had to be copied, kept alive while a kernel is launched on it.
-using Copies = std::array<OptionalTensor, 5>;
-
-// A one-dimensional operand's data as contiguous elements of `dtype`.
-inline const void* channel_data(const Operand& x, ScalarType dtype, OptionalTensor& copy) {
-  if (x.dtype == dtype && (x.sizes[0] <= 1 || x.strides[0] == 1)) {
-    return x.tensor->data_ptr();
-  }
-  copy = torch::stable::contiguous(torch::stable::to(*x.tensor, dtype));
-  return copy->data_ptr();
-}
-
-// f(BnParams<P>): the view of checked BN operands that kernels take. P is T, the element type of `dtype`, if all operands
-// have it, else acc_t<T>: kernels know no mixtures.
-template <typename T, typename F>
-void dispatch_bn_params(const BnOperands& bn, ScalarType dtype, F&& f) {
-  Copies copies;
-  const auto as = [&](auto tag, ScalarType param_dtype) {
-    using P = typename decltype(tag)::type;
-    const auto param = [&](const Operand& x, OptionalTensor& copy) {
-      return ChannelParam<P>{static_cast<const P*>(channel_data(x, param_dtype, copy))};
-    };
-    const auto optional_param = [&](const OptionalOperand& x, OptionalTensor& copy) {
-      return x.has_value() ? param(*x, copy) : ChannelParam<P>{nullptr};
-    };
-    f(BnParams<P>{param(bn.running_mean, copies[0]), param(bn.running_var, copies[1]),
-                  optional_param(bn.weight, copies[2]), optional_param(bn.bias, copies[3]),
-                  optional_param(bn.conv_bias, copies[4]), bn.scaling_factor, bn.eps});
-  };
-  bool uniform = true;
-  bn.for_each([&](const Operand& x) { uniform = uniform && x.dtype == dtype; });
-  if (uniform) {
-    as(TypeTag<T>{}, dtype);
-  } else {
-    as(TypeTag<acc_t<T>>{}, acc_dtype(dtype));
-  }
+          spare_centers,
+          saved == nullptr ? nullptr : saved->mean.data_ptr(),
+          saved == nullptr ? nullptr : saved->invstd.data_ptr()};
 }
 
 // The operands of an elementwise kernel: dense, in one memory layout. `copies` keeps alive what had to be copied.

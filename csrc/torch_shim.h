@@ -97,21 +97,19 @@ inline Tensor with_strides(const Tensor& tensor, const int64_t* strides) {
   return Tensor(result);
 }
 
-// PyTorch's aten::convolution, not transposed: whichever library it chooses, under its own flags. The lists have `space`
-// values each. bias: nullptr for none. The result is unknown to autograd, whose graph or tangent would be wrong for what
-// callers make of it.
-inline Tensor convolution(const Tensor& input, const Tensor& weight, const Tensor* bias, int64_t space,
-                          const int64_t* stride, const int64_t* padding, const int64_t* dilation, int64_t groups) {
+// PyTorch's aten::convolution, without a bias and not transposed: whichever library it chooses, under its own flags. The lists
+// have `space` values each. The result is unknown to autograd, whose graph or tangent would be wrong for what callers make of it.
+inline Tensor convolution(const Tensor& input, const Tensor& weight, int64_t space, const int64_t* stride,
+                          const int64_t* padding, const int64_t* dilation, int64_t groups) {
   constexpr int64_t kNoOutputPadding[] = {0, 0, 0};
-  AtenTensorHandle bias_handle = bias == nullptr ? nullptr : bias->get();
   AtenTensorHandle result = nullptr;
 #if defined(__CUDACC__)
   const auto shim = aoti_torch_cuda_convolution;
 #else
   const auto shim = aoti_torch_cpu_convolution;
 #endif
-  check_shim(shim(input.get(), weight.get(), bias == nullptr ? nullptr : &bias_handle, stride, space, padding, space,
-                  dilation, space, 0, kNoOutputPadding, space, groups, &result),
+  check_shim(shim(input.get(), weight.get(), nullptr, stride, space, padding, space, dilation, space, 0,
+                  kNoOutputPadding, space, groups, &result),
              "run its convolution");
   const Tensor differentiable(result);
   return with_strides(differentiable, differentiable.strides().data());

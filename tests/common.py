@@ -1,9 +1,11 @@
-"""What all tests share: the dtypes, random BatchNorm statistics, and the yardstick "no less accurate than eager"."""
+"""What all tests share: the dtypes, random BatchNorm statistics, the activations in 80-bit long double, and the yardstick
+"no less accurate than eager"."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,12 @@ CONV_ALGORITHMS = ("aten", "hopper", "few_channels", "depthwise")
 CONV_STATISTICS = ("results", "patches")
 """Where conv_bn_scale_train can take a batch's statistics from on CUDA (conftest.py's ``train_device``)."""
 
+RESIDUALS = ("none", "first", "last")
+"""Without a residual; with one before the activation; with one behind it."""
+
+SLOPE = 0.3
+"""Of leaky_relu in tests: neither its default nor a number that float32 holds."""
+
 
 def random_bn(
     channels: int, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
@@ -40,6 +48,55 @@ def random_bn(
     values = draw(torch.randn), 10 ** (4 * draw(torch.rand) - 2), draw(torch.randn), draw(torch.randn)
     running_mean, running_var, weight, bias = (value.to(device, dtype) for value in values)
     return running_mean, running_var, weight, bias
+
+
+# ---- 80-bit long double: the truth for float64 -----------------------------------------------------------------------
+
+
+def long(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy().astype(np.longdouble)
+
+
+def long_erf(x: np.ndarray) -> np.ndarray:
+    """To 2^-60 or better. The series of erf(x) * e^(x^2) has positive terms alone, so that nothing cancels in it. Beyond 7
+    erf is 1 to 22 digits."""
+    z = np.minimum(np.abs(x), np.longdouble(7))
+    total = term = z
+    n = 0
+    while (term > total * 2.0**-66).any():
+        n += 1
+        term = term * (2 * z * z / (2 * n + 1))
+        total = total + term
+    return np.copysign(total * np.exp(-z * z) * (2 / np.sqrt(4 * np.arctan(np.longdouble(1)))), x)
+
+
+LONG_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "none": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "gelu": lambda x: x * (1 + long_erf(x / np.sqrt(np.longdouble(2)))) / 2,
+    "gelu_tanh": lambda x: (
+        x * (1 + np.tanh(np.sqrt(1 / (2 * np.arctan(np.longdouble(1)))) * (x + np.longdouble("0.044715") * x**3))) / 2
+    ),
+    "leaky_relu": lambda x: np.where(x > 0, x, x * np.longdouble(SLOPE)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "hardsigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
+    "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
+    "tanh": np.tanh,
+}
+"""reference.ACTIVATIONS, with SLOPE."""
+
+
+def long_epilogue(y: np.ndarray, residual: Tensor | None, activation: str, residual_last: bool) -> np.ndarray:
+    if residual is not None and not residual_last:
+        y = y + long(residual)
+    y = LONG_ACTIVATIONS[activation](y)
+    return y + long(residual) if residual is not None and residual_last else y
+
+
+# ---- the yardstick ---------------------------------------------------------------------------------------------------
 
 
 def error(y: Tensor, truth: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import warnings
@@ -129,10 +130,51 @@ def test_opcheck_fold_bn(optional: int, dtype: torch.dtype, device: str, generat
     torch.library.opcheck(OPS.fold_bn.default, arguments)
 
 
+# Ops of two results and more, and convolutions: op -> arguments for an input of (2, C, 4, 3) and a weight.
+MORE_CALLS: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
+    "bn_scale_train_stats": (OPS.bn_scale_train_stats.default, lambda x, w, bn: (x, *bn)),
+    "bn_scale_train_functional": (OPS.bn_scale_train_functional.default, lambda x, w, bn: (x, *bn)),
+    "bn_scale_train_functional without statistics": (
+        OPS.bn_scale_train_functional.default,
+        lambda x, w, bn: (x, None, None),
+    ),
+    "conv_bn_scale": (OPS.conv_bn_scale.default, lambda x, w, bn: (x, w, bn[3] + 1, *bn, 1.7, 1e-3, [2, 1], [1, 1])),
+    "conv_bn_scale without optional tensors": (OPS.conv_bn_scale.default, lambda x, w, bn: (x, w, None, *bn[:2])),
+    "conv_bn_scale_train_stats": (
+        OPS.conv_bn_scale_train_stats.default,
+        lambda x, w, bn: (x, w, bn[3] + 1, *bn, 1.7, 0.1, 1e-3, [2, 1], [1, 1]),
+    ),
+    "conv_bn_scale_train_functional": (
+        OPS.conv_bn_scale_train_functional.default,
+        lambda x, w, bn: (x, w, bn[3] + 1, *bn, 1.7, 0.1, 1e-3, [2, 1], [1, 1]),
+    ),
+    "conv_bn_scale_train_functional without statistics": (
+        OPS.conv_bn_scale_train_functional.default,
+        lambda x, w, bn: (x, w, None, None, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("call", MORE_CALLS)
+def test_opcheck_of_more(
+    call: str, channels_last: bool, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> None:
+    op, arguments = MORE_CALLS[call]
+    x, w = (torch.randn(n, C, 6, 3, generator=generator).to(device, dtype) for n in (2, C))
+    w = w[:, :, :3]
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    bn = random_bn(C, dtype, device, generator)
+    for epilogue in ({}, {"activation": "leaky_relu", "negative_slope": 0.2}):
+        torch.library.opcheck(op, arguments(x, w, bn), epilogue)
+
+
 def test_every_overload_is_opchecked() -> None:
     """Guards the lists above: a new op needs samples."""
-    checked = {op for op, _ in CALLS.values()} | {OPS.fold_bn.default, OPS.cuda_archs.default}
-    checked |= {OPS.conv_scale_shift.default, OPS._fold_conv_weight.default}  # in test_conv.py
+    checked = {op for op, _ in (*CALLS.values(), *MORE_CALLS.values())} | {OPS.fold_bn.default, OPS.cuda_archs.default}
+    checked |= {OPS.conv_scale_shift.default}  # in test_conv.py
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in test_train.py
     checked |= {OPS._conv_config.default}  # takes no tensor
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_conv_bn::")}
@@ -278,20 +320,23 @@ def test_compiled_training_has_gradients(device: str, generator: torch.Generator
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_export(grad: bool, device: str, generator: torch.Generator) -> None:
-    """Where no gradient is needed, the exported program has the fused ops; both survive saving. (Without a largest batch
-    PyTorch's own BatchNorm would not export: cuDNN's has a limit.)"""
+def test_export(grad: bool, keeps: bool, strict: bool, device: str, generator: torch.Generator) -> None:
+    """What is exported has PyTorch's ops alone, unless export_ops() says otherwise; both survive saving. (Without a
+    largest batch PyTorch's own BatchNorm would not export: cuDNN's has a limit.)"""
     m = module(generator, device)
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), fcb.export_ops() if keeps else contextlib.nullcontext():
         program = torch.export.export(
             m,
             (torch.randn(2, 4, 9, 8, device=device),),
             dynamic_shapes={"x": {0: torch.export.Dim("n", min=1, max=1024)}},
+            strict=strict,
         )
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert ("fused_conv_bn.conv_scale_shift.default" in targets) != grad
-    assert ("aten.batch_norm.default" in targets) == grad
+    assert ("fused_conv_bn.conv_bn_scale.default" in targets) == keeps
+    assert any("fused_conv_bn" in target for target in targets) == keeps
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
@@ -302,20 +347,75 @@ def test_export(grad: bool, device: str, generator: torch.Generator) -> None:
                 check(loaded.module()(x), m, x)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_functions(strict: bool, generator: torch.Generator) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(C, C, 3, 3))
+
+        def forward(self, x: Tensor, *bn: Tensor) -> Tensor:
+            scale, shift = fcb.fold_bn(*bn)
+            y = fcb.conv_bn_scale(x, self.weight, None, *bn, activation="gelu")
+            return fcb.scale_shift(fcb.bn_scale(y, *bn), scale, shift)
+
+    m, arguments = Model(), (torch.randn(2, C, 6, 5), *random_bn(C, torch.float32, "cpu", generator))
+    for keeps in (False, True):
+        with fcb.export_ops() if keeps else contextlib.nullcontext():
+            program = torch.export.export(m, arguments, strict=strict)
+        kept = {str(node.target) for node in program.graph.nodes if "fused_conv_bn" in str(node.target)}
+        assert len(kept) == (4 if keeps else 0)
+        torch.testing.assert_close(program.module()(*arguments), m(*arguments))
+
+
+@pytest.mark.parametrize("where", ["in torch.compile", "in a nested region"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_compiled_training(statistics: bool, grad: bool, where: str, device: str, generator: torch.Generator) -> None:
+    """The running statistics move as in eager, twice if it is called twice, and where there are none it compiles too."""
+    if grad and where == "in a nested region":
+        pytest.skip("a node of the graph in a nested region: PyTorch's own BatchNorm does not compile there either")
+    m = fcb.ConvBnScale2d(4, 6, 3, 1.7, activation="silu", track_running_stats=statistics, device=device)
+    twin = copy.deepcopy(m)
+    inner = torch.compiler.nested_compile_region(lambda t: m(t)) if "nested" in where else m
+    x = torch.randn(2, 4, 9, 8, device=device)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            got = torch.compile(lambda t: inner(t) + inner(t * 2), backend="aot_eager")(x)
+            torch.testing.assert_close(got, twin(x) + twin(x * 2))
+    for a, b in zip(m.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(list(m.buffers())) == (3 if statistics else 0)
+
+
+@pytest.mark.parametrize("op", ["bn_scale_train", "conv_bn_scale_train"])
+def test_compiled_training_functions(op: str, device: str, generator: torch.Generator) -> None:
+    x, w = torch.randn(3, C, 6, 5, device=device), torch.randn(C, C, 3, 3, device=device)
+    bn = random_bn(C, torch.float32, device, generator)
+    arguments = (x,) if op == "bn_scale_train" else (x, w, None)
+    for running in ((None, None), bn[:2]):
+        mine, theirs = ([None if t is None else t.clone() for t in running] for _ in range(2))
+        f = getattr(fcb, op)
+        got = torch.compile(lambda *a: f(*a), fullgraph=True, backend="aot_eager")(*arguments, *mine, *bn[2:])  # noqa: B023
+        torch.testing.assert_close(got, f(*arguments, *theirs, *bn[2:]))
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 # How many tensors each takes.
 FUNCTIONS = {
     "fold_bn": 5,
     "bn_scale": 5,
-    "bn_scale_": 5,
     "scale_shift": 4,
-    "scale_shift_": 4,
     "conv_scale_shift": 5,
+    "conv_bn_scale": 7,
     "bn_scale_train": 5,
     "conv_bn_scale_train": 7,
 }
-REQUIRES = [(name, i) for name, count in FUNCTIONS.items() for i in range(count)]
+IN_PLACE = {"bn_scale_": 5, "scale_shift_": 4}
+REQUIRES = [(name, i) for name, count in IN_PLACE.items() for i in range(count)]
 
 
 def function_arguments(name: str, device: str, generator: torch.Generator) -> tuple[list[Tensor], Callable[..., Any]]:
@@ -328,7 +428,7 @@ def function_arguments(name: str, device: str, generator: torch.Generator) -> tu
     if name.startswith("bn_scale"):
         return [x, mean, var, weight, bias], f
     w = torch.randn(C, C, 3, 3, device=device)
-    if name == "conv_bn_scale_train":
+    if name.startswith("conv_bn_scale"):
         return [x, w, mean + 1, mean, var, weight, bias], lambda *tensors: f(*tensors, padding=1)
     if name == "conv_scale_shift":
         return [x, w, mean, var, torch.randn_like(x)], lambda x, w, scale, shift, r: f(
@@ -361,6 +461,26 @@ def test_functions_refuse_to_lose_a_tangent(name: str, which: int, device: str, 
         torch.func.jvp(of_one, (tensors[which],), (torch.ones_like(tensors[which]),))
 
 
+@pytest.mark.parametrize(("name", "which"), [(name, i) for name, count in FUNCTIONS.items() for i in range(count)])
+def test_forward_mode(name: str, which: int, device: str, generator: torch.Generator) -> None:
+    """The plain formula runs, or PyTorch says that it has no derivative either."""
+    tensors, call = function_arguments(name, device, generator)
+    tensors = [t.double() for t in tensors]
+    if which in (1, 2) and name == "bn_scale" or which in (3, 4) and name == "conv_bn_scale" or "train" in name:
+        pytest.skip("of running statistics PyTorch's BatchNorm has no derivative")
+
+    def of_one(t: Tensor) -> Any:
+        return call(*tensors[:which], t, *tensors[which + 1 :])
+
+    direction = torch.randn_like(tensors[which])
+    value, tangent = torch.func.jvp(of_one, (tensors[which],), (direction,))
+    step = 1e-6
+    ahead, behind = of_one(tensors[which] + step * direction), of_one(tensors[which] - step * direction)
+    if name == "fold_bn":
+        ahead, behind, tangent = torch.cat(ahead), torch.cat(behind), torch.cat(tangent)
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["bn_scale", "scale_shift"])
 def test_out_that_requires_grad_is_refused(name: str, device: str, generator: torch.Generator) -> None:
     tensors, _ = function_arguments(name, device, generator)
@@ -386,15 +506,24 @@ def test_writes_count_as_modifications(write: str, device: str, generator: torch
 
 
 @pytest.mark.parametrize(
-    "name", ["fold_bn", "bn_scale", "scale_shift", "conv_scale_shift", "bn_scale_train", "conv_bn_scale_train"]
+    "name",
+    [
+        "fold_bn",
+        "bn_scale",
+        "scale_shift",
+        "conv_scale_shift",
+        "conv_bn_scale",
+        "bn_scale_train",
+        "conv_bn_scale_train",
+    ],
 )
 def test_raw_ops_warn_in_backward(name: str, device: str, generator: torch.Generator) -> None:
     """PyTorch's fallback for ops without a derivative: the gradient is missing, and a warning says so."""
     tensors, _ = function_arguments(name, device, generator)
     tensors[0].requires_grad_()
     window = ([1], [1], [1], 1) if name.startswith("conv") else ()
-    numbers = (1.7, 0.1, 1e-5) if name.endswith("train") else ()
-    count = {"scale_shift": 3, "bn_scale_train": 5, "conv_bn_scale_train": 7}.get(name, 4)
+    numbers = (1.7, 0.1, 1e-5) if name.endswith("train") else (1.7, 1e-5) if name == "conv_bn_scale" else ()
+    count = {"scale_shift": 3, "bn_scale_train": 5, "conv_bn_scale": 7, "conv_bn_scale_train": 7}.get(name, 4)
     y = getattr(OPS, name)(*tensors[:count], *numbers, *window)
     y = y[0] if isinstance(y, tuple) else y
     assert y.requires_grad

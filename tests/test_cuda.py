@@ -31,6 +31,11 @@ def test_devices_must_agree(device):
         fcb.scale_shift(x.cuda(), c3.cuda(), c3.cuda(), out=x.clone())
     with pytest.raises(RuntimeError, match="fold_bn: running_var is on cuda:0, expected cpu"):
         fcb.fold_bn(c3, c3.cuda())
+    with pytest.raises(RuntimeError, match="bn_scale: residual is on cpu, expected cuda:0, where input is"):
+        fcb.bn_scale(x.cuda(), c3.cuda(), c3.cuda(), residual=x)
+    w = torch.randn(3, 3, 1, 1)
+    with pytest.raises(RuntimeError, match="conv_bn_scale: conv_bias is on cpu, expected cuda:0, where input is"):
+        fcb.conv_bn_scale(x.cuda(), w.cuda(), c3, c3.cuda(), c3.cuda())
     torch.cuda.synchronize()  # no error is left behind
 
 
@@ -52,34 +57,41 @@ def test_current_stream(device, generator):
     assert torch.equal(ours, expected)
 
 
-def test_folded_parameters_across_streams(device, generator):
-    """A module folds on one stream and runs on another, which must wait for the fold."""
+def test_parameters_written_on_another_stream(device, generator):
+    """A module keeps nothing that was computed on one stream and would be read on another."""
     model = fcb.ConvBnScale2d(4, 8, 3, 2.0).eval().to(device)
     bn = random_bn(8, torch.float32, device, generator)
-    for target, value in zip((model.bn.running_mean, model.bn.running_var), bn, strict=False):
-        target.copy_(value)
     x = torch.randn(2, 4, 9, 9, generator=generator).to(device)
     with torch.no_grad():
-        expected = model(x).clone()
-        model.eval()  # drops what was folded
-        first, second = torch.cuda.Stream(), torch.cuda.Stream()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(first):
-            torch.cuda._sleep(50_000_000)
-            model(x)
-        with torch.cuda.stream(second):
-            y = model(x)
-            done = torch.cuda.Event()
-            done.record()
-        assert not done.query()  # it waits for the first stream, and the host for neither
-        done.synchronize()
-    assert torch.equal(y, expected)
+        stale = model(x).clone()
+        fresh = copy.deepcopy(model)
+        for m in (fresh, model):
+            buffers = m.bn.running_mean, m.bn.running_var
+            first, second = torch.cuda.Stream(), torch.cuda.Stream()
+            torch.cuda.synchronize()
+            with torch.cuda.stream(first):
+                torch.cuda._sleep(50_000_000)
+                for target, value in zip(buffers, bn, strict=False):
+                    target.data.copy_(value)  # behind the version counter's back
+                m(x)
+            second.wait_stream(first)
+            with torch.cuda.stream(second):
+                y = m(x)
+                done = torch.cuda.Event()
+                done.record()
+            assert not done.query()  # the host waits for neither
+            done.synchronize()
+            if m is fresh:
+                expected = y
+        assert torch.equal(y, expected) and not torch.equal(y, stale)
+        assert torch.equal(model(x), expected)
 
 
 def test_no_synchronisation(device, generator):
     x = torch.randn(4, 32, 14, 14, generator=generator).to(device)
     bn = random_bn(32, torch.float32, device, generator)
     weight = torch.randn(32, 32, 3, 3, generator=generator).to(device)
+    ops = torch.ops.fused_conv_bn
     torch.cuda.set_sync_debug_mode("error")
     try:
         scale, shift = fcb.fold_bn(*bn, 2.0)
@@ -88,6 +100,9 @@ def test_no_synchronisation(device, generator):
         for y in (x, x.to(memory_format=torch.channels_last), x[:, :, 1:, 1:]):
             fcb.bn_scale_train(y, *bn)
             fcb.conv_bn_scale_train(y, weight, None, *bn)
+            fcb.conv_bn_scale(y, weight, bn[3], *bn, 2.0, activation="gelu")
+            ops.bn_scale_train_functional(y, *bn, residual=y, activation="mish")
+            ops.conv_bn_scale_train_functional(y, weight, None, *bn)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -111,6 +126,24 @@ def test_cuda_graph(device, generator, warm):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, fcb.scale_shift(fcb.bn_scale(x, *bn), *fcb.fold_bn(*bn), activation=activation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_cuda_graph_sees_parameters_change(device, dtype, generator):
+    """BatchNorm is folded in each replay, not when the graph was captured."""
+    x = torch.randn(4, 8, 20, 21, generator=generator).to(device, dtype)
+    w = torch.randn(24, 8, 3, 3, generator=generator).to(device, dtype)
+    bn = random_bn(24, dtype, device, generator)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    fcb.conv_bn_scale(x, w, None, *bn, 1.5)
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        y = fcb.conv_bn_scale(x, w, None, *bn, 1.5)
+    for _ in range(3):
+        for t, value in zip(bn, random_bn(24, dtype, device, generator), strict=True):
+            t.data.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, fcb.conv_bn_scale(x, w, None, *bn, 1.5))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

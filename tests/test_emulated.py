@@ -14,16 +14,30 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import emulated
+import numpy as np
 import pytest
 import torch
 import translate
 
 import fused_conv_bn as fcb
 import test_conv
+import test_ops
 import test_train
-from common import CONV_ALGORITHMS, CONV_STATISTICS, DTYPES, assert_no_worse_than_eager, random_bn
+from common import CONV_ALGORITHMS, CONV_STATISTICS, DTYPES, RESIDUALS, long, random_bn
 from fused_conv_bn import reference
-from test_ops import LAYOUTS, SHAPES, arrange
+from test_ops import (
+    EPS,
+    FACTOR,
+    LAYOUTS,
+    SHAPES,
+    allowed,
+    arrange,
+    epilogue_of,
+    errors,
+    long_affine,
+    long_bn_scale,
+    long_of,
+)
 
 
 def some_of(test: Callable[..., Any], **values: Iterable[Any]) -> Callable[..., Any]:
@@ -45,20 +59,36 @@ test_random_problems = some_of(test_conv.test_random_problems, dtype=ALL_OF_KERN
 test_random_depthwise_problems = some_of(test_conv.test_random_depthwise_problems, dtype=ALL_OF_KERNELS)
 test_problems = some_of(test_conv.test_problems, dtype=FLOAT32_AND_16)
 test_filters_of_few_terms = some_of(test_conv.test_filters_of_few_terms, dtype=FLOAT32_AND_16)
-test_activations_and_residual = some_of(test_conv.test_activations_and_residual, dtype=ALL_OF_KERNELS)
+test_activations_and_residual = some_of(test_conv.test_activations_and_residual, dtype=FLOAT32_AND_16)
+test_missing_scale_or_shift = some_of(test_conv.test_missing_scale_or_shift, dtype=(torch.float32,))
+# BatchNorm is folded by every kernel in a way of its own.
+test_bn_problems = some_of(
+    test_conv.test_bn_problems,
+    dtype=FLOAT32_AND_16,
+    problem=("problem 73", "stem", "depthwise"),
+)
+test_bn_parts_that_may_be_missing = some_of(test_conv.test_bn_parts_that_may_be_missing, dtype=FLOAT32_AND_16)
+test_bn_tensors_of_either_dtype = test_conv.test_bn_tensors_of_either_dtype
+test_bn_tensors_that_are_views = test_conv.test_bn_tensors_that_are_views
+test_bn_of_values_that_are_not_finite = test_conv.test_bn_of_values_that_are_not_finite
 test_one_huge_value_among_small_ones = some_of(
     test_conv.test_one_huge_value_among_small_ones, dtype=(torch.float32,), outlier=(2.0**30,)
 )
 test_large_magnitudes_that_cancel = some_of(test_conv.test_large_magnitudes_that_cancel, dtype=FLOAT32_AND_16)
 test_scales_of_any_magnitude = some_of(test_conv.test_scales_of_any_magnitude, dtype=(torch.float32,))
 test_non_finite_values_are_where_eager_has_them = some_of(
-    test_conv.test_non_finite_values_are_where_eager_has_them, dtype=ALL_OF_KERNELS
+    test_conv.test_non_finite_values_are_where_eager_has_them,
+    dtype=FLOAT32_AND_16,
+    activation=("none", "relu6", "silu", "gelu", "tanh"),
 )
+test_non_finite_values_pass_as_in_eager = test_ops.test_non_finite_values_pass_as_in_eager
 test_non_finite_parameters = test_conv.test_non_finite_parameters
 test_misaligned_addresses = some_of(test_conv.test_misaligned_addresses, dtype=FLOAT32_AND_16)
 test_parameters_and_residual_of_any_strides = test_conv.test_parameters_and_residual_of_any_strides
 test_bn_scale_train = test_train.test_bn_scale_train
 test_a_constant_channel = test_train.test_a_constant_channel
+test_epilogue = some_of(test_train.test_epilogue, dtype=(torch.float32, torch.bfloat16), residual=("first", "last"))
+test_conv_epilogue = some_of(test_train.test_conv_epilogue, dtype=FLOAT32_AND_16)
 test_conv_bn_scale_train = some_of(test_train.test_conv_bn_scale_train, dtype=ALL_OF_KERNELS)
 test_conv_parts_that_may_be_missing = test_train.test_conv_parts_that_may_be_missing
 test_conv_of_values_far_from_zero = test_train.test_conv_of_values_far_from_zero
@@ -70,11 +100,16 @@ test_statistics_of_patches_are_exact = some_of(
 )
 
 
+def by_algorithm(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    for name in ("conv_scale_shift", "conv_bn_scale"):
+        monkeypatch.setattr(fcb, name, functools.partial(getattr(emulated, name), **options))
+
+
 @pytest.fixture(params=[name for name in CONV_ALGORITHMS if name != "aten"])
 def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As conftest.py's, with the kernels of each algorithm instead of the op."""
     monkeypatch.setenv("FUSED_CONV_BN_CONV", request.param)
-    monkeypatch.setattr(fcb, "conv_scale_shift", functools.partial(emulated.conv_scale_shift, algorithm=request.param))
+    by_algorithm(monkeypatch, algorithm=request.param)
     return "cpu"
 
 
@@ -89,7 +124,8 @@ def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(params=["cpu"])
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
-    monkeypatch.setattr(fcb, "bn_scale_train", emulated.bn_scale_train)
+    for name in ("scale_shift", "bn_scale_train"):
+        monkeypatch.setattr(fcb, name, getattr(emulated, name))
     function = functools.partial(emulated.conv_bn_scale_train, statistics="patches")
     monkeypatch.setattr(fcb, "conv_bn_scale_train", function)
     return "cpu"
@@ -99,22 +135,38 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_scale_shift(shape, layout, dtype, capability, generator):
-    """By the kernels that bn_scale has as well."""
-    x, residual = (arrange(torch.randn(shape, generator=generator).to(dtype), layout) for _ in range(2))
+def test_elementwise(shape, layout, dtype, capability, generator):
+    """scale_shift and bn_scale. Each shape in each layout has some of all epilogues in turn, and all of them come up."""
+    turn = SHAPES.index(shape) * len(LAYOUTS) + LAYOUTS.index(layout)
+    x = arrange(torch.randn(shape, generator=generator).to(dtype), layout)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    _, _, scale, shift = random_bn(shape[1], wide, "cpu", generator)
-    for activation, added in zip(reference.ACTIVATIONS, (None, residual, None, residual, None), strict=True):
-        ours = emulated.scale_shift(x, scale, shift, residual=added, activation=activation, capability=capability)
-        eager, truth = (
-            reference.scale_shift(
-                *(t.to(d) for t, d in ((x, e), (scale, f), (shift, f))),
-                residual=None if added is None else added.to(e),
-                activation=activation,
-            )
-            for e, f in ((torch.float32 if dtype == torch.float64 else dtype,) * 2, (torch.float64,) * 2)
-        )
-        assert_no_worse_than_eager(ours, eager, truth)
+    names = list(reference.ACTIVATIONS)
+    for i in range(5):
+        kwargs = epilogue_of(x, names[(5 * turn + i) % len(names)], RESIDUALS[(turn + i) % 3], generator, layout)
+        if i < 3:
+            _, _, scale, shift = random_bn(shape[1], wide, "cpu", generator)
+            pair = (scale, None if turn % 4 == 1 else shift) if i else (None if turn % 4 == 2 else scale, shift)
+            ours = emulated.scale_shift(x, *pair, **kwargs, capability=capability)
+            eager = reference.scale_shift(x, *pair, **kwargs)
+            truth = long_affine(x, *pair)
+            sizes = long_affine(x.abs(), *(None if t is None else t.abs() for t in pair))
+        else:
+            bn = random_bn(shape[1], dtype if i == 3 else wide, "cpu", generator)
+            bn = *bn[:2], None if turn % 5 == 1 else bn[2], None if turn % 5 == 2 else bn[3]
+            ours = emulated.bn_scale(x, *bn, FACTOR, EPS, **kwargs, capability=capability)
+            eager = reference.bn_scale(x, *bn, FACTOR, EPS, **kwargs)
+            truth = long_bn_scale(x, bn, FACTOR, EPS)
+            mean, var, *others = bn
+            absolute = (-mean.abs(), var, *(None if t is None else t.abs() for t in others))
+            sizes = long_bn_scale(x.abs(), absolute, FACTOR, EPS)
+        truth = long_of(truth, kwargs)
+        sizes = sizes if kwargs["residual"] is None else sizes + abs(long(kwargs["residual"]))
+        got, eagers_error = errors(truth, ours, eager)
+        bound = allowed(eagers_error, ours)
+        if ours.numel() < 64:  # the roundings are of terms that may cancel
+            norm = np.sqrt((truth**2).sum()) or 1
+            bound *= max(1, float(np.sqrt((sizes**2).sum()) / norm))
+        assert got <= bound, (i, kwargs["activation"], got, eagers_error)
 
 
 # ---- GPUs other than the H200 ------------------------------------------------------------------------------------------
@@ -127,14 +179,14 @@ def test_scale_shift(shape, layout, dtype, capability, generator):
 @pytest.mark.parametrize("dtype", FLOAT32_AND_16, ids=str)
 def test_convolutions_of_other_gpus(capability, algorithm, dtype, generator, monkeypatch):
     monkeypatch.setenv("FUSED_CONV_BN_CONV", algorithm)
-    function = functools.partial(emulated.conv_scale_shift, algorithm=algorithm, capability=capability)
-    monkeypatch.setattr(fcb, "conv_scale_shift", function)
+    by_algorithm(monkeypatch, algorithm=algorithm, capability=capability)
     if algorithm == "few_channels":
         test_conv.test_random_problems("cpu", dtype, generator)
     else:
         test_conv.test_random_depthwise_problems("cpu", dtype, generator)
     for problem in ("problem 73", "depthwise, 5x5, stride 2", "rows of odd lengths, longer than a tile"):
         test_conv.test_problems("cpu", dtype, problem, generator)
+        test_conv.test_bn_problems("cpu", dtype, problem, generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,6 +206,8 @@ BROKEN = {
     "global_out_of_bounds": "store of 4 bytes of global memory that belong to no operand",
     "vector_out_of_bounds": "load of 16 bytes of global memory that belong to no operand",
     "copy_out_of_bounds": "cp.async of 16 bytes of global memory that belong to no operand",
+    "copy_partly_out_of_bounds": "cp.async of 16 bytes of global memory that belong to no operand, or not all of them",
+    "copy_of_nothing_out_of_bounds": "cp.async of 16 bytes of global memory that belong to no operand",
     "read_without_barrier": "read of byte .* of shared memory, and nothing orders it behind the write by|"
     "write of byte .* of shared memory, and nothing orders it behind the read by",
     "write_behind_read": "write of byte .*, and nothing orders it behind the read by|"

@@ -1,4 +1,4 @@
-"""ConvBnScale2d against the model it replaces, in evaluation and training, and what keeps its folded BN fresh."""
+"""ConvBnScale2d against the model it replaces, in evaluation and training, whatever happens to its parameters."""
 
 from __future__ import annotations
 
@@ -16,18 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import DTYPES, assert_no_worse_than_eager, error, random_bn
 from fused_conv_bn import ConvBnScale2d
+from fused_conv_bn.reference import ACTIVATIONS
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
 BN_ARGUMENTS = ("eps", "momentum", "affine", "track_running_stats")
-FUSED = "fused_conv_bn::conv_scale_shift"
+FUSED = "fused_conv_bn::conv_bn_scale"
 TRAIN = "fused_conv_bn::conv_bn_scale_train"
-FOLD = "fused_conv_bn::fold_bn"
 
 
 class Plain(nn.Module):
@@ -59,7 +52,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def count(self, part: str) -> int:
-        return sum(part in name for name in self.names)
+        return sum(part == name if "::" in part else part in name for name in self.names)
 
 
 def ops_of(module: nn.Module, *args: Any) -> Ops:
@@ -171,8 +164,15 @@ def test_parameter_as_scaling_factor_is_registered() -> None:
 
 
 def test_constructor_refuses() -> None:
-    with pytest.raises(ValueError, match=r"activation is 'gelu', expected one of 'none', 'relu'"):
-        ConvBnScale2d(4, 6, 3, activation="gelu")
+    with pytest.raises(ValueError, match=r"activation is 'selu', expected one of 'none', 'relu'"):
+        ConvBnScale2d(4, 6, 3, activation="selu")
+    with pytest.raises(ValueError, match=r"activation is PReLU\(.*, expected one of 'none', 'relu'"):
+        ConvBnScale2d(4, 6, 3, activation=nn.PReLU())
+    for factor in ("2", None, [1.0], 1j):
+        with pytest.raises(TypeError, match="scaling_factor is .* expected a float or a tensor of no dimensions"):
+            ConvBnScale2d(4, 6, 3, factor)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scaling_factor is a module, ReLU, .* an activation is passed as activation="):
+        ConvBnScale2d.from_modules(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"scaling_factor has shape \[1\], expected a float or a tensor of no dim"):
         ConvBnScale2d(4, 6, 3, torch.ones(1))
 
@@ -190,8 +190,52 @@ def test_from_modules_uses_the_modules(generator: torch.Generator) -> None:
         check(module(x), plain, x, None, "relu")
     with pytest.raises(ValueError, match="bn has 7 features, expected 6, conv's out_channels"):
         ConvBnScale2d.from_modules(conv, nn.BatchNorm2d(7))
-    with pytest.raises(ValueError, match="activation is 'tanh'"):
-        ConvBnScale2d.from_modules(conv, bn, activation="tanh")
+    with pytest.raises(ValueError, match="activation is 'selu'"):
+        ConvBnScale2d.from_modules(conv, bn, activation="selu")
+
+
+def test_from_modules_refuses() -> None:
+    conv, bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+    for arguments, message in (
+        ((bn, conv), "conv is the BatchNorm and bn the convolution, expected conv first"),
+        ((nn.Conv1d(4, 6, 3), bn), "conv is of type Conv1d, expected an nn.Conv2d"),
+        ((nn.ConvTranspose2d(4, 6, 3), bn), "conv is of type ConvTranspose2d, expected an nn.Conv2d"),
+        ((conv, nn.BatchNorm1d(6)), "bn is of type BatchNorm1d, expected an nn.BatchNorm2d"),
+        ((conv, nn.Module()), "bn is of type Module, expected an nn.BatchNorm2d"),
+        ((conv, bn, "2"), "scaling_factor is '2', of type str, expected a float"),
+    ):
+        with pytest.raises(TypeError, match=f"^from_modules: {message}"):
+            ConvBnScale2d.from_modules(*arguments)  # type: ignore[arg-type]
+
+
+def test_activations_by_module_and_function(generator: torch.Generator) -> None:
+    x = sample(generator)
+    for activation in (
+        *(nn.Identity(), nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.GELU()),
+        *(nn.GELU("tanh"), nn.LeakyReLU(), nn.LeakyReLU(0.2), nn.Sigmoid(), nn.Hardsigmoid(), nn.Mish(), nn.Tanh()),
+        *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, F.hardsigmoid),
+        *(F.mish, torch.tanh),
+    ):
+        ours = ConvBnScale2d(4, 6, 3, 1.7, activation=activation).eval()
+        randomize(ours, generator)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), activation(ours.bn(ours.conv(x)) * 1.7))
+        assert ops_of(ours, x).names == [FUSED], activation
+
+
+@pytest.mark.parametrize("activation", ["none", "leaky_relu", "gelu_tanh"])
+def test_residual_last(activation: str, device: str, generator: torch.Generator) -> None:
+    ours = ConvBnScale2d(4, 6, 3, 1.7, activation=activation, negative_slope=0.3, residual_last=True).to(device).eval()
+    randomize(ours, generator)
+    x, residual = sample(generator, device), torch.randn(3, 6, 7, 6, generator=generator).to(device)
+    act = {"none": lambda y: y, "leaky_relu": lambda y: F.leaky_relu(y, 0.3), "gelu_tanh": nn.GELU("tanh")}[activation]
+    for mode in (False, True):
+        ours.train(mode)
+        with torch.no_grad():
+            y = ours(x, residual)
+            torch.testing.assert_close(y, act(ours.bn(ours.conv(x)) * 1.7) + residual)
+            torch.testing.assert_close(ours._forward_plain(x, residual), y)
+    assert "residual_last=True" in repr(ours)
 
 
 def test_repr_names_what_is_special() -> None:
@@ -223,8 +267,8 @@ def test_eval_with_residual_and_activation(
         y = ours(x, residual)
         check(y, plain, x, residual, activation)
     ops = ops_of(ours, x, residual)
-    assert ops.count(FUSED) == 1 and ops.count("aten::convolution") == 0 and ops.count("batch_norm") == 0
-    assert ops.count("aten::add") == ops.count("aten::mul") == 0
+    assert ops.count(FUSED) == 1 and ops.count("convolution") == 0 and ops.count("batch_norm") == 0
+    assert ops.names == [FUSED]
 
 
 @cases
@@ -232,7 +276,7 @@ def test_no_grad_runs_the_fused_op_alone(case: str, device: str, generator: torc
     _, ours = models(generator, device, **CASES[case])
     ops = ops_of(ours, sample(generator, device))
     fused = TRAIN if case == "no_stats" else FUSED  # without running statistics the batch's own are needed
-    assert ops.count(fused) == 1 and ops.count("aten::convolution") == ops.count("batch_norm") == 0
+    assert ops.count(fused) == 1 and ops.count("convolution") == ops.count("batch_norm") == 0
 
 
 def test_inputs_stay_as_they_are(device: str, generator: torch.Generator) -> None:
@@ -257,7 +301,7 @@ def test_parameters_without_grad_fuse_in_any_grad_mode(mode: Any, device: str, g
     assert ops.count(FUSED) == 1 and torch.equal(y, expected)
     with Ops() as ops:
         assert ours(x.clone().requires_grad_()).requires_grad
-    assert ops.count(FUSED) == 0
+    assert ops.count(FUSED) == 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -267,18 +311,23 @@ def test_eval_gradients(activation: str, device: str, generator: torch.Generator
 
 
 def assert_same_gradients(plain: Plain, ours: ConvBnScale2d, x: Tensor, activation: str = "none") -> None:
-    """Bit by bit: the same ops of PyTorch run. The input's gradient, the parameters' and a residual's."""
+    """In float64: the input's gradient, the parameters' and a residual's."""
     results = []
+    # CUDA's own multiply float64 by a float32 1/6.
+    coarse = x.is_cuda and activation in ("hardswish", "hardsigmoid")
+    near = 2.0**-23 if coarse else 1e-10
     for module, extra in ((plain, {"activation": activation}), (ours, {})):
-        leaf = x.clone().requires_grad_()
-        y = module(leaf)
+        leaf = x.double().requires_grad_()
+        module.double()
+        with torch.no_grad():
+            y = copy.deepcopy(module)(leaf)
         residual = torch.linspace(-1, 1, y.numel(), device=x.device, dtype=x.dtype).view_as(y).requires_grad_()
         y = module(leaf, residual, **extra)
         (y * torch.linspace(0, 2, y.numel(), device=x.device, dtype=x.dtype).view_as(y)).sum().backward()
         results.append([y, leaf.grad, residual.grad, *(p.grad for p in module.parameters())])
     for expected, got in zip(*results, strict=True):
         assert expected is not None and got is not None
-        assert torch.equal(expected, got)
+        torch.testing.assert_close(got, expected, rtol=near, atol=4 * near if coarse else near)
 
 
 def test_forward_mode_derivative(generator: torch.Generator) -> None:
@@ -357,7 +406,7 @@ def test_autocast(dtype: torch.dtype, device: str, generator: torch.Generator) -
         assert check(ours(x), plain, x).dtype == dtype
         assert ops_of(ours, x).count(FUSED) == 1
     with torch.autocast(device, dtype=dtype):
-        assert torch.equal(ours(x), plain(x))
+        assert check(ours(x).detach(), plain, x).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -376,25 +425,25 @@ def test_16_bit_conv_with_a_float32_bn(dtype: torch.dtype, device: str, generato
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in ("reflect", "replicate")])
 def test_training_is_pytorchs(case: str, device: str, generator: torch.Generator) -> None:
-    """Bit by bit. (The gradients of the two paddings left out are not deterministic on CUDA.)"""
     plain, ours = models(generator, device, **CASES[case])
     for _ in range(2):
         assert_same_gradients(plain.train(), ours.train(), sample(generator, device))
     mine, theirs = ours.state_dict(), plain.state_dict()
-    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value)
     if CASES[case].get("track_running_stats", True):
-        assert ours.bn.num_batches_tracked == 4
+        assert ours.bn.num_batches_tracked == 2
     with torch.no_grad():  # evaluation after training: with the statistics as they are now
         x = sample(generator, device)
-        check(ours.eval()(x), plain.eval(), x)
+        check(ours.float().eval()(x), plain.float().eval(), x)
 
 
 @pytest.mark.parametrize("padding_mode", ["reflect", "replicate"])
 def test_training_forward_with_other_paddings(padding_mode: str, device: str, generator: torch.Generator) -> None:
     plain, ours = models(generator, device, padding=1, padding_mode=padding_mode)
     x = sample(generator, device)
-    assert torch.equal(ours.train()(x), plain.train()(x))
-    assert torch.equal(ours.bn.running_var, plain.bn.running_var)
+    torch.testing.assert_close(ours.train()(x), plain.train()(x))
+    torch.testing.assert_close(ours.bn.running_var, plain.bn.running_var)
 
 
 @pytest.mark.parametrize("part", ["module", "bn"])
@@ -421,7 +470,7 @@ def test_frozen_bn_in_a_training_module(generator: torch.Generator) -> None:
     assert ours.bn.num_batches_tracked == 0
 
 
-# ---- the folded scale and shift --------------------------------------------------------------------------------------
+# ---- parameters that change behind our back --------------------------------------------------------------------------
 
 
 def assign(owner: str, name: str) -> Callable[[ConvBnScale2d], None]:
@@ -450,6 +499,39 @@ def write_data_then_eval(module: ConvBnScale2d) -> None:
 
 def swap_data(module: ConvBnScale2d) -> None:
     module.bn.weight.data = module.bn.weight.data * 2
+
+
+def write_data(owner: str, name: str) -> Callable[[ConvBnScale2d], None]:
+    return lambda module: getattr(module.get_submodule(owner), name).data.mul_(1.5).add_(0.25)
+
+
+def write_numpy(owner: str, name: str) -> Callable[[ConvBnScale2d], None]:
+    def change(module: ConvBnScale2d) -> None:
+        getattr(module.get_submodule(owner), name).detach().numpy()[...] *= 1.7
+
+    return change
+
+
+def write_alias(owner: str, name: str) -> Callable[[ConvBnScale2d], None]:
+    """Through another tensor on the same memory, as collectives and shared memory do."""
+
+    def change(module: ConvBnScale2d) -> None:
+        tensor = getattr(module.get_submodule(owner), name)
+        torch.from_dlpack(tensor.detach()).mul_(1.7)
+
+    return change
+
+
+def fused_step(kind: Any) -> Callable[[ConvBnScale2d], None]:
+    """Fused optimisers write without raising a version."""
+
+    def change(module: ConvBnScale2d) -> None:
+        optimizer = kind(module.parameters(), lr=0.5, fused=True)
+        with torch.enable_grad():
+            module(torch.ones(2, 4, 9, 8)).sum().backward()
+        optimizer.step()
+
+    return change
 
 
 def load(module: ConvBnScale2d, assign: bool = False) -> None:
@@ -499,6 +581,17 @@ CHANGES: dict[str, Callable[[ConvBnScale2d], Any]] = {
     "load": load,
     "load by assignment": lambda module: load(module, assign=True),
     "data swapped": swap_data,
+    **{f"write {owner}.{name}.data": write_data(owner, name) for owner, name in STATE},
+    **{f"write {owner}.{name} by numpy": write_numpy(owner, name) for owner, name in STATE},
+    **{f"write {owner}.{name}'s memory": write_alias(owner, name) for owner, name in STATE},
+    "F.batch_norm": lambda module: F.batch_norm(
+        torch.randn(9, 6) * 5 + 4, module.bn.running_mean, module.bn.running_var, training=True
+    ),
+    **{f"fused {kind.__name__}": fused_step(kind) for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)},
+    "negative_slope": lambda module: (
+        setattr(module, "activation", "leaky_relu"),
+        setattr(module, "negative_slope", 0.5),
+    ),
     "data written, then eval": write_data_then_eval,
     "optimizer step": step,
     "train forward": train_forward,
@@ -511,7 +604,7 @@ CHANGES: dict[str, Callable[[ConvBnScale2d], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_folded_pair_follows_every_change(change: str, generator: torch.Generator) -> None:
+def test_results_follow_every_change(change: str, generator: torch.Generator) -> None:
     _, ours = models(generator, scaling_factor=torch.tensor(1.7))
     x = sample(generator)
     with torch.no_grad():
@@ -521,7 +614,10 @@ def test_folded_pair_follows_every_change(change: str, generator: torch.Generato
         y = ours(x)
         plain = Plain(4, 6, 3)
         plain.conv, plain.bn, plain.scaling_factor = ours.conv, ours.bn, ours.scaling_factor
-        check(y, plain, x, None, ours.activation)
+        if change != "negative_slope":
+            check(y, plain, x, None, ours.activation)
+        else:
+            torch.testing.assert_close(y, F.leaky_relu(plain(x), 0.5))
     if change not in ("half", "double"):
         # A change that left the results alone would prove nothing: far beyond rounding.
         assert error(y, before) > 1e-2
@@ -582,7 +678,7 @@ def test_every_configuration_is_seen(change: str, generator: torch.Generator) ->
 
 
 def test_calls_of_all_kinds_by_turns(generator: torch.Generator) -> None:
-    """What a call prepares for the next one of its kind does not serve one of another."""
+    """What serves one call does not serve one of another kind."""
     plain, ours = models(generator, padding=1, activation="silu")
     x, other = sample(generator), torch.randn(1, 4, 5, 9, generator=generator)
     full, row = torch.randn(ours(x).shape, generator=generator), torch.randn(1, 6, 1, 1, generator=generator)
@@ -612,25 +708,23 @@ def test_calls_of_all_kinds_by_turns(generator: torch.Generator) -> None:
             assert ours(x).dtype == torch.bfloat16
 
 
-def test_folds_once(device: str, generator: torch.Generator) -> None:
+def test_nothing_is_kept(device: str, generator: torch.Generator) -> None:
+    """A call is one op, the first as the last, and leaves the module as it was."""
     for factor in (1.7, torch.tensor(1.7)):
         _, ours = models(generator, device, scaling_factor=factor)
+        before = {name: id(value) for name, value in vars(ours).items()}
         x = sample(generator, device)
-        with torch.no_grad(), Ops() as ops:
-            for _ in range(3):
-                ours(x)
-        assert (ops.count(FOLD), ops.count(FUSED)) == (1, 3)
-        with torch.inference_mode(), Ops() as ops:
-            ours(x)
-        assert (ops.count(FOLD), ops.count(FUSED)) == (0, 1)
-        with torch.no_grad():
-            ours.conv.weight.mul_(2)
-        assert ops_of(ours, x).count(FOLD) == (device == "cpu")  # where the weight is part of what is folded
-        assert ops_of(ours.eval(), x).count(FOLD) == 1
+        for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            for _ in range(2):
+                with mode(), Ops() as ops:
+                    ours(x)
+                assert [name for name in ops.names if "fused_conv_bn" in name] == [FUSED]
+                assert len(ops.names) == 1 or isinstance(factor, Tensor) or mode is torch.enable_grad
+        assert {name: id(value) for name, value in vars(ours).items()} == before
 
 
-def test_inference_tensors_fold_each_time(generator: torch.Generator) -> None:
-    """They keep no version, so nothing would tell of a write."""
+def test_inference_tensors(generator: torch.Generator) -> None:
+    """They keep no version, so nothing tells of a write."""
     with torch.inference_mode():
         ours = ConvBnScale2d(4, 6, 3, 1.7).eval()
         randomize(ours, generator)
@@ -644,7 +738,7 @@ def test_inference_tensors_fold_each_time(generator: torch.Generator) -> None:
         y = ours(x)
         check(y, plain, x)
         assert error(y, before) > 1e-2
-    assert ops_of(ours, x).count(FOLD) == 1
+    assert ops_of(ours, x).count(FUSED) == 1
 
 
 COPIES: dict[str, Callable[[nn.Module], Any]] = {
@@ -666,9 +760,8 @@ def test_copies(how: str, device: str, generator: torch.Generator) -> None:
     _, ours = models(generator, device, activation="silu", scaling_factor=torch.tensor(1.7))
     x = sample(generator, device)
     with torch.no_grad():
-        y = ours(x)  # a folded pair is kept now
+        y = ours(x)
         twin = COPIES[how](ours)
-        assert twin._folded is None, "a copy carries what it can compute"
         assert torch.equal(twin(x), y) and repr(twin) == repr(ours)
         twin.bn.running_mean.add_(1)
         twin.scaling_factor.mul_(2)
@@ -701,7 +794,7 @@ def test_moves_to_cuda_and_back(device: str, generator: torch.Generator) -> None
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("warm", [False, True])
 def test_cuda_graph(warm: bool, device: str, generator: torch.Generator) -> None:
-    """A replay sees new parameters, as the plain model's would; capturing leaves no unfilled pair behind."""
+    """A replay sees new parameters, as the plain model's would."""
     plain, ours = models(generator, device)
     x = sample(generator, device)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()

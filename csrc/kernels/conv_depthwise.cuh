@@ -19,15 +19,14 @@
 namespace fused_conv_bn {
 
 template <typename T>
-DepthwiseParams<T> make_depthwise_params(const ConvProblem& c, const ConvOperands& operands, Activation activation,
+DepthwiseParams<T> make_depthwise_params(const ConvProblem& c, const ConvOperands& operands, const Epilogue& epilogue,
                                          const DepthwisePlan& plan) {
   DepthwiseParams<T> p{};
   p.x = static_cast<const T*>(operands.x);
   p.w = static_cast<const T*>(operands.w);
   p.residual = static_cast<const T*>(operands.residual);
   p.y = static_cast<T*>(operands.y);
-  p.scale = static_cast<const acc_t<T>*>(operands.scale);
-  p.shift = static_cast<const acc_t<T>*>(operands.shift);
+  p.affine = AffineSource<T>(operands.affine);
   p.w_stride_k = operands.w_stride_k;
   p.w_stride_r = operands.w_stride_r;
   p.w_stride_s = operands.w_stride_s;
@@ -40,7 +39,9 @@ DepthwiseParams<T> make_depthwise_params(const ConvProblem& c, const ConvOperand
   p.Q = static_cast<int>(c.Q);
   p.pad_h = static_cast<int>(c.pad_h);
   p.pad_w = static_cast<int>(c.pad_w);
-  p.activation = activation;
+  p.activation = epilogue.activation;
+  p.residual_last = epilogue.residual_last;
+  p.negative_slope = static_cast<acc_t<T>>(epilogue.negative_slope);
   p.tile_cols = plan.tile_cols;
   p.in_cols = plan.in_cols;
   p.stage_bytes = plan.stage_bytes;
@@ -63,14 +64,18 @@ DepthwiseParams<T> make_depthwise_params(const ConvProblem& c, const ConvOperand
   return p;
 }
 
-// Calls f(kernel) with the kernel of this layout, filter and stride.
+// Calls f(kernel) with the kernel of this layout, filter, stride and kind of activation.
 template <typename T, typename F>
-cudaError_t dispatch_depthwise(const ConvProblem& c, F&& f) {
+cudaError_t dispatch_depthwise(const ConvProblem& c, bool bounds, F&& f) {
   const auto with = [&](auto r, auto stride) {
     constexpr int R = decltype(r)::value;
     constexpr int kStride = decltype(stride)::value;
-    return c.channels_last ? f(conv_depthwise_lanes_kernel<T, R, kStride>)
-                           : f(conv_depthwise_planes_kernel<T, R, kStride>);
+    if (c.channels_last) {
+      return f(bounds ? conv_depthwise_lanes_kernel<T, R, kStride, true>
+                      : conv_depthwise_lanes_kernel<T, R, kStride, false>);
+    }
+    return f(bounds ? conv_depthwise_planes_kernel<T, R, kStride, true>
+                    : conv_depthwise_planes_kernel<T, R, kStride, false>);
   };
   const auto with_stride = [&](auto r) {
     return c.stride_h == 1 ? with(r, std::integral_constant<int, 1>{}) : with(r, std::integral_constant<int, 2>{});
@@ -85,13 +90,13 @@ cudaError_t dispatch_depthwise(const ConvProblem& c, F&& f) {
 }
 
 template <typename T>
-cudaError_t launch_conv_depthwise(const ConvProblem& c, const ConvOperands& operands, Activation activation,
+cudaError_t launch_conv_depthwise(const ConvProblem& c, const ConvOperands& operands, const Epilogue& epilogue,
                                   const DepthwisePlan& plan, int multiprocessors, cudaStream_t stream) {
   if (c.N == 0) {
     return cudaSuccess;
   }
-  DepthwiseParams<T> p = make_depthwise_params<T>(c, operands, activation, plan);
-  return dispatch_depthwise<T>(c, [&](auto kernel) {
+  DepthwiseParams<T> p = make_depthwise_params<T>(c, operands, epilogue, plan);
+  return dispatch_depthwise<T>(c, is_bound(epilogue.activation), [&](auto kernel) {
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               kDepthwiseMaxSharedBytes);
     if (status != cudaSuccess) {

@@ -1,4 +1,4 @@
-// What the depthwise kernels share: their parameters, the walk down the rows, and the activation.
+// What the depthwise kernels share: their parameters, and the walk down the rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,13 +20,14 @@ struct DepthwiseParams {
   const T* w;
   const T* residual;  // nullptr: none
   T* y;
-  const acc_t<T>* scale;
-  const acc_t<T>* shift;
+  AffineSource<T> affine;
   int64_t w_stride_k, w_stride_r, w_stride_s;
   bool dense_filters;  // one behind the other, and aligned for vectors
   int C, H, W, P, Q;
   int pad_h, pad_w;
   Activation activation;
+  bool residual_last;
+  acc_t<T> negative_slope;
   int tile_cols, in_cols;
   int stage_bytes;
   FastDiv col_threads;
@@ -51,49 +52,6 @@ __device__ __forceinline__ uint32_t div_mod(const FastDiv& d, uint32_t& n) {
   const uint32_t q = d.div(n);
   n -= q * d.divisor;
   return q;
-}
-
-// The activation is chosen at run time: a uniform branch for many outputs, and a fifth of the code. Where it is long,
-// it is there for kAtOnce values, and the others take their turn in the same registers.
-template <int kAtOnce, typename Acc, int kCount>
-__device__ __forceinline__ void activate(Activation activation, Acc (&z)[kCount]) {
-  static_assert(kCount % kAtOnce == 0);
-  const auto all = [&](auto f) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      z[i] = f(z[i]);
-    }
-  };
-  const auto in_turn = [&](auto f) {
-#pragma unroll 1
-    for (int turn = 0; turn < kCount / kAtOnce; ++turn) {
-      Acc next[kCount];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        next[i] = i < kCount - kAtOnce ? z[i + kAtOnce] : f(z[i - (kCount - kAtOnce)]);
-      }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        z[i] = next[i];
-      }
-    }
-  };
-  switch (activation) {
-    case Activation::none:
-      break;
-    case Activation::relu:
-      all([](Acc v) { return activate<Activation::relu>(v); });
-      break;
-    case Activation::relu6:
-      all([](Acc v) { return activate<Activation::relu6>(v); });
-      break;
-    case Activation::silu:
-      in_turn([](Acc v) { return activate<Activation::silu>(v); });
-      break;
-    case Activation::hardswish:
-      in_turn([](Acc v) { return activate<Activation::hardswish>(v); });
-      break;
-  }
 }
 
 // The filter of channel c, as the thread's channel k.

@@ -83,9 +83,9 @@ struct DepthwiseWalk {
   __device__ __forceinline__ bool finishes() const { return left <= rows; }
 };
 
-// gridDim.x: the chunks of channels, so that the blocks which share lines of x run together, of all tiles across the
+// kBounds: the activation is a bound. gridDim.x: the chunks of channels, so that the blocks which share lines of x run together, of all tiles across the
 // image. gridDim.y: the ranges of rows.
-template <typename T, int R, int kStride>
+template <typename T, int R, int kStride, bool kBounds>
 __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_blocks(R))
     conv_depthwise_lanes_kernel(const DepthwiseParams<T> p) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
@@ -156,10 +156,14 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
 #pragma unroll
       for (int i = 0; i < kStride; ++i) {
         const bool exists = ahead.has_row(i, p.H);
+        const T* from = p.x + from_offset;  // of a row that is there
+        if (exists) {
+          from = from_row;
+        }
 #pragma unroll
         for (int k = 0; k < kPieces; ++k) {
           if (copies & 1u << k) {
-            copy_async(stage + i * row_bytes + to_offset + k * to_step, from_row + k * from_step, exists);
+            copy_async(stage + i * row_bytes + to_offset + k * to_step, from + k * from_step, exists);
           }
         }
         from_row += p.W * p.C;
@@ -179,6 +183,11 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
   }
   T* const taps = reinterpret_cast<T*>(ring + ring_bytes);
   const int filters = min(p.channels, p.C - first_channel);
+  const int own_filter = static_cast<int>(threadIdx.x);
+  typename AffineSource<T>::Values values{};  // they arrive while copies are started
+  if (own_filter < filters) {
+    values = p.affine.values(first_channel + own_filter);
+  }
   if (p.dense_filters) {
     const T* const from = p.w + first_channel * (R * R);
 #pragma unroll 1
@@ -193,14 +202,16 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
     }
   }
 #pragma unroll 1
-  for (int k = threadIdx.x; k < filters; k += blockDim.x) {
-    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(affine + k));
-    copy_async_1(to, p.scale + (first_channel + k), true);
-    copy_async_1(to + sizeof(float), p.shift + (first_channel + k), true);
-  }
-#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) {
     copy_step();
+  }
+#pragma unroll 1
+  for (int k = own_filter; k < filters; k += blockDim.x) {
+    if (k != own_filter) {
+      values = p.affine.values(first_channel + k);
+    }
+    const Affine<float> of_channel = p.affine.pair_of(values);
+    affine[k] = {of_channel.scale, of_channel.shift};
   }
 
   // A lane's taps lie an odd number of words behind the one before, which spreads them over the banks.
@@ -219,9 +230,10 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
   }
 
   // ReLU and ReLU6 bound the results. Rounding keeps the order of numbers, and these bounds as they are, so they may come
-  // behind it, for two channels at a time.
-  const bool relu6 = p.activation == Activation::relu6;
-  const float least = relu6 || p.activation == Activation::relu ? 0.0f : -INFINITY, most = relu6 ? 6.0f : INFINITY;
+  // behind it, for two channels at a time. Not where a residual is added behind them.
+  const bool residual_last = p.residual != nullptr && p.residual_last;
+  const Activation bound = kBounds && !residual_last ? p.activation : Activation::none;
+  const float least = bound == Activation::none ? -INFINITY : 0.0f, most = bound == Activation::relu6 ? 6.0f : INFINITY;
   const uint32_t low = pack_word(T(), least, least), high = pack_word(T(), most, most);
 
   acc_t<T> sums[kSteps - 1][kCols][V];  // its first values are not used
@@ -259,9 +271,9 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
             acc_t<T> z[kCols * V];
 #pragma unroll
             for (int k = 0; k < kCols * V; ++k) {
-              z[k] = epilogue<Activation::none>(sum[k / V][k % V], of_channel[k % V]);
+              z[k] = apply_affine(sum[k / V][k % V], of_channel[k % V]);
             }
-            if (p.residual != nullptr) {
+            const auto add_residual = [&] {
               const T* from = p.residual + (out - p.y);
 #pragma unroll
               for (int col = 0; col < kCols; ++col) {
@@ -270,13 +282,22 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
                   load_lane(from + col * p.C, residual);
 #pragma unroll
                   for (int k = 0; k < V; ++k) {
-                    z[col * V + k] += residual[k];  // as epilogue() does
+                    z[col * V + k] += residual[k];
                   }
                 }
               }
+            };
+            if (p.residual != nullptr && !residual_last) {
+              add_residual();
             }
-            if (p.activation == Activation::silu || p.activation == Activation::hardswish) {
-              activate<V>(p.activation, z);
+            if constexpr (!kBounds) {
+              activate_all<false>(p.activation, p.negative_slope, z);
+            }
+            if (residual_last) [[unlikely]] {
+              if constexpr (kBounds) {
+                activate_all<true>(p.activation, p.negative_slope, z);
+              }
+              add_residual();
             }
             T* to = out;
 #pragma unroll
@@ -285,7 +306,10 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
 #pragma unroll
               for (int i = 0; i < kWords; ++i) {
                 const float* of_word = z + col * V + i * (V / kWords);
-                words[i] = bound_word<T>(pack_word(T(), of_word[0], of_word[V / kWords - 1]), low, high);
+                words[i] = pack_word(T(), of_word[0], of_word[V / kWords - 1]);
+                if constexpr (kBounds) {
+                  words[i] = bound_word<T>(words[i], low, high);
+                }
               }
               if (col < cols) {
                 store_words(to, words);

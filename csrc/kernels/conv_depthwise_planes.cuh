@@ -77,7 +77,8 @@ __device__ __forceinline__ void copy_rows(const DepthwiseParams<T>& p, uint32_t 
 template <int R>
 constexpr int kDepthwisePlaneBlocks = __CUDACC_VER_MAJOR__ < 13 && R == 5 ? 2 : 0;  // 0: unnamed
 
-template <typename T, int R, int kStride>
+// kBounds: the activation is a bound.
+template <typename T, int R, int kStride, bool kBounds>
 __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwisePlaneBlocks<R>)
     conv_depthwise_planes_kernel(const DepthwiseParams<T> p) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwisePlaneBlocks<R>)
       const int c = static_cast<int>(image_plane - p.all_channels.div(image_plane) * p.all_channels.divisor);
       Acc w[R][R][1];
       load_filter(p, c, w, 0);
-      const Affine<Acc> affine = {0, p.scale[c], p.shift[c]};
+      const Affine<Acc> affine = p.affine.pair(c);
 
       const int w0 = first_col * kStride - p.pad_w;
       uint32_t exists = 0;  // bit i: column w0 + i
@@ -167,17 +168,23 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwisePlaneBlocks<R>)
               Acc z[kCols];
 #pragma unroll
               for (int q = 0; q < kCols; ++q) {
-                z[q] = epilogue<Activation::none>(sum[q][0], affine);
+                z[q] = apply_affine(sum[q][0], affine);
               }
-              if (p.residual != nullptr) {
+              const auto add_residual = [&] {
 #pragma unroll
                 for (int q = 0; q < kCols; ++q) {
                   if (q < cols) {
-                    z[q] = epilogue<Activation::none>(sum[q][0], affine, to_acc(p.residual[out_at + e + q]));
+                    z[q] += to_acc(p.residual[out_at + e + q]);
                   }
                 }
+              };
+              if (p.residual != nullptr && !p.residual_last) {
+                add_residual();
               }
-              activate<1>(p.activation, z);
+              activate_all<kBounds>(p.activation, p.negative_slope, z);
+              if (p.residual != nullptr && p.residual_last) [[unlikely]] {
+                add_residual();
+              }
 #pragma unroll
               for (int q = 0; q < kCols; ++q) {
                 if (q < cols) {

@@ -33,11 +33,12 @@ struct DirectOutput {
   int64_t plane;
   int64_t channels;
   int64_t columns;
+  const Epilogue* epilogue;
 };
 
 // For the output channels k and pixels q of a tile, q from `begin` on:
 // y[k][q] = activation((the sum over taps t of weight[t][k] * x[offset[t] + q]) * scale[k] + shift[k] + residual[k][q]).
-template <typename Isa, int kVectors, Activation A, bool kResidual>
+template <typename Isa, int kVectors>
 FCB_HD void direct_tile(const float* x, const int64_t* offset, int64_t taps, const float* weight,
                         const DirectOutput& out, int64_t begin) {
   constexpr int kLanes = Isa::kLanes, kChannels = Isa::kChannels, kWidth = kLanes * kVectors;
@@ -47,7 +48,7 @@ FCB_HD void direct_tile(const float* x, const int64_t* offset, int64_t taps, con
   for (int64_t k = 0; k < out.channels; ++k) {
     for (int i = 0; i <= kWidth; i += kLineBytes / static_cast<int>(sizeof(float))) {
       __builtin_prefetch(out.y + k * out.plane + begin + i, 1);
-      if constexpr (kResidual) {
+      if (out.residual != nullptr) {
         __builtin_prefetch(out.residual + k * out.plane + begin + i);
       }
     }
@@ -74,51 +75,54 @@ FCB_HD void direct_tile(const float* x, const int64_t* offset, int64_t taps, con
     if (k >= out.channels) {
       return;
     }
-    // epilogue(), its activation apart: as whole vectors the rest need not pass through memory.
+    // As whole vectors, what comes before the activation need not pass through memory.
+    const Epilogue& epilogue = *out.epilogue;
+    const bool residual_first = out.residual != nullptr && !epilogue.residual_last;
+    const bool residual_last = out.residual != nullptr && epilogue.residual_last;
+    const float* const residual = out.residual == nullptr ? nullptr : out.residual + k * out.plane + begin;
     float* const y = out.y + k * out.plane + begin;
     alignas(kLineBytes) float row[kWidth];
-    float* const to = A == Activation::none ? y : row;
+    float* const to = epilogue.activation == Activation::none && !residual_last ? y : row;
     for (int i = 0; i < kVectors; ++i) {
       Vector value = sum[k][i] * out.scale[k] + out.shift[k];
-      if constexpr (kResidual) {
-        value += *reinterpret_cast<const Unaligned*>(out.residual + k * out.plane + begin + i * kLanes);
+      if (residual_first) {
+        value += *reinterpret_cast<const Unaligned*>(residual + i * kLanes);
       }
       *reinterpret_cast<Unaligned*>(to + i * kLanes) = value;
     }
-    if constexpr (A != Activation::none) {
+    if (to == row) {
+      activate_block(epilogue, row, kWidth);
       for (int i = 0; i < kWidth; ++i) {
-        y[i] = activate<A>(row[i]);
+        y[i] = residual_last ? row[i] + residual[i] : row[i];
       }
     }
   }
 }
 
-template <typename Isa, Activation A, bool kResidual>
+template <typename Isa>
 FCB_HD void direct_row(const float* x, const int64_t* offset, int64_t taps, const float* weight,
                        const DirectOutput& out) {
   constexpr int64_t kLanes = Isa::kLanes, kWidth = kLanes * Isa::kVectors;
   static_assert(kWidth <= kDirectLeastColumns);
   int64_t q = 0;
   for (; q + kWidth <= out.columns; q += kWidth) {
-    direct_tile<Isa, Isa::kVectors, A, kResidual>(x, offset, taps, weight, out, q);
+    direct_tile<Isa, Isa::kVectors>(x, offset, taps, weight, out, q);
   }
   // The last tile overlaps the one before it: what is computed twice is the same.
   if (out.columns - q > kLanes) {
-    direct_tile<Isa, Isa::kVectors, A, kResidual>(x, offset, taps, weight, out, out.columns - kWidth);
+    direct_tile<Isa, Isa::kVectors>(x, offset, taps, weight, out, out.columns - kWidth);
   } else if (out.columns > q) {
-    direct_tile<Isa, 1, A, kResidual>(x, offset, taps, weight, out, out.columns - kLanes);
+    direct_tile<Isa, 1>(x, offset, taps, weight, out, out.columns - kLanes);
   }
 }
 
-template <Activation A, bool kResidual>
-__attribute__((target("arch=x86-64-v3"))) void direct_row_v3(const float* x, const int64_t* offset, int64_t taps,
-                                                             const float* weight, const DirectOutput& out) {
-  direct_row<DirectV3, A, kResidual>(x, offset, taps, weight, out);
+__attribute__((target("arch=x86-64-v3"))) inline void direct_row_v3(const float* x, const int64_t* offset, int64_t taps,
+                                                                    const float* weight, const DirectOutput& out) {
+  direct_row<DirectV3>(x, offset, taps, weight, out);
 }
-template <Activation A, bool kResidual>
-__attribute__((target("arch=x86-64-v4"))) void direct_row_v4(const float* x, const int64_t* offset, int64_t taps,
-                                                             const float* weight, const DirectOutput& out) {
-  direct_row<DirectV4, A, kResidual>(x, offset, taps, weight, out);
+__attribute__((target("arch=x86-64-v4"))) inline void direct_row_v4(const float* x, const int64_t* offset, int64_t taps,
+                                                                    const float* weight, const DirectOutput& out) {
+  direct_row<DirectV4>(x, offset, taps, weight, out);
 }
 
 struct DirectKernel {
@@ -126,13 +130,8 @@ struct DirectKernel {
   void (*row)(const float* x, const int64_t* offset, int64_t taps, const float* weight, const DirectOutput& out);
 };
 
-inline DirectKernel direct_kernel(Activation activation, bool has_residual) {
-  DirectKernel kernel{};
-  dispatch_epilogue(activation, has_residual, [&](auto a, auto residual) {
-    kernel = use_v4() ? DirectKernel{DirectV4::kChannels, direct_row_v4<a(), residual()>}
-                      : DirectKernel{DirectV3::kChannels, direct_row_v3<a(), residual()>};
-  });
-  return kernel;
+inline DirectKernel direct_kernel() {
+  return use_v4() ? DirectKernel{DirectV4::kChannels, direct_row_v4} : DirectKernel{DirectV3::kChannels, direct_row_v3};
 }
 
 // The padded input rows that a band of rows of the result needs, channel by channel. Where columns are strided, those of
@@ -186,11 +185,11 @@ inline void direct_fill(const ConvProblem& p, const DirectBuffer& b, const float
   }
 }
 
-// p.groups is 1, p.stride_w 1 or 2, p.Q at least kDirectLeastColumns; o.center is not looked at.
+// p.groups is 1, p.stride_w 1 or 2, p.Q at least kDirectLeastColumns. o.affine is not looked at: scale and shift have K values.
 template <typename ParallelFor>
-void launch_conv_direct(const ConvProblem& p, const ConvOperands& o, Activation activation, int64_t threads,
-                        const ParallelFor& parallel_for) {
-  const DirectKernel kernel = direct_kernel(activation, o.residual != nullptr);
+void launch_conv_direct(const ConvProblem& p, const ConvOperands& o, const float* scale, const float* shift,
+                        const Epilogue& epilogue, int64_t threads, const ParallelFor& parallel_for) {
+  const DirectKernel kernel = direct_kernel();
   const DirectBuffer b = direct_buffer(p, threads);
   const int64_t taps = p.C * p.R * p.S;
   std::vector<int64_t> offset(taps);
@@ -208,8 +207,6 @@ void launch_conv_direct(const ConvProblem& p, const ConvOperands& o, Activation 
     }
   }
   const auto* const x = static_cast<const float*>(o.x);
-  const auto* const scale = static_cast<const float*>(o.scale);
-  const auto* const shift = static_cast<const float*>(o.shift);
   const auto* const residual = static_cast<const float*>(o.residual);
   auto* const y = static_cast<float*>(o.y);
   const int64_t bands = ceil_div(p.P, b.band);
@@ -227,7 +224,7 @@ void launch_conv_direct(const ConvProblem& p, const ConvOperands& o, Activation 
           const int64_t to = ((n * p.K + k) * p.P + row) * p.Q;
           kernel.row(from, offset.data(), taps, &weight[k * taps],
                      {scale + k, shift + k, residual == nullptr ? nullptr : residual + to, y + to, p.P * p.Q,
-                      std::min(kernel.channels, p.K - k), p.Q});
+                      std::min(kernel.channels, p.K - k), p.Q, &epilogue});
         }
       }
     }

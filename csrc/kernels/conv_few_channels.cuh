@@ -38,8 +38,7 @@ template <typename T>
 struct FewChannelsParams {
   const T* x;
   const T* w;
-  const acc_t<T>* scale;
-  const acc_t<T>* shift;
+  AffineSource<T> affine;
   const T* residual;
   T* y;
   int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
@@ -57,6 +56,8 @@ struct FewChannelsParams {
   bool stage_pairs;   // contiguous: two neighbouring results can be staged with one store
   bool run_vectors;   // contiguous: rows are whole, and a tile's runs are vectors, long enough for a warp each
   Activation activation;
+  bool residual_last;
+  float negative_slope;
 };
 
 // ---- instructions ----------------------------------------------------------------------------------------------------
@@ -101,7 +102,8 @@ extern __shared__ __align__(128) unsigned char few_channels_shared[];
 
 // T: the tensors' type. kM: output channels, in sixteens. kLast: channels_last. kPaired: a block is two groups of threads with
 // a tile each, which multiply by turns.
-template <typename T, int kM, bool kLast, bool kPaired>
+// kBounds: the activation is a bound.
+template <typename T, int kM, bool kLast, bool kPaired, bool kBounds>
 class FewChannels {
  public:
   using Half = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float16>;  // what is multiplied
@@ -185,10 +187,7 @@ class FewChannels {
           multiply(acc);
         }
         apply_affine(acc, inverse == 0, inverse);
-        if (p.residual != nullptr) {
-          add_residual(acc, locate(index));
-        }
-        dispatch_activation(p.activation, [&](auto a) { apply_activation<decltype(a)::value>(acc); });
+        finish(acc, locate(index));
       }
       const Tile tile = locate(index);
       if constexpr (kLast) {
@@ -335,7 +334,8 @@ class FewChannels {
     constexpr int kSharers = kFewChannelsThreads / kChannels;
     const int channel = threadIdx.x / kSharers;
     const int k = first_channel + channel;
-    const float scale = k < p.K ? p.scale[k] : 0.0f;
+    const Affine<float> affine = k < p.K ? p.affine.pair(k) : Affine<float>{0, 0, 0};
+    const float scale = affine.scale;
     bool exact = false;
     float w_scale = 1.0f, unscaled = scale;
     if constexpr (kFloat) {
@@ -361,7 +361,7 @@ class FewChannels {
         header().unscales[channel] = unscaled;
       }
       header().scales[channel] = scale;
-      header().shifts[channel] = k < p.K ? p.shift[k] : 0.0f;
+      header().shifts[channel] = affine.shift;
     }
     if (__syncthreads_or(exact) && threadIdx.x == 0) {
       header().all_exact = 1;
@@ -905,45 +905,28 @@ class FewChannels {
       const Affine<float> affine{0, kFloat ? source[channel] * factor : source[channel], header().shifts[channel]};
 #pragma unroll
       for (int j = 0; j < kOwnPixels; ++j) {
-        at(acc, i, j) = epilogue<Activation::none>(at(acc, i, j), affine);
+        at(acc, i, j) = fused_conv_bn::apply_affine(at(acc, i, j), affine);
       }
     }
   }
 
-  template <Activation A>
-  static __device__ __forceinline__ void apply_activation(Product& acc) {
-    const auto apply = [&](int i) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          acc[i][j][e] = activate<A>(acc[i][j][e]);
-        }
+  __device__ __forceinline__ void activate(Product& acc) const {
+    dispatch_some<kBounds>(p.activation, [&](auto a) {
+      if constexpr (a() != Activation::none) {
+        for_each(
+            [&](int i, int j, int e) { acc[i][j][e] = fused_conv_bn::activate<a()>(acc[i][j][e], p.negative_slope); });
       }
-    };
-    if constexpr (A == Activation::silu || A == Activation::hardswish) {
-      // Divisions are long: one copy of them for 16 channels, through which the others go by turns.
-#pragma unroll 1
-      for (int turn = 0; turn < kM; ++turn) {
-        apply(0);
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float first = acc[0][j][e];
-#pragma unroll
-            for (int i = 1; i < kM; ++i) {
-              acc[i - 1][j][e] = acc[i][j][e];
-            }
-            acc[kM - 1][j][e] = first;
-          }
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-        apply(i);
-      }
+    });
+  }
+
+  // What comes behind the affine.
+  __device__ __forceinline__ void finish(Product& acc, const Tile& tile) const {
+    if (p.residual != nullptr && !p.residual_last) {
+      add_residual(acc, tile);
+    }
+    activate(acc);
+    if (p.residual != nullptr && p.residual_last) [[unlikely]] {
+      add_residual(acc, tile);
     }
   }
 
@@ -1185,13 +1168,13 @@ class FewChannels {
   const int first_channel;
 };
 
-template <typename T, int kM, bool kLast, bool kPaired>
+template <typename T, int kM, bool kLast, bool kPaired, bool kBounds>
 __global__ void __launch_bounds__(kFewChannelsThreads, few_channels_residents(kPaired))
     conv_few_channels_kernel(const __grid_constant__ FewChannelsParams<T> params) {
 #if __CUDA_ARCH__ >= 800  // select_config() leaves older GPUs to PyTorch
   if constexpr (!kPaired || few_channels_pairs(__CUDA_ARCH__ / 10)) {
     wait_for_previous();
-    FewChannels<T, kM, kLast, kPaired>(params).run();
+    FewChannels<T, kM, kLast, kPaired, kBounds>(params).run();
   }
 #endif
 }
@@ -1199,12 +1182,11 @@ __global__ void __launch_bounds__(kFewChannelsThreads, few_channels_residents(kP
 // The problem is in few_channels_supports(), and the tile was made for it.
 template <typename T>
 cudaError_t launch_conv_few_channels(const ConvProblem& c, const ConvOperands& operands, const FewChannelsTile& tile,
-                                     const GpuTraits& gpu, Activation activation, cudaStream_t stream) {
+                                     const GpuTraits& gpu, const Epilogue& epilogue, cudaStream_t stream) {
   FewChannelsParams<T> p{};
   p.x = static_cast<const T*>(operands.x);
   p.w = static_cast<const T*>(operands.w);
-  p.scale = static_cast<const acc_t<T>*>(operands.scale);
-  p.shift = static_cast<const acc_t<T>*>(operands.shift);
+  p.affine = AffineSource<T>(operands.affine);
   p.residual = static_cast<const T*>(operands.residual);
   p.y = static_cast<T*>(operands.y);
   p.w_stride_k = operands.w_stride_k;
@@ -1239,9 +1221,12 @@ cudaError_t launch_conv_few_channels(const ConvProblem& c, const ConvOperands& o
   p.run_vectors = p.stage_pairs && tile.q == c.Q && run_vectors > 16 && aligned(p.y) &&
                   c.P * c.Q % Vec<T>::kSize == 0 && int64_t{tile.p} * tile.q % Vec<T>::kSize == 0;
   p.split = c.element_bytes == 4 && !c.allow_tf32;
-  p.activation = activation;
+  p.activation = epilogue.activation;
+  p.residual_last = epilogue.residual_last;
+  p.negative_slope = static_cast<float>(epilogue.negative_slope);
   const auto launch = [&](auto m, auto last, auto paired) {
-    const auto kernel = conv_few_channels_kernel<T, m(), last(), paired()>;
+    const auto kernel = is_bound(epilogue.activation) ? conv_few_channels_kernel<T, m(), last(), paired(), true>
+                                                      : conv_few_channels_kernel<T, m(), last(), paired(), false>;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                     tile.shared_memory);
     if (status != cudaSuccess) {

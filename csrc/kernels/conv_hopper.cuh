@@ -47,9 +47,8 @@ template <typename T>
 struct HopperParams {
   const T* x;
   const T* w;
-  const float* center;  // nullptr: 0
-  const float* scale;   // of moments: nullptr, and so are the others
-  const float* shift;
+  AffineSource<T> affine;  // of moments: unused
+  bool late_affine;        // the kernel before makes its tensors: center, scale and shift
   const T* residual;
   T* y;
   Moments* moments;                        // [blocks][takers][K]
@@ -73,6 +72,9 @@ struct HopperParams {
   bool bulk;  // contiguous: a channel's run starts and ends at multiples of 16 bytes; channels_last: pixels are staged
   bool streams;  // the output is larger than L2
   Activation activation;
+  bool residual_last;
+  bool activates_by_turns;  // the activation takes long
+  float negative_slope;
   uint32_t steps[kHopperMostUnits / 2];  // operand_start() of each step, from the tile's first unit on
   uint32_t units[kHopperMostUnits];      // r, s and channel block of each step's two units; kNoUnit
 };
@@ -105,7 +107,7 @@ static_assert(sizeof(HopperHeader) <= kHopperHeader);
 extern __shared__ __align__(128) unsigned char hopper_shared[];
 
 // kChannels: output channels of a block. 32 is for pixels in 16 bits.
-template <typename T, HopperOutput kOutput, int kChannels>
+template <typename T, HopperOutput kOutput, int kChannels, bool kBounds>
 class Hopper {
  public:
   static constexpr bool kLast = kOutput == HopperOutput::pixels;
@@ -159,7 +161,7 @@ class Hopper {
       take_registers<kFloat ? (kMoments ? 168 : 176) : 144>();
       prefetch_weights();
       set_up_places();
-      wait_unless_centered();
+      wait_unless_late();
       set_up_weights();
       if constexpr (!kMoments) {  // else small blocks come next, and would crowd where there is room first
         let_next_begin();
@@ -296,9 +298,9 @@ class Hopper {
     }
   }
 
-  // With centers, the kernel before makes these, scales and shifts, and nothing else; without, it may make anything.
-  __device__ __forceinline__ void wait_unless_centered() const {
-    if (p.center == nullptr) {
+  // Where the affines are late, the kernel before makes these and nothing else; otherwise it may make anything.
+  __device__ __forceinline__ void wait_unless_late() const {
+    if (!p.late_affine) {
       wait_for_previous();
     }
   }
@@ -339,9 +341,6 @@ class Hopper {
   // come to shared memory as they lie, to where the second tile's units will be: gathered from global memory, with a
   // distance between any two, those of a stem took 7 us.
   __device__ __forceinline__ void set_up_weights() {
-    if (p.center == nullptr) {
-      start_affines();
-    }
 #pragma unroll 1
     for (int pass = 0; pass < p.tile.w_passes; ++pass) {
       const int first = pass * p.tile.w_channels;
@@ -349,6 +348,9 @@ class Hopper {
       meet(kTakersMeet, kTakeThreads);  // the ones before are done with
       start_weights(first, channels);
       copy_async_commit();
+      if (pass == 0 && !p.late_affine) {
+        fold_affines();  // while the copies are under way
+      }
       copy_async_wait_all_but<0>();
       meet(kTakersMeet, kTakeThreads);
       if constexpr (kFloat) {
@@ -357,11 +359,9 @@ class Hopper {
       }
       build_weights(first);
     }
-    if (p.center != nullptr) {
+    if (p.late_affine) {
       wait_for_previous();
-      start_affines();
-      copy_async_commit();
-      copy_async_wait_all_but<0>();
+      fold_affines();
     }
     meet(kTakersMeet, kTakeThreads);
     finish_affines();
@@ -376,20 +376,34 @@ class Hopper {
     for (int i = (threadIdx.x - kLoadThreads) * kLineBytes; i < bytes; i += kTakeThreads * kLineBytes) {
       prefetch_l2(source + i);
     }
-    if (!kMoments && threadIdx.x == kLoadThreads) {
-      prefetch_l2(p.scale + first_channel);
-      prefetch_l2(p.shift + first_channel);
+    if (!kMoments && threadIdx.x == kLoadThreads && !p.late_affine) {
+      const int first = first_channel * (p.affine.wide ? static_cast<int>(sizeof(float)) : kBytes);
+      for (const void* values : {p.affine.mean, p.affine.var, p.affine.weight, p.affine.bias, p.affine.conv_bias}) {
+        if (values != nullptr) {
+          prefetch_l2(static_cast<const unsigned char*>(values) + first);
+        }
+      }
     }
   }
 
   __device__ __forceinline__ uint32_t raw_weights() const { return input(1); }
 
   __device__ __forceinline__ void start_weights(int first, int channels) const {
-    const int bytes = channels * terms() * kBytes;
+    const int bytes = max(channels, 0) * terms() * kBytes;
+    const int whole = bytes & -kVecBytes;
     const auto* const source = reinterpret_cast<const unsigned char*>(p.w) +
                                static_cast<int64_t>(first_channel + first) * terms() * kBytes;
-    for (int i = (threadIdx.x - kLoadThreads) * kVecBytes; i < bytes; i += kTakeThreads * kVecBytes) {
-      copy_async_some(raw_weights() + i, source + i, min(kVecBytes, bytes - i));
+    const int thread = threadIdx.x - kLoadThreads;
+    for (int i = thread * kVecBytes; i < whole; i += kTakeThreads * kVecBytes) {
+      copy_async(raw_weights() + i, source + i, true);
+    }
+    // The last values one by one: 16 bytes would reach past the end of the tensor.
+    if (const int i = whole + thread * kBytes; i < bytes) {
+      if constexpr (kFloat) {
+        copy_async_1(raw_weights() + i, source + i);
+      } else {
+        store_shared(raw_weights() + i, *reinterpret_cast<const uint16_t*>(source + i));
+      }
     }
   }
 
@@ -470,13 +484,17 @@ class Hopper {
     }
   }
 
-  __device__ __forceinline__ void start_affines() const {
+  // A mean stays apart, as the center, only where the affines are late: results of a convolution have roundings of their own.
+  __device__ __forceinline__ void fold_affines() const {
     const int channel = threadIdx.x - kLoadThreads;
     const int k = first_channel + channel;
     if (!kMoments && channel < kChannels) {
-      copy_async_1(shared_address(&header().scales[channel]), p.scale + k, k < p.K);
-      copy_async_1(shared_address(&header().shifts[channel]), p.shift + k, k < p.K);
-      copy_async_1(shared_address(&header().centers[channel]), p.center + k, k < p.K && p.center != nullptr);
+      const Affine<float> affine = k >= p.K        ? Affine<float>{0, 0, 0}
+                                   : p.late_affine ? p.affine.centered(k)
+                                                   : p.affine.pair(k);
+      header().centers[channel] = affine.center;
+      header().scales[channel] = affine.scale;
+      header().shifts[channel] = affine.shift;
     }
   }
 
@@ -584,7 +602,7 @@ class Hopper {
     if constexpr (kTeams > 1) {
       meet(kLoadersMeet, kLoadThreads);
     }
-    wait_unless_centered();
+    wait_unless_late();
     if constexpr (kFloat) {
       load_through_slabs();
     } else {
@@ -695,7 +713,7 @@ class Hopper {
       }
       if (!odd) {
         for (int e = lane() * 4; e < bytes; e += 32 * 4) {
-          copy_async_1(target + i * p.tile.slab_pitch + e, start + e, true);
+          copy_async_1(target + i * p.tile.slab_pitch + e, start + e);
         }
       } else if constexpr (!kFloat) {
         for (int e = lane() * 2; e < bytes; e += 32 * 2) {
@@ -884,8 +902,9 @@ class Hopper {
 #pragma unroll 2
         for (int i = threadIdx.x; i < p.x_units; i += kLoadThreads) {
           const UnitPlace place = unit_place(i, patch);
-          copy_async(input(next.stage) + i * 16, start + place.offset,
-                     place.channels > 0 && static_cast<unsigned>(place.w) < static_cast<unsigned>(patch.end));
+          const bool exists = place.channels > 0 && static_cast<unsigned>(place.w) < static_cast<unsigned>(patch.end);
+          const auto* const from = exists ? start + place.offset : patch.image;
+          copy_async(input(next.stage) + i * 16, from, exists);
         }
         advance(next, 1, p.tile.stages);
       }
@@ -935,13 +954,13 @@ class Hopper {
     const int others = share ? (tiles * p.tile.chunks + taker) / 2 : (tiles + taker) / 2 * p.tile.chunks;
     int turns = taker - 1;  // of the other that have to be over
     const auto wait_for_turn = [&] {
-      if (kByTurns && turns >= 0 && turns < others) {
+      if (turns >= 0 && turns < others) {
         barrier_wait(multiplied(1 - taker), turns & 1);
       }
       ++turns;
     };
     const auto end_turn = [&] {
-      if (kByTurns && turns < others) {  // somebody waits for it
+      if (turns < others) {  // somebody waits for it
         __syncwarp();
         if (lane() == 0) {
           barrier_arrive(multiplied(taker));
@@ -974,9 +993,14 @@ class Hopper {
 #pragma unroll 1
       for (int chunk = first_chunk; chunk < p.tile.chunks; chunk += chunk_step) {
         Sums sums;
-        wait_for_turn();
+        const bool products_by_turns = kByTurns && !p.activates_by_turns;
+        if (products_by_turns) {
+          wait_for_turn();
+        }
         multiply(sums, input(stage) + chunk * (kHopperChunk * 16), [&] {
-          end_turn();
+          if (products_by_turns) {
+            end_turn();
+          }
           copy_staged();
         });
         if (chunk + chunk_step >= p.tile.chunks) {
@@ -995,20 +1019,33 @@ class Hopper {
           continue;
         }
         apply_affine(sums, exact, inverse);
-        if (p.residual != nullptr) {
+        const bool residual_last = p.residual != nullptr && p.residual_last;
+        if (p.residual != nullptr && !residual_last) {
           add_residual(sums, locate(index), chunk * kHopperChunk);
         }
-        // float16 and bfloat16: where they are rounded, ReLU costs nothing.
-        const bool relu = !kFloat && p.activation == Activation::relu;
-        if (!relu) {
-          dispatch_activation(p.activation, [&](auto a) { apply_activation<decltype(a)::value>(sums); });
+        if constexpr (!kBounds) {
+          // While one warpgroup does this, the other waits for input, multiplies and writes. In step, both would wait for the
+          // special-function units, and leave them idle afterwards.
+          if (p.activates_by_turns) {
+            wait_for_turn();
+          }
+          activate_all<false>(p.activation, p.negative_slope, sums, [&] {
+            if (p.activates_by_turns) {
+              end_turn();
+            }
+          });
+        } else if (kFloat || residual_last) {
+          activate_all<true>(p.activation, p.negative_slope, sums);
+        }
+        if (residual_last) [[unlikely]] {
+          add_residual(sums, locate(index), chunk * kHopperChunk);
         }
         if (p.bulk && (kLast || chunk == 0)) {
           copy_bulk_wait_read();  // of what this warp had staged before
           __syncwarp();
         }
-        const auto write = [&](auto relu_) {
-          constexpr bool kRelu = relu_();
+        const auto write = [&](auto bound) {
+          constexpr Activation kBound = bound();
           if constexpr (kLast) {
             if constexpr (kFloat) {
               if (p.bulk) {
@@ -1021,20 +1058,21 @@ class Hopper {
               }
             }
             if (p.y_vectors) {
-              write_pixels<true, kRelu>(sums, of_tile, chunk * kHopperChunk);
+              write_pixels<true, kBound>(sums, of_tile, chunk * kHopperChunk);
             } else {
-              write_pixels<false, kRelu>(sums, of_tile, chunk * kHopperChunk);
+              write_pixels<false, kBound>(sums, of_tile, chunk * kHopperChunk);
             }
           } else if (p.stage_pairs) {
-            stage_planes<true, kRelu>(sums, targets, chunk * kHopperChunk);
+            stage_planes<true, kBound>(sums, targets, chunk * kHopperChunk);
           } else {
-            stage_planes<false, kRelu>(sums, targets, chunk * kHopperChunk);
+            stage_planes<false, kBound>(sums, targets, chunk * kHopperChunk);
           }
         };
-        if (relu) {
-          write(std::bool_constant<!kFloat>{});
+        // In 16 bits bounds come with the rounding, at little or no cost.
+        if constexpr (kBounds && !kFloat) {
+          dispatch_bound(residual_last ? Activation::none : p.activation, write);
         } else {
-          write(std::false_type{});
+          write(std::integral_constant<Activation, Activation::none>{});
         }
       }
       if constexpr (kOutput == HopperOutput::planes) {
@@ -1172,19 +1210,6 @@ class Hopper {
     }
   }
 
-  template <Activation A>
-  static __device__ __forceinline__ void apply_activation(Sums& sums) {
-    // Divisions are long: one copy of them for some of the sums, through which the others go by turns.
-    constexpr int kTurn = A == Activation::silu || A == Activation::hardswish ? 8 : kSums;
-#pragma unroll 1
-    for (int first = 0; first < kSums; first += kTurn) {
-#pragma unroll
-      for (int e = 0; e < kTurn; ++e) {
-        sums[e] = activate<A>(sums[e]);
-      }
-      rotate<kTurn>(sums);
-    }
-  }
   // What comes behind the first so many comes to the front, and these to the end.
   template <int kFirst>
   static __device__ __forceinline__ void rotate(Sums& sums) {
@@ -1308,7 +1333,7 @@ class Hopper {
 
   // What was scaled is unscaled on the way: that is a power of two, and can go into the affine's scale.
   __device__ __forceinline__ void apply_affine(Sums& sums, bool exact, float inverse) const {
-    if (p.center != nullptr && header().centered != 0) {  // the parameter first: it is there at once
+    if (p.late_affine && header().centered != 0) {  // the parameter first: it is there at once
 #pragma unroll
       for (int i = 0; i < kOwnChannels; ++i) {
         const int channel = own_channel(i);
@@ -1316,7 +1341,8 @@ class Hopper {
         const Affine<float> affine{0, header().scales[channel], header().shifts[channel]};
 #pragma unroll
         for (int j = 0; j < kOwnPositions; ++j) {
-          at(sums, i, j) = epilogue<Activation::none>(fmaf(at(sums, i, j), factor, -header().centers[channel]), affine);
+          at(sums, i, j) = fused_conv_bn::apply_affine(fmaf(at(sums, i, j), factor, -header().centers[channel]),
+                                                       affine);
         }
       }
       return;
@@ -1328,7 +1354,7 @@ class Hopper {
       const Affine<float> affine{0, kFloat ? source[channel] * inverse : source[channel], header().shifts[channel]};
 #pragma unroll
       for (int j = 0; j < kOwnPositions; ++j) {
-        at(sums, i, j) = epilogue<Activation::none>(at(sums, i, j), affine);
+        at(sums, i, j) = fused_conv_bn::apply_affine(at(sums, i, j), affine);
       }
     }
   }
@@ -1366,7 +1392,7 @@ class Hopper {
   }
 
   // 16 bytes of a pixel's channels at a time; threads of the same t write 64 bytes side by side.
-  template <bool kVectors, bool kRelu>
+  template <bool kVectors, Activation kBound>
   __device__ __forceinline__ void write_pixels(const Sums& sums, const Pixels& pixels, int first_position) const {
     unsigned char* const start = pixels.start + t() * kVecBytes;
     const int channels = p.K - first_channel - t() * kVec;
@@ -1386,10 +1412,8 @@ class Hopper {
           for (int v = 0; v < 4; ++v) {
             if constexpr (kFloat) {
               words[v] = __float_as_uint(value(v));
-            } else if constexpr (kRelu) {
-              words[v] = pack_pair_relu(T(), value(2 * v), value(2 * v + 1));
             } else {
-              words[v] = pack_pair(T(), value(2 * v), value(2 * v + 1));
+              words[v] = pack_pair_bounded<kBound>(T(), value(2 * v), value(2 * v + 1));
             }
           }
           store_words_if(inside && first < channels, target + first, words);
@@ -1397,7 +1421,7 @@ class Hopper {
 #pragma unroll
           for (int v = 0; v < kVec; ++v) {
             if (inside && first + v < channels) {
-              target[first + v] = from_acc<T>(kRelu ? at_least(value(v), 0.0f) : value(v));
+              target[first + v] = from_acc<T>(activate<kBound>(value(v), 0.0f));
             }
           }
         }
@@ -1474,7 +1498,7 @@ class Hopper {
     return make_uint2(targets[0], targets[1]);
   }
 
-  template <bool kPairs, bool kRelu>
+  template <bool kPairs, Activation kBound>
   __device__ __forceinline__ void stage_planes(const Sums& sums, uint2 own, int first_position) const {
     const uint32_t targets[2] = {own.x, own.y};
     const uint32_t table = places() + (first_position + own_position()) * 2;
@@ -1500,7 +1524,7 @@ class Hopper {
             store_shared(targets[i] + next, __float_as_uint(b));
           }
         } else {
-          const uint32_t both = kRelu ? pack_pair_relu(T(), a, b) : pack_pair(T(), a, b);
+          const uint32_t both = pack_pair_bounded<kBound>(T(), a, b);
           if constexpr (kPairs) {
             store_shared(targets[i] + place, both);
           } else {
@@ -1582,24 +1606,40 @@ class Hopper {
   const int first_channel, warp_of_block;
 };
 
-template <typename T, HopperOutput kOutput, int kChannels = kHopperChannels>
+template <typename T, HopperOutput kOutput, int kChannels, bool kBounds>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     conv_hopper_kernel(const __grid_constant__ HopperParams<T> params) {
 #if defined(FCB_HOPPER)
-  Hopper<T, kOutput, kChannels>(params).run();
+  Hopper<T, kOutput, kChannels, kBounds>(params).run();
 #endif
+}
+
+// Whether the warpgroups that multiply take turns with the activation. Measured on an H200 with problem 73 and three stems in both
+// layouts. Times with turns over times without: silu 0.79 to 1.01, gelu_tanh 0.85 to 1.0, float32 gelu and mish 0.89 to 1.04, the
+// piecewise linear ones 0.91 to 1.05. tanh, and 16-bit gelu, mish and sigmoid, 0.88 to 1.24: one warpgroup alone has too few
+// independent chains to keep the units busy.
+inline bool hopper_activates_by_turns(Activation activation, bool float32) {
+  switch (activation) {
+    case Activation::tanh:
+      return false;
+    case Activation::gelu:
+    case Activation::mish:
+    case Activation::sigmoid:
+      return float32;
+    default:
+      return !is_bound(activation);
+  }
 }
 
 // The problem is in hopper_supports(), and the tile was made for it. moments: nullptr, or where they go instead of an output.
 template <typename T>
 cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operands, const HopperTile& tile,
-                               const GpuTraits& gpu, Activation activation, Moments* moments, cudaStream_t stream) {
+                               const GpuTraits& gpu, const Epilogue& epilogue, Moments* moments, cudaStream_t stream) {
   HopperParams<T> p{};
   p.x = static_cast<const T*>(operands.x);
   p.w = static_cast<const T*>(operands.w);
-  p.center = static_cast<const float*>(operands.center);
-  p.scale = static_cast<const float*>(operands.scale);
-  p.shift = static_cast<const float*>(operands.shift);
+  p.affine = AffineSource<T>(operands.affine);
+  p.late_affine = operands.late_affine;
   p.residual = static_cast<const T*>(operands.residual);
   p.y = static_cast<T*>(operands.y);
   p.moments = moments;
@@ -1648,7 +1688,10 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
            (c.channels_last ? tile.pixel_stage > 0
                             : whole && c.P * c.Q * kBytes % kVecBytes == 0 && tile.p * c.Q * kBytes % kVecBytes == 0);
   p.streams = c.N * c.K * c.P * c.Q * kBytes > kHopperL2Bytes;
-  p.activation = activation;
+  p.activation = epilogue.activation;
+  p.residual_last = epilogue.residual_last;
+  p.activates_by_turns = hopper_activates_by_turns(epilogue.activation, sizeof(T) == 4);
+  p.negative_slope = static_cast<float>(epilogue.negative_slope);
   std::vector<HopperUnit> units;
   for (int i = 0; i < tile.units; ++i) {
     units.push_back(hopper_unit(c, tile, i));
@@ -1665,10 +1708,14 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
     p.units[2 * step + 1] = half ? kNoUnit : b.r << 16 | b.s << 8 | b.channel_block;
   }
   constexpr int kFewChannels = sizeof(T) == 2 ? kHopperChannels / 2 : kHopperChannels;
-  const auto kernel = moments != nullptr    ? conv_hopper_kernel<T, HopperOutput::moments>
-                      : !c.channels_last    ? conv_hopper_kernel<T, HopperOutput::planes>
-                      : c.K <= kFewChannels ? conv_hopper_kernel<T, HopperOutput::pixels, kFewChannels>
-                                            : conv_hopper_kernel<T, HopperOutput::pixels>;
+  const auto kernel_of = [&](auto bounds) {
+    return !c.channels_last      ? conv_hopper_kernel<T, HopperOutput::planes, kHopperChannels, bounds()>
+           : c.K <= kFewChannels ? conv_hopper_kernel<T, HopperOutput::pixels, kFewChannels, bounds()>
+                                 : conv_hopper_kernel<T, HopperOutput::pixels, kHopperChannels, bounds()>;
+  };
+  const auto kernel = moments != nullptr ? conv_hopper_kernel<T, HopperOutput::moments, kHopperChannels, true>
+                      : is_bound(epilogue.activation) ? kernel_of(std::true_type{})
+                                                      : kernel_of(std::false_type{});
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   tile.shared_memory);
   if (status != cudaSuccess) {

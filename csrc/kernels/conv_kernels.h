@@ -12,18 +12,18 @@ namespace fused_conv_bn {
 // T: float, float16, bfloat16. The tile was made for the problem.
 template <typename T>
 cudaError_t launch_conv_few_channels(const ConvProblem& problem, const ConvOperands& operands,
-                                     const FewChannelsTile& tile, const GpuTraits& gpu, Activation activation,
+                                     const FewChannelsTile& tile, const GpuTraits& gpu, const Epilogue& epilogue,
                                      cudaStream_t stream);
 
 // T: float, float16, bfloat16. The plan was made for the problem.
 template <typename T>
-cudaError_t launch_conv_depthwise(const ConvProblem& problem, const ConvOperands& operands, Activation activation,
+cudaError_t launch_conv_depthwise(const ConvProblem& problem, const ConvOperands& operands, const Epilogue& epilogue,
                                   const DepthwisePlan& plan, int multiprocessors, cudaStream_t stream);
 
 // T: float, float16, bfloat16. The tile was made for the problem.
 template <typename T>
 cudaError_t launch_conv_hopper(const ConvProblem& problem, const ConvOperands& operands, const HopperTile& tile,
-                               const GpuTraits& gpu, Activation activation, Moments* moments, cudaStream_t stream);
+                               const GpuTraits& gpu, const Epilogue& epilogue, Moments* moments, cudaStream_t stream);
 
 // T: float, float16, bfloat16. The plan was made for the problem; the workspace has patches_workspace(plan) doubles. Leaves the
 // channels' affines, and their running statistics.

@@ -4,6 +4,8 @@
 #include <compare>
 #include <cstdint>
 
+#include "fold.h"
+
 namespace fused_conv_bn {
 
 // What there is to compute, and how the tensors lie. select_config() looks at this alone.
@@ -29,9 +31,9 @@ struct ConvOperands {
   const void* x;
   const void* w;
   int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
-  const void* center;    // K values of acc_t<T>, or nullptr; hopper alone has one
-  const void* scale;     // K values of acc_t<T>
-  const void* shift;     // the same
+  AffineTensors affine;
+  // The kernel before this one makes the tensors of `affine`, and nothing else; the mean is to stay apart, as the center.
+  bool late_affine;
   const void* residual;  // nullptr: none
   void* y;
 };

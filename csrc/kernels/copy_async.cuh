@@ -8,8 +8,9 @@
 
 namespace fused_conv_bn {
 
-// Both addresses are multiples of 16 bytes. Where the source does not exist, it is not read and zeros are written. The
-// data does not go through L1.
+// Both addresses are multiples of 16 bytes. Where the source does not exist, it is not read and zeros are written; its
+// address is to be that of 16 bytes that do exist, for what looks at accesses may take it for one. The data does not go
+// through L1.
 __device__ __forceinline__ void copy_async(void* to_shared, const void* from, bool exists = true) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
@@ -19,17 +20,14 @@ __device__ __forceinline__ void copy_async(void* to_shared, const void* from, bo
 #endif
 }
 
-// The same by the shared memory's 32-bit address, of the first `bytes`, with zeros behind them. Compute capability 8.0 on.
-__device__ __forceinline__ void copy_async_some(uint32_t to_shared, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
-}
+// The same by the shared memory's 32-bit address. Compute capability 8.0 on.
 __device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from, bool exists) {
-  copy_async_some(to_shared, from, exists ? 16 : 0);
-}
-// 4 bytes.
-__device__ __forceinline__ void copy_async_1(uint32_t to_shared, const void* from, bool exists) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to_shared), "l"(from), "r"(exists ? 4 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(exists ? 16 : 0)
                : "memory");
+}
+// 4 bytes that exist.
+__device__ __forceinline__ void copy_async_1(uint32_t to_shared, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_shared), "l"(from) : "memory");
 }
 
 // The line that holds this address is to come to L2.

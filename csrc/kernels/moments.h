@@ -109,6 +109,9 @@ struct TrainParams {
   double eps;
   // What is to be normalised has roundings of its own, so that a mean within the deviation can as well go into the shift.
   bool spare_centers;
+  // Where the batch's mean and the inverse of its deviation go, in acc_t<T>; nullptr: nowhere.
+  void* saved_mean;
+  void* saved_invstd;
 };
 
 // What a channel's result depends on besides its moments, so that it can be read long before they are there.
@@ -129,8 +132,18 @@ FCB_HD Affine<double> finish_channel(const TrainParams& p, const ChannelValues& 
     p.running_mean.set(c, (1 - p.momentum) * v.running_mean + p.momentum * mean);
     p.running_var.set(c, (1 - p.momentum) * v.running_var + p.momentum * unbiased);
   }
-  const Affine<double> affine = fold<double>(m.mean, divide_by_count(m.m2, m.count), v.weight, v.bias, p.scaling_factor,
-                                             p.eps);
+  const double var = divide_by_count(m.m2, m.count);
+  const Affine<double> affine = fold<double>(m.mean, var, v.weight, v.bias, p.scaling_factor, p.eps);
+  if (p.saved_mean != nullptr) {
+    const double invstd = rsqrt_acc(var + p.eps);
+    if (element == Element::float64) {
+      static_cast<double*>(p.saved_mean)[c] = m.mean;
+      static_cast<double*>(p.saved_invstd)[c] = invstd;
+    } else {
+      static_cast<float*>(p.saved_mean)[c] = static_cast<float>(m.mean);
+      static_cast<float*>(p.saved_invstd)[c] = static_cast<float>(invstd);
+    }
+  }
   // What rounding takes from the center goes into the shift.
   const bool spared = p.spare_centers && m.mean * m.mean * m.count <= m.m2;
   const double center = element == Element::float64 ? affine.center
@@ -158,5 +171,16 @@ struct AffineBuffer {
     }
   }
 };
+
+// What such a buffer holds, as kernels take it. Inputs of 16 bits have no centers.
+template <typename T>
+AffineTensors affine_of_buffer(const void* data, int64_t channels) {
+  const auto* values = static_cast<const acc_t<T>*>(data);
+  AffineTensors affine;
+  affine.mean = kCentered<T> ? values : nullptr;
+  affine.weight = values + channels;
+  affine.bias = values + 2 * channels;
+  return affine;
+}
 
 }  // namespace fused_conv_bn

@@ -4,7 +4,8 @@
 // So the first and the last vector may be partial, and need no kernel of their own. Inputs that are out of step with the
 // output are read element by element; the stores stay 16 bytes wide.
 //
-// Where the affine comes from is a Source: FoldedSource reads scale and shift, BnSource folds the BN tensors on the way.
+// The affine of a channel is folded on the way (AffineSource). The activation, and where the residual is added, are chosen at
+// run time: a branch for a whole vector.
 // Three kernels, by how channels lie in memory:
 //   planes    planes of at least a vector: a vector touches at most two channels. One vector a thread, in linear order.
 //   columns   channels innermost (channels_last, or (N, C)), a multiple of the vector's size: a block takes up to 512
@@ -32,43 +33,7 @@ namespace fused_conv_bn {
 
 constexpr int kThreads = 256;
 
-// Sources: the affine of channel c.
-template <typename Acc>
-struct FoldedSource {
-  ChannelParam<Acc> scale;
-  ChannelParam<Acc> shift;
-
-  __device__ __forceinline__ Affine<Acc> operator()(uint32_t c) const { return {0, scale.data[c], shift.data[c]}; }
-};
-
-template <typename T, typename P>  // of the input, of the BN tensors
-struct BnSource {
-  using Acc = acc_t<T>;
-
-  ChannelParam<P> running_mean;
-  ChannelParam<P> running_var;
-  ChannelParam<P> weight;
-  ChannelParam<P> bias;
-  Acc scaling_factor;
-  Acc eps;
-
-  __device__ __forceinline__ Affine<Acc> operator()(uint32_t c) const {
-    return fold_for<T>(running_mean.at(c, 0), running_var.at(c, 1), weight.at(c, 1), bias.at(c, 0), scaling_factor,
-                       eps);
-  }
-};
-
-template <typename T, typename P>
-BnSource<T, P> make_bn_source(const BnParams<P>& bn) {
-  return {bn.running_mean,
-          bn.running_var,
-          bn.weight,
-          bn.bias,
-          static_cast<acc_t<T>>(bn.scaling_factor),
-          static_cast<acc_t<T>>(bn.eps)};
-}
-
-template <typename T, typename Source>
+template <typename T>
 struct ScaleShiftParams {
   const T* input;
   const T* residual;  // nullptr: none
@@ -79,7 +44,10 @@ struct ScaleShiftParams {
   bool residual_aligned;
   uint32_t vectors;
   ChannelMap channels;  // its element 0 is the boundary's
-  Source source;
+  AffineSource<T> source;
+  Activation activation;
+  bool residual_last;
+  acc_t<T> negative_slope;
 
   // Of the periodic kernel: vectors in a row, which is some periods of the channels.
   FastDiv row;
@@ -89,8 +57,6 @@ struct ScaleShiftParams {
   FastDiv chunks;
   uint32_t pixel_vectors;
   uint32_t pixels;
-
-  explicit ScaleShiftParams(const Source& s) : source(s) {}
 };
 
 // One vector of the tensor: where it is, and what is read from it.
@@ -102,8 +68,8 @@ struct Item {
   Vec<T> residual;
 };
 
-template <bool kResidual, typename T, typename Source>
-__device__ __forceinline__ Item<T> load_item(const ScaleShiftParams<T, Source>& p, uint32_t vector) {
+template <bool kResidual, typename T>
+__device__ __forceinline__ Item<T> load_item(const ScaleShiftParams<T>& p, uint32_t vector) {
   constexpr int V = Vec<T>::kSize;
   Item<T> item;
   item.element = static_cast<int>(vector * V) - p.lead;
@@ -116,30 +82,40 @@ __device__ __forceinline__ Item<T> load_item(const ScaleShiftParams<T, Source>& 
 }
 
 // affine_of(k): the affine of the vector's element k.
-template <Activation A, bool kResidual, typename T, typename Source, typename AffineOf>
-__device__ __forceinline__ void finish_item(const ScaleShiftParams<T, Source>& p, Item<T>& item, AffineOf affine_of) {
+template <bool kResidual, bool kBounds, typename T, typename AffineOf>
+__device__ __forceinline__ void finish_item(const ScaleShiftParams<T>& p, Item<T>& item, AffineOf affine_of) {
   constexpr int V = Vec<T>::kSize;
   acc_t<T> x[V];
+  acc_t<T> residual[kResidual ? V : 1];
   unpack(item.x, x);
-  if constexpr (kResidual) {
-    acc_t<T> residual[V];
-    unpack(item.residual, residual);
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    x[k] = apply_affine(x[k], affine_of(k));
+  }
+  const auto add_residual = [&] {
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      x[k] = epilogue<A>(x[k], affine_of(k), residual[k]);
+      x[k] += residual[k];
     }
-  } else {
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      x[k] = epilogue<A>(x[k], affine_of(k));
+  };
+  if constexpr (kResidual) {
+    unpack(item.residual, residual);
+    if (!p.residual_last) {
+      add_residual();
+    }
+  }
+  activate_all<kBounds>(p.activation, p.negative_slope, x);
+  if constexpr (kResidual) {
+    if (p.residual_last) {
+      add_residual();
     }
   }
   pack(x, item.x);
   store_vec(p.output, item.element, p.numel, item.whole, item.x);
 }
 
-template <typename T, typename Source, Activation A, bool kResidual>
-__global__ void __launch_bounds__(kThreads) scale_shift_planes_kernel(const ScaleShiftParams<T, Source> p) {
+template <typename T, bool kResidual, bool kBounds, bool kFolds>
+__global__ void __launch_bounds__(kThreads) scale_shift_planes_kernel(const ScaleShiftParams<T> p) {
   constexpr uint32_t V = Vec<T>::kSize;
   const uint32_t vector = blockIdx.x * kThreads + threadIdx.x;
   if (vector >= p.vectors) {
@@ -149,12 +125,12 @@ __global__ void __launch_bounds__(kThreads) scale_shift_planes_kernel(const Scal
   Item<T> item = load_item<kResidual>(p, vector);
   uint32_t remaining;
   const uint32_t c = p.channels.channel(vector * V, remaining);
-  const Affine<acc_t<T>> first = p.source(c);
+  const Affine<acc_t<T>> first = p.source.template at<kFolds>(c);
   Affine<acc_t<T>> second = first;
   if (remaining < V) {
-    second = p.source(p.channels.wrap(c + 1));
+    second = p.source.template at<kFolds>(p.channels.wrap(c + 1));
   }
-  finish_item<A, kResidual>(p, item, [&](uint32_t k) -> Affine<acc_t<T>> {
+  finish_item<kResidual, kBounds>(p, item, [&](uint32_t k) -> Affine<acc_t<T>> {
     return {k < remaining ? first.center : second.center, k < remaining ? first.scale : second.scale,
             k < remaining ? first.shift : second.shift};
   });
@@ -167,9 +143,8 @@ constexpr int kColumnChannels = 32 * Vec<T>::kSize;
 // CUDA 12's compiler tries for 48 registers here, and spills; with 4 blocks named (64 registers) it does not.
 constexpr int kColumnBlocks = __CUDACC_VER_MAJOR__ < 13 ? 4 : 0;  // 0: unnamed
 
-template <typename T, typename Source, Activation A, bool kResidual, int kRows>
-__global__ void __launch_bounds__(kThreads, kColumnBlocks)
-    scale_shift_columns_kernel(const ScaleShiftParams<T, Source> p) {
+template <typename T, bool kResidual, bool kBounds, bool kFolds, int kRows>
+__global__ void __launch_bounds__(kThreads, kColumnBlocks) scale_shift_columns_kernel(const ScaleShiftParams<T> p) {
   using Acc = acc_t<T>;
   constexpr int V = Vec<T>::kSize;
   constexpr int kPerLoad = Vec<Acc>::kSize;
@@ -193,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
   }
   const uint32_t c = first_lane * V + threadIdx.x;
   if (threadIdx.x < p.lanes.divisor * V && c < p.channels.channels.divisor) {
-    const Affine<Acc> affine = p.source(c);
+    const Affine<Acc> affine = p.source.template at<kFolds>(c);
     if constexpr (kCentered<T>) {
       centers[threadIdx.x] = affine.center;
     }
@@ -221,14 +196,14 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     if (vector + i * stride < p.vectors) {
-      finish_item<A, kResidual>(p, items[i], [&](int k) { return affine[k]; });
+      finish_item<kResidual, kBounds>(p, items[i], [&](int k) { return affine[k]; });
     }
   }
 }
 
 // With the 4 blocks named (64 registers a thread) the compiler does not try for more, and spills nothing.
-template <typename T, typename Source, Activation A, bool kResidual, int kRows>
-__global__ void __launch_bounds__(kThreads, 4) scale_shift_periodic_kernel(const ScaleShiftParams<T, Source> p) {
+template <typename T, bool kResidual, bool kBounds, bool kFolds, int kRows>
+__global__ void __launch_bounds__(kThreads, 4) scale_shift_periodic_kernel(const ScaleShiftParams<T> p) {
   constexpr int V = Vec<T>::kSize;
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   // Consecutive threads take consecutive vectors of kRows rows, the next ones those of the rows behind them.
@@ -247,19 +222,19 @@ __global__ void __launch_bounds__(kThreads, 4) scale_shift_periodic_kernel(const
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     uint32_t remaining;
-    affine[k] = p.source(p.channels.channel(column * V + k, remaining));
+    affine[k] = p.source.template at<kFolds>(p.channels.channel(column * V + k, remaining));
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     if (vector + i * p.row.divisor < p.vectors) {
-      finish_item<A, kResidual>(p, items[i], [&](int k) { return affine[k]; });
+      finish_item<kResidual, kBounds>(p, items[i], [&](int k) { return affine[k]; });
     }
   }
 }
 
 // Set what the kernels' own fields say, and return the number of threads to launch.
-template <typename T, typename Source>
-uint32_t set_columns(ScaleShiftParams<T, Source>& p, const Shape& shape, int rows) {
+template <typename T>
+uint32_t set_columns(ScaleShiftParams<T>& p, const Shape& shape, int rows) {
   constexpr int64_t V = Vec<T>::kSize;
   const int64_t chunks = (shape.channels + kColumnChannels<T> - 1) / kColumnChannels<T>;
   const int64_t pixel_vectors = shape.channels / V;
@@ -272,8 +247,8 @@ uint32_t set_columns(ScaleShiftParams<T, Source>& p, const Shape& shape, int row
   return static_cast<uint32_t>((p.vectors + group_vectors - 1) / group_vectors * chunks * kThreads);
 }
 
-template <typename T, typename Source>
-uint32_t set_periodic(ScaleShiftParams<T, Source>& p, const Shape& shape, int rows) {
+template <typename T>
+uint32_t set_periodic(ScaleShiftParams<T>& p, const Shape& shape, int rows) {
   const int64_t period = shape.channels * shape.inner;
   const int64_t period_vectors = period / std::gcd(period, int64_t{Vec<T>::kSize});
   const int64_t row = std::min<int64_t>(p.vectors, period_vectors * std::max<int64_t>(1, kThreads / period_vectors));
@@ -282,14 +257,18 @@ uint32_t set_periodic(ScaleShiftParams<T, Source>& p, const Shape& shape, int ro
 }
 
 // input, residual and output are dense with the given shape; output may be input. Asynchronous on `stream`.
-template <Activation A, bool kResidual, typename T, typename Source>
-cudaError_t launch_scale_shift(const T* input, const T* residual, T* output, const Shape& shape, const Source& source,
-                               cudaStream_t stream) {
+template <bool kResidual, bool kBounds, bool kFolds, typename T>
+cudaError_t launch_scale_shift_with(const T* input, const T* residual, T* output, const Shape& shape,
+                                    const AffineSource<T>& source, const Epilogue& epilogue, cudaStream_t stream) {
   constexpr int V = Vec<T>::kSize;
   const auto misalignment = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kVecBytes; };
   int64_t count = 0;
   for (int64_t begin = 0; begin < shape.numel; begin += count) {
-    ScaleShiftParams<T, Source> p(source);
+    ScaleShiftParams<T> p{};
+    p.source = source;
+    p.activation = epilogue.activation;
+    p.residual_last = epilogue.residual_last;
+    p.negative_slope = static_cast<acc_t<T>>(epilogue.negative_slope);
     p.input = input + begin;
     p.residual = kResidual ? residual + begin : nullptr;
     p.output = output + begin;
@@ -307,19 +286,37 @@ cudaError_t launch_scale_shift(const T* input, const T* residual, T* output, con
     };
     cudaError_t status;
     if (shape.inner >= V) {
-      status = launch(scale_shift_planes_kernel<T, Source, A, kResidual>, p.vectors);
+      status = launch(scale_shift_planes_kernel<T, kResidual, kBounds, kFolds>, p.vectors);
     } else if (shape.inner == 1 && shape.channels % V == 0 && p.channels.first_channel == 0) {
       const uint32_t threads = set_columns(p, shape, kRows);
-      status = launch(scale_shift_columns_kernel<T, Source, A, kResidual, kRows>, threads);
+      status = launch(scale_shift_columns_kernel<T, kResidual, kBounds, kFolds, kRows>, threads);
     } else {
       const uint32_t threads = set_periodic(p, shape, 2);
-      status = launch(scale_shift_periodic_kernel<T, Source, A, kResidual, 2>, threads);
+      status = launch(scale_shift_periodic_kernel<T, kResidual, kBounds, kFolds, 2>, threads);
     }
     if (status != cudaSuccess) {
       return status;
     }
   }
   return cudaSuccess;
+}
+
+// residual: nullptr for none.
+template <typename T>
+cudaError_t launch_scale_shift(const T* input, const T* residual, T* output, const Shape& shape,
+                               const AffineTensors& affine, const Epilogue& epilogue, cudaStream_t stream) {
+  const auto launch = [&](auto has_residual, auto bounds, auto folds) {
+    return launch_scale_shift_with<has_residual(), bounds(), folds()>(input, residual, output, shape,
+                                                                      AffineSource<T>(affine), epilogue, stream);
+  };
+  const auto with = [&](auto has_residual, auto bounds) {
+    return affine.is_pair() ? launch(has_residual, bounds, std::false_type{})
+                            : launch(has_residual, bounds, std::true_type{});
+  };
+  const auto with_residual = [&](auto has_residual) {
+    return is_bound(epilogue.activation) ? with(has_residual, std::true_type{}) : with(has_residual, std::false_type{});
+  };
+  return residual != nullptr ? with_residual(std::true_type{}) : with_residual(std::false_type{});
 }
 
 }  // namespace fused_conv_bn

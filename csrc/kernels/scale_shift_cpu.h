@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <type_traits>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,6 +29,9 @@ constexpr int kBlock = 64;  // elements: whole lines for every T
 constexpr int64_t kStreamingBytes = int64_t{32} << 20;
 // Planes shorter than this are treated as part of a longer period with an affine for each element.
 constexpr int64_t kMinRun = 32;
+// And these where there are so many images that writing out affines is worth it.
+constexpr int64_t kMinRepeatedRun = 200;
+constexpr int64_t kFewImages = 4;
 // And such periods are repeated up to this length, so that a run is worth its set-up.
 constexpr int64_t kPeriodicRun = 1024;
 
@@ -68,6 +71,29 @@ __attribute__((target("avx2,f16c"))) inline void convert(const float* from, floa
     to[k] = from_acc<float16>(from[k]);
   }
 }
+// from_acc<bfloat16>, with fewer instructions for the NaNs and for the narrowing than compilers find.
+__attribute__((target("avx2,f16c"))) inline void convert(const float* from, bfloat16* to, int n) {
+  int k = 0;
+  for (; k + 16 <= n; k += 16) {
+    __m256i halves[2];
+    for (int i = 0; i < 2; ++i) {
+      const __m256 value = _mm256_loadu_ps(from + k + 8 * i);
+      const __m256i bits = _mm256_castps_si256(value);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+      const __m256 checked = _mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                              _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
+                                              _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+      halves[i] = _mm256_srli_epi32(_mm256_castps_si256(checked), 16);
+    }
+    // packus goes by halves of registers
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves[0], halves[1]), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), packed);
+  }
+  for (; k < n; ++k) {
+    to[k] = from_acc<bfloat16>(from[k]);
+  }
+}
 #endif
 
 template <bool kV3, typename T>
@@ -84,7 +110,7 @@ FCB_HD void load(const T* from, acc_t<T>* to, int n) {
 template <bool kV3, typename T>
 FCB_HD void store(const acc_t<T>* from, T* to, int n) {
 #if defined(__x86_64__)
-  if constexpr (kV3 && std::is_same_v<T, float16>) {
+  if constexpr (kV3 && !std::is_same_v<T, acc_t<T>>) {
     return convert(from, to, n);
   }
 #endif
@@ -93,11 +119,26 @@ FCB_HD void store(const acc_t<T>* from, T* to, int n) {
   }
 }
 
+// The activation of n values: a branch for all of them, and a loop that vectorises.
+template <typename Acc>
+FCB_HD void activate_block(const Epilogue& epilogue, Acc* x, int n) {
+  const auto negative_slope = static_cast<Acc>(epilogue.negative_slope);
+  // Inlined at all costs: by itself it would be compiled for the baseline.
+  dispatch_activation(epilogue.activation, [&](auto a) __attribute__((always_inline)) {
+    if constexpr (a() != Activation::none) {
+      for (int k = 0; k < n; ++k) {
+        x[k] = activate<a()>(x[k], negative_slope);
+      }
+    }
+  });
+}
+
 // Elements [i, i + n) with n <= kBlock, by way of the stack: load, compute and store are loops of their own, since
 // compilers vectorise the 16-bit conversions only by themselves. `streaming`: n is kBlock and output + i begins a line.
-template <bool kV3, typename T, typename AffineOf, Activation A, bool kResidual>
+// `kPlain`: there is no activation and no residual. Then what is between load and store stays in registers.
+template <bool kV3, typename T, typename AffineOf, bool kResidual, bool kPlain>
 FCB_HD void run_block(const T* input, const T* residual, T* output, int64_t i, int n, const AffineOf& affine,
-                      bool streaming) {
+                      const Epilogue& epilogue, bool streaming) {
   using Acc = acc_t<T>;
   constexpr bool kConverts = !std::is_same_v<T, Acc>;
   alignas(kLineBytes) Acc x[kBlock];
@@ -108,6 +149,7 @@ FCB_HD void run_block(const T* input, const T* residual, T* output, int64_t i, i
   if constexpr (kResidual) {
     load<kV3>(residual + i, r, n);
   }
+  const bool residual_first = kResidual && !epilogue.residual_last;
   for (int k = 0; k < n; ++k) {
     Acc value;
     if constexpr (kConverts) {
@@ -115,10 +157,20 @@ FCB_HD void run_block(const T* input, const T* residual, T* output, int64_t i, i
     } else {
       value = input[i + k];  // copied to the stack first, a block of these becomes a slow string instruction
     }
-    if constexpr (kResidual) {
-      x[k] = epilogue<A>(value, affine(i + k), r[k]);
-    } else {
-      x[k] = epilogue<A>(value, affine(i + k));
+    x[k] = apply_affine(value, affine(i + k));
+  }
+  const auto add_residual = [&]() __attribute__((always_inline)) {
+    for (int k = 0; k < n; ++k) {
+      x[k] += r[kResidual ? k : 0];
+    }
+  };
+  if constexpr (!kPlain) {
+    if (residual_first) {
+      add_residual();
+    }
+    activate_block(epilogue, x, n);
+    if (kResidual && epilogue.residual_last) {
+      add_residual();
     }
   }
 #if defined(__x86_64__)
@@ -140,33 +192,53 @@ FCB_HD void run_block(const T* input, const T* residual, T* output, int64_t i, i
   store<kV3>(x, output + i, n);
 }
 
-template <bool kV3, typename T, typename AffineOf, Activation A, bool kResidual>
-FCB_HD void run_body(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine, bool streaming) {
-  int64_t i = 0;
-  if (streaming) {
-    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(output) % kLineBytes);
-    i = std::min(n, (kLineBytes - misaligned) % kLineBytes / static_cast<int64_t>(sizeof(T)));
-    run_block<kV3, T, AffineOf, A, kResidual>(input, residual, output, 0, static_cast<int>(i), affine, false);
-    for (; i + kBlock <= n; i += kBlock) {
-      run_block<kV3, T, AffineOf, A, kResidual>(input, residual, output, i, kBlock, affine, true);
+template <bool kV3, bool kPlain, typename T, typename AffineOf, bool kResidual>
+FCB_HD void run_blocks(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine,
+                       const Epilogue& epilogue, bool streaming) {
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(output) % kLineBytes);
+  int64_t size = streaming ? (kLineBytes - misaligned) % kLineBytes / static_cast<int64_t>(sizeof(T)) : 0;
+  size = size > 0 ? size : kBlock;
+  for (int64_t i = 0; i < n; i += size, size = kBlock) {
+    size = std::min(size, n - i);
+    if (size == kBlock) {
+      run_block<kV3, T, AffineOf, kResidual, kPlain>(input, residual, output, i, kBlock, affine, epilogue, streaming);
+    } else {
+      run_block<kV3, T, AffineOf, kResidual, kPlain>(input, residual, output, i, static_cast<int>(size), affine,
+                                                     epilogue, false);
     }
   }
-  for (; i + kBlock <= n; i += kBlock) {
-    run_block<kV3, T, AffineOf, A, kResidual>(input, residual, output, i, kBlock, affine, false);
-  }
-  run_block<kV3, T, AffineOf, A, kResidual>(input, residual, output, i, static_cast<int>(n - i), affine, false);
 }
 
-template <typename T, typename AffineOf, Activation A, bool kResidual>
-void run_baseline(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine, bool streaming) {
-  run_body<false, T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
+template <bool kV3, typename T, typename AffineOf, bool kResidual>
+FCB_HD void run_body(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine,
+                     const Epilogue& epilogue, bool streaming) {
+  if (kResidual || epilogue.activation != Activation::none) {
+    return run_blocks<kV3, false, T, AffineOf, kResidual>(input, residual, output, n, affine, epilogue, streaming);
+  }
+  if (!std::is_same_v<T, acc_t<T>> || streaming) {
+    return run_blocks<kV3, true, T, AffineOf, kResidual>(input, residual, output, n, affine, epilogue, streaming);
+  }
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    // The output may be the input, element for element, and then no iteration depends on another one either.
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      output[i] = apply_affine(input[i], affine(i));
+    }
+  }
+}
+
+template <typename T, typename AffineOf, bool kResidual>
+void run_baseline(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine,
+                  const Epilogue& epilogue, bool streaming) {
+  run_body<false, T, AffineOf, kResidual>(input, residual, output, n, affine, epilogue, streaming);
 }
 
 #if defined(__x86_64__)
-template <typename T, typename AffineOf, Activation A, bool kResidual>
+template <typename T, typename AffineOf, bool kResidual>
 __attribute__((target("arch=x86-64-v3"))) void run_v3(const T* input, const T* residual, T* output, int64_t n,
-                                                      const AffineOf& affine, bool streaming) {
-  run_body<true, T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
+                                                      const AffineOf& affine, const Epilogue& epilogue,
+                                                      bool streaming) {
+  run_body<true, T, AffineOf, kResidual>(input, residual, output, n, affine, epilogue, streaming);
 }
 // ATEN_CPU_CAPABILITY holds PyTorch's own kernels to an instruction set, default being the baseline, and so it does ours.
 inline bool is_capability(const char* name) {
@@ -187,71 +259,138 @@ inline bool use_v4() {
 }
 #endif
 
-template <typename T, typename AffineOf, Activation A, bool kResidual>
-void run(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine, bool streaming) {
+template <typename T, typename AffineOf>
+void run(const T* input, const T* residual, T* output, int64_t n, const AffineOf& affine, const Epilogue& epilogue,
+         bool streaming) {
+  const auto with = [&](auto has_residual) {
 #if defined(__x86_64__)
-  if (use_v3()) {
-    return run_v3<T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
-  }
+    if (use_v3()) {
+      return run_v3<T, AffineOf, has_residual()>(input, residual, output, n, affine, epilogue, streaming);
+    }
 #endif
-  run_baseline<T, AffineOf, A, kResidual>(input, residual, output, n, affine, streaming);
+    run_baseline<T, AffineOf, has_residual()>(input, residual, output, n, affine, epilogue, streaming);
+  };
+  residual != nullptr ? with(std::true_type{}) : with(std::false_type{});
 }
 
-// affine_of(c): the affine of channel c. parallel_for(begin, end, grain, body(begin, end)): as in PyTorch.
-// input, residual and output are dense with the given shape; output may be input. `fresh`: output was just allocated.
-template <Activation A, bool kResidual, typename T, typename AffineSource, typename ParallelFor>
+// The affines of channels, one behind the other.
+template <typename Acc>
+struct ChannelAffines {
+  const Acc* center;
+  const Acc* scale;
+  const Acc* shift;
+};
+
+// Values of channels as those of n elements, from element `first` of a row of periods on, which begins a plane.
+template <typename Acc>
+void expand(const Acc* values, const Shape& shape, int64_t first, int64_t n, Acc* to) {
+  int64_t c = first / shape.inner % shape.channels;
+  if (shape.inner == 1) {
+    for (int64_t i = 0; i < n; c = 0) {
+      const int64_t count = std::min(n - i, shape.channels - c);
+      std::copy_n(values + c, count, to + i);
+      i += count;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; i += shape.inner) {
+    std::fill_n(to + i, shape.inner, values[c]);
+    c = c + 1 < shape.channels ? c + 1 : 0;
+  }
+}
+
+constexpr int64_t kGrain = 16384;  // elements that are worth a thread
+
+// parallel_for(begin, end, grain, body(begin, end)): as in PyTorch. residual: nullptr for none. input, residual and
+// output are dense with the given shape; output may be input. `fresh`: output was just allocated.
+template <typename T, typename ParallelFor>
 void launch_scale_shift(const T* input, const T* residual, T* output, bool fresh, const Shape& shape,
-                        const AffineSource& affine_of, const ParallelFor& parallel_for) {
+                        const ChannelAffines<acc_t<T>>& affines, const Epilogue& epilogue,
+                        const ParallelFor& parallel_for) {
   using Acc = acc_t<T>;
-  constexpr int64_t kGrain = 16384;
   if (shape.numel == 0) {
     return;
   }
-  const bool by_element = shape.inner < kMinRun;
-  // A run shares one affine (long planes), or is some periods of the channels with an affine for each element.
-  const int64_t period = shape.channels * shape.inner;
-  const int64_t periods = std::max<int64_t>(1, std::min(kPeriodicRun, shape.numel) / period);
-  const int64_t run_length = by_element ? periods * period : shape.inner;
-  const int64_t repeat = by_element ? shape.inner : 1;
-  const int64_t affines = by_element ? run_length : shape.channels;
-  std::vector<Acc> center(affines), scale(affines), shift(affines);
-  for (int64_t i = 0; i < affines; ++i) {
-    if (i % repeat == 0 && i < shape.channels * repeat) {
-      const Affine<Acc> affine = affine_of(static_cast<uint32_t>(i / repeat));
-      center[i] = affine.center;
-      scale[i] = affine.scale;
-      shift[i] = affine.shift;
-    } else {
-      const int64_t same = i % repeat == 0 ? i - period : i - 1;
-      center[i] = center[same];
-      scale[i] = scale[same];
-      shift[i] = shift[same];
-    }
-  }
   const int64_t bytes = shape.numel * static_cast<int64_t>(sizeof(T));
   const bool streaming = !fresh && output != input && bytes >= kStreamingBytes;
-  parallel_for(int64_t{0}, shape.numel, kGrain, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t run_index = begin / run_length;
-      const int64_t offset = begin - run_index * run_length;
-      const int64_t n = std::min(end - begin, run_length - offset);
-      const T* x = input + begin;
-      const T* r = kResidual ? residual + begin : nullptr;
-      T* y = output + begin;
-      if (by_element) {
-        const ElementAffine<Acc> affine{&center[offset], &scale[offset], &shift[offset]};
-        run<T, ElementAffine<Acc>, A, kResidual>(x, r, y, n, affine, streaming);
-      } else {
-        const int64_t c = run_index % shape.channels;
-        const UniformAffine<Acc> affine{{center[c], scale[c], shift[c]}};
-        run<T, UniformAffine<Acc>, A, kResidual>(x, r, y, n, affine, streaming);
+  const auto run_at = [&](int64_t i, int64_t n, const auto& affine) {
+    run(input + i, residual == nullptr ? nullptr : residual + i, output + i, n, affine, epilogue, streaming);
+  };
+  const int64_t period = shape.channels * shape.inner;
+  const int64_t images = shape.numel / period;
+  if (shape.inner >= (images >= kFewImages ? kMinRepeatedRun : kMinRun)) {
+    // Each plane is a run.
+    parallel_for(int64_t{0}, shape.numel, kGrain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t plane = begin / shape.inner, c = plane % shape.channels;
+        const int64_t n = std::min(end, (plane + 1) * shape.inner) - begin;
+        run_at(begin, n, UniformAffine<Acc>{{affines.center[c], affines.scale[c], affines.shift[c]}});
+        begin += n;
       }
-      begin += n;
-    }
 #if defined(__x86_64__)
-    _mm_sfence();
+      _mm_sfence();
 #endif
+    });
+    return;
+  }
+  // Some periods of the channels make up a row, so that a run is worth its set-up. A task is a part of some rows, with an
+  // affine for each element of a row.
+  const int64_t periods = std::max<int64_t>(1, std::min(kPeriodicRun, shape.numel) / period);
+  const int64_t length = periods * period;
+  const bool expanded = length != shape.channels;
+  const int64_t width = std::min(length, expanded ? kPeriodicRun / shape.inner * shape.inner : kGrain / 4);
+  const int64_t across = (length + width - 1) / width;
+  const int64_t rows = (shape.numel + length - 1) / length;
+  const int64_t height = std::min(rows, std::max<int64_t>(1, kGrain / width));
+  const int64_t down = (rows + height - 1) / height;
+  parallel_for(int64_t{0}, across * down, std::max<int64_t>(1, kGrain / (width * height)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t first = task % across * width;
+                   const int64_t n = std::min(width, length - first);
+                   Acc center[kPeriodicRun], scale[kPeriodicRun], shift[kPeriodicRun];
+                   ElementAffine<Acc> affine{affines.center + first, affines.scale + first, affines.shift + first};
+                   if (expanded) {
+                     expand(affines.center, shape, first, n, center);
+                     expand(affines.scale, shape, first, n, scale);
+                     expand(affines.shift, shape, first, n, shift);
+                     affine = {center, scale, shift};
+                   }
+                   const int64_t row = task / across * height;
+                   for (int64_t r = row; r < std::min(rows, row + height); ++r) {
+                     const int64_t at = r * length + first;
+                     if (at < shape.numel) {  // the last row may be shorter
+                       run_at(at, std::min(n, shape.numel - at), affine);
+                     }
+                   }
+                 }
+#if defined(__x86_64__)
+                 _mm_sfence();
+#endif
+               });
+}
+
+// The same with affine_of(c): the affine of channel c.
+template <typename T, typename AffineOf, typename ParallelFor>
+void launch_scale_shift(const T* input, const T* residual, T* output, bool fresh, const Shape& shape,
+                        const AffineOf& affine_of, const Epilogue& epilogue, const ParallelFor& parallel_for) {
+  using Acc = acc_t<T>;
+  constexpr int64_t kFoldGrain = 1024;  // channels that are worth a thread
+  const int64_t channels = shape.channels;
+  const std::unique_ptr<Acc[]> affines(new Acc[3 * channels]);
+  Acc* const center = affines.get();
+  Acc* const scale = center + channels;
+  Acc* const shift = scale + channels;
+  parallel_for(int64_t{0}, channels, kFoldGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Affine<Acc> affine = affine_of(static_cast<uint32_t>(c));
+      center[c] = affine.center;
+      scale[c] = affine.scale;
+      shift[c] = affine.shift;
+    }
   });
+  launch_scale_shift(input, residual, output, fresh, shape, ChannelAffines<Acc>{center, scale, shift}, epilogue,
+                     parallel_for);
 }
 
 }  // namespace fused_conv_bn

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "epilogue.h"
 #include "scalar.h"
 
 namespace fused_conv_bn {
@@ -167,6 +169,22 @@ __device__ __forceinline__ uint32_t pack_pair_relu(float16, float low, float hig
 __device__ __forceinline__ uint32_t pack_pair_relu(bfloat16, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// The same with the bound that an activation is. Rounding keeps the order of numbers, and these bounds as they are.
+template <Activation A, typename T>
+__device__ __forceinline__ uint32_t pack_pair_bounded(T, float low, float high) {
+  if constexpr (A == Activation::none) {
+    return pack_pair(T(), low, high);
+  }
+  uint32_t pair = pack_pair_relu(T(), low, high);
+  if constexpr (A == Activation::relu6) {
+    if constexpr (std::is_same_v<T, float16>) {
+      asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x46004600u));
+    } else {
+      asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x40c040c0u));
+    }
+  }
   return pair;
 }
 template <typename T>

@@ -1,40 +1,71 @@
-// conv_bn_scale_train, but for the device: what its CPU and CUDA kernels share.
+// conv_bn_scale_train in its three forms, but for the device: what their CPU and CUDA kernels share.
 #pragma once
 
-#include "../checks.h"
+#include "bn_scale_train.h"
+#include "conv_scale_shift.h"
 
 namespace fused_conv_bn {
 
-// Kernel::run(op, PlainConv, TrainOperands, allow_tf32) computes.
+// Kernel::run(op, PlainConv, TrainOperands, SavedStatistics*, residual, Epilogue, allow_tf32) computes.
 template <typename Kernel>
 struct ConvBnScaleTrain {
-  static Tensor functional(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor running_mean,
-                           OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias,
-                           double scaling_factor, double momentum, double eps, std::vector<int64_t> stride,
-                           std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                           bool allow_tf32) {
-    const char* op = "conv_bn_scale_train";
+  static Tensor plain(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor running_mean,
+                      OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias, double scaling_factor,
+                      double momentum, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                      std::vector<int64_t> dilation, int64_t groups, OptionalTensor residual, StringHandle activation,
+                      double negative_slope, bool residual_last, bool allow_tf32) {
+    std::optional<SavedStatistics> saved;
+    return call("conv_bn_scale_train", input, conv_weight, stride, padding, dilation, groups,
+                train_operands(conv_bias, running_mean, running_var, weight, bias, scaling_factor, momentum, eps),
+                {residual, take_string(activation), negative_slope, residual_last}, allow_tf32, false, saved);
+  }
+
+  static Stats stats(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor running_mean,
+                     OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias, double scaling_factor,
+                     double momentum, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                     std::vector<int64_t> dilation, int64_t groups, OptionalTensor residual, StringHandle activation,
+                     double negative_slope, bool residual_last, bool allow_tf32) {
+    std::optional<SavedStatistics> saved;
+    const Tensor y = call(
+        "conv_bn_scale_train_stats", input, conv_weight, stride, padding, dilation, groups,
+        train_operands(conv_bias, running_mean, running_var, weight, bias, scaling_factor, momentum, eps),
+        {residual, take_string(activation), negative_slope, residual_last}, allow_tf32, true, saved);
+    return {y, saved->mean, saved->invstd};
+  }
+
+  static FunctionalStats functional(Tensor input, Tensor conv_weight, OptionalTensor conv_bias,
+                                    OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor weight,
+                                    OptionalTensor bias, double scaling_factor, double momentum, double eps,
+                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                    std::vector<int64_t> dilation, int64_t groups, OptionalTensor residual,
+                                    StringHandle activation, double negative_slope, bool residual_last,
+                                    bool allow_tf32) {
+    const OptionalTensor mean = cloned(running_mean), var = cloned(running_var);
+    std::optional<SavedStatistics> saved;
+    const Tensor y = call("conv_bn_scale_train_functional", input, conv_weight, stride, padding, dilation, groups,
+                          train_operands(conv_bias, mean, var, weight, bias, scaling_factor, momentum, eps),
+                          {residual, take_string(activation), negative_slope, residual_last}, allow_tf32, true, saved);
+    return {y, saved->mean, saved->invstd, updated(mean, *saved), updated(var, *saved)};
+  }
+
+ private:
+  static Tensor call(const char* op, const Tensor& input, const Tensor& conv_weight, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                     const TrainOperands& bn, const EpilogueArguments& arguments, bool allow_tf32, bool saves,
+                     std::optional<SavedStatistics>& saved) {
     const PlainConv c = check_plain_conv(op, input, "conv_weight", conv_weight, stride, padding, dilation, groups);
-    const TrainOperands bn{optional_operand("conv_bias", conv_bias),
-                           optional_operand("running_mean", running_mean),
-                           optional_operand("running_var", running_var),
-                           optional_operand("weight", weight),
-                           optional_operand("bias", bias),
-                           scaling_factor,
-                           momentum,
-                           eps};
-    bn.check(op, c.sizes.data(), c.input.dim, "the output", c.input);
+    const OptionalOperand residual = check_conv_residual(op, c, arguments.residual);
+    const Epilogue epilogue = check_epilogue(op, arguments);
+    bn.check(op, c.sizes.data(), c.input.dim, "the output", c.input, residual);
     for (const OptionalOperand* target : {&bn.running_mean, &bn.running_var}) {
       if (target->has_value()) {
         check_overlap(op, **target, c.weight, false);
       }
     }
-    const Tensor y = Kernel::run(op, c, bn, allow_tf32);
-    // Of extents of 1, PyTorch's BatchNorm puts out other strides than its convolution.
-    const Operand result("output", y);
-    const Strides strides = dense_strides(result, computes_channels_last(result));
-    return std::equal(result.strides, result.strides + result.dim, strides.begin()) ? y
-                                                                                    : with_strides(y, strides.data());
+    if (saves) {
+      saved.emplace(c.sizes[1], c.input.dtype, c.input.device);
+    }
+    return with_bn_strides(Kernel::run(op, c, bn, saves ? &*saved : nullptr, residual, epilogue, allow_tf32));
   }
 };
 

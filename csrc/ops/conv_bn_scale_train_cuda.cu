@@ -3,33 +3,27 @@
 // the affine that they make. With the others the convolution is written, its statistics read, and then there is
 // one pass in place.
 #include "../kernels/conv_kernels.h"
-#include "bn_scale_train.h"
 #include "conv_bn_scale_train.h"
 #include "conv_cuda.h"
-#include "conv_scale_shift.h"
 
 namespace fused_conv_bn {
 namespace {
 
-Tensor channel_tensor(const PlainConv& c, double value) {
-  const int64_t stride = 1;
-  const Tensor t = empty_strided(1, &c.sizes[1], &stride, acc_dtype(c.input.dtype), c.input.device);
-  return torch::stable::fill_(t, value);
-}
-
 struct CudaKernel {
-  static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, bool allow_tf32) {
-    const CudaConvChoice choice = choose_conv_cuda(op, c, false, true, allow_tf32);
+  static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, const SavedStatistics* saved,
+                    const OptionalOperand& residual, const Epilogue& epilogue, bool allow_tf32) {
+    const CudaConvChoice choice = choose_conv_cuda(op, c, residual.has_value(), true, allow_tf32);
     if (choice.config.algorithm == ConvAlgorithm::hopper) {
-      return statistics_first(op, c, bn, choice);
+      return statistics_first(op, c, bn, saved, residual, epilogue, choice);
     }
-    const Tensor y = convolve(op, c, choice);
-    apply_bn_scale_train_cuda(op, Operand("output", y), bn);
-    return y;
+    const Tensor y = run_conv_cuda(op, {c, {}, std::nullopt, {}}, choice);
+    const Operand result("output", y);
+    return apply_bn_scale_train<run_bn_scale_train_cuda>(op, result, bn, saved, residual, epilogue, &result);
   }
 
   static Tensor statistics_first(const char* op, const PlainConv& c, const TrainOperands& bn,
-                                 const CudaConvChoice& choice) {
+                                 const SavedStatistics* saved, const OptionalOperand& residual,
+                                 const Epilogue& epilogue, const CudaConvChoice& choice) {
     const CudaScope cuda(c.input.device);
     const ConvProblem& problem = choice.problem;
     const ConvConfig& config = choice.config;
@@ -51,45 +45,40 @@ struct CudaKernel {
         }
       });
     };
-    const auto convolve = [&](const HopperTile& tile, Moments* target) {
+    const TrainParams params = train_params(bn, saved, true);
+    const auto convolve = [&](const HopperTile& tile, Moments* target, const Epilogue& behind) {
       launch([&](auto tag) {
-        return launch_conv_hopper<typename decltype(tag)::type>(problem, conv.operands, tile, choice.gpu,
-                                                                Activation::none, target, cuda.stream());
+        return launch_conv_hopper<typename decltype(tag)::type>(problem, conv.operands, tile, choice.gpu, behind,
+                                                                target, cuda.stream());
       });
     };
     if (by_patches) {
       launch([&](auto tag) {
         using T = typename decltype(tag)::type;
         const AffineBuffer buffer{affines, static_cast<uint32_t>(problem.K), kElement<T>};
-        return launch_conv_patches<T>(problem, conv.operands, plan, workspace, train_params(bn, true), buffer,
-                                      cuda.stream());
+        return launch_conv_patches<T>(problem, conv.operands, plan, workspace, params, buffer, cuda.stream());
       });
     } else {
       auto* const moments = reinterpret_cast<Moments*>(workspace);
-      convolve(config.hopper_moments, moments);
-      finish_bn_cuda(op, bn, c.input.dtype, c.input.device, moments, partials, problem.K, affines);
+      convolve(config.hopper_moments, moments, {});
+      finish_bn_cuda(op, params, c.input.dtype, c.input.device, moments, partials, problem.K, affines);
     }
-    conv.operands.center = affines;
-    conv.operands.scale = affines + problem.K;
-    conv.operands.shift = affines + 2 * problem.K;
-    convolve(config.hopper, nullptr);
+    conv.operands.affine.mean = affines;
+    conv.operands.affine.weight = affines + problem.K;
+    conv.operands.affine.bias = affines + 2 * problem.K;
+    conv.operands.late_affine = true;
+    conv.operands.residual = residual.has_value() ? conv.copies.data(*residual, conv.channels_last) : nullptr;
+    convolve(config.hopper, nullptr, epilogue);
     return conv.y;
-  }
-
-  static Tensor convolve(const char* op, const PlainConv& c, const CudaConvChoice& choice) {
-    if (choice.config.algorithm == ConvAlgorithm::aten) {
-      return plain_convolution(c, *c.weight.tensor, nullptr);
-    }
-    const Tensor ones = channel_tensor(c, 1), zeros = channel_tensor(c, 0);
-    return run_conv_cuda(op, {c, Operand("scale", ones), Operand("shift", zeros), std::nullopt, Activation::none},
-                         choice);
   }
 };
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
-  m.impl("conv_bn_scale_train", TORCH_BOX(&ConvBnScaleTrain<CudaKernel>::functional));
+  m.impl("conv_bn_scale_train", TORCH_BOX(&ConvBnScaleTrain<CudaKernel>::plain));
+  m.impl("conv_bn_scale_train_stats", TORCH_BOX(&ConvBnScaleTrain<CudaKernel>::stats));
+  m.impl("conv_bn_scale_train_functional", TORCH_BOX(&ConvBnScaleTrain<CudaKernel>::functional));
 }
 
 }  // namespace fused_conv_bn

@@ -35,8 +35,15 @@ inline bool prefers_direct(const PlainConv& c) {
   return c.input.sizes[1] * rows * columns * static_cast<int64_t>(sizeof(float)) <= 256 << 10;
 }
 
-inline Tensor convolve_direct(const PlainConv& c, const float* scale, const float* shift,
-                              const OptionalOperand& residual, Activation activation) {
+inline Tensor convolve_direct(const ConvArguments& c) {
+  Copies copies;
+  const AffineSource<float> source(affine_tensors(c.affine, c.input.dtype, copies));
+  std::vector<float> scale, shift;
+  for (int64_t k = 0; k < c.sizes[1]; ++k) {
+    const Affine<float> affine = source.pair(static_cast<uint32_t>(k));
+    scale.push_back(affine.scale);
+    shift.push_back(affine.shift);
+  }
   const Tensor y = empty_strided(c.input.dim, c.sizes.data(), dense_strides(c.input.dim, c.sizes.data(), false).data(),
                                  c.input.dtype, c.input.device);
   OptionalTensor x_copy, residual_copy;
@@ -54,17 +61,32 @@ inline Tensor convolve_direct(const PlainConv& c, const float* scale, const floa
                               w[1],
                               w[2],
                               w[3],
-                              nullptr,
-                              scale,
-                              shift,
-                              residual.has_value() ? contiguous_data(*residual, residual_copy) : nullptr,
+                              {},
+                              false,
+                              c.residual.has_value() ? contiguous_data(*c.residual, residual_copy) : nullptr,
                               y.data_ptr()};
   const int64_t *x = c.input.sizes, *taps = c.weight.sizes + 2;
-  const ConvProblem problem{
-      x[0],          x[1],       x[2],          x[3],        c.sizes[1],           taps[0],      taps[1],
-      c.sizes[2],    c.sizes[3], c.stride[0],   c.stride[1], c.padding[0],         c.padding[1], c.dilation[0],
-      c.dilation[1], c.groups,   sizeof(float), false,       residual.has_value(), false};
-  launch_conv_direct(problem, operands, activation, torch::stable::get_num_threads(),
+  const ConvProblem problem{x[0],
+                            x[1],
+                            x[2],
+                            x[3],
+                            c.sizes[1],
+                            taps[0],
+                            taps[1],
+                            c.sizes[2],
+                            c.sizes[3],
+                            c.stride[0],
+                            c.stride[1],
+                            c.padding[0],
+                            c.padding[1],
+                            c.dilation[0],
+                            c.dilation[1],
+                            c.groups,
+                            sizeof(float),
+                            false,
+                            c.residual.has_value(),
+                            false};
+  launch_conv_direct(problem, operands, scale.data(), shift.data(), c.epilogue, torch::stable::get_num_threads(),
                      [](int64_t begin, int64_t end, int64_t grain, const auto& body) {
                        torch::stable::parallel_for(begin, end, grain, body);
                      });
@@ -73,14 +95,11 @@ inline Tensor convolve_direct(const PlainConv& c, const float* scale, const floa
 
 #endif
 
-// activation(conv(input, weight) * scale + shift + residual), or nothing where PyTorch's convolution is to run.
-inline std::optional<Tensor> direct_convolution([[maybe_unused]] const PlainConv& c, [[maybe_unused]] const void* scale,
-                                                [[maybe_unused]] const void* shift,
-                                                [[maybe_unused]] const OptionalOperand& residual,
-                                                [[maybe_unused]] Activation activation) {
+// Nothing where PyTorch's convolution is to run.
+inline std::optional<Tensor> direct_convolution([[maybe_unused]] const ConvArguments& c) {
 #if defined(__x86_64__)
   if (prefers_direct(c)) {
-    return convolve_direct(c, static_cast<const float*>(scale), static_cast<const float*>(shift), residual, activation);
+    return convolve_direct(c);
   }
 #endif
   return std::nullopt;

@@ -4,8 +4,8 @@
 namespace fused_conv_bn {
 
 template cudaError_t launch_conv_few_channels<float16>(const ConvProblem&, const ConvOperands&, const FewChannelsTile&,
-                                                       const GpuTraits&, Activation, cudaStream_t);
+                                                       const GpuTraits&, const Epilogue&, cudaStream_t);
 template cudaError_t launch_conv_few_channels<bfloat16>(const ConvProblem&, const ConvOperands&, const FewChannelsTile&,
-                                                        const GpuTraits&, Activation, cudaStream_t);
+                                                        const GpuTraits&, const Epilogue&, cudaStream_t);
 
 }  // namespace fused_conv_bn

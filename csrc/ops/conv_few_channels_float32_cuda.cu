@@ -4,6 +4,6 @@
 namespace fused_conv_bn {
 
 template cudaError_t launch_conv_few_channels<float>(const ConvProblem&, const ConvOperands&, const FewChannelsTile&,
-                                                     const GpuTraits&, Activation, cudaStream_t);
+                                                     const GpuTraits&, const Epilogue&, cudaStream_t);
 
 }  // namespace fused_conv_bn

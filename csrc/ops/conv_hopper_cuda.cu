@@ -13,10 +13,10 @@ bool conv_hopper_is_compiled() {
 }
 
 template cudaError_t launch_conv_hopper<float>(const ConvProblem&, const ConvOperands&, const HopperTile&,
-                                               const GpuTraits&, Activation, Moments*, cudaStream_t);
+                                               const GpuTraits&, const Epilogue&, Moments*, cudaStream_t);
 template cudaError_t launch_conv_hopper<float16>(const ConvProblem&, const ConvOperands&, const HopperTile&,
-                                                 const GpuTraits&, Activation, Moments*, cudaStream_t);
+                                                 const GpuTraits&, const Epilogue&, Moments*, cudaStream_t);
 template cudaError_t launch_conv_hopper<bfloat16>(const ConvProblem&, const ConvOperands&, const HopperTile&,
-                                                  const GpuTraits&, Activation, Moments*, cudaStream_t);
+                                                  const GpuTraits&, const Epilogue&, Moments*, cudaStream_t);
 
 }  // namespace fused_conv_bn

@@ -1,4 +1,4 @@
-// conv_scale_shift on CUDA: chooses an algorithm and runs it.
+// conv_scale_shift and conv_bn_scale on CUDA: chooses an algorithm and runs it.
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -9,7 +9,6 @@
 #include "../kernels/conv_kernels.h"
 #include "conv_cuda.h"
 #include "conv_scale_shift.h"
-#include "scale_shift.h"
 
 namespace fused_conv_bn {
 namespace {
@@ -89,20 +88,12 @@ void print_config(const char* op, const PlainConv& c, bool has_residual, bool al
 template <typename Launch>
 Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda, uintptr_t alignment, bool dense_weight,
                   const Launch& launch) {
-  OptionalTensor scale_copy, shift_copy;
+  Copies copies;
   KernelConv conv(c, alignment, dense_weight);
-  conv.operands.scale = channel_data(c.scale, c.scale.dtype, scale_copy);
-  conv.operands.shift = channel_data(c.shift, c.shift.dtype, shift_copy);
+  conv.operands.affine = affine_tensors(c.affine, c.input.dtype, copies);
   conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual, conv.channels_last) : nullptr;
   dispatch_dtype(c.input.dtype, [&](auto tag) { cuda.check_launch(op, launch(tag, conv.operands)); });
   return conv.y;
-}
-
-// PyTorch's convolution, then the epilogue in place.
-Tensor run_aten(const char* op, const ConvArguments& c) {
-  const Tensor y = plain_convolution(c, *c.weight.tensor, nullptr);
-  apply_scale_shift_cuda(op, Operand("output", y), c.scale, c.shift, c.residual, c.activation);
-  return y;
 }
 
 struct CudaKernel {
@@ -155,26 +146,27 @@ Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoic
     case ConvAlgorithm::hopper:
       return run([&](auto tag, const ConvOperands& operands) {
         return launch_conv_hopper<typename decltype(tag)::type>(choice.problem, operands, config.hopper, choice.gpu,
-                                                                c.activation, nullptr, cuda.stream());
+                                                                c.epilogue, nullptr, cuda.stream());
       });
     case ConvAlgorithm::few_channels:
       return run([&](auto tag, const ConvOperands& operands) {
         return launch_conv_few_channels<typename decltype(tag)::type>(choice.problem, operands, config.few_channels,
-                                                                      choice.gpu, c.activation, cuda.stream());
+                                                                      choice.gpu, c.epilogue, cuda.stream());
       });
     case ConvAlgorithm::depthwise:
       return run([&](auto tag, const ConvOperands& operands) {
         return launch_conv_depthwise<typename decltype(tag)::type>(
-            choice.problem, operands, c.activation, config.depthwise, choice.gpu.multiprocessors, cuda.stream());
+            choice.problem, operands, c.epilogue, config.depthwise, choice.gpu.multiprocessors, cuda.stream());
       });
     case ConvAlgorithm::aten:
       break;
   }
-  return run_aten(op, c);
+  return convolve_and_apply<run_elementwise_cuda>(op, c);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
-  m.impl("conv_scale_shift", TORCH_BOX(&ConvScaleShift<CudaKernel>::functional));
+  m.impl("conv_scale_shift", TORCH_BOX(&ConvOps<CudaKernel>::conv_scale_shift));
+  m.impl("conv_bn_scale", TORCH_BOX(&ConvOps<CudaKernel>::conv_bn_scale));
 }
 
 }  // namespace fused_conv_bn

@@ -7,20 +7,14 @@
 
 namespace fused_conv_bn {
 
-// launch(BnParams<P>, acc_t<P>* scale, acc_t<P>* shift, channels, device) runs the kernel.
+// launch(TypeTag<T>, AffineTensors, acc_t<T>* scale, acc_t<T>* shift, channels, device) runs the kernel.
 template <typename Launch>
 std::tuple<Tensor, Tensor> call_fold_bn(const Tensor& running_mean, const Tensor& running_var,
                                         const OptionalTensor& weight, const OptionalTensor& bias, double scaling_factor,
                                         double eps, const OptionalTensor& conv_bias, const Launch& launch) {
   const char* op = "fold_bn";
-  const Operand mean("running_mean", running_mean);
-  const BnOperands bn{mean,
-                      Operand("running_var", running_var),
-                      optional_operand("weight", weight),
-                      optional_operand("bias", bias),
-                      optional_operand("conv_bias", conv_bias),
-                      scaling_factor,
-                      eps};
+  const AffineOperands bn = bn_operands(conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps);
+  const Operand& mean = *bn.mean;
   if (mean.dim != 1 || mean.numel > kMaxChannels) {
     fail(op, ": running_mean has shape ", mean.shape(), ", expected one dimension, of at most ", kMaxChannels,
          " channels");
@@ -39,12 +33,12 @@ std::tuple<Tensor, Tensor> call_fold_bn(const Tensor& running_mean, const Tensor
   Tensor scale = empty_strided(1, mean.sizes, &stride, acc_dtype(dtype), mean.device);
   Tensor shift = empty_strided(1, mean.sizes, &stride, acc_dtype(dtype), mean.device);
   if (mean.numel > 0) {
+    Copies copies;
+    const AffineTensors tensors = affine_tensors(bn, dtype, copies);
     dispatch_dtype(dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      dispatch_bn_params<T>(bn, dtype, [&](const auto& params) {
-        launch(params, static_cast<acc_t<T>*>(scale.data_ptr()), static_cast<acc_t<T>*>(shift.data_ptr()), mean.numel,
-               mean.device);
-      });
+      using Acc = acc_t<typename decltype(tag)::type>;
+      launch(tag, tensors, static_cast<Acc*>(scale.data_ptr()), static_cast<Acc*>(shift.data_ptr()), mean.numel,
+             mean.device);
     });
   }
   return {scale, shift};

@@ -7,15 +7,18 @@ namespace {
 std::tuple<Tensor, Tensor> fold_bn_cpu(const Tensor running_mean, const Tensor running_var, const OptionalTensor weight,
                                        const OptionalTensor bias, double scaling_factor, double eps,
                                        const OptionalTensor conv_bias) {
-  return call_fold_bn(running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias,
-                      [](const auto& params, auto* scale, auto* shift, int64_t channels, const Device&) {
-                        using Acc = std::remove_pointer_t<decltype(scale)>;
-                        for (int64_t c = 0; c < channels; ++c) {
-                          const Affine<double> affine = fold_to_pair(params, static_cast<uint32_t>(c));
-                          scale[c] = static_cast<Acc>(affine.scale);
-                          shift[c] = static_cast<Acc>(affine.shift);
-                        }
-                      });
+  return call_fold_bn(
+      running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias,
+      [](auto tag, const AffineTensors& tensors, auto* scale, auto* shift, int64_t channels, const Device&) {
+        using T = typename decltype(tag)::type;
+        const AffineSource<T> source(tensors);
+        for (int64_t c = 0; c < channels; ++c) {
+          const Affine<double> affine = fold_to_pair(source, tensors.scaling_factor, tensors.eps,
+                                                     static_cast<uint32_t>(c));
+          scale[c] = static_cast<acc_t<T>>(affine.scale);
+          shift[c] = static_cast<acc_t<T>>(affine.shift);
+        }
+      });
 }
 
 }  // namespace

@@ -8,11 +8,13 @@ namespace {
 std::tuple<Tensor, Tensor> fold_bn_cuda(const Tensor running_mean, const Tensor running_var,
                                         const OptionalTensor weight, const OptionalTensor bias, double scaling_factor,
                                         double eps, const OptionalTensor conv_bias) {
-  return call_fold_bn(running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias,
-                      [](const auto& params, auto* scale, auto* shift, int64_t channels, const Device& device) {
-                        const CudaScope cuda(device);
-                        cuda.check_launch("fold_bn", launch_fold_bn(params, scale, shift, channels, cuda.stream()));
-                      });
+  return call_fold_bn(
+      running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias,
+      [](auto tag, const AffineTensors& tensors, auto* scale, auto* shift, int64_t channels, const Device& device) {
+        const CudaScope cuda(device);
+        cuda.check_launch("fold_bn",
+                          launch_fold_bn<typename decltype(tag)::type>(tensors, scale, shift, channels, cuda.stream()));
+      });
 }
 
 }  // namespace

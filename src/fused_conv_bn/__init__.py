@@ -11,12 +11,14 @@ except ImportError as error:
         raise SystemExit(str(error)) from None
     raise
 
-from . import _fake, reference  # noqa: E402, F401  (the ops exist from here on)
+from . import _fake, _flops, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
+from .conditions import export_ops  # noqa: E402
 from .modules import ConvBnScale2d  # noqa: E402
 from .ops import (  # noqa: E402
     bn_scale,
     bn_scale_,
     bn_scale_train,
+    conv_bn_scale,
     conv_bn_scale_train,
     conv_scale_shift,
     fold_bn,
@@ -24,14 +26,19 @@ from .ops import (  # noqa: E402
     scale_shift_,
 )
 
+_flops.register()
+
 __version__ = "0.1.0"
 __all__ = [
     "ConvBnScale2d",
     "bn_scale",
     "bn_scale_",
     "bn_scale_train",
+    "conditions",
+    "conv_bn_scale",
     "conv_bn_scale_train",
     "conv_scale_shift",
+    "export_ops",
     "fold_bn",
     "reference",
     "scale_shift",

@@ -5,8 +5,6 @@ Sizes may be symbolic; nothing here asks for their values beyond comparisons tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -37,14 +35,6 @@ def _result_format(x: Tensor) -> torch.memory_format:
     return _channels_last(x.dim()) if _suggests_channels_last(x) else torch.contiguous_format
 
 
-def _conv_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """The same for convolutions."""
-    double = input.dtype == torch.float64 and not (input.device.type == "cpu" and input.dim() == 4)
-    if input.size(0) == 0 or double or not (_suggests_channels_last(input) or _suggests_channels_last(weight)):
-        return torch.contiguous_format
-    return _channels_last(input.dim())
-
-
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=_result_format(x))
 
@@ -62,98 +52,109 @@ def _fold_bn(running_mean, running_var, weight=None, bias=None, scaling_factor=1
     )
 
 
-@torch.library.register_fake("fused_conv_bn::bn_scale")
-def _bn_scale(input, running_mean, running_var, weight=None, bias=None, scaling_factor=1.0, eps=1e-5):
+def _nothing(*args, **kwargs):
+    return None
+
+
+def _like_input(input, *args, **kwargs):
     return _like(input)
 
 
-@torch.library.register_fake("fused_conv_bn::bn_scale.out")
-def _bn_scale_out(input, running_mean, running_var, weight=None, bias=None, scaling_factor=1.0, eps=1e-5, *, out):
-    return None
+for _name in ("bn_scale", "scale_shift", "bn_scale_train"):
+    torch.library.register_fake(f"fused_conv_bn::{_name}")(_like_input)
+for _name in ("bn_scale.out", "bn_scale_", "scale_shift.out", "scale_shift_"):
+    torch.library.register_fake(f"fused_conv_bn::{_name}")(_nothing)
 
 
-@torch.library.register_fake("fused_conv_bn::bn_scale_")
-def _bn_scale_inplace(input, running_mean, running_var, weight=None, bias=None, scaling_factor=1.0, eps=1e-5):
-    return None
+def _statistics(channels, running_mean, running_var, y):
+    """mean, invstd, and the updated running statistics."""
+    dtype = _acc_dtype(y.dtype)
+    mean, invstd = (torch.empty(channels, dtype=dtype, device=y.device) for _ in range(2))
+    return (
+        mean,
+        invstd,
+        *(y.new_empty(0, dtype=dtype) if t is None else torch.empty_like(t) for t in (running_mean, running_var)),
+    )
 
 
-@torch.library.register_fake("fused_conv_bn::scale_shift")
-def _scale_shift(input, scale, shift, *, residual=None, activation="none"):
-    return _like(input)
+@torch.library.register_fake("fused_conv_bn::bn_scale_train_stats")
+def _bn_scale_train_stats(input, running_mean, running_var, *args, **kwargs):
+    y = _like(input)
+    return y, *_statistics(input.size(1), running_mean, running_var, y)[:2]
 
 
-@torch.library.register_fake("fused_conv_bn::scale_shift.out")
-def _scale_shift_out(input, scale, shift, *, residual=None, activation="none", out):
-    return None
+@torch.library.register_fake("fused_conv_bn::bn_scale_train_functional")
+def _bn_scale_train_functional(input, running_mean, running_var, *args, **kwargs):
+    y = _like(input)
+    return y, *_statistics(input.size(1), running_mean, running_var, y)
 
 
-@torch.library.register_fake("fused_conv_bn::scale_shift_")
-def _scale_shift_inplace(input, scale, shift, *, residual=None, activation="none"):
-    return None
+# ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
-def conv_output_size(
-    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """The shape of a convolution's result. Each of the sequences has one value for each spatial dimension, or one."""
+def _convolution(input, weight, stride, padding, dilation, groups):
+    """What PyTorch's own convolution gives, whose strides the ops' results have."""
     space = input.dim() - 2
-    windows = zip(*(list(x) * space if len(x) == 1 else x for x in (stride, padding, dilation)), strict=True)
-    size = [input.size(0), weight.size(0)]
-    for d, (s, p, dil) in enumerate(windows, 2):
-        size.append((input.size(d) + 2 * p - dil * (weight.size(d) - 1) - 1) // s + 1)
-    return size
+    stride, padding, dilation = (list(x) * space if len(x) == 1 else list(x) for x in (stride, padding, dilation))
+    return torch.ops.aten.convolution.default(
+        input, weight, None, stride, padding, dilation, False, [0] * space, groups
+    )
 
 
 @torch.library.register_fake("fused_conv_bn::conv_scale_shift")
-def _conv_scale_shift(
-    input,
-    weight,
-    scale,
-    shift,
-    stride,
-    padding,
-    dilation,
-    groups,
-    *,
-    residual=None,
-    activation="none",
-    allow_tf32=False,
-):
-    size = conv_output_size(input, weight, stride, padding, dilation)
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_conv_format(input, weight))
+def _conv_scale_shift(input, weight, scale, shift, stride=(1,), padding=(0,), dilation=(1,), groups=1, **kwargs):
+    return _convolution(input, weight, stride, padding, dilation, groups)
 
 
-@torch.library.register_fake("fused_conv_bn::bn_scale_train")
-def _bn_scale_train(input, running_mean, running_var, weight, bias, scaling_factor, momentum, eps):
-    return _like(input)
-
-
-@torch.library.register_fake("fused_conv_bn::conv_bn_scale_train")
-def _conv_bn_scale_train(
+@torch.library.register_fake("fused_conv_bn::conv_bn_scale")
+def _conv_bn_scale(
     input,
     conv_weight,
     conv_bias,
     running_mean,
     running_var,
-    weight,
-    bias,
-    scaling_factor,
-    momentum,
-    eps,
-    stride,
-    padding,
-    dilation,
-    groups,
-    *,
-    allow_tf32=False,
+    weight=None,
+    bias=None,
+    scaling_factor=1.0,
+    eps=1e-5,
+    stride=(1,),
+    padding=(0,),
+    dilation=(1,),
+    groups=1,
+    **kwargs,
 ):
-    size = conv_output_size(input, conv_weight, stride, padding, dilation)
-    memory_format = _conv_format(input, conv_weight)
-    return _like(torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format))
+    return _like(_convolution(input, conv_weight, stride, padding, dilation, groups))
 
 
-@torch.library.register_fake("fused_conv_bn::_fold_conv_weight")
-def _fold_conv_weight(weight, scale):
-    channels_last = _suggests_channels_last(weight)
-    memory_format = _channels_last(weight.dim()) if channels_last else torch.contiguous_format
-    return torch.empty_like(weight, memory_format=memory_format), torch.empty_like(scale)
+def _conv_bn_scale_train_functional(
+    input,
+    conv_weight,
+    conv_bias,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    scaling_factor=1.0,
+    momentum=0.1,
+    eps=1e-5,
+    stride=(1,),
+    padding=(0,),
+    dilation=(1,),
+    groups=1,
+    **kwargs,
+):
+    y = _like(_convolution(input, conv_weight, stride, padding, dilation, groups))
+    return y, *_statistics(conv_weight.size(0), running_mean, running_var, y)
+
+
+@torch.library.register_fake("fused_conv_bn::conv_bn_scale_train_stats")
+def _conv_bn_scale_train_stats(*args, **kwargs):
+    return _conv_bn_scale_train_functional(*args, **kwargs)[:3]
+
+
+@torch.library.register_fake("fused_conv_bn::conv_bn_scale_train")
+def _conv_bn_scale_train(*args, **kwargs):
+    return _conv_bn_scale_train_functional(*args, **kwargs)[0]
+
+
+torch.library.register_fake("fused_conv_bn::conv_bn_scale_train_functional")(_conv_bn_scale_train_functional)

@@ -1,14 +1,26 @@
-"""The functions of this package: ``torch.ops.fused_conv_bn.*`` with documentation and a guard against lost gradients.
+"""The functions of this package: ``torch.ops.fused_conv_bn.*`` with documentation and derivatives.
 
 All of them work on CUDA and CPU tensors of dtype float32, float16, bfloat16 or float64. Inputs have 2 to 5 dimensions,
 (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); contiguous and channels_last tensors are used as they are, others
 are copied once, and results have the strides that ``F.batch_norm`` would give. 16-bit inputs are computed in float32.
 The per-channel BN tensors have shape (C,) and the dtype of the input, or float32 if that is a 16-bit one.
 
-They keep no autograd graph. With grad mode on and an argument that requires grad, or with one that carries a
-forward-mode tangent, they raise RuntimeError, rather than return a tensor whose derivative would be silently missing.
-Every other wrong argument raises RuntimeError too, before anything is written. A tensor that is written to counts as
-modified, so that autograd refuses to use it where it needed the old values.
+Functions that return a new tensor are differentiable: the fused op runs forward, PyTorch's formulas run backward, also
+for second derivatives. Under transforms of torch.func and in forward-mode AD PyTorch's own ops run instead. Functions
+that write to ``input`` or ``out`` have no derivative: with grad mode on and an argument that requires grad, or with one
+that carries a forward-mode tangent, they raise RuntimeError.
+
+What they share is the epilogue, by keyword: ``activation(y + residual)``, or with ``residual_last``
+``activation(y) + residual``.
+
+- residual: shape, dtype and device of the result; None to add nothing.
+- activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"``, ``"gelu"``, ``"gelu_tanh"``,
+  ``"leaky_relu"``, ``"sigmoid"``, ``"hardsigmoid"``, ``"mish"`` or ``"tanh"``. NaN passes as in PyTorch.
+- negative_slope: of ``leaky_relu``.
+- residual_last: adds the residual behind the activation.
+
+A wrong argument raises RuntimeError, and what is no tensor TypeError, before anything is written. A tensor that is
+written to counts as modified, so that autograd refuses to use it where it needed the old values.
 """
 
 from __future__ import annotations
@@ -21,7 +33,59 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
+from . import autograd, conditions, reference
+from .autograd import AUTOCAST_KEYS, autocast_dtype
+
 _ops = torch.ops.fused_conv_bn
+_PLAIN_TENSORS = conditions.PLAIN_TENSORS
+_TENSORS = _PLAIN_TENSORS - {type(None)}
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+# What runs: the op itself, the op with a derivative, or its twin of PyTorch's ops.
+_RAW, _GRAD, _TWIN = range(3)
+
+
+def _way(op: str, names: tuple[str, ...], required: tuple[Any, ...], optional: tuple[Any, ...]) -> int:
+    """What is to run for these tensors. Raises TypeError for what is no tensor."""
+    way = _RAW
+    usual = True
+    grad = _is_grad_enabled()
+    for t in required:
+        if type(t) not in _TENSORS:
+            usual = False
+        elif grad and t.requires_grad:
+            way = _GRAD
+    for t in optional:
+        if type(t) not in _PLAIN_TENSORS:
+            usual = False
+        elif grad and t is not None and t.requires_grad:
+            way = _GRAD
+    if not usual:
+        return _unusual_way(op, names, required, optional)
+    if _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None:
+        return _TWIN
+    if _is_compiling() and conditions.is_exporting():
+        return _RAW if conditions.exports_ops() else _TWIN
+    return way
+
+
+def _unusual_way(op: str, names: tuple[str, ...], required: tuple[Any, ...], optional: tuple[Any, ...]) -> int:
+    """The same where a tensor is of another class. Its class has the derivative then."""
+    tensors = (*required, *optional)
+    if any(isinstance(t, torch.fx.Proxy) for t in tensors):
+        return _RAW
+    for i, (name, t) in enumerate(zip(names, tensors, strict=True)):
+        may_be_none = i >= len(required)
+        if not (isinstance(t, Tensor) or (t is None and may_be_none)):
+            what = "None" if t is None else f"of type {type(t).__name__}"
+            raise TypeError(f"{op}: {name} is {what}, expected a tensor{' or None' if may_be_none else ''}")
+    if conditions.exports_ops():
+        return _RAW
+    grad = _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _TWIN if grad or conditions.transformed() or conditions.is_exporting() else _RAW
 
 
 def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
@@ -29,8 +93,8 @@ def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise RuntimeError(
-                    f"{op}: {name} has a forward-mode tangent, and {op} has no derivative: ConvBnScale2d runs "
-                    f"PyTorch's own ops where one is needed"
+                    f"{op}: {name} has a forward-mode tangent, and {op} writes its result to memory without a "
+                    f"derivative: call the function that returns a new tensor"
                 )
     if not torch.is_grad_enabled():
         return
@@ -38,7 +102,7 @@ def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(
                 f"{op}: {name} requires grad, and {op} keeps no autograd graph: call it under torch.no_grad() or pass "
-                f"{name}.detach(); ConvBnScale2d runs PyTorch's own ops where a gradient is needed"
+                f"{name}.detach(), or call the function that returns a new tensor"
             )
 
 
@@ -46,6 +110,23 @@ def _written(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None:
             increment_version(tensor)
+
+
+def _named(names: tuple[str, ...], *tensors: Tensor | None) -> dict[str, Tensor | None]:
+    return dict(zip(names, tensors, strict=True))
+
+
+def _sequence(x: int | Sequence[int]) -> Sequence[int]:
+    return (x,) if isinstance(x, int) else x
+
+
+_FOLD = ("running_mean", "running_var", "weight", "bias", "conv_bias")
+_BN = ("input", "running_mean", "running_var", "weight", "bias", "residual")
+_AFFINE = ("input", "scale", "shift", "residual")
+_CONV_AFFINE = ("input", "weight", "scale", "shift", "residual")
+_CONV_BN = ("input", "conv_weight", "running_mean", "running_var", "conv_bias", "weight", "bias", "residual")
+_TRAIN = ("input", "running_mean", "running_var", "weight", "bias", "residual")
+_CONV_TRAIN = ("input", "conv_weight", "conv_bias", "running_mean", "running_var", "weight", "bias", "residual")
 
 
 def fold_bn(
@@ -64,7 +145,7 @@ def fold_bn(
         scale = weight / sqrt(running_var + eps) * scaling_factor
         shift = (bias + (conv_bias - running_mean) * weight / sqrt(running_var + eps)) * scaling_factor
 
-    computed in float64. A missing ``weight`` counts as 1, a missing ``bias`` or ``conv_bias`` as 0.
+    A missing ``weight`` counts as 1, a missing ``bias`` or ``conv_bias`` as 0. Differentiable.
 
     Args:
         running_mean, running_var, weight, bias, conv_bias: shape (C,); float32, one 16-bit dtype, a mixture of these
@@ -76,12 +157,16 @@ def fold_bn(
         (scale, shift), each of shape (C,), float32, or float64 for float64 arguments: what :func:`scale_shift` takes.
 
     Raises:
-        RuntimeError: a shape, dtype, device or eps that does not fit, or an argument that requires grad in grad mode.
+        RuntimeError: a shape, dtype, device or eps that does not fit.
+        TypeError: ``running_mean`` or ``running_var`` is no tensor.
     """
-    _refuse_grad(
-        "fold_bn", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, conv_bias=conv_bias
-    )
-    return _ops.fold_bn(running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias)
+    if _way("fold_bn", _FOLD, (running_mean, running_var), (weight, bias, conv_bias)) != _RAW:
+        dtype = torch.float64 if running_mean.dtype == torch.float64 else torch.float32
+        weight, bias, conv_bias = (None if t is None else t.to(dtype) for t in (weight, bias, conv_bias))
+        return reference.fold_bn(
+            running_mean.to(dtype), running_var.to(dtype), weight, bias, scaling_factor, eps, conv_bias
+        )
+    return _ops.fold_bn.default(running_mean, running_var, weight, bias, scaling_factor, eps, conv_bias)
 
 
 def bn_scale(
@@ -93,40 +178,55 @@ def bn_scale(
     scaling_factor: float = 1.0,
     eps: float = 1e-5,
     *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """BatchNorm in inference mode, times a scaling factor, in one pass over memory.
+    """BatchNorm in inference mode, times a scaling factor, and the epilogue, in one pass over memory. Differentiable.
 
-    Equivalent to ``F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps) * scaling_factor``.
+    Equivalent to ``F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps) * scaling_factor``
+    and the epilogue.
 
     Args:
         input: 2 to 5 dimensions, channels in dimension 1.
         running_mean, running_var, weight, bias: shape (C,); ``weight`` and ``bias`` may be None.
-        scaling_factor: factor on the result.
+        scaling_factor: factor on the result of BatchNorm.
         eps: as in ``nn.BatchNorm2d``, 0 or more.
-        out: written to and returned if given; of ``input``'s shape, dtype and device, and either ``input`` itself or
-            memory of its own.
+        residual, activation, negative_slope, residual_last: the epilogue, see the module's documentation.
+        out: written to and returned if given; of ``input``'s shape, dtype and device, and either ``input`` or
+            ``residual`` itself or memory of its own. With ``out`` there is no derivative.
 
     Returns:
         A tensor of ``input``'s shape and dtype.
 
     Raises:
-        RuntimeError: an argument that does not fit, or that requires grad in grad mode.
+        RuntimeError: an argument that does not fit, or with ``out`` one that requires grad in grad mode.
+        TypeError: an argument that is no tensor where one is expected.
     """
-    _refuse_grad(
-        "bn_scale",
-        input=input,
-        running_mean=running_mean,
-        running_var=running_var,
-        weight=weight,
-        bias=bias,
-        out=out,
+    way = _way("bn_scale", _BN, (input, running_mean, running_var), (weight, bias, residual))
+    epilogue: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "negative_slope": negative_slope,
+        "residual_last": residual_last,
+    }
+    if out is not None:
+        _refuse_grad("bn_scale", **_named(_BN, input, running_mean, running_var, weight, bias, residual), out=out)
+        if not _is_compiling() and out.is_neg():
+            return out.copy_(bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue))
+        _ops.bn_scale.out(input, running_mean, running_var, weight, bias, scaling_factor, eps, out=out, **epilogue)
+        increment_version(out)
+        return out
+    if way == _RAW:
+        return _ops.bn_scale.default(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue)
+    if way == _TWIN or (_is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad)):
+        reference.check_activation("bn_scale", activation)
+        return reference.bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue)
+    return autograd.bn_scale(
+        input, None, None, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue
     )
-    if out is None:
-        return _ops.bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps)
-    _ops.bn_scale.out(input, running_mean, running_var, weight, bias, scaling_factor, eps, out=out)
-    increment_version(out)
-    return out
 
 
 def bn_scale_(
@@ -137,60 +237,138 @@ def bn_scale_(
     bias: Tensor | None = None,
     scaling_factor: float = 1.0,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
-    """:func:`bn_scale` in place. Returns ``input``."""
-    _refuse_grad("bn_scale_", input=input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    _ops.bn_scale_(input, running_mean, running_var, weight, bias, scaling_factor, eps)
+    """:func:`bn_scale` in place, without a derivative. Returns ``input``."""
+    _way("bn_scale_", _BN, (input, running_mean, running_var), (weight, bias, residual))
+    _refuse_grad("bn_scale_", **_named(_BN, input, running_mean, running_var, weight, bias, residual))
+    if (
+        not _is_compiling() and input.is_neg()
+    ):  # PyTorch resolves the sign of what an op returns, and these return nothing
+        return input.copy_(
+            bn_scale(
+                input,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                scaling_factor,
+                eps,
+                residual=residual,
+                activation=activation,
+                negative_slope=negative_slope,
+                residual_last=residual_last,
+            )
+        )
+    _ops.bn_scale_.default(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        scaling_factor,
+        eps,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual_last=residual_last,
+    )
     increment_version(input)
     return input
 
 
 def scale_shift(
     input: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """An affine per channel, an optional residual and an optional activation, in one pass over memory.
+    """An affine per channel and the epilogue, in one pass over memory. Differentiable.
 
     Equivalent to ``activation(input * scale[:, None, None] + shift[:, None, None] + residual)``, rounded once.
 
     Args:
         input: 2 to 5 dimensions, channels in dimension 1.
-        scale, shift: shape (C,), float32 (float64 for float64 input), as :func:`fold_bn` returns them.
-        residual: shape, dtype and device of ``input``.
-        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``. NaN passes through.
+        scale, shift: shape (C,), float32 (float64 for float64 input), as :func:`fold_bn` returns them. None counts as
+            1 and 0.
+        residual, activation, negative_slope, residual_last: the epilogue, see the module's documentation.
         out: written to and returned if given; of ``input``'s shape, dtype and device, and either ``input`` or
-            ``residual`` itself or memory of its own.
+            ``residual`` itself or memory of its own. With ``out`` there is no derivative.
 
     Returns:
         A tensor of ``input``'s shape and dtype.
 
     Raises:
-        RuntimeError: an argument that does not fit, or that requires grad in grad mode.
+        RuntimeError: an argument that does not fit, or with ``out`` one that requires grad in grad mode.
+        TypeError: an argument that is no tensor where one is expected.
     """
-    _refuse_grad("scale_shift", input=input, scale=scale, shift=shift, residual=residual, out=out)
-    if out is None:
-        return _ops.scale_shift(input, scale, shift, residual=residual, activation=activation)
-    _ops.scale_shift.out(input, scale, shift, residual=residual, activation=activation, out=out)
-    increment_version(out)
-    return out
+    way = _way("scale_shift", _AFFINE, (input,), (scale, shift, residual))
+    epilogue: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "negative_slope": negative_slope,
+        "residual_last": residual_last,
+    }
+    if out is not None:
+        _refuse_grad("scale_shift", input=input, scale=scale, shift=shift, residual=residual, out=out)
+        if not _is_compiling() and out.is_neg():
+            return out.copy_(scale_shift(input, scale, shift, **epilogue))
+        _ops.scale_shift.out(input, scale, shift, out=out, **epilogue)
+        increment_version(out)
+        return out
+    if way == _RAW:
+        return _ops.scale_shift.default(input, scale, shift, **epilogue)
+    if way == _TWIN:
+        reference.check_activation("scale_shift", activation)
+        return reference.scale_shift(input, scale, shift, **epilogue)
+    return autograd.scale_shift(input, None, scale, shift, **epilogue)
 
 
 def scale_shift_(
     input: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
-    """:func:`scale_shift` in place. Returns ``input``."""
+    """:func:`scale_shift` in place, without a derivative. Returns ``input``."""
+    _way("scale_shift_", _AFFINE, (input,), (scale, shift, residual))
     _refuse_grad("scale_shift_", input=input, scale=scale, shift=shift, residual=residual)
-    _ops.scale_shift_(input, scale, shift, residual=residual, activation=activation)
+    if (
+        not _is_compiling() and input.is_neg()
+    ):  # PyTorch resolves the sign of what an op returns, and these return nothing
+        return input.copy_(
+            scale_shift(
+                input,
+                scale,
+                shift,
+                residual=residual,
+                activation=activation,
+                negative_slope=negative_slope,
+                residual_last=residual_last,
+            )
+        )
+    _ops.scale_shift_.default(
+        input,
+        scale,
+        shift,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual_last=residual_last,
+    )
     increment_version(input)
     return input
 
@@ -198,8 +376,8 @@ def scale_shift_(
 def conv_scale_shift(
     input: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
@@ -207,9 +385,11 @@ def conv_scale_shift(
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
     allow_tf32: bool = False,
 ) -> Tensor:
-    """A convolution, then an affine per output channel, an optional residual and an optional activation.
+    """A convolution, then an affine per output channel and the epilogue. Differentiable.
 
     Equivalent to::
 
@@ -217,16 +397,19 @@ def conv_scale_shift(
                    + shift[:, None, None] + residual)
 
     and with ``F.conv1d`` or ``F.conv3d`` for inputs of 3 or 5 dimensions. The memory format of the result is that of
-    PyTorch's convolution: channels_last if the input or the weight is. Under ``torch.autocast`` input, weight and
-    residual are cast as ``F.conv2d`` casts its arguments.
+    PyTorch's convolution. Under ``torch.autocast`` input, weight and residual are cast as ``F.conv2d`` casts its
+    arguments.
 
     On CUDA a kernel of this package runs where there is a faster one, and else PyTorch's convolution and one pass in
     place behind it. On the CPU a kernel of this package runs for contiguous float32 inputs of few channels and wide
-    rows, and else PyTorch's convolution with the same pass, or none: without residual and activation, scale and shift
-    are folded into the convolution where that costs no accuracy.
+    rows, and else PyTorch's convolution with the same pass, or with the scale folded into its weight where that moves
+    fewer bytes.
     This package's kernels are as accurate as float32 arithmetic, whatever PyTorch's flags say, unless ``allow_tf32``
     is set. PyTorch's convolution is what eager would run, and as accurate: cuDNN's follows
     ``torch.backends.cudnn.allow_tf32``, which this function neither reads nor changes.
+
+    Where a gradient is needed and the convolution has many terms, PyTorch's convolution runs and keeps its result, as
+    eager does. Where it has few, backward computes the result again.
 
     The environment variable FUSED_CONV_BN_PRINT_CONFIG=1 prints on stderr what runs on CUDA, once for each kind of
     call; FUSED_CONV_BN_CONV names an algorithm to run instead, ``aten`` for PyTorch's convolution.
@@ -234,34 +417,103 @@ def conv_scale_shift(
     Args:
         input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
         weight: (K, C / groups, and the kernel's extents), in the dtype of ``input``.
-        scale, shift: shape (K,), float32 (float64 for float64 input), as :func:`fold_bn` returns them.
+        scale, shift: shape (K,), float32 (float64 for float64 input), as :func:`fold_bn` returns them. None counts as
+            1 and 0.
         stride, padding, dilation: an int for all spatial dimensions, or one for each. Padding is with zeros.
         groups: divides C and K.
-        residual: of the result's shape, and the dtype and device of ``input``.
-        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``. NaN passes through.
+        residual, activation, negative_slope, residual_last: the epilogue, see the module's documentation.
         allow_tf32: lets float32 kernels of this package round products to TF32's 11 bits.
 
     Returns:
         A tensor of shape (N, K, ...) and the dtype of ``input``.
 
     Raises:
-        RuntimeError: an argument that does not fit, or that requires grad in grad mode.
+        RuntimeError: an argument that does not fit.
+        TypeError: an argument that is no tensor where one is expected.
     """
-    _refuse_grad("conv_scale_shift", input=input, weight=weight, scale=scale, shift=shift, residual=residual)
-    stride, padding, dilation = ((x,) if isinstance(x, int) else x for x in (stride, padding, dilation))
-    return _ops.conv_scale_shift(
-        input,
-        weight,
-        scale,
-        shift,
-        stride,
-        padding,
-        dilation,
-        groups,
-        residual=residual,
-        activation=activation,
-        allow_tf32=allow_tf32,
-    )
+    way = _way("conv_scale_shift", _CONV_AFFINE, (input, weight), (scale, shift, residual))
+    window = _sequence(stride), _sequence(padding), _sequence(dilation), groups
+    epilogue: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "negative_slope": negative_slope,
+        "residual_last": residual_last,
+    }
+    if way == _RAW:
+        return _ops.conv_scale_shift.default(input, weight, scale, shift, *window, allow_tf32=allow_tf32, **epilogue)
+    if way == _TWIN:
+        reference.check_activation("conv_scale_shift", activation)
+        return reference.conv_scale_shift(input, weight, scale, shift, *window, **epilogue)
+    return autograd.scale_shift(input, weight, scale, shift, window, allow_tf32=allow_tf32, **epilogue)
+
+
+def conv_bn_scale(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """A convolution, then :func:`bn_scale` of its result: BatchNorm in inference mode. Differentiable.
+
+    Equivalent to::
+
+        y = F.conv2d(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+        y = F.batch_norm(y, running_mean, running_var, weight, bias, False, 0.0, eps) * scaling_factor
+        activation(y + residual)
+
+    BatchNorm is folded inside of the op at every call, so that nothing computed from the parameters is kept. What
+    computes the convolution is chosen as in :func:`conv_scale_shift`; memory format, autocast, ``allow_tf32`` and the
+    environment variables are as there.
+
+    Args:
+        input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+        conv_weight: (K, C / groups, and the kernel's extents), in the dtype of ``input``.
+        conv_bias: shape (K,), or None.
+        running_mean, running_var, weight, bias, scaling_factor, eps: as in :func:`bn_scale`, for K channels.
+        stride, padding, dilation, groups: as in :func:`conv_scale_shift`.
+        residual, activation, negative_slope, residual_last: the epilogue, see the module's documentation.
+        allow_tf32: lets float32 kernels of this package round products to TF32's 11 bits.
+
+    Returns:
+        A tensor of shape (N, K, ...) and the dtype of ``input``.
+
+    Raises:
+        RuntimeError: an argument that does not fit.
+        TypeError: an argument that is no tensor where one is expected.
+    """
+    required = input, conv_weight, running_mean, running_var
+    way = _way("conv_bn_scale", _CONV_BN, required, (conv_bias, weight, bias, residual))
+    bn = running_mean, running_var, weight, bias, scaling_factor, eps
+    window = _sequence(stride), _sequence(padding), _sequence(dilation), groups
+    epilogue: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "negative_slope": negative_slope,
+        "residual_last": residual_last,
+    }
+    if way == _RAW:
+        return _ops.conv_bn_scale.default(
+            input, conv_weight, conv_bias, *bn, *window, allow_tf32=allow_tf32, **epilogue
+        )
+    if way == _TWIN or (_is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad)):
+        reference.check_activation("conv_bn_scale", activation)
+        return reference.conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, **epilogue)
+    return autograd.bn_scale(input, conv_weight, conv_bias, *bn, window, allow_tf32=allow_tf32, **epilogue)
 
 
 def bn_scale_train(
@@ -273,39 +525,58 @@ def bn_scale_train(
     scaling_factor: float = 1.0,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
-    """BatchNorm in training mode, times a scaling factor; updates the running statistics, and keeps no graph.
+    """BatchNorm in training mode, times a scaling factor, and the epilogue; updates the running statistics.
+    Differentiable.
 
     Equivalent to ``F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps) * scaling_factor``
-    under ``torch.no_grad()``: the input is normalised by its own mean and biased variance, and the running buffers
-    move towards its mean and unbiased variance by ``momentum``. The input is read twice and the result written once.
-    An empty input gives an empty result and updates nothing.
+    and the epilogue: the input is normalised by its own mean and biased variance, and the running buffers move towards
+    its mean and unbiased variance by ``momentum``. The input is read twice and the result written once. An empty input
+    gives an empty result and updates nothing.
 
     Args:
         input: 2 to 5 dimensions, channels in dimension 1, more than one element for each channel.
         running_mean, running_var: shape (C,), written to; both None to keep none.
         weight, bias: shape (C,), or None.
-        scaling_factor: factor on the result.
+        scaling_factor: factor on the result of BatchNorm.
         momentum: share of the batch in the updated running statistics.
         eps: as in ``nn.BatchNorm2d``, 0 or more.
+        residual, activation, negative_slope, residual_last: the epilogue, see the module's documentation.
 
     Returns:
         A tensor of ``input``'s shape and dtype.
 
     Raises:
-        RuntimeError: an argument that does not fit, or that requires grad in grad mode. Nothing is updated then.
+        RuntimeError: an argument that does not fit. Nothing is updated then.
+        TypeError: an argument that is no tensor where one is expected.
     """
-    _refuse_grad(
-        "bn_scale_train",
-        input=input,
-        running_mean=running_mean,
-        running_var=running_var,
-        weight=weight,
-        bias=bias,
-    )
-    y = _ops.bn_scale_train(input, running_mean, running_var, weight, bias, scaling_factor, momentum, eps)
-    _written(running_mean, running_var)
-    return y
+    way = _way("bn_scale_train", _TRAIN, (input,), (running_mean, running_var, weight, bias, residual))
+    bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
+    epilogue: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "negative_slope": negative_slope,
+        "residual_last": residual_last,
+    }
+    if way == _RAW:
+        if _is_compiling():
+            return autograd.functional_train(input, None, None, *bn, **epilogue)
+        y = _ops.bn_scale_train.default(input, *bn, **epilogue)
+        _written(running_mean, running_var)
+        return y
+    if way == _TWIN or _requires_grad(running_mean, running_var):
+        reference.check_activation("bn_scale_train", activation)
+        return reference.bn_scale_train(input, *bn, **epilogue)
+    return autograd.bn_scale_train(input, None, None, *bn, **epilogue)
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def conv_bn_scale_train(
@@ -324,19 +595,24 @@ def conv_bn_scale_train(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
     allow_tf32: bool = False,
 ) -> Tensor:
-    """A convolution, then :func:`bn_scale_train` of its result.
+    """A convolution, then :func:`bn_scale_train` of its result. Differentiable.
 
     Equivalent to::
 
         y = F.conv2d(input, conv_weight, conv_bias, stride, padding, dilation, groups)
-        F.batch_norm(y, running_mean, running_var, weight, bias, True, momentum, eps) * scaling_factor
+        y = F.batch_norm(y, running_mean, running_var, weight, bias, True, momentum, eps) * scaling_factor
+        activation(y + residual)
 
-    under ``torch.no_grad()``, and with ``F.conv1d`` or ``F.conv3d`` for inputs of 3 or 5 dimensions. The batch's mean
-    takes the convolution's bias away again, so that it is added to the running mean alone. What computes the
-    convolution is chosen as in :func:`conv_scale_shift`; memory format, autocast, ``allow_tf32`` and the environment
-    variables are as there.
+    and with ``F.conv1d`` or ``F.conv3d`` for inputs of 3 or 5 dimensions. The batch's mean takes the convolution's bias
+    away again, so that it is added to the running mean alone, and its gradient is zero. What computes the convolution
+    is chosen as in :func:`conv_scale_shift`; memory format, autocast, ``allow_tf32`` and the environment variables are
+    as there.
 
     Args:
         input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -345,80 +621,68 @@ def conv_bn_scale_train(
         running_mean, running_var, weight, bias, scaling_factor, momentum, eps: as in :func:`bn_scale_train`, for K
             channels.
         stride, padding, dilation, groups: as in ``F.conv2d``.
+        residual, activation, negative_slope, residual_last: the epilogue, see the module's documentation.
         allow_tf32: lets float32 kernels of this package round products to TF32's 11 bits.
 
     Returns:
         A tensor of shape (N, K, ...) and the dtype of ``input``.
 
     Raises:
-        RuntimeError: an argument that does not fit, or that requires grad in grad mode. Nothing is updated then.
+        RuntimeError: an argument that does not fit. Nothing is updated then.
+        TypeError: an argument that is no tensor where one is expected.
     """
-    _refuse_grad(
-        "conv_bn_scale_train",
-        input=input,
-        conv_weight=conv_weight,
-        conv_bias=conv_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        weight=weight,
-        bias=bias,
-    )
-    stride, padding, dilation = ((x,) if isinstance(x, int) else x for x in (stride, padding, dilation))
-    y = _ops.conv_bn_scale_train(
-        input,
-        conv_weight,
-        conv_bias,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        scaling_factor,
-        momentum,
-        eps,
-        stride,
-        padding,
-        dilation,
-        groups,
-        allow_tf32=allow_tf32,
-    )
-    _written(running_mean, running_var)
-    return y
+    optional = conv_bias, running_mean, running_var, weight, bias, residual
+    way = _way("conv_bn_scale_train", _CONV_TRAIN, (input, conv_weight), optional)
+    bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
+    window = _sequence(stride), _sequence(padding), _sequence(dilation), groups
+    epilogue: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "negative_slope": negative_slope,
+        "residual_last": residual_last,
+    }
+    if way == _RAW:
+        arguments = input, conv_weight, conv_bias, *bn, *window
+        if _is_compiling():
+            return autograd.functional_train(
+                input, conv_weight, conv_bias, *bn, window, allow_tf32=allow_tf32, **epilogue
+            )
+        y = _ops.conv_bn_scale_train.default(*arguments, allow_tf32=allow_tf32, **epilogue)
+        _written(running_mean, running_var)
+        return y
+    if way == _TWIN or _requires_grad(running_mean, running_var):
+        reference.check_activation("conv_bn_scale_train", activation)
+        return reference.conv_bn_scale_train(input, conv_weight, conv_bias, *bn, *window, **epilogue)
+    return autograd.bn_scale_train(input, conv_weight, conv_bias, *bn, window, allow_tf32=allow_tf32, **epilogue)
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
 
+def _under_autocast(op: Any) -> Any:
+    """The op with its convolution's input, weight and residual cast.
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast gives to a tensor that takes part in a convolution."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
+    Autocast is off inside, as in PyTorch's own autocast kernels. Without this the convolution inside of the op would be
+    cast by itself, behind the back of what is computed from its result. A convolution's bias stays as it is: it meets
+    BatchNorm's tensors alone, which are not cast either.
+    """
 
+    def run(input: Tensor, weight: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any) -> Any:
+        input, weight = input.to(autocast_dtype(input)), weight.to(autocast_dtype(weight))
+        residual = None if residual is None else residual.to(autocast_dtype(residual))
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
+            return op(input, weight, *args, residual=residual, **kwargs)
 
-def _autocast_conv_scale_shift(
-    input: Tensor, weight: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any
-) -> Tensor:
-    # Autocast is off inside, as in PyTorch's own autocast kernels. Without this one the convolution inside the op would
-    # be cast by itself, behind the back of what is computed from its result.
-    input, weight = (x.to(autocast_dtype(x)) for x in (input, weight))
-    residual = None if residual is None else residual.to(autocast_dtype(residual))
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-        return _ops.conv_scale_shift(input, weight, *args, residual=residual, **kwargs)
-
-
-def _autocast_conv_bn_scale_train(input: Tensor, conv_weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    # The convolution's bias stays as it is: it meets the running mean alone, which is not cast either.
-    input, conv_weight = (x.to(autocast_dtype(x)) for x in (input, conv_weight))
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-        return _ops.conv_bn_scale_train(input, conv_weight, *args, **kwargs)
+    return run
 
 
 _autocast_library = torch.library.Library("fused_conv_bn", "IMPL")
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    _autocast_library.impl("conv_scale_shift", _autocast_conv_scale_shift, _key)
-    _autocast_library.impl("conv_bn_scale_train", _autocast_conv_bn_scale_train, _key)
+for _name in (
+    "conv_scale_shift",
+    "conv_bn_scale",
+    "conv_bn_scale_train",
+    "conv_bn_scale_train_stats",
+    "conv_bn_scale_train_functional",
+):
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _autocast_library.impl(_name, _under_autocast(getattr(_ops, _name).default), _key)

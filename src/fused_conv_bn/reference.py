@@ -1,7 +1,8 @@
 """Plain-PyTorch twins of the ops: what they must compute, in any dtype that the arguments have.
 
 Called with float64 tensors they are the reference that tests and benchmarks measure errors against; called with the
-ops' own arguments they are eager PyTorch, whose error is the yardstick. They are differentiable.
+ops' own arguments they are eager PyTorch, whose error is the yardstick. They are differentiable, and are what runs
+where an op cannot: under transforms of torch.func, in forward-mode AD, and for second derivatives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,44 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "silu": F.silu,
     "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "mish": F.mish,
+    "tanh": torch.tanh,
 }
+"""By name. ``leaky_relu`` has its default slope here; :func:`activate` takes another."""
+
+
+def check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        known = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"{op}: activation is {activation!r}, expected one of {known}")
+
+
+def activate(x: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:
+    """The activation of that name. ``negative_slope`` is used by ``leaky_relu`` alone."""
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, negative_slope)
+    return ACTIVATIONS[activation](x)
+
+
+def epilogue(
+    y: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+) -> Tensor:
+    """``activation(y + residual)``, or with ``residual_last`` ``activation(y) + residual``."""
+    if residual is not None and not residual_last:
+        y = y + residual
+    y = activate(y, activation, negative_slope)
+    if residual is not None and residual_last:
+        y = y + residual
+    return y
 
 
 def fold_bn(
@@ -41,6 +79,13 @@ def fold_bn(
     return scale, shift
 
 
+def scaled(y: Tensor, scaling_factor: float | Tensor) -> Tensor:
+    """``y * scaling_factor``, without a pass over memory for a factor of 1."""
+    if not isinstance(scaling_factor, Tensor) and scaling_factor == 1.0:
+        return y
+    return y * scaling_factor
+
+
 def bn_scale(
     input: Tensor,
     running_mean: Tensor,
@@ -49,9 +94,15 @@ def bn_scale(
     bias: Tensor | None = None,
     scaling_factor: float = 1.0,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.bn_scale`."""
-    return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps) * scaling_factor
+    y = scaled(F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps), scaling_factor)
+    return epilogue(y, residual, activation, negative_slope, residual_last)
 
 
 def per_channel(x: Tensor, dim: int) -> Tensor:
@@ -61,27 +112,46 @@ def per_channel(x: Tensor, dim: int) -> Tensor:
 
 def scale_shift(
     input: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.scale_shift`: each step in the dtype of ``input``, as separate ops would be."""
-    y = input * per_channel(scale, input.dim()).to(input.dtype) + per_channel(shift, input.dim()).to(input.dtype)
-    if residual is not None:
-        y = y + residual
-    return ACTIVATIONS[activation](y)
+    y = input
+    if scale is not None:
+        y = y * per_channel(scale, input.dim()).to(input.dtype)
+    if shift is not None:
+        y = y + per_channel(shift, input.dim()).to(input.dtype)
+    y = epilogue(y, residual, activation, negative_slope, residual_last)
+    return y.clone() if y is input else y
 
 
-_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``F.conv1d``, ``F.conv2d`` or ``F.conv3d`` by the number of dimensions."""
+    if input.dim() == 4:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if input.dim() == 3:
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv_scale_shift(
     input: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
@@ -89,10 +159,46 @@ def conv_scale_shift(
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.conv_scale_shift`."""
-    y = _CONVOLUTIONS[input.dim()](input, weight, None, stride, padding, dilation, groups)
-    return scale_shift(y, scale, shift, residual=residual, activation=activation)
+    y = convolution(input, weight, None, stride, padding, dilation, groups)
+    return scale_shift(
+        y,
+        scale,
+        shift,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual_last=residual_last,
+    )
+
+
+def conv_bn_scale(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+) -> Tensor:
+    """Twin of :func:`fused_conv_bn.conv_bn_scale`."""
+    y = convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    y = scaled(F.batch_norm(y, running_mean, running_var, weight, bias, False, 0.0, eps), scaling_factor)
+    return epilogue(y, residual, activation, negative_slope, residual_last)
 
 
 def bn_scale_train(
@@ -104,9 +210,15 @@ def bn_scale_train(
     scaling_factor: float = 1.0,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.bn_scale_train`; updates the running statistics as well."""
-    return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps) * scaling_factor
+    y = scaled(F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps), scaling_factor)
+    return epilogue(y, residual, activation, negative_slope, residual_last)
 
 
 def conv_bn_scale_train(
@@ -124,7 +236,145 @@ def conv_bn_scale_train(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.conv_bn_scale_train`; updates the running statistics as well."""
-    y = _CONVOLUTIONS[input.dim()](input, conv_weight, conv_bias, stride, padding, dilation, groups)
-    return bn_scale_train(y, running_mean, running_var, weight, bias, scaling_factor, momentum, eps)
+    y = convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    y = scaled(F.batch_norm(y, running_mean, running_var, weight, bias, True, momentum, eps), scaling_factor)
+    return epilogue(y, residual, activation, negative_slope, residual_last)
+
+
+# ---- the forms that return statistics --------------------------------------------------------------------------------
+
+
+def batch_statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, invstd) of each channel over all else, in float32, or in float64 for float64."""
+    x = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+    dims = [d for d in range(x.dim()) if d != 1]
+    var, mean = torch.var_mean(x, dims, correction=0)
+    return mean, torch.rsqrt(var + eps)
+
+
+def _updated(running: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if running is None else running.detach().clone()
+
+
+def bn_scale_train_stats(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    **epilogue: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of ``torch.ops.fused_conv_bn.bn_scale_train_stats``: (y, mean, invstd)."""
+    y = bn_scale_train(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        scaling_factor,
+        momentum,
+        eps,
+        **epilogue,  # type: ignore[arg-type]
+    )
+    return y, *batch_statistics(input, eps)
+
+
+def bn_scale_train_functional(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    **epilogue: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Twin of ``torch.ops.fused_conv_bn.bn_scale_train_functional``: (y, mean, invstd, running_mean, running_var), the
+    latter two updated, and empty where none were given. Nothing is written."""
+    mean, invstd = batch_statistics(input, eps)
+    new_mean, new_var = _updated(running_mean, mean), _updated(running_var, mean)
+    y = bn_scale_train(
+        input,
+        None if running_mean is None else new_mean,
+        None if running_var is None else new_var,
+        weight,
+        bias,
+        scaling_factor,
+        momentum,
+        eps,
+        **epilogue,  # type: ignore[arg-type]
+    )
+    return y, mean, invstd, new_mean, new_var
+
+
+def conv_bn_scale_train_stats(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    **epilogue: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of ``torch.ops.fused_conv_bn.conv_bn_scale_train_stats``. The mean is that without ``conv_bias``."""
+    window = stride, padding, dilation, groups
+    y = conv_bn_scale_train(
+        input,
+        conv_weight,
+        conv_bias,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        scaling_factor,
+        momentum,
+        eps,
+        *window,
+        **epilogue,  # type: ignore[arg-type]
+    )
+    return y, *batch_statistics(convolution(input, conv_weight, None, *window), eps)
+
+
+def conv_bn_scale_train_functional(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    **epilogue: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Twin of ``torch.ops.fused_conv_bn.conv_bn_scale_train_functional``."""
+    window = stride, padding, dilation, groups
+    z = convolution(input, conv_weight, conv_bias, *window)
+    y, _, _, new_mean, new_var = bn_scale_train_functional(
+        z, running_mean, running_var, weight, bias, scaling_factor, momentum, eps, **epilogue
+    )
+    return y, *batch_statistics(convolution(input, conv_weight, None, *window), eps), new_mean, new_var

@@ -276,6 +276,7 @@ void copy_async(uint32_t to, const void* from, unsigned size, unsigned bytes) {
   if (bytes > size) {
     fail("cp.async of %u bytes into %u", bytes, size);
   }
+  check_exists(from, size, "cp.async");
   if (bytes > 0) {
     check_global(from, bytes, "cp.async", 1, false);
   }

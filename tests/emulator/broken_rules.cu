@@ -22,6 +22,7 @@ __device__ uint32_t barrier() { return base() + 4096; }
 
 struct Arguments {
   float* data;  // a float4 for each thread
+  float* few;   // five
 };
 
 using Kernel = void (*)(Arguments);
@@ -65,6 +66,11 @@ __global__ void shared_misaligned(Arguments) { load_shared_4(base() + 4); }
 __global__ void global_out_of_bounds(Arguments a) { a.data[4 * kThreads] = 1; }
 __global__ void vector_out_of_bounds(Arguments a) { load_words(a.data + 4 * kThreads); }
 __global__ void copy_out_of_bounds(Arguments a) { copy_async(base(), a.data + 4 * kThreads, true); }
+__global__ void copy_partly_out_of_bounds(Arguments a) {
+  wait_for_previous();
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 4;" ::"r"(base()), "l"(a.few + 4) : "memory");
+}
+__global__ void copy_of_nothing_out_of_bounds(Arguments a) { copy_async(base(), a.data + 4 * kThreads, false); }
 __global__ void read_without_barrier(Arguments) {
   store_shared(own(), uint32_t{1});
   load_shared_1(base() + 16 * (threadIdx.x ^ 1));
@@ -224,6 +230,8 @@ constexpr Named kKernels[] = {
     FCB_NAMED(global_out_of_bounds),
     FCB_NAMED(vector_out_of_bounds),
     FCB_NAMED(copy_out_of_bounds),
+    FCB_NAMED(copy_partly_out_of_bounds),
+    FCB_NAMED(copy_of_nothing_out_of_bounds),
     FCB_NAMED(read_without_barrier),
     FCB_NAMED(write_behind_read),
     FCB_NAMED(pointer_without_barrier),
@@ -256,9 +264,11 @@ extern "C" const char* emulated_broken_rule(const char* name, uint64_t seed) {
   for (size_t i = 0; i < data.size(); ++i) {
     data[i] = static_cast<float>(i);
   }
-  const Arguments a{data.data()};
+  alignas(16) float few[5] = {};
+  const Arguments a{data.data(), few};
   emulated::begin(seed);
   emulated::allow(data.data(), data.size() * sizeof(float));
+  emulated::allow(few, sizeof(few));
   for (const Named& named : kKernels) {
     if (std::strcmp(named.name, name) != 0) {
       continue;

@@ -40,11 +40,32 @@ class _Problem(ctypes.Structure):
     ]
 
 
+AFFINE = ("mean", "var", "weight", "bias", "conv_bias")
+
+
+class _Affine(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in AFFINE),
+        *((name, ctypes.c_double) for name in ("scaling_factor", "eps")),
+        ("wide", ctypes.c_bool),
+    ]
+
+
+class _Epilogue(ctypes.Structure):
+    _fields_ = [
+        ("activation", ctypes.c_int),
+        ("residual_last", ctypes.c_bool),
+        ("negative_slope", ctypes.c_double),
+    ]
+
+
 class _Operands(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "w")),
         *((f"w_stride_{name}", ctypes.c_int64) for name in "kcrs"),
-        *((name, ctypes.c_void_p) for name in ("center", "scale", "shift", "residual", "y")),
+        ("affine", _Affine),
+        ("late_affine", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("residual", "y")),
     ]
 
 
@@ -57,6 +78,7 @@ class _Train(ctypes.Structure):
         *((name, _Buffer) for name in ("running_mean", "running_var", "weight", "bias", "conv_bias")),
         *((name, ctypes.c_double) for name in ("scaling_factor", "momentum", "eps")),
         ("spare_centers", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("saved_mean", "saved_invstd")),
     ]
 
 
@@ -112,6 +134,22 @@ def _buffer(x: Tensor | None) -> _Buffer:
     return _Buffer() if x is None else _Buffer(x.data_ptr(), x.stride(0), _element(x))
 
 
+def _epilogue(activation: str, negative_slope: float, residual_last: bool) -> _Epilogue:
+    return _Epilogue(list(reference.ACTIVATIONS).index(activation), residual_last, negative_slope)
+
+
+class _AffineTensors:
+    """As the op's affine_tensors() (csrc/checks.h); keeps the tensors alive."""
+
+    def __init__(self, dtype: torch.dtype, scaling_factor: float = 1.0, eps: float = 0.0, **tensors: Tensor | None):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        given = [t for t in tensors.values() if t is not None]
+        common = dtype if all(t.dtype == dtype for t in given) else wide
+        self.tensors = {name: None if t is None else t.to(common).contiguous() for name, t in tensors.items()}
+        pointers = {name: None if t is None else t.data_ptr() for name, t in self.tensors.items()}
+        self.struct = _Affine(**pointers, scaling_factor=scaling_factor, eps=eps, wide=common == wide)
+
+
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +181,7 @@ class _Conv:
         y: Tensor,
         input: Tensor,
         weight: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
+        affine: _AffineTensors,
         pairs: list[list[int]],
         groups: int,
         residual: Tensor | None,
@@ -160,24 +197,46 @@ class _Conv:
         self.tensors = {
             "x": _dense(input, last, alignment),
             "w": weight,
-            "scale": None if scale is None else scale.contiguous(),
-            "shift": None if shift is None else shift.contiguous(),
             "residual": None if residual is None else _dense(residual, last, alignment),
             "y": self.y,
         }
+        self.affine = affine
         sizes = (*input.shape, weight.size(0), *weight.shape[2:], *self.y.shape[2:], *itertools.chain(*pairs))
         self.problem = _Problem(*sizes, groups, input.element_size(), last, residual is not None, False)
         self.operands = _Operands(
             **{name: None if t is None else t.data_ptr() for name, t in self.tensors.items()},
             **{f"w_stride_{name}": size for name, size in zip("kcrs", weight.stride(), strict=True)},
+            affine=affine.struct,
         )
+
+
+def _conv(
+    y: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    affine: _AffineTensors,
+    pairs: list[list[int]],
+    groups: int,
+    residual: Tensor | None,
+    epilogue: _Epilogue,
+    algorithm: str,
+    capability: int,
+) -> Tensor:
+    conv = _Conv(y, input, weight, affine, pairs, groups, residual, algorithm)
+    _call(
+        capability,
+        "emulated_conv",
+        *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), _element(input)),
+        *(ctypes.byref(epilogue), algorithm.encode()),
+    )
+    return y
 
 
 def conv_scale_shift(
     input: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
@@ -185,19 +244,49 @@ def conv_scale_shift(
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
     algorithm: str,
     capability: int = 90,
 ) -> Tensor:
     pairs = _pairs(input, stride, padding, dilation)
     y = _result("conv_scale_shift", input, weight, scale, shift, *pairs, groups)
-    conv = _Conv(y, input, weight, scale, shift, pairs, groups, residual, algorithm)
-    _call(
-        capability,
-        "emulated_conv",
-        *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), _element(input)),
-        *(list(reference.ACTIVATIONS).index(activation), algorithm.encode()),
-    )
-    return y
+    affine = _AffineTensors(input.dtype, weight=scale, bias=shift)
+    epilogue = _epilogue(activation, negative_slope, residual_last)
+    return _conv(y, input, weight, affine, pairs, groups, residual, epilogue, algorithm, capability)
+
+
+def conv_bn_scale(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+    algorithm: str,
+    capability: int = 90,
+) -> Tensor:
+    pairs = _pairs(input, stride, padding, dilation)
+    y = _result("conv_scale_shift", input, conv_weight, None, None, *pairs, groups)
+    bn = dict(mean=running_mean, var=running_var, weight=weight, bias=bias, conv_bias=conv_bias)
+    affine = _AffineTensors(input.dtype, scaling_factor, eps, **bn)
+    epilogue = _epilogue(activation, negative_slope, residual_last)
+    _conv(y, input, conv_weight, affine, pairs, groups, residual, epilogue, algorithm, capability)
+    # The op's with_bn_strides(): extents of 1 have others.
+    arguments = (conv_weight, conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps, *pairs, groups)
+    return y.as_strided(y.shape, _result("conv_bn_scale", input, *arguments).stride())
 
 
 def conv_bn_scale_train(
@@ -216,6 +305,10 @@ def conv_bn_scale_train(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
     statistics: str,
 ) -> Tensor:
     """By hopper, with statistics of this source."""
@@ -223,12 +316,13 @@ def conv_bn_scale_train(
     bn = (running_mean, running_var, weight, bias)
     numbers = (scaling_factor, momentum, eps)
     y = _result("conv_bn_scale_train", input, conv_weight, conv_bias, *bn, *numbers, *pairs, groups)
-    conv = _Conv(y, input, conv_weight, None, None, pairs, groups, None, "hopper")
+    conv = _Conv(y, input, conv_weight, _AffineTensors(input.dtype), pairs, groups, residual, "hopper")
     train = _Train(*(_buffer(t) for t in (*bn, conv_bias)), *numbers, True)
+    epilogue = _epilogue(activation, negative_slope, residual_last)
     _call(
         90,
         "emulated_conv_train",
-        *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), ctypes.byref(train)),
+        *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), ctypes.byref(train), ctypes.byref(epilogue)),
         *(_element(input), statistics.encode()),
     )
     return y
@@ -251,39 +345,72 @@ def bn_scale_train(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
     capability: int = 90,
 ) -> Tensor:
     statistics = (running_mean, running_var, weight, bias)
     y = _result("bn_scale_train", input, *statistics, scaling_factor, momentum, eps)
     x = y.clone().copy_(input)
+    added = None if residual is None else y.clone().copy_(residual)
     bn = _Train(*(_buffer(t) for t in (*statistics, None)), scaling_factor, momentum, eps, False)
-    shape = ctypes.byref(_shape(y))
+    epilogue = _epilogue(activation, negative_slope, residual_last)
     _call(
         *(capability, "emulated_bn_scale_train"),
-        *(_pointer(x), _pointer(y), shape, ctypes.byref(bn), _element(x)),
+        *(_pointer(x), _pointer(added), _pointer(y), ctypes.byref(_shape(y)), ctypes.byref(bn)),
+        *(ctypes.byref(epilogue), _element(x)),
+    )
+    return y
+
+
+def _elementwise(input: Tensor, affine: _AffineTensors, residual: Tensor | None, epilogue: _Epilogue, capability: int):
+    y = _result("scale_shift", input, None, None)
+    x = y.clone().copy_(input)
+    added = None if residual is None else y.clone().copy_(residual)
+    _call(
+        capability,
+        "emulated_elementwise",
+        *(_pointer(x), _pointer(added), _pointer(y), ctypes.byref(_shape(y)), ctypes.byref(affine.struct)),
+        *(ctypes.byref(epilogue), _element(x)),
     )
     return y
 
 
 def scale_shift(
     input: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
     capability: int = 90,
 ) -> Tensor:
-    y = _result("scale_shift", input, scale, shift)
-    x = y.clone().copy_(input)
-    added = None if residual is None else y.clone().copy_(residual)
-    _call(
-        capability,
-        "emulated_scale_shift",
-        *(_pointer(x), _pointer(added), _pointer(y), ctypes.byref(_shape(y)), _pointer(scale), _pointer(shift)),
-        *(list(reference.ACTIVATIONS).index(activation), _element(x)),
-    )
-    return y
+    affine = _AffineTensors(input.dtype, weight=scale, bias=shift)
+    return _elementwise(input, affine, residual, _epilogue(activation, negative_slope, residual_last), capability)
+
+
+def bn_scale(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+    capability: int = 90,
+) -> Tensor:
+    bn = dict(mean=running_mean, var=running_var, weight=weight, bias=bias)
+    affine = _AffineTensors(input.dtype, scaling_factor, eps, **bn)
+    return _elementwise(input, affine, residual, _epilogue(activation, negative_slope, residual_last), capability)
 
 
 # ---- the emulator itself ---------------------------------------------------------------------------------------------

@@ -33,15 +33,19 @@ const char* answer(cudaError_t status) {
   return message.c_str();
 }
 
+void allow_affine(const AffineTensors& affine, int64_t channels, size_t bytes) {
+  for (const void* values : {affine.mean, affine.var, affine.weight, affine.bias, affine.conv_bias}) {
+    emulated::allow(values, static_cast<size_t>(channels) * bytes);
+  }
+}
+
 void allow_operands(const ConvProblem& c, const ConvOperands& o) {
   const auto elements = [&](int64_t count) { return static_cast<size_t>(count * c.element_bytes); };
   emulated::allow(o.x, elements(c.N * c.C * c.H * c.W));
   emulated::allow(o.w, elements(c.K * (c.C / c.groups) * c.R * c.S));
   emulated::allow(o.residual, elements(c.N * c.K * c.P * c.Q));
   emulated::allow(o.y, elements(c.N * c.K * c.P * c.Q));
-  for (const void* values : {o.center, o.scale, o.shift}) {
-    emulated::allow(values, static_cast<size_t>(c.K) * sizeof(float));
-  }
+  allow_affine(o.affine, c.K, static_cast<size_t>(o.affine.wide ? 4 : c.element_bytes));
 }
 
 size_t bytes_of(Element element) { return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2; }
@@ -52,8 +56,15 @@ void allow_channels(const TrainParams& bn, int64_t channels) {
   }
 }
 
+void allow_saved(const TrainParams& bn, int64_t channels, size_t bytes) {
+  for (const void* values : {bn.saved_mean, bn.saved_invstd}) {
+    emulated::allow(values, static_cast<size_t>(channels) * bytes);
+  }
+}
+
 template <typename T>
-cudaError_t bn_scale_train(const T* x, T* y, const Shape& shape, const TrainParams& bn) {
+cudaError_t bn_scale_train(const T* x, const T* residual, T* y, const Shape& shape, const TrainParams& bn,
+                           const Epilogue& epilogue) {
   const StatsPlan plan = plan_stats<T>(x, shape, kMultiprocessors);
   std::vector<Moments> partials(static_cast<size_t>(plan.partials(shape)));
   std::vector<acc_t<T>> affines(static_cast<size_t>(3 * shape.channels));
@@ -68,30 +79,16 @@ cudaError_t bn_scale_train(const T* x, T* y, const Shape& shape, const TrainPara
   if (status != cudaSuccess) {
     return status;
   }
-  const acc_t<T>* const center = kCentered<T> ? affines.data() : nullptr;
-  const acc_t<T>* const scale = affines.data() + shape.channels;
-  const BnParams<acc_t<T>> params{{center}, {nullptr}, {scale}, {scale + shape.channels}, {nullptr}, 1, 0};
-  return launch_scale_shift<Activation::none, false>(x, static_cast<const T*>(nullptr), y, shape,
-                                                     make_bn_source<T>(params), nullptr);
-}
-
-template <typename T>
-cudaError_t scale_shift(const T* x, const T* residual, T* y, const Shape& shape, const acc_t<T>* scale,
-                        const acc_t<T>* shift, Activation activation) {
-  const FoldedSource<acc_t<T>> source{{scale}, {shift}};
-  cudaError_t status = cudaSuccess;
-  dispatch_epilogue(activation, residual != nullptr, [&](auto a, auto has_residual) {
-    status = launch_scale_shift<a(), has_residual()>(x, residual, y, shape, source, nullptr);
-  });
-  return status;
+  return launch_scale_shift(x, residual, y, shape, affine_of_buffer<T>(affines.data(), shape.channels), epilogue,
+                            nullptr);
 }
 
 }  // namespace
 
 extern "C" {
 
-const char* emulated_conv(const ConvProblem* problem, const ConvOperands* operands, int element, int activation,
-                          const char* algorithm, uint64_t seed) {
+const char* emulated_conv(const ConvProblem* problem, const ConvOperands* operands, int element,
+                          const Epilogue* epilogue, const char* algorithm, uint64_t seed) {
   const ConvProblem& c = *problem;
   const std::optional<ConvConfig> config = configure(*find_by_name(kConvAlgorithms, algorithm), c, kGpu);
   if (!config.has_value()) {
@@ -99,7 +96,7 @@ const char* emulated_conv(const ConvProblem* problem, const ConvOperands* operan
   }
   emulated::begin(seed);
   allow_operands(c, *operands);
-  const auto a = static_cast<Activation>(activation);
+  const Epilogue& a = *epilogue;
   return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
     using T = decltype(tag);
     switch (config->algorithm) {
@@ -118,7 +115,7 @@ const char* emulated_conv(const ConvProblem* problem, const ConvOperands* operan
 
 // As ops/conv_bn_scale_train_cuda.cu does with hopper.
 const char* emulated_conv_train(const ConvProblem* problem, const ConvOperands* operands, const TrainParams* bn,
-                                int element, const char* statistics, uint64_t seed) {
+                                const Epilogue* epilogue, int element, const char* statistics, uint64_t seed) {
   const ConvProblem& c = *problem;
   const ConvStatistics from = *find_by_name(kConvStatistics, statistics);
   const std::optional<ConvConfig> config = configure(ConvAlgorithm::hopper, c, kGpu);
@@ -127,10 +124,12 @@ const char* emulated_conv_train(const ConvProblem* problem, const ConvOperands* 
   }
   ConvOperands o = *operands;
   std::vector<float> affines(static_cast<size_t>(3 * c.K));
-  o.center = affines.data(), o.scale = affines.data() + c.K, o.shift = affines.data() + 2 * c.K;
+  o.affine = {affines.data(), nullptr, affines.data() + c.K, affines.data() + 2 * c.K};
+  o.late_affine = true;
   emulated::begin(seed);
   allow_operands(c, o);
   allow_channels(*bn, c.K);
+  allow_saved(*bn, c.K, sizeof(float));
   return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
     using T = decltype(tag);
     const AffineBuffer buffer{affines.data(), static_cast<uint32_t>(c.K), kElement<T>};
@@ -145,49 +144,46 @@ const char* emulated_conv_train(const ConvProblem* problem, const ConvOperands* 
       const int64_t partials = hopper_partials(c, config->hopper_moments, kGpu);
       std::vector<Moments> moments(static_cast<size_t>(partials * c.K));
       emulated::allow(moments.data(), moments.size() * sizeof(Moments));
-      status = launch_conv_hopper<T>(c, first, config->hopper_moments, kGpu, Activation::none, moments.data(), nullptr);
+      status = launch_conv_hopper<T>(c, first, config->hopper_moments, kGpu, {}, moments.data(), nullptr);
       if (status == cudaSuccess) {
         status = launch_bn_finish(*bn, moments.data(), partials, 1, buffer, nullptr);
       }
     }
-    return status != cudaSuccess
-               ? status
-               : launch_conv_hopper<T>(c, o, config->hopper, kGpu, Activation::none, nullptr, nullptr);
+    return status != cudaSuccess ? status
+                                 : launch_conv_hopper<T>(c, o, config->hopper, kGpu, *epilogue, nullptr, nullptr);
   }));
 }
 
-// x and y: dense, with the given shape.
-const char* emulated_bn_scale_train(const void* x, void* y, const Shape* shape, const TrainParams* bn, int element,
-                                    uint64_t seed) {
-  emulated::begin(seed);
-  const auto type = static_cast<Element>(element);
-  for (const void* data : {x, static_cast<const void*>(y)}) {
-    emulated::allow(data, static_cast<size_t>(shape->numel) * bytes_of(type));
-  }
-  allow_channels(*bn, shape->channels);
-  const auto run = [&](auto tag) {
-    using T = decltype(tag);
-    return bn_scale_train(static_cast<const T*>(x), static_cast<T*>(y), *shape, *bn);
-  };
-  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
-}
-
-const char* emulated_scale_shift(const void* x, const void* residual, void* y, const Shape* shape, const void* scale,
-                                 const void* shift, int activation, int element, uint64_t seed) {
+// x, the residual and y: dense, with the given shape.
+const char* emulated_bn_scale_train(const void* x, const void* residual, void* y, const Shape* shape,
+                                    const TrainParams* bn, const Epilogue* epilogue, int element, uint64_t seed) {
   emulated::begin(seed);
   const auto type = static_cast<Element>(element);
   for (const void* data : {x, residual, static_cast<const void*>(y)}) {
     emulated::allow(data, static_cast<size_t>(shape->numel) * bytes_of(type));
   }
-  for (const void* data : {scale, shift}) {
-    emulated::allow(data, static_cast<size_t>(shape->channels) * (type == Element::float64 ? 8 : 4));
-  }
+  allow_channels(*bn, shape->channels);
+  allow_saved(*bn, shape->channels, type == Element::float64 ? 8 : 4);
   const auto run = [&](auto tag) {
     using T = decltype(tag);
-    using Acc = acc_t<T>;
-    return scale_shift(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), *shape,
-                       static_cast<const Acc*>(scale), static_cast<const Acc*>(shift),
-                       static_cast<Activation>(activation));
+    return bn_scale_train(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), *shape, *bn,
+                          *epilogue);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+const char* emulated_elementwise(const void* x, const void* residual, void* y, const Shape* shape,
+                                 const AffineTensors* affine, const Epilogue* epilogue, int element, uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  for (const void* data : {x, residual, static_cast<const void*>(y)}) {
+    emulated::allow(data, static_cast<size_t>(shape->numel) * bytes_of(type));
+  }
+  allow_affine(*affine, shape->channels, affine->wide ? (type == Element::float64 ? 8 : 4) : bytes_of(type));
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    return launch_scale_shift(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), *shape,
+                              *affine, *epilogue, nullptr);
   };
   return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
 }

@@ -78,7 +78,8 @@ void barrier_arrive(uint32_t barrier, uint32_t expected_bytes);
 void barrier_arrive_behind_copies(uint32_t barrier);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 
-// cp.async: `bytes` are read, and zeros fill what is left of `size`.
+// cp.async: `bytes` are read, and zeros fill what is left of `size`. All of `size` are to belong to an operand, even where
+// none are read: compute-sanitizer takes it for an access to so many.
 void copy_async(uint32_t to, const void* from, unsigned size, unsigned bytes);
 void copy_async_commit();
 void copy_async_wait(unsigned groups_left);

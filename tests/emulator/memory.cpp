@@ -88,6 +88,15 @@ uintptr_t address_of(const Cell& c) { return statics.first + static_cast<size_t>
   fail("%s of %s, and nothing orders it behind the %s by %s", now, place_of(address_of(c)).c_str(), before, by.c_str());
 }
 
+Memory& find_operand(uintptr_t address, size_t bytes, const char* what) {
+  const auto found = std::find_if(allowed.begin(), allowed.end(),
+                                  [&](const Memory& m) { return m.range.has(address, bytes); });
+  if (found == allowed.end()) {
+    fail("%s of %zu bytes of global memory that belong to no operand, or not all of them", what, bytes);
+  }
+  return *found;
+}
+
 // The segment that can be written to of the library that this is in.
 void find_statics() {
   if (statics.first != 0) {
@@ -196,21 +205,19 @@ unsigned char* at(uint32_t address, size_t bytes, const char* what, size_t align
   return shared_memory + (address - kSharedBase);
 }
 
+void check_exists(const void* pointer, size_t bytes, const char* what) { find_operand(number(pointer), bytes, what); }
+
 void check_global(const void* pointer, size_t bytes, const char* what, size_t alignment, bool write) {
   const uintptr_t address = number(pointer);
-  const auto found = std::find_if(allowed.begin(), allowed.end(),
-                                  [&](const Memory& m) { return m.range.has(address, bytes); });
-  if (found == allowed.end()) {
-    fail("%s of %zu bytes of global memory that belong to no operand, or not all of them", what, bytes);
-  }
+  Memory& operand = find_operand(address, bytes, what);
   if (address % alignment != 0) {
     fail("%s of global memory at an address that is no multiple of %zu", what, alignment);
   }
-  if ((found->was_written || (write && found->was_read)) && !knows_previous(*running)) {
+  if ((operand.was_written || (write && operand.was_read)) && !knows_previous(*running)) {
     fail("%s of global memory that a kernel before may still %s: nothing orders it behind a griddepcontrol.wait", what,
-         found->was_written ? "write to" : "read");
+         operand.was_written ? "write to" : "read");
   }
-  (write ? found->written : found->read) = true;
+  (write ? operand.written : operand.read) = true;
 }
 
 void begin_memory(uintptr_t frame, size_t shared_bytes, bool early) {

@@ -81,6 +81,8 @@ void note_reader(uintptr_t address, size_t bytes, int change);
 void note_writer(uintptr_t address, size_t bytes, int change);
 // Where an address of shared memory is; it is to exist.
 unsigned char* at(uint32_t address, size_t bytes, const char* what, size_t alignment);
+// Whether global memory belongs to an operand; and whether it may be accessed by now, too.
+void check_exists(const void* pointer, size_t bytes, const char* what);
 void check_global(const void* pointer, size_t bytes, const char* what, size_t alignment, bool write);
 void begin_memory(uintptr_t arguments, size_t shared_bytes, bool early);  // of a launch
 void end_memory();

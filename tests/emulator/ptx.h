@@ -109,9 +109,7 @@ inline void griddepcontrol_wait() { wait_for_previous(); }
 inline void cp_async_cg_shared_global(uint32_t to, const void* from, int size, int bytes) {
   copy_async(to, from, size, bytes);
 }
-inline void cp_async_ca_shared_global(uint32_t to, const void* from, int size, int bytes) {
-  copy_async(to, from, size, bytes);
-}
+inline void cp_async_ca_shared_global(uint32_t to, const void* from, int size) { copy_async(to, from, size, size); }
 inline void cp_async_commit_group() { copy_async_commit(); }
 inline void cp_async_wait_group(int groups) { copy_async_wait(groups); }
 inline void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(uint32_t to, const void* from,
@@ -161,6 +159,10 @@ inline uint32_t pack_relu(Half type, float high, float low) {
 }
 inline void cvt_rn_relu_f16x2_f32(uint32_t& to, float high, float low) { to = pack_relu(Half::float16, high, low); }
 inline void cvt_rn_relu_bf16x2_f32(uint32_t& to, float high, float low) { to = pack_relu(Half::bfloat16, high, low); }
+// Within a unit in the last place or two, as the machine's own.
+inline float without_subnormals(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.0f, v) : v; }
+inline void ex2_approx_ftz_f32(float& to, float v) { to = without_subnormals(std::exp2(without_subnormals(v))); }
+inline void rcp_approx_ftz_f32(float& to, float v) { to = without_subnormals(1 / without_subnormals(v)); }
 inline void rcp_approx_ftz_f64(double& to, double v) {  // 20 bits
   const double inverse = 1 / v;
   uint64_t bits;

@@ -1,0 +1,303 @@
+"""When a fused op may stand for a convolution and its BatchNorm: the one place that knows.
+
+:func:`why_not` gives the reason why PyTorch's own ops run, as a sentence, or None. The module asks before every call,
+so that what is asked there costs a microsecond or two. What the op itself refuses (a dtype, a size) is asked after it
+has refused, by :func:`why_refused`: the op raises before it writes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+
+from . import _loader
+
+Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias."""
+
+PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
+"""The types of tensors that mean what they say. A subclass may compute, distribute or record instead."""
+
+_Conv2d, _BatchNorm2d, _SyncBatchNorm = nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm
+
+# What a call of the modules runs, as it was when this package was imported.
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+_CONV_FORWARD, _CONV_INNER = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_BN_FORWARD, _BN_CHECK, _SYNC_FORWARD = (
+    nn.BatchNorm2d.forward,
+    nn.BatchNorm2d._check_input_dim,
+    nn.SyncBatchNorm.forward,
+)
+_F_CONV2D, _F_BATCH_NORM = F.conv2d, F.batch_norm
+
+_REPLACEABLE_NAMES = "forward", "_conv_forward", "_check_input_dim", "_call_impl", "_slow_forward"
+_REPLACEABLE = frozenset(_REPLACEABLE_NAMES)
+"""Methods that an instance may have of its own."""
+
+_global_forward_hooks = _module._global_forward_hooks
+_global_forward_pre_hooks = _module._global_forward_pre_hooks
+_global_backward_hooks = _module._global_backward_hooks
+_global_backward_pre_hooks = _module._global_backward_pre_hooks
+
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_strided = torch.strided
+
+
+def _has_cuda_library() -> bool:
+    return len(_loader.loaded) > 1
+
+
+# ---- torch.export ----------------------------------------------------------------------------------------------------
+
+_keeps_ops = False
+
+
+@contextlib.contextmanager
+def export_ops() -> Iterator[None]:
+    """Keeps this package's ops in what ``torch.export`` captures inside of the ``with`` block.
+
+    Without it an exported program has PyTorch's ops alone, and loads where this package is not installed. With it the
+    program runs the fused ops, for AOTInductor, say, and needs ``import fused_conv_bn`` before it is loaded.
+    """
+    global _keeps_ops
+    before, _keeps_ops = _keeps_ops, True
+    try:
+        yield
+    finally:
+        _keeps_ops = before
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work. (On 2.10 ``torch.compiler.is_exporting()`` is always True in torch.compile.)"""
+    return torch.compiler._is_exporting_flag
+
+
+def exports_ops() -> bool:
+    """Whether torch.export is at work and this package's ops are to be in the program."""
+    return _keeps_ops and torch.compiler._is_exporting_flag
+
+
+# ---- what every function of the package asks -------------------------------------------------------------------------
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is under way. It needs ops that it knows, PyTorch's own.
+
+    A compiled ``torch.func.grad`` through an autograd.Function with an unknown op gives zeros without an error.
+    """
+    return _transforms_active() or forward_ad._current_level >= 0
+
+
+# ---- the modules -----------------------------------------------------------------------------------------------------
+
+
+def why_not(conv: nn.Module, bn: nn.Module, x: Any = None, residual: Any = None) -> str | None:
+    """Why PyTorch's own ops run for ``bn(conv(x))``, in one sentence; None if a fused op may.
+
+    Without ``x`` it is about the modules and what surrounds the call. With it the input counts as well.
+    """
+    found = operands(conv, bn, x, residual)
+    if type(found) is str:
+        return found
+    return None
+
+
+def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands | str:
+    """The tensors of both modules for a fused op, or why PyTorch's own ops run."""
+    if type(conv) is not _Conv2d:
+        return f"conv is of class {type(conv).__name__}, not nn.Conv2d itself"
+    if type(bn) is not _BatchNorm2d:
+        if type(bn) is not _SyncBatchNorm:
+            return f"bn is of class {type(bn).__name__}, not nn.BatchNorm2d itself"
+        if bn.training or bn._buffers.get("running_mean") is None:
+            return "SyncBatchNorm takes the statistics of all processes' batches"
+        if _SyncBatchNorm.forward is not _SYNC_FORWARD:
+            return "SyncBatchNorm's class has another forward"
+    if (
+        conv._forward_hooks
+        or conv._forward_pre_hooks
+        or conv._backward_hooks
+        or conv._backward_pre_hooks
+        or bn._forward_hooks
+        or bn._forward_pre_hooks
+        or bn._backward_hooks
+        or bn._backward_pre_hooks
+    ):
+        return "conv or bn has a hook"
+    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+        return "a hook for all modules is registered"
+    if (
+        _Conv2d.forward is not _CONV_FORWARD
+        or _Conv2d._conv_forward is not _CONV_INNER
+        or _Conv2d._call_impl is not _CALL_IMPL
+        or _BatchNorm2d.forward is not _BN_FORWARD
+        or _BatchNorm2d._check_input_dim is not _BN_CHECK
+        or _BatchNorm2d._call_impl is not _CALL_IMPL
+        or F.conv2d is not _F_CONV2D
+        or F.batch_norm is not _F_BATCH_NORM
+    ):
+        return "a method of PyTorch's classes was replaced"
+    if (_Conv2d.__call__ is not _CALL or _BatchNorm2d.__call__ is not _CALL) and not exports_ops():
+        return "nn.Module.__call__ was replaced"  # which torch.export does itself
+    compiling = _is_compiling()
+    if compiling:  # torch.compile does not know isdisjoint()
+        if any(name in conv.__dict__ or name in bn.__dict__ for name in _REPLACEABLE_NAMES):
+            return "conv or bn has a forward of its own"
+    elif not (conv.__dict__.keys().isdisjoint(_REPLACEABLE) and bn.__dict__.keys().isdisjoint(_REPLACEABLE)):
+        return "conv or bn has a forward of its own"
+    if conv._compiled_call_impl is not None or bn._compiled_call_impl is not None:
+        return "conv or bn is compiled by itself"
+    if _transforms_active():
+        return "a transform of torch.func is under way"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is under way"
+    if _tracing_state() is not None:
+        return "torch.jit.trace is under way"
+    try:
+        c, p, b = conv._parameters, bn._parameters, bn._buffers
+        found = c["weight"], c["bias"], b["running_mean"], b["running_var"], p["weight"], p["bias"]
+    except KeyError:
+        try:  # as plain attributes, which DataParallel's replicas have
+            found = conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias  # type: ignore[assignment]
+        except AttributeError as error:
+            return f"a tensor is missing: {error}"
+    weight, conv_bias, mean, var, bn_weight, bn_bias = found
+    if compiling and torch.compiler._is_exporting_flag:
+        if not _keeps_ops:
+            return "torch.export is under way: what it saves needs nothing of this package"
+    elif not (
+        type(x) in PLAIN_TENSORS
+        and type(residual) in PLAIN_TENSORS
+        and type(weight) in PLAIN_TENSORS
+        and type(conv_bias) in PLAIN_TENSORS
+        and type(mean) in PLAIN_TENSORS
+        and type(var) in PLAIN_TENSORS
+        and type(bn_weight) in PLAIN_TENSORS
+        and type(bn_bias) in PLAIN_TENSORS
+    ):
+        return "a tensor is of another class, or the input is no tensor"
+    if weight is None:
+        return "conv has no weight"
+    if (mean is None) is not (var is None):
+        return "bn has one of running_mean and running_var"
+    if x is not None:
+        if not (x.is_cpu or (x.is_cuda and _has_cuda_library())):
+            return f"no kernel for device {x.device.type}"
+        if x.layout is not _strided:
+            return f"the input's layout is {x.layout}"
+        if x.dim() != 4:
+            return f"the input has {x.dim()} dimensions, not 4"
+        if residual is not None:
+            shape = residual.shape
+            if len(shape) != 4 or shape[0] != x.shape[0] or shape[1] != weight.shape[0]:
+                return f"the residual's shape {list(shape)} is not that of the result"
+    return found  # type: ignore[return-value]
+
+
+# ---- what the ops refuse ---------------------------------------------------------------------------------------------
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def conv_output_size(
+    size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """The shape of a convolution's result. Each of the sequences has one value for each spatial dimension, or one."""
+    space = len(size) - 2
+    windows = zip(*(list(v) * space if len(v) == 1 else v for v in (stride, padding, dilation)), strict=True)
+    result = [size[0], weight_size[0]]
+    for d, (s, p, dil) in enumerate(windows, 2):
+        result.append((size[d] + 2 * p - dil * (weight_size[d] - 1) - 1) // s + 1)
+    return result
+
+
+def shares_memory(running_mean: Tensor, running_var: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether a running statistic, which training writes to, shares memory with another tensor.
+
+    A fused op would read the old values, and PyTorch's ops read the new ones.
+    """
+    start = running_mean.data_ptr()
+    end = start + running_mean.numel() * running_mean.element_size()
+    ranges = [(start, end)]
+    if running_var is not None:
+        start_var = running_var.data_ptr()
+        end_var = start_var + running_var.numel() * running_var.element_size()
+        if start < end_var and start_var < end:
+            return True
+        ranges.append((start_var, end_var))
+    for other in others:
+        if other is not None:
+            first = other.data_ptr()
+            last = first + other.numel() * other.element_size()
+            for start, end in ranges:
+                if first < end and start < last:
+                    return True
+    return False
+
+
+def why_refused(
+    x: Tensor,
+    found: Operands,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: torch.dtype,
+    takes_batch_statistics: bool,
+) -> str | None:
+    """Why the op takes no such arguments, in one sentence; None if they are all as it wants them.
+
+    ``x``: padded already. ``dtype``: that of the convolution, which autocast may have chosen.
+    """
+    weight, conv_bias, mean, var, bn_weight, bn_bias = found
+    if x.dim() != 4 or weight.dim() != 4:
+        return "not 4 dimensions"
+    if x.device != weight.device or any(t is not None and t.device != x.device for t in found):
+        return "tensors on several devices"
+    if any(t is not None and t.layout is not _strided for t in (*found, residual)):
+        return "a tensor's layout is not strided"
+    if dtype not in _DTYPES:
+        return f"no kernel for {dtype}"
+    allowed = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
+    if any(t is not None and t.dtype not in allowed for t in found[1:]):
+        return "BatchNorm's tensors and the input are of dtypes that the op does not mix"
+    if any(t is not None and t.dim() != 1 for t in found[1:]):
+        return "one of the tensors per channel has not 1 dimension"
+    if any(t is not None and t.shape[0] != weight.shape[0] for t in found[1:]):
+        return "bn has another number of channels than conv puts out"
+    if any(s <= 0 for s in (*stride, *dilation)) or any(p < 0 for p in padding) or groups <= 0:
+        return "a stride, padding, dilation or number of groups out of range"
+    if weight.shape[0] == 0 or weight.shape[1] == 0 or x.shape[1] != weight.shape[1] * groups:
+        return "the input's channels are not the convolution's, or there are none"
+    if weight.shape[0] % groups:
+        return "groups does not divide the channels"
+    if any(len(v) not in (1, 2) for v in (stride, padding, dilation)):
+        return "not 2 spatial dimensions"
+    size = conv_output_size(x.shape, weight.shape, stride, padding, dilation)
+    if x.shape[2] == 0 or x.shape[3] == 0 or size[2] <= 0 or size[3] <= 0:
+        return "the input is smaller than the kernel"
+    if residual is not None:
+        if list(residual.shape) != size:
+            return "the residual's shape is not that of the result"
+        if residual.dtype != dtype or residual.device != x.device:
+            return "the residual's dtype or device is not that of the result"
+    if takes_batch_statistics:
+        if size[0] * size[2] * size[3] == 1:
+            return "one value for each channel"
+        if mean is not None and not _is_compiling() and shares_memory(mean, var, x, residual, *found[:2], *found[4:]):
+            return "a running statistic shares memory with another tensor"
+    return None

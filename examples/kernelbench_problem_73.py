@@ -1,9 +1,10 @@
 """KernelBench, level 2, problem 73 (Conv2d, BatchNorm2d, scaling), solved with fused_conv_bn.
 
 In the form that KernelBench's evaluation loads: `Model` is the problem, `ModelNew` the solution, both are built from
-get_init_inputs() and called with get_inputs(). The evaluation runs them in training mode under no_grad, so that
-BatchNorm uses the batch's statistics and updates the running ones. tests/test_examples.py follows its rules, and
-checks the running statistics too, which it does not.
+get_init_inputs() and called with get_inputs(). The evaluation runs them in training mode, so that BatchNorm uses the
+batch's statistics and updates the running ones: under no_grad to compare results, and with grad mode on, where nobody
+calls backward, to take times. tests/test_examples.py follows its rules, and checks the running statistics and the
+gradients too, which it does not.
 
     python examples/kernelbench_problem_73.py      # compares both on this machine, and times them
 """
@@ -56,15 +57,16 @@ def main() -> None:
         torch.manual_seed(42)
         models.append(cls(*get_init_inputs()).to(device))
     x = get_inputs()[0].to(device)
-    for mode in ("train", "eval"):
+    for mode, grad in (("train", True), ("train", False), ("eval", False)):
         for model in models:
             model.train(mode == "train")
         with torch.no_grad():
             difference = (models[0](x) - models[1](x)).abs().max().item()
+        with torch.set_grad_enabled(grad):
             old_us, new_us = time_us([lambda model=model: model(x) for model in models], device)
         print(
-            f"{mode}: largest difference {difference:.1e}; Model {old_us:.0f} us, ModelNew {new_us:.0f} us, "
-            f"{old_us / new_us:.1f} times as fast"
+            f"{mode}, {'grad mode on' if grad else 'no_grad'}: largest difference {difference:.1e}; Model {old_us:.0f} "
+            f"us, ModelNew {new_us:.0f} us, {old_us / new_us:.1f} times as fast"
         )
     for name in ("running_mean", "running_var"):
         old, new = (getattr(model.bn, name) for model in models)

@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_conv_bn import _bench_conv, _bench_host, _bench_layers, _report, bench, reference
+from fused_conv_bn import (
+    _bench_conv,
+    _bench_grad,
+    _bench_host,
+    _bench_layers,
+    _report,
+    _report_conv,
+    bench,
+    reference,
+)
 from fused_conv_bn._bench_common import (
     COMPILE_MODES,
     MOMENTUM,
@@ -28,7 +37,7 @@ from fused_conv_bn._bench_common import (
     statistics_errors,
 )
 from fused_conv_bn._bench_layers import ConvCase, Layer
-from fused_conv_bn._stopwatch import Stopwatch
+from fused_conv_bn._stopwatch import Stopwatch, kernelbench_us
 
 TINY = ["--quick", "--max-mb=0.01", "--conv-batch=1", "--repeats=1", "--commit=abc"]
 PNG = b"\x89PNG"
@@ -53,11 +62,15 @@ def test_json_has_every_number(report_file: Path) -> None:
     assert report["versions"]["torch"] == torch.__version__
     assert report["device"]["threads"] == torch.get_num_threads()
     assert {"date", "flags", "settings", "notes", "seconds"} <= report.keys()
-    assert report["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0}
+    assert report["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0, "grad_mode": 0}
     convolutions, trained = report["conv"]["rows"], report["train"]["rows"]
     assert [len(rows) for rows in (convolutions, trained, report["bn_scale"], report["bn_scale_train"])] == [2, 2, 4, 3]
-    # Of each convolution, the module and the op, each in two measures; in training also of two running statistics.
-    assert len(report["validation"]) == 4 + 3 * 3 + 2 * 2 * 2 + 2 * 2 * 4
+    # Of each convolution, the module, the op and in evaluation the pair, each in two measures; in training also of two
+    # running statistics.
+    assert len(report["validation"]) == 4 + 3 * 3 + 2 * 3 * 2 + 2 * 2 * 4 + 6 * 3
+    assert [row["shape"] for row in report["short_planes"][-2:]] == [[8, 512, 7, 7], [128, 1000]]
+    for row in report["short_planes"]:
+        assert row["ours/batch_norm"] == row["us"]["ours"]["median"] / row["us"]["batch_norm"]["median"]
     for row in report["bn_scale_train"]:
         assert {"copy", "ours", "eager"} == row["us"].keys()
         assert row["missing"].keys() == {"compile"}
@@ -68,27 +81,32 @@ def test_json_has_every_number(report_file: Path) -> None:
         assert "compile" in row["missing"]
         assert row["share_of_copy_percent"] == pytest.approx(100 / row["ours/copy"])
     for row in convolutions + trained:
-        assert {"copy", "ours", "op", "eager", "conv"} == row["us"].keys()
         train = row in trained
+        ours = {"ours", "op", *(() if train else ("pair",))}
+        assert {"copy", "eager", "conv", *ours} == row["us"].keys()
         assert row["missing"].keys() == ({"compile"} if train else {"compile", "compile freezing"})
         assert row["case"].endswith(" train") == train
         assert row["best rival/ours"] == row["eager/ours"] == row["us"]["eager"]["median"] / row["us"]["ours"]["median"]
         assert row["flop"] == 2 * 64 * 126**2 * 8 * 9
         assert row["bytes"] == (8 * 128**2 + 64 * 126**2 + 64 * 8 * 9) * getattr(torch, row["dtype"]).itemsize
         assert row["share_of_floor_percent"] == 100 * max(row["floor_us"].values()) / row["us"]["ours"]["median"]
-        assert row["errors"].keys() == {"ours", "op", "eager"}
+        assert row["errors"].keys() == {"eager", *ours}
         measures = {"norm", "element", *(("running_mean", "running_var") if train else ())}
         assert all(of_call.keys() == measures for of_call in row["errors"].values())
-    for row in report["bn_scale"] + report["bn_scale_train"] + convolutions + trained:
+    for row in report["bn_scale"] + report["bn_scale_train"] + report["short_planes"] + convolutions + trained:
         assert all(0 < s["min"] <= s["median"] <= s["max"] for s in row["us"].values())
     for found in report["validation"]:
         assert 0 <= found["ours"] <= found["limit"]
-    ops = ("bn_scale", "bn_scale_train", "conv_scale_shift", "conv_bn_scale_train")
-    ours = {*ops, "ConvBnScale2d in evaluation", "ConvBnScale2d in training"}
-    assert report["host_us"].keys() == {"torch.mul", *ours, *(f"{name}, eager" for name in ours)}
+    ops = ("bn_scale", "bn_scale_train", "conv_bn_scale", "conv_bn_scale_train")
+    modules = ("ConvBnScale2d in evaluation", "ConvBnScale2d in training")
+    ours = {*ops, *modules, *(f"fcb.{name}, grad mode" for name in ops), *(f"{name}, grad mode" for name in modules)}
+    host = report["host_us"]
+    assert host.keys() == {"torch.mul", "conv_scale_shift", *ours, *(f"{name}, eager" for name in ours)}
     for name in ours:
-        row, eager = report["host_us"][name], report["host_us"][f"{name}, eager"]
+        row, eager = host[name], host[f"{name}, eager"]
         assert row["eager/ours"] == eager["us"] / row["us"] and "eager/ours" not in eager
+    for name, op in zip(modules, ops[2:], strict=True):
+        assert host[name]["over op"] == host[name]["us"] / host[op]["us"] and "over op" not in host[op]
     assert report["import_ms"]["median"] > 0
 
 
@@ -98,17 +116,25 @@ def test_from_json_prints_the_tables_and_draws(
     charts = ["--charts", str(tmp_path)] if importlib.util.find_spec("matplotlib") else []
     assert run("--from-json", str(report_file), *charts) == 0
     lines = capsys.readouterr().out.splitlines()
-    headers = [i for i, line in enumerate(lines) if line.split("  ")[0] == "case"]
-    assert len(headers) == 4
-    assert "running_var" in lines[headers[1]] and "running_var" not in lines[headers[0]]
-    assert all(name in lines[headers[2]] for name in _report.HEADER)
-    assert all(name in lines[headers[3]] for name in _report.TRAIN_HEADER)
-    below = lines.index("accuracy: 37 checks, each within max(2 * eager's error, rounding); the nearest to that:") + 2
+
+    def header(title: str) -> str:
+        return lines[next(i for i, line in enumerate(lines) if line.startswith(title)) + 1]
+
+    assert "running_var" in header("problem 73, training") and "running_var" not in header("problem 73")
+    assert all(name in header("bn_scale (") for name in _report.HEADER)
+    assert all(name in header("bn_scale_train (") for name in _report.TRAIN_HEADER)
+    assert header("bn_scale_train on the CPU, short planes").split("  ")[-1] == "ours/F.batch_norm"
+    assert sum("conv_scale_shift with a fold made before; the largest of 2 is " in line for line in lines) == 1
+    assert not any("one pass behind it" in line for line in lines)  # which the CPU has no row of
+    begin = lines.index("accuracy: 59 checks, each within max(2 * eager's error, rounding); the nearest to that:") + 2
+    below = next(i for i, line in enumerate(lines) if i >= begin and line.startswith("bn_scale ("))
+    above = [line for line in lines[begin:below] if line.startswith("3x3 8->64 128x128 ")]
     rows = [line for line in lines[below:] if line.startswith(("float32 ", "float16 "))]
     assert sum("n/a" in row for row in rows) == 4 + 3
-    assert len([line for line in lines[below:] if line.startswith("3x3 8->64 128x128 ")]) == 2 + 2
+    assert len({line.split("  ")[0] for line in above}) == 2 + 2
     assert sum(line.startswith(("problem 73  ", "problem 73, training  ")) for line in lines) == 2
     assert sum(line.startswith("conv_bn_scale_train") for line in lines) == 2
+    assert sum(", grad mode" in line for line in lines) == 12
     pngs = list(tmp_path.glob("*.png"))
     assert len(pngs) == (3 if charts else 0)
     assert all(png.read_bytes().startswith(PNG) for png in pngs)
@@ -267,7 +293,22 @@ def test_the_host_s_times(device: str) -> None:
         rows = _bench_host.time_host(Stopwatch(device), device, rounds=1, calls=2)
     assert all(row["us"] >= row["min"] > 0 for row in rows.values())
     own = [name for name in rows if name.endswith(", own kernel")]
-    assert len(own) == (4 if device == "cuda" else 0) and len(rows) == 1 + 2 * 6 + len(own)
+    assert len(own) == (6 if device == "cuda" else 0) and len(rows) == 2 + 2 * 12 + len(own)
+    assert sum("over op" in row for row in rows.values()) == (4 if device == "cuda" else 2)
+
+
+def test_grad_mode_is_on_for_the_calls_that_are_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def call(name: str) -> Callable[[int], object]:
+        return lambda i: seen.update({name: torch.is_grad_enabled()})
+
+    names = ("torch.mul", "a, grad mode", "a, grad mode, eager")
+    monkeypatch.setattr(_bench_host, "bn_calls", lambda device: {name: call(name) for name in names})
+    monkeypatch.setattr(_bench_host, "conv_calls", lambda device, train: {})
+    with torch.no_grad():
+        _bench_host.time_host(Stopwatch("cpu"), "cpu", rounds=1, calls=1)
+    assert list(seen.values()) == [False, True, True]
 
 
 def test_a_convolution_s_batch_is_that_of_all_images() -> None:
@@ -280,13 +321,176 @@ def test_a_convolution_s_batch_is_that_of_all_images() -> None:
     torch.testing.assert_close(truth, expected)
 
 
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_eager_s_and_the_op_s_activation_is_the_row_s(activation: str) -> None:
+    case = ConvCase("", replace(SMALL[1], activation=activation), 2, torch.float64, "nchw")
+    with torch.no_grad():
+        problem = _bench_conv.Problem(case, "cpu")
+        errors = problem.errors({"eager": problem.plain, **problem.ours(), "op": problem.op})
+    assert errors.keys() == {"eager", "ours", "pair", "op"}
+    assert all(error < 1e-13 for of_call in errors.values() for error in of_call.values())
+
+
+# ---- every activation, grad mode -------------------------------------------------------------------------------------
+
+
+def test_every_activation(
+    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = replace(SMALL[0], activation="none"), replace(SMALL[2], activation="none")
+    cases = [
+        ConvCase("activations", layer, 2, dtype, layout, forced=("aten",) if device == "cuda" else ())
+        for layer, dtype, layout in zip(layers, (torch.float32, torch.float16), ("nchw", "channels_last"), strict=True)
+    ]
+    monkeypatch.setattr(bench, "activation_cases", lambda device, quick: cases)
+    monkeypatch.setattr(bench, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
+    path = tmp_path / "report.json"
+    assert run("--only=activations", "--repeats=1", f"--json={path}", f"--device={device}") == 0
+    report = json.loads(path.read_text())
+    rows = report["activations"]["rows"]
+    assert [row["activation"] for row in rows] == 2 * list(reference.ACTIVATIONS)
+    assert len({row["case"] for row in rows}) == len(rows) == 24
+    for row in rows:
+        own = {"ours", *(("aten",) if device == "cuda" else ()), *(("pair",) if row["activation"] == "relu" else ())}
+        assert row["us"].keys() == {"copy", "conv", *own}
+        assert ("ours/aten" in row) == (device == "cuda") == bool(row["algorithm"])
+        relu = next(r for r in rows if r["activation"] == "relu" and r["dtype"] == row["dtype"])
+        assert row["ours/relu"] == row["us"]["ours"]["median"] / relu["us"]["ours"]["median"]
+    assert len(report["validation"]) == 2 * 2 * (12 * (2 if device == "cuda" else 1) + 1)
+    lines = capsys.readouterr().out.splitlines()
+    tables = [i for i, line in enumerate(lines) if line.startswith("activations: ")]
+    assert len(tables) == (4 if device == "cuda" else 2)
+    for i in tables:
+        assert lines[i + 1].split() == ["case", "algorithm", *reference.ACTIVATIONS]
+        assert lines[i + 3].startswith("7x7/2 3->6 13x13 batch 2 float32 nchw  ")
+        assert lines[i + 4].startswith("3x3/2 8 depthwise 9x9 batch 2 float16 channels_last  ")
+
+
+def test_a_wrong_activation_stops_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    op = _bench_conv.Problem.op
+    monkeypatch.setattr(
+        _bench_conv.Problem,
+        "op",
+        lambda self, x, activation: op(self, x, None, activation.replace("gelu_tanh", "gelu")),
+    )
+    assert run(*TINY, "--device=cpu", "--only=activations") == 1
+    assert "any timing: 3x3/2 3->32 224x224 gelu_tanh batch 1 float32 nchw, ours, by norm" in capsys.readouterr().err
+
+
+def small_grad_cases(device: str) -> list[ConvCase]:
+    case = ConvCase("grad mode", SMALL[3], 3, torch.float32, "nchw", train=True)
+    return [case, replace(case, train=False), replace(case, dtype=torch.bfloat16, layout="channels_last")]
+
+
+def test_grad_mode(
+    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "grad_mode_cases", small_grad_cases)
+    monkeypatch.setattr(bench, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
+    path = tmp_path / "report.json"
+    arguments = ["--only=grad_mode", "--quick", "--repeats=1", f"--json={path}", f"--device={device}"]
+    assert run(*arguments) == 0
+    report = json.loads(path.read_text())
+    rows = report["grad_mode"]["rows"]
+    assert [row["grad_fn"] for row in rows] == ["BnScaleTrainBackward", "BnScaleBackward", "BnScaleTrainBackward"]
+    for row in rows:
+        assert row["us"].keys() == {"copy", "ours", "eager", "no_grad"} and row["missing"].keys() == set()
+        assert row["ours/no_grad"] == row["us"]["ours"]["median"] / row["us"]["no_grad"]["median"]
+        assert ("kernelbench" in row) == row["train"]
+        assert row["step"].keys() == {"without x", "with x"}
+        for step in row["step"].values():
+            assert step["peak_mb"].keys() == ({"ours", "eager"} if device == "cuda" else set())
+    timed = rows[0]["kernelbench"]
+    assert timed["eager/ours"] == timed["us"]["eager"]["mean"] / timed["us"]["ours"]["mean"]
+    # Outputs in two measures, in training two statistics; gradients of four or five parameters and the input.
+    assert len(report["validation"]) == 2 * (4 + 4) + (2 + 5)
+    lines = capsys.readouterr().out.splitlines()
+    begin = lines.index("grad mode on, forward alone (no_grad: ours under it)")
+    assert [sum(line.startswith(str(case)) for line in lines[begin:]) for case in small_grad_cases(device)] == [4, 7, 4]
+
+
+def test_wrong_gradients_stop_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "grad_mode_cases", small_grad_cases)
+    right = _bench_grad.gradients
+
+    def wrong(model: torch.nn.Module, *arguments: Any) -> dict[str, Tensor]:
+        found = right(model, *arguments)
+        return found if isinstance(model, _bench_conv.Plain) else {**found, "bn.weight": found["bn.weight"] * 1.01}
+
+    monkeypatch.setattr(_bench_grad, "gradients", wrong)
+    assert run(*TINY, "--device=cpu", "--only=grad_mode") == 1
+    assert "float32 nchw train, gradient of bn.weight: " in capsys.readouterr().err
+
+
+def test_kernelbench_s_mean_leaves_out_the_first_trial() -> None:
+    calls = []
+    us = kernelbench_us(lambda: calls.append(1), False, trials=3)
+    assert len(calls) == 5 + 1 + 3
+    assert 0 < us["min"] <= us["mean"] <= us["max"]
+
+
+def test_activation_and_grad_mode_cases() -> None:
+    cases = _bench_layers.activation_cases("cuda", quick=False)
+    assert len({str(case) for case in cases}) == len(cases) == 9 * 5
+    assert all(case.forced == ("aten",) and case.layer.activation == "none" for case in cases)
+    assert len(_bench_layers.activation_cases("cpu", quick=True)) == 2
+    cases = _bench_layers.grad_mode_cases("cuda")
+    assert len({str(case) for case in cases}) == 4 and {case.batch for case in cases} == {128}
+
+
+def test_rows_that_are_too_slow_have_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(name: str, ours: float, aten: float, **others: float) -> dict[str, Any]:
+        us = {"ours": ours, "aten": aten, **others}
+        return {"case": name, "algorithm": "hopper", "us": {who: {"median": t} for who, t in us.items()}}
+
+    parts = {"conv": [row("a", 104, 100), row("b", 102, 100, pair=100)], "activations": [row("c", 200, 100)]}
+    _report_conv.print_slower({part: {"rows": rows} for part, rows in parts.items()})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "slower than 1.03 times the bare convolution with one pass behind it; the largest of 3 is 2.000, c"
+    )
+    assert [line.split() for line in lines[3:5]] == [
+        ["c", "hopper", "200.0", "100.0", "2.00"],
+        ["a", "hopper", "104.0", "100.0", "1.04"],
+    ]
+    assert lines[6] == (
+        "No row is slower than 1.03 times conv_scale_shift with a fold made before; the largest of 1 is 1.020, b."
+    )
+
+
+def test_a_file_that_cannot_be_written_stops_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it measures; and what an earlier run wrote stays until a later one is through."""
+    monkeypatch.setattr(bench, "measure", lambda args: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "report.json"):
+        assert run("--json", str(path)) == 1
+        assert "bench: cannot write the JSON: " in capsys.readouterr().err
+
+    def fail(args: argparse.Namespace) -> dict[str, Any]:
+        raise InaccurateError
+
+    monkeypatch.setattr(bench, "measure", fail)
+    for path, text in ((tmp_path / "new" / "report.json", None), (tmp_path / "old.json", "kept")):
+        if text:
+            path.write_text(text)
+        assert run("--json", str(path)) == 1
+        assert (path.read_text() if path.exists() else None) == text
+
+
 def test_folded_weights_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def conv(x, weight, bias, *window):  # some libraries add a bias first, and lose digits
+        return F.conv2d(x, weight, None, *window) + bias.view(-1, 1, 1)
+
     def conv_add_relu(x, weight, residual, alpha, bias, *window):
         assert alpha == 1
-        return (F.conv2d(x, weight, bias, *window) + residual).relu()
+        return (conv(x, weight, bias, *window) + residual).relu()
 
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
-    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda x, w, b, *window: F.conv2d(x, w, b, *window).relu())
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *arguments: conv(*arguments).relu())
     for case in small_cases("", "cpu"):
         with torch.no_grad():
             problem = _bench_conv.Problem(case, "cpu")

@@ -98,6 +98,30 @@ def test_kernelbench_problem_73(device: str, dtype: torch.dtype) -> None:
     assert_passes_trials(context, (model.eval(), new.eval()), device, dtype)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_kernelbench_problem_73_with_grad_mode_on(device: str, training: bool) -> None:
+    """What is timed: the fused op with a node of its own in the graph, the same results, and gradients."""
+    context = load(device)
+    models = build(context, device, torch.float32)
+    x = context["get_inputs"]()[0].to(device)
+    found = []
+    for model in models:
+        model.train(training)
+        with torch.no_grad():
+            expected = model(x)
+        y = model(x)
+        torch.testing.assert_close(y.detach(), expected)
+        # In training mode the means of y and of its squares have next to no gradient but gamma's and beta's.
+        y.pow(3).mean().backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert "BnScale" in type(y.grad_fn).__name__
+    for name, eager in found[0].items():
+        if training and name == "conv.bias":  # zero but for roundings
+            assert found[1][name].abs().max() <= max(eager.abs().max().item(), 1e-6)
+        else:
+            assert (found[1][name] - eager).norm() <= 1e-3 * eager.norm()
+
+
 def test_kernelbench_problem_73_in_float64(device: str) -> None:
     """Five trials against float64: at most twice eager's error, in the output and in the statistics."""
     context = load(device)

@@ -64,7 +64,7 @@ def check(label: str, unit: float, errors: dict[str, float]) -> dict[str, Any]:
 
 def batch_moments(y: Tensor) -> tuple[Tensor, Tensor, int]:
     """Of each channel: mean, biased variance, and how many values there are."""
-    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(y, [dim for dim in range(y.dim()) if dim != 1], correction=0)
     return mean, var, y.numel() // y.shape[1]
 
 

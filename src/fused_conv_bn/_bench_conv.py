@@ -8,10 +8,11 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import modules, ops, reference
@@ -42,9 +43,10 @@ Fold = Callable[..., tuple[Tensor, Tensor]]
 TF32_UNIT = 2.0**-11  # rounding to TF32's significand
 
 NOTES = {
-    "ours": "ConvBnScale2d in eval. op: conv_scale_shift on the weight, scale and shift that the module keeps. With "
-    "TF32 ours is the op, with allow_tf32=True. algorithm: what ours ran. aten, few_channels: the module with "
-    "FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution and one pass behind it.",
+    "ours": "ConvBnScale2d in eval. op: conv_bn_scale, which folds BN inside. With TF32 ours is the op, with "
+    "allow_tf32=True. pair: conv_scale_shift on a scale and a shift that fold_bn made before. algorithm: what ours "
+    "ran. aten, few_channels: the module with FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution and one "
+    "pass behind it.",
     "eager": "bn(conv(x)), then * factor and += residual where the layer has them, and the activation in place. "
     "float32 may be TF32 in cuDNN (flags); errors tell.",
     "compile": "torch.compile(eager, dynamic=False). max-autotune: its mode max-autotune-no-cudagraphs. freezing: "
@@ -59,11 +61,12 @@ NOTES = {
     "copy": "of a tensor like the output, which reads and writes it once; on the CPU y.clone().",
     "floor": "the larger of bytes / copy rate and flop / matrix rate (rates). bytes: input (the pixels that windows "
     "cover), weight and residual read once, output written once. copy rate: of 512 MB (CPU: 64), read and written "
-    "bytes counted. matrix rate: multiplying matrices of 8192x8192 (CPU: 2048x2048). On CUDA float32 has a third of "
-    "float16's, as accuracy takes three products, and TF32 all of it, as the significands are equally long.",
+    "bytes counted. matrix rate: multiplying matrices of 8192x8192 (CPU: 2048x2048, smaller ones where that takes "
+    "seconds). On CUDA float32 has a third of float16's, as accuracy takes three products, and TF32 all of it, as the "
+    "significands are equally long.",
     "errors": "of the first, middle and last image. norm: norm of the error over norm of the float64 result. element: "
-    "the largest |error| / (conv(|x|, |w|) |scale| + |shift| + |residual|). What is ours must be within max(2 * "
-    "eager's, one rounding of the dtype, or to TF32's significand).",
+    "the largest |error| / (conv(|x|, |w|) |scale| + |shift| + |residual|), or over the result's size where that is "
+    "larger. What is ours must be within max(2 * eager's, one rounding of the dtype, or to TF32's significand).",
     "buffers": "inputs, residuals and the copy's tensors rotate as bn_scale's do; every rival allocates its output.",
 }
 TRAIN_NOTES = {
@@ -85,6 +88,25 @@ TRAIN_NOTES = {
 }
 
 
+# As one would write them where nobody needs the activation's input any more. gelu has no such form.
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": lambda y: F.relu6(y, inplace=True),
+    "silu": lambda y: F.silu(y, inplace=True),
+    "hardswish": lambda y: F.hardswish(y, inplace=True),
+    "leaky_relu": lambda y: F.leaky_relu(y, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "hardsigmoid": lambda y: F.hardsigmoid(y, inplace=True),
+    "mish": lambda y: F.mish(y, inplace=True),
+    "tanh": torch.tanh_,
+}
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """In place where that can be."""
+    return IN_PLACE.get(activation, reference.ACTIVATIONS[activation])(y)
+
+
 class Plain(nn.Module):
     """The rival of ConvBnScale2d: the model as one would write it."""
 
@@ -104,11 +126,21 @@ class Plain(nn.Module):
             y = y * self.layer.scaling_factor
         if residual is not None:
             y += residual
-        if self.layer.activation == "relu":
-            return nn.functional.relu(y, inplace=True)
-        if self.layer.activation == "relu6":
-            return nn.functional.relu6(y, inplace=True)
-        return y
+        return activated(y, self.layer.activation)
+
+
+def activated_truth(total: Tensor, sizes: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Some activations are large where the sum is small."""
+    truth = reference.ACTIVATIONS[activation](total)
+    return truth, torch.maximum(sizes, truth.abs())
+
+
+def forced(call: Callable[..., Tensor], algorithm: str) -> Callable[..., Tensor]:
+    def run(*inputs: Tensor) -> Tensor:
+        with environment(FORCE, algorithm):
+            return call(*inputs)
+
+    return run
 
 
 class Problem:
@@ -148,38 +180,36 @@ class Problem:
     def inputs(self) -> list[Tensor]:
         return [self.x] if self.residual is None else [self.x, self.residual]
 
-    def op(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def op(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """``activation``: instead of the layer's."""
+        conv, bn, factor = self.plain.conv, self.plain.bn, self.case.layer.scaling_factor
+        convolution, batch_norm = (x, conv.weight, conv.bias), (*self.running, bn.weight, bn.bias, factor)
+        epilogue = self.epilogue(residual, activation)
+        ops = torch.ops.fused_conv_bn
         if self.case.train:
-            conv, bn, factor = self.plain.conv, self.plain.bn, self.case.layer.scaling_factor
-            statistics = (*self.running, bn.weight, bn.bias, factor, MOMENTUM, EPS)
-            return torch.ops.fused_conv_bn.conv_bn_scale_train(
-                *(x, conv.weight, conv.bias, *statistics, *self.window), allow_tf32=self.case.allow_tf32
-            )
-        return torch.ops.fused_conv_bn.conv_scale_shift(
-            *(x, self.plain.conv.weight, self.scale, self.shift, *self.window),
-            residual=residual,
-            activation=self.case.layer.activation,
-            allow_tf32=self.case.allow_tf32,
-        )
+            return ops.conv_bn_scale_train(*convolution, *batch_norm, MOMENTUM, EPS, *self.window, **epilogue)
+        return ops.conv_bn_scale(*convolution, *batch_norm, EPS, *self.window, **epilogue)
+
+    def pair(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """The op behind a fold that was made before, in evaluation."""
+        arguments = x, self.plain.conv.weight, self.scale, self.shift, *self.window
+        return torch.ops.fused_conv_bn.conv_scale_shift(*arguments, **self.epilogue(residual, activation))
+
+    def epilogue(self, residual: Tensor | None, activation: str | None) -> dict[str, Any]:
+        activation = self.case.layer.activation if activation is None else activation
+        return {"residual": residual, "activation": activation, "allow_tf32": self.case.allow_tf32}
 
     def ours(self) -> Calls:
         """By the name of their column: what is ours, and has to be accurate."""
+        pair: Calls = {} if self.case.train else {"pair": self.pair}
         if self.case.allow_tf32:
-            return {"ours": self.op}
-        return {"ours": self.module, "op": self.op} if self.case.with_op else {"ours": self.module}
+            return {"ours": self.op, **pair}
+        return {"ours": self.module, **({"op": self.op} if self.case.with_op else {}), **pair}
 
     def forced(self) -> Calls:
         """Ours with an algorithm that need not cover the problem."""
         ours = self.ours()["ours"]
-
-        def forced(algorithm: str) -> Callable[..., Tensor]:
-            def run(*inputs: Tensor) -> Tensor:
-                with environment(FORCE, algorithm):
-                    return ours(*inputs)
-
-            return run
-
-        return {name: forced(name) for name in self.case.forced} if self.x.is_cuda else {}
+        return {name: forced(ours, name) for name in self.case.forced} if self.x.is_cuda else {}
 
     def folded_cudnn(self) -> Callable[..., Tensor]:
         conv = self.plain.conv
@@ -193,7 +223,7 @@ class Problem:
         )
 
     def convolution(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return nn.functional.conv2d(x, self.plain.conv.weight, None, *self.window)
+        return F.conv2d(x, self.plain.conv.weight, None, *self.window)
 
     # ---- errors ------------------------------------------------------------------------------------------------------
 
@@ -203,10 +233,14 @@ class Problem:
     def moments(self) -> tuple[Tensor, Tensor, int]:
         """Those of the whole batch's convolution, without its bias, in float64."""
         weight = self.plain.conv.weight.double()
-        return batch_moments(nn.functional.conv2d(self.x.double(), weight, None, *self.window))
+        return batch_moments(F.conv2d(self.x.double(), weight, None, *self.window))
 
     def truth(self) -> tuple[Tensor, Tensor]:
         """The result, and the size of what is added up in each element of it, in float64."""
+        return activated_truth(*self.sum(), self.case.layer.activation)
+
+    def sum(self) -> tuple[Tensor, Tensor]:
+        """The same without the activation."""
         if self.batch is None:
             scale, shift = self.fold(reference.fold_bn, torch.float64)
         else:  # the convolution's bias would go with the mean
@@ -217,15 +251,13 @@ class Problem:
         x, *residuals = (self.some_images(t).double() for t in self.inputs())
         residual = residuals[0] if residuals else None
 
-        def result(tensors: Iterable[Tensor], residual: Tensor | None, activation: str) -> Tensor:
+        def result(tensors: Iterable[Tensor], residual: Tensor | None) -> Tensor:
             x, weight, scale, shift = tensors
-            return reference.conv_scale_shift(
-                x, weight, scale, shift, *self.window, residual=residual, activation=activation
-            )
+            return reference.conv_scale_shift(x, weight, scale, shift, *self.window, residual=residual)
 
         tensors = (x, weight, scale, shift)
-        sizes = result((t.abs() for t in tensors), None if residual is None else residual.abs(), "none")
-        return result(tensors, residual, self.case.layer.activation), sizes
+        sizes = result((t.abs() for t in tensors), None if residual is None else residual.abs())
+        return result(tensors, residual), sizes
 
     def restore(self) -> None:
         """The running statistics, as they were at first."""
@@ -233,19 +265,21 @@ class Problem:
             target.copy_(source)
 
     def errors(self, calls: Calls) -> dict[str, dict[str, float]]:
-        truth, sizes = self.truth()
+        truth = self.truth()
         errors = {}
         for name, call in calls.items():
             if self.case.train:
                 self.restore()
-            distance = (self.some_images(call(*self.inputs())).double() - truth).abs()
-            norm = distance.norm() / truth.norm()
-            errors[name] = {"norm": norm.item(), "element": (distance / sizes).max().item()}
+            errors[name] = self.distance(call(*self.inputs()), *truth)
             if self.batch is not None:
                 mean, var, count = self.batch
                 moments = (mean if self.plain.conv.bias is None else mean + self.plain.conv.bias.double(), var, count)
                 errors[name] |= statistics_errors(self.first_running, self.running, moments)
         return errors
+
+    def distance(self, y: Tensor, truth: Tensor, sizes: Tensor) -> dict[str, float]:
+        distance = (self.some_images(y).double() - truth).abs()
+        return {"norm": (distance.norm() / truth.norm()).item(), "element": (distance / sizes).max().item()}
 
     def units(self) -> dict[str, float]:
         """What each of the errors may be in any case."""
@@ -271,11 +305,14 @@ def measure_rates(watch: Stopwatch, device: str, dtypes: Sequence[torch.dtype], 
     source = torch.randn((512 if watch.cuda else 64) * MB // 4, device=device)
     target = torch.empty_like(source)
     rates: dict[str, Any] = {"copy_gb_per_s": 2 * source.nbytes / us(lambda i: target.copy_(source)) / 1e3}
-    n = 8192 if watch.cuda else 2048
     tflops = {}
     for dtype in dict.fromkeys([torch.float16, *dtypes] if watch.cuda else dtypes):
         if dtype != torch.float32 or not watch.cuda:
+            n = 8192 if watch.cuda else 256
             matrix = torch.randn(n, n, device=device).to(dtype)
+            while n < 2048 and watch.host_us(product(matrix), range(1)) < 5e4:  # 16-bit ones take long on some CPUs
+                n *= 2
+                matrix = torch.randn(n, n, device=device).to(dtype)
             tflops[dtype_name(dtype)] = 2 * n**3 / us(product(matrix)) / 1e6
     if watch.cuda:
         tflops["TF32"] = tflops["float16"]
@@ -283,7 +320,50 @@ def measure_rates(watch: Stopwatch, device: str, dtypes: Sequence[torch.dtype], 
     return {**rates, "matrix_tflop_per_s": tflops}
 
 
-@dataclass
+_algorithms: dict[ConvCase, str] = {}  # by kind. An op prints its choice once in a process.
+
+
+def algorithm(problem: Problem) -> str:
+    """What the rule chooses for ours, which prints it once for each kind of call."""
+    kind = problem.case.kind
+    if kind in _algorithms:
+        return _algorithms[kind]
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile("w+") as file:
+        try:
+            os.dup2(file.fileno(), 2)
+            with environment(PRINT, "1"):
+                problem.ours()["ours"](*problem.inputs())
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        file.seek(0)
+        lines = [line for line in file.read().splitlines() if line.startswith("fused_conv_bn: ")]
+    _algorithms[kind] = lines[-1].rpartition(": ")[2] if lines else ""
+    return _algorithms[kind]
+
+
+def compare(problem: Problem, calls: Calls, watch: Stopwatch, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Their times and the copy's, and how they were taken."""
+    case, device = problem.case, problem.x.device
+    pairs = pairs_of(case.bytes)
+    inputs = [problem.inputs(), *([t.clone() for t in problem.inputs()] for _ in range(pairs - 1))]
+    sources = [torch.randn(case.output_shape, device=device).to(case.dtype) for _ in range(pairs)]
+    targets = [torch.empty_like(source) for source in sources]
+
+    def rival(call: Callable[..., Tensor]) -> Callable[[int], Tensor]:
+        return lambda i: call(*inputs[i])
+
+    rivals: Rivals = {
+        "copy": lambda i: targets[i].copy_(sources[i]) if watch.cuda else sources[i].clone(),
+        **{name: rival(call) for name, call in calls.items()},
+    }
+    stats, count = watch.compare(rivals, pairs, repeats)
+    return stats, {"calls": count, "buffer_pairs": pairs}
+
+
+@dataclass(frozen=True)
 class ConvBench:
     """What the rows of a run share."""
 
@@ -291,7 +371,6 @@ class ConvBench:
     repeats: int
     compiler: Compiler
     watch: Stopwatch
-    algorithms: dict[ConvCase, str] = field(default_factory=dict)  # by kind
 
     def check(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
         with environment(FORCE, ""):
@@ -303,8 +382,6 @@ class ConvBench:
 
     def check_case(self, problem: Problem) -> list[dict[str, Any]]:
         case = problem.case
-        if case.kind not in self.algorithms:
-            self.algorithms[case.kind] = self.algorithm(problem)
         calls = {**problem.ours(), **usable(problem.forced(), problem.inputs())[0]}
         errors = problem.errors({"eager": problem.plain, **calls})
         return [
@@ -316,22 +393,6 @@ class ConvBench:
             for name in calls
             for measure, unit in problem.units().items()
         ]
-
-    def algorithm(self, problem: Problem) -> str:
-        """What the rule chooses, which the op prints once for each kind of call."""
-        sys.stderr.flush()
-        kept = os.dup(2)
-        with tempfile.TemporaryFile("w+") as file:
-            try:
-                os.dup2(file.fileno(), 2)
-                with environment(PRINT, "1"):
-                    problem.ours()["ours"](*problem.inputs())
-            finally:
-                os.dup2(kept, 2)
-                os.close(kept)
-            file.seek(0)
-            lines = [line for line in file.read().splitlines() if line.startswith("fused_conv_bn: ")]
-        return lines[-1].rpartition(": ")[2] if lines else ""
 
     def rivals(self, problem: Problem) -> tuple[Calls, dict[str, str]]:
         """What gives the layer's result without us (cudnn: or nearly), and why others are missing."""
@@ -352,7 +413,7 @@ class ConvBench:
         compile_s = self.compiler.spent - spent
         same = {name: call for name, call in rivals.items() if name != "cudnn" or case.layer.activation == "relu"}
         errors = problem.errors({**ours, **same})
-        stats, timing = self.compare(problem, {**ours, **rivals, "conv": problem.convolution})
+        stats, timing = compare(problem, {**ours, **rivals, "conv": problem.convolution}, self.watch, self.repeats)
         us = {name: float(s["median"]) for name, s in stats.items()}
         best = {"best rival": min(us[name] for name in rivals)}
         compiled = [us[name] for name in rivals if name in COMPILE_MODES]
@@ -370,7 +431,7 @@ class ConvBench:
             "count": case.count,
             "shape": list(case.shape),
             "output_shape": list(case.output_shape),
-            "algorithm": self.algorithms[case.kind],
+            "algorithm": algorithm(problem),
             "flop": case.flop,
             "bytes": case.bytes,
             "output_bytes": case.output_bytes,
@@ -384,24 +445,6 @@ class ConvBench:
             "compile_s": compile_s,
             **timing,
         }
-
-    def compare(self, problem: Problem, calls: Calls) -> tuple[dict[str, Any], dict[str, Any]]:
-        case = problem.case
-        pairs = pairs_of(case.bytes)
-        inputs = [problem.inputs(), *([t.clone() for t in problem.inputs()] for _ in range(pairs - 1))]
-        sources = [torch.randn(case.output_shape, device=self.device).to(case.dtype) for _ in range(pairs)]
-        targets = [torch.empty_like(source) for source in sources]
-        on_cpu = self.device == "cpu"
-
-        def rival(call: Callable[..., Tensor]) -> Callable[[int], Tensor]:
-            return lambda i: call(*inputs[i])
-
-        rivals: Rivals = {
-            "copy": lambda i: sources[i].clone() if on_cpu else targets[i].copy_(sources[i]),
-            **{name: rival(call) for name, call in calls.items()},
-        }
-        stats, count = self.watch.compare(rivals, pairs, self.repeats)
-        return stats, {"calls": count, "buffer_pairs": pairs}
 
 
 def usable(calls: Calls, inputs: Sequence[Tensor]) -> tuple[Calls, dict[str, str]]:

@@ -1,5 +1,5 @@
-"""The convolutions that bench.py measures: problem 73, first and depthwise layers, ResNet-50's and MobileNetV2's; and
-problem 73 and some of the layers in training mode."""
+"""The convolutions that bench.py measures: problem 73, first and depthwise layers, ResNet-50's and MobileNetV2's;
+problem 73 and some of the layers in training mode; and some layers with every activation."""
 
 from __future__ import annotations
 
@@ -70,15 +70,13 @@ class ConvCase:
     train: bool = False  # with batch statistics, in training mode
     count: int = 1  # layers of the network that are this one
     forced: tuple[str, ...] = ("aten",)  # algorithms to measure besides the one that the rule chooses
-    with_op: bool = False  # measure the op besides the module; in training it has neither residual nor activation
+    with_op: bool = False  # measure the op besides the module
     compile_modes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> ConvCase:
         """The same for cases that differ in nothing that the choice of an algorithm depends on."""
         layer = replace(self.layer, bias=False, scaling_factor=1.0, activation="none")
-        if self.train:  # a residual is added behind it
-            layer = replace(layer, residual=False)
         return ConvCase("", layer, self.batch, self.dtype, self.layout, self.allow_tf32, self.train)
 
     @property
@@ -225,6 +223,54 @@ def network_cases(group: str, layers: Iterator[Layer]) -> Iterator[ConvCase]:
             modes = AUTOTUNED if layer in COMPILED_LAYERS and dtype == torch.float16 else ()
             series = f"{name}, {dtype_name(dtype)} {layout}"
             yield ConvCase(series, layer, batch, dtype, layout, count=count, compile_modes=modes)
+
+
+# ---- every activation ------------------------------------------------------------------------------------------------
+
+DEPTHWISE_3X3 = Layer(144, 144, 3, 56, 1, 1, groups=144)
+DEPTHWISE_5X5 = Layer(240, 240, 5, 28, 1, 2, groups=240)
+STEM = Layer(3, 32, 3, 224, 2, 1)
+ACTIVATION_LAYERS = (  # with their batch
+    (STEM, 64),
+    (PROBLEM_73, 32),
+    (PROBLEM_73, 128),
+    (Layer(3, 64, 7, 224, 2, 3), 32),
+    (Layer(16, 48, 3, 128, 1, 1), 8),
+    (DEPTHWISE_3X3, 64),
+    (DEPTHWISE_5X5, 32),
+    (STEM, 1),
+    (DEPTHWISE_3X3, 1),
+)
+ACTIVATION_KINDS = (
+    *((torch.float16, layout) for layout in LAYOUTS),
+    (torch.bfloat16, "channels_last"),
+    *((torch.float32, layout) for layout in LAYOUTS),
+)
+QUICK_ACTIVATION_LAYERS = ((STEM, 1), (DEPTHWISE_3X3, 1))
+
+
+def activation_cases(device: str, quick: bool) -> list[ConvCase]:
+    """Without an activation: each is measured with all of them."""
+    forced = ("aten",) if device == "cuda" else ()
+    kinds = (FLOAT16_CHANNELS_LAST, FLOAT32_NCHW) if device == "cuda" else (FLOAT32_NCHW,)
+    return [
+        ConvCase("activations", layer, batch, dtype, layout, forced=forced)
+        for layer, batch in (QUICK_ACTIVATION_LAYERS if quick or device == "cpu" else ACTIVATION_LAYERS)
+        for dtype, layout in (kinds if quick or device == "cpu" else ACTIVATION_KINDS)
+    ]
+
+
+# ---- grad mode -------------------------------------------------------------------------------------------------------
+
+
+def grad_mode_cases(device: str) -> list[ConvCase]:
+    """Problem 73 in training mode, as KernelBench times it, and in evaluation."""
+    batch = GROUPS["problem_73"][1] if device == "cuda" else 8
+    return [
+        ConvCase("grad mode", PROBLEM_73, batch, dtype, layout, train=train, compile_modes=("compile",))
+        for dtype, layout in (FLOAT32_NCHW, (torch.bfloat16, "channels_last"))
+        for train in (True, False)
+    ]
 
 
 def conv_cases(group: str, device: str) -> list[ConvCase]:

@@ -79,14 +79,24 @@ def print_tables(report: Report) -> None:
     if train_rows:
         lines = table(TRAIN_HEADER, [cells(row) for row in train_rows])
         print(f"bn_scale_train (MB: one tensor; floor: two reads, one write; GB/s: ours)\n{lines}\n")
+    short_rows = report.get("short_planes", [])
+    if short_rows:
+        names = ["copy", "ours", "batch_norm"]
+        of_rows = [
+            [row["case"], *(f"{row['us'][n]['median']:.1f}" for n in names), f"{row['ours/batch_norm']:.2f}"]
+            for row in short_rows
+        ]
+        header = ["case", "copy us", "ours us", "F.batch_norm us", "ours/F.batch_norm"]
+        print(f"bn_scale_train on the CPU, short planes\n{table(header, of_rows)}\n")
     if "host_us" in report:
-        numbers = ["us", "over torch.mul", "eager/ours"]
+        numbers = ["us", "min", "over torch.mul", "eager/ours", "over op"]
         host = [[name, *(f"{h[n]:.2f}" if n in h else "" for n in numbers)] for name, h in report["host_us"].items()]
-        header = ["call", "us", "/ torch.mul", "eager/ours"]
+        header = ["call", "us", "least us", "/ torch.mul", "eager/ours", "/ op"]
         print(f"host time of one call, input (1, 4, 2, 2)\n{table(header, host)}\n")
         print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
-    of_convolutions = [row for part in ("conv", "train") for row in report.get(part, {"rows": []})["rows"]]
-    every = of_convolutions + rows + train_rows
+    parts = ("conv", "train", "activations", "grad_mode")
+    of_convolutions = [row for part in parts for row in report.get(part, {"rows": []})["rows"]]
+    every = of_convolutions + rows + train_rows + short_rows
     for name, why in sorted({pair for row in every for pair in row["missing"].items()}):
         print(f"n/a for {name}: {why}")
     limited = sorted({f"{row['case']} ({name})" for row in every for name, s in row["us"].items() if s["host_limited"]})

@@ -1,5 +1,5 @@
-"""What bench.py says of the convolutions, in evaluation ("conv") and in training mode ("train"): a table a group,
-geometric means, the README's tables, the roofline."""
+"""What bench.py says of the convolutions, in evaluation ("conv"), in training mode ("train") and with every activation
+("activations"): a table a group, geometric means, the rows that are too slow, the README's tables, the roofline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ._report import Charts, Report, Row, legend_below, markdown, short, table
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
-RATIOS = ["eager", "best compile", "cudnn", "best rival", "conv", "aten"]
+RATIOS = ["eager", "best compile", "cudnn", "best rival", "conv", "aten", "pair"]
+SLOWER = 1.03  # times what it is held to: such a row has a line of its own
 ERRORS = {"norm": "error, x eager's", "element": "by element"}
 ERRORS |= {name: name for name in ("running_mean", "running_var")}  # those of the rows in training mode
 
@@ -75,6 +76,12 @@ def network_us(rows: list[Row], name: str) -> float:
 
 
 def print_tables(report: Report) -> None:
+    print_groups(report)
+    print_activations(report)
+    print_slower(report)
+
+
+def print_groups(report: Report) -> None:
     every = groups(report, "conv", "train")
     if not every:
         return
@@ -92,6 +99,61 @@ def print_tables(report: Report) -> None:
     header = ["geometric means (of so many rows)", "rows", "share of floor %", *(f"{name}/ours" for name in RATIOS)]
     header += ["least of eager, aten/ours", "all layers, ours us", "eager us"]
     print(table(header, lines), end="\n\n")
+
+
+def print_activations(report: Report) -> None:
+    """A line a layer: its times by activation, then their ratios to relu's and to one pass behind the convolution."""
+    layers: dict[str, list[Row]] = {}
+    for row in groups(report, "activations").get("activations", []):
+        layer = row["case"].replace(f" {row['activation']} batch ", " batch ")
+        layers.setdefault(layer, []).append(row)
+    if not layers:
+        return
+    names = list(dict.fromkeys(row["activation"] for rows in layers.values() for row in rows))
+    for title, cell in (
+        ("us, ours", lambda row: us(row, "ours")),
+        ("ours / ours with relu", lambda row: ratio(row, "ours/relu")),
+        ("us, the bare convolution with one pass behind it", lambda row: us(row, "aten")),
+        ("ours / the bare convolution with one pass behind it", lambda row: ratio(row, "ours/aten")),
+    ):
+        if all(cell(row) == "n/a" for rows in layers.values() for row in rows):
+            continue
+        lines = []
+        for layer, rows in layers.items():
+            cells = {row["activation"]: cell(row) for row in rows}
+            lines.append([layer, rows[0]["algorithm"] or "CPU", *(cells.get(name, "n/a") for name in names)])
+        print(f"activations: {title}\n{table(['case', 'algorithm', *names], lines)}\n")
+
+
+def slower_rows(rows: Iterable[Row], rival: str, ours: str = "ours") -> list[tuple[float, Row]]:
+    """Those with both, by how many times as long ours takes; the worst first."""
+    found = []
+    for row in rows:
+        if rival in row["us"] and ours in row["us"]:
+            found.append((row["us"][ours]["median"] / row["us"][rival]["median"], row))
+    return sorted(found, key=lambda pair: -pair[0])
+
+
+def print_slower(report: Report) -> None:
+    rows = [row for part in ("conv", "train", "activations") for row in report.get(part, {"rows": []})["rows"]]
+    for rival, what in (
+        ("aten", "the bare convolution with one pass behind it"),
+        ("pair", "conv_scale_shift with a fold made before"),
+    ):
+        found = slower_rows(rows, rival)
+        lines = [
+            [row["case"], row["algorithm"] or "CPU", us(row, "ours"), us(row, rival), f"{factor:.2f}"]
+            for factor, row in found
+            if factor > SLOWER
+        ]
+        if not found:
+            continue
+        worst = f"the largest of {len(found)} is {found[0][0]:.3f}, {found[0][1]['case']}"
+        if lines:
+            header = ["case", "algorithm", "ours us", f"{rival} us", f"ours/{rival}"]
+            print(f"slower than {SLOWER} times {what}; {worst}\n{table(header, lines)}\n")
+        else:
+            print(f"No row is slower than {SLOWER} times {what}; {worst}.\n")
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import torch
 
 FOOTPRINT = 256 << 20  # bytes that calls rotate over, several times a GPU's L2
 MAX_PAIRS = 64
+KERNELBENCH_WARM_UPS = 5
+KERNELBENCH_TRIALS = 100
 
 cuda: Any = torch.cuda  # which has types only in part
 Rivals = dict[str, Callable[[int], object]]  # by name: run once on buffer pair i
@@ -81,6 +83,34 @@ class Stopwatch:
                 times[name].append(us)
                 limited[name] |= not ahead
         return {name: {**spread(us), "host_limited": limited[name]} for name, us in times.items()}, calls
+
+
+def kernelbench_us(run: Callable[[], object], on_cuda: bool, trials: int = KERNELBENCH_TRIALS) -> dict[str, float]:
+    """By KernelBench's rules for a model and its baseline: events around each call, which finds the device idle and
+    other data in its L2; the mean of all trials but the first. On the CPU wall time."""
+    for _ in range(KERNELBENCH_WARM_UPS):
+        run()
+        if on_cuda:
+            cuda.synchronize()
+    if on_cuda:
+        cuda.empty_cache()
+    times = []
+    for _ in range(1 + trials):
+        if on_cuda:
+            cuda.synchronize()
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            torch.empty(FOOTPRINT // 8, dtype=torch.int64, device="cuda").fill_(42)
+            start.record()
+            run()
+            end.record()
+            cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        else:
+            began = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - began) * 1e6)
+    times = times[1:]
+    return {"mean": statistics.mean(times), "std": statistics.pstdev(times), "min": min(times), "max": max(times)}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

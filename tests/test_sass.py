@@ -68,7 +68,7 @@ def listing(replace: dict[str, str] | None = None, *, leave_out: str = "no such 
     text = "\n\tcode for sm_90\n"
     for kernel in sass.KERNELS:
         for residual in range(2):
-            name = f"_ZN13fused_conv_bn25{kernel}IfNS_12FoldedSourceIfEELNS_10ActivationE3ELb{residual}EEEvT_"
+            name = f"_ZN13fused_conv_bn25{kernel}IfLb{residual}ELb1ELb0EEEvNS_16ScaleShiftParamsIT_EE"
             if leave_out in name:
                 continue
             text += f"\t\tFunction : {name}\n"
@@ -108,6 +108,17 @@ def test_kernels_of_other_files_may_be_for_other_archs() -> None:
     assert any("sm_90a" in text for text in sass.problems_of(sass.parse_sass([*listing(), *other])))
 
 
+@pytest.mark.parametrize(("bounds", "spills"), [(0, True), (1, False)])
+def test_convolutions_for_long_activations_may_spill_a_little(bounds: int, spills: bool) -> None:
+    name = f"_ZN13fused_conv_bn28conv_depthwise_lanes_kernelIfLi3ELi1ELb{bounds}EEEvNS_15DepthwiseParamsIT_EE"
+    kernels = sass.parse_sass([*listing(), f"\t\tFunction : {name}", "        /*0070*/     STL [R1], R8 ;"])
+    assert bool(sass.problems_of(kernels)) != spills
+    for stack, fine in ((0, True), (128, spills), (136, False)):
+        problems = sass.stack_problems_of(f" Function {name}:\n  REG:96 STACK:{stack} SHARED:1024 LOCAL:0")
+        assert bool(problems) != fine
+    assert sass.stack_problems_of(f" Function {name}:\n  REG:96 STACK:0 SHARED:1024 LOCAL:8")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -121,7 +132,7 @@ def test_kernels_of_other_files_may_be_for_other_archs() -> None:
             [*listing(), "\t\tFunction : _ZN13fused_conv_bn22bn_stats_planes_kernelIfLb0EEEvNS_12PlanesParamsIT_EE"],
             "bn_stats_planes_kernelIfLb0EEEvNS_12PlanesParamsIT_EE has 0 LDG.128, expected 4 or more",
         ),
-        (listing(leave_out="ELb1E"), "missing with or without residual"),
+        (listing(leave_out="IfLb1E"), "missing with or without residual"),
         (
             listing() + ["\tcode for sm_120", *listing(leave_out="planes")[2:]],
             "sm_120: scale_shift_planes_kernel is missing",

@@ -687,6 +687,22 @@ def _is_kept_apart(activation: str, residual_last: bool, *tensors: Tensor | None
     return not any(t is not None and t.requires_grad for t in tensors)
 
 
+def _convolved(
+    input: Tensor, conv_weight: Tensor | None, conv_bias: Tensor | None, residual: Tensor | None, window: Window
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(input, conv_weight, conv_bias, residual) of the Function: after PyTorch's convolution where its result is kept.
+
+    Where autocast casts a convolution's arguments, these are cast.
+    """
+    if conv_weight is None:
+        return input, None, None, residual
+    if keeps_result(input, conv_weight, window[3]):
+        (residual,) = _cast(residual)
+        return reference.convolution(input, conv_weight, conv_bias, *window), None, None, residual
+    cast: Any = _cast(input, conv_weight, residual)
+    return cast[0], cast[1], conv_bias, cast[2]
+
+
 def bn_scale(
     input: Tensor,
     conv_weight: Tensor | None,
@@ -709,12 +725,7 @@ def bn_scale(
         bn = running_mean, running_var, weight, bias, scaling_factor, eps
         y = bn_scale(input, conv_weight, conv_bias, *bn, window, residual, allow_tf32=allow_tf32)
         return reference.activate(y, activation, negative_slope)
-    if conv_weight is not None and keeps_result(input, conv_weight, window[3]):
-        input = reference.convolution(input, conv_weight, conv_bias, *window)
-        conv_weight = conv_bias = None
-        residual = _cast(residual)[0]
-    elif conv_weight is not None:
-        input, conv_weight, residual = _cast(input, conv_weight, residual)  # type: ignore[assignment]
+    input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
     apply = _BnScale.apply if _is_compiling() else _apply_bn_scale
     return apply(
         input,
@@ -745,12 +756,7 @@ def scale_shift(
     if residual is not None and _is_kept_apart(activation, residual_last, scale):
         y = scale_shift(input, conv_weight, scale, shift, window, residual, allow_tf32=allow_tf32)
         return reference.activate(y, activation, negative_slope)
-    if conv_weight is not None and keeps_result(input, conv_weight, window[3]):
-        input = reference.convolution(input, conv_weight, None, *window)
-        conv_weight = None
-        residual = _cast(residual)[0]
-    elif conv_weight is not None:
-        input, conv_weight, residual = _cast(input, conv_weight, residual)  # type: ignore[assignment]
+    input, conv_weight, _, residual = _convolved(input, conv_weight, None, residual, window)
     apply = _ScaleShift.apply if _is_compiling() else _apply_scale_shift
     return apply(
         input,
@@ -785,12 +791,7 @@ def bn_scale_train(
         bn_train = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
         y = bn_scale_train(input, conv_weight, conv_bias, *bn_train, window, residual, allow_tf32=allow_tf32)
         return reference.activate(y, activation, negative_slope)
-    if conv_weight is not None and keeps_result(input, conv_weight, window[3]):
-        input = reference.convolution(input, conv_weight, conv_bias, *window)
-        conv_weight = conv_bias = None
-        residual = _cast(residual)[0]
-    elif conv_weight is not None:
-        input, conv_weight, residual = _cast(input, conv_weight, residual)  # type: ignore[assignment]
+    input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
     compiling = _is_compiling()
     apply = _BnScaleTrain.apply if compiling else _apply_bn_scale_train
     result: Any = apply(

@@ -246,37 +246,16 @@ def bn_scale_(
     """:func:`bn_scale` in place, without a derivative. Returns ``input``."""
     _way("bn_scale_", _BN, (input, running_mean, running_var), (weight, bias, residual))
     _refuse_grad("bn_scale_", **_named(_BN, input, running_mean, running_var, weight, bias, residual))
-    if (
-        not _is_compiling() and input.is_neg()
-    ):  # PyTorch resolves the sign of what an op returns, and these return nothing
-        return input.copy_(
-            bn_scale(
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                scaling_factor,
-                eps,
-                residual=residual,
-                activation=activation,
-                negative_slope=negative_slope,
-                residual_last=residual_last,
-            )
-        )
-    _ops.bn_scale_.default(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        scaling_factor,
-        eps,
-        residual=residual,
-        activation=activation,
-        negative_slope=negative_slope,
-        residual_last=residual_last,
-    )
+    epilogue: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "negative_slope": negative_slope,
+        "residual_last": residual_last,
+    }
+    # PyTorch resolves the sign of what an op returns, and this one returns nothing.
+    if not _is_compiling() and input.is_neg():
+        return input.copy_(bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue))
+    _ops.bn_scale_.default(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue)
     increment_version(input)
     return input
 
@@ -346,29 +325,16 @@ def scale_shift_(
     """:func:`scale_shift` in place, without a derivative. Returns ``input``."""
     _way("scale_shift_", _AFFINE, (input,), (scale, shift, residual))
     _refuse_grad("scale_shift_", input=input, scale=scale, shift=shift, residual=residual)
-    if (
-        not _is_compiling() and input.is_neg()
-    ):  # PyTorch resolves the sign of what an op returns, and these return nothing
-        return input.copy_(
-            scale_shift(
-                input,
-                scale,
-                shift,
-                residual=residual,
-                activation=activation,
-                negative_slope=negative_slope,
-                residual_last=residual_last,
-            )
-        )
-    _ops.scale_shift_.default(
-        input,
-        scale,
-        shift,
-        residual=residual,
-        activation=activation,
-        negative_slope=negative_slope,
-        residual_last=residual_last,
-    )
+    epilogue: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "negative_slope": negative_slope,
+        "residual_last": residual_last,
+    }
+    # PyTorch resolves the sign of what an op returns, and this one returns nothing.
+    if not _is_compiling() and input.is_neg():
+        return input.copy_(scale_shift(input, scale, shift, **epilogue))
+    _ops.scale_shift_.default(input, scale, shift, **epilogue)
     increment_version(input)
     return input
 
@@ -402,11 +368,10 @@ def conv_scale_shift(
 
     On CUDA a kernel of this package runs where there is a faster one, and else PyTorch's convolution and one pass in
     place behind it. On the CPU a kernel of this package runs for contiguous float32 inputs of few channels and wide
-    rows, and else PyTorch's convolution with the same pass, or with the scale folded into its weight where that moves
-    fewer bytes.
-    This package's kernels are as accurate as float32 arithmetic, whatever PyTorch's flags say, unless ``allow_tf32``
-    is set. PyTorch's convolution is what eager would run, and as accurate: cuDNN's follows
-    ``torch.backends.cudnn.allow_tf32``, which this function neither reads nor changes.
+    rows, and else PyTorch's convolution with the same pass. This package's kernels are as accurate as float32
+    arithmetic, whatever PyTorch's flags say, unless ``allow_tf32`` is set. PyTorch's convolution is what eager would
+    run, and as accurate: cuDNN's follows ``torch.backends.cudnn.allow_tf32``, which this function neither reads nor
+    changes.
 
     Where a gradient is needed and the convolution has many terms, PyTorch's convolution runs and keeps its result, as
     eager does. Where it has few, backward computes the result again.

@@ -196,9 +196,19 @@ def conv_bn_scale(
     residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.conv_bn_scale`."""
-    y = convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups)
-    y = scaled(F.batch_norm(y, running_mean, running_var, weight, bias, False, 0.0, eps), scaling_factor)
-    return epilogue(y, residual, activation, negative_slope, residual_last)
+    return bn_scale(
+        convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups),
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        scaling_factor,
+        eps,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual_last=residual_last,
+    )
 
 
 def bn_scale_train(
@@ -243,9 +253,20 @@ def conv_bn_scale_train(
     residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.conv_bn_scale_train`; updates the running statistics as well."""
-    y = convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups)
-    y = scaled(F.batch_norm(y, running_mean, running_var, weight, bias, True, momentum, eps), scaling_factor)
-    return epilogue(y, residual, activation, negative_slope, residual_last)
+    return bn_scale_train(
+        convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups),
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        scaling_factor,
+        momentum,
+        eps,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual_last=residual_last,
+    )
 
 
 # ---- the forms that return statistics --------------------------------------------------------------------------------

@@ -696,3 +696,25 @@ def test_no_warning_about_a_missing_derivative(device: str, generator: torch.Gen
             tensors = cast(make(generator), device, torch.float32)
             _, got = gradients(fcb, call, tensors, differentiable(tensors), activation="mish")
             assert all(g is not None for g in got.values()), op
+
+
+_UNKNOWN_ACTIVATION: dict[str, Callable[..., Tensor]] = {
+    "bn_scale": lambda x, w, c: fcb.bn_scale(x, c, c, activation="elu"),
+    "scale_shift": lambda x, w, c: fcb.scale_shift(x, c, c, activation="elu"),
+    "conv_scale_shift": lambda x, w, c: fcb.conv_scale_shift(x, w, c, c, activation="elu"),
+    "conv_bn_scale": lambda x, w, c: fcb.conv_bn_scale(x, w, None, c, c, activation="elu"),
+    "bn_scale_train": lambda x, w, c: fcb.bn_scale_train(x, c, c, activation="elu"),
+    "conv_bn_scale_train": lambda x, w, c: fcb.conv_bn_scale_train(x, w, None, c, c, activation="elu"),
+}
+
+
+@pytest.mark.parametrize("transformed", [False, True], ids=["op", "transform"])
+@pytest.mark.parametrize("name", _UNKNOWN_ACTIVATION)
+def test_an_unknown_activation_is_one_error_whatever_runs(name: str, transformed: bool) -> None:
+    def call(x: Tensor) -> Tensor:
+        return _UNKNOWN_ACTIVATION[name](x, torch.ones(K, K, 1, 1), c).sum()
+
+    c = torch.ones(K)
+    with pytest.raises(RuntimeError, match=f"{name}: activation is 'elu', expected one of 'none', 'relu'"):
+        (torch.func.grad(call) if transformed else call)(torch.ones(2, K, 2, 2))
+    assert torch.equal(c, torch.ones(K)), "written before the argument was refused"

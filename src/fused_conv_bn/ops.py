@@ -222,7 +222,7 @@ def bn_scale(
     if way == _RAW:
         return _ops.bn_scale.default(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue)
     if way == _TWIN or (_is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad)):
-        reference.check_activation("bn_scale", activation)
+        reference.check_activation("bn_scale", activation, RuntimeError)
         return reference.bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue)
     return autograd.bn_scale(
         input, None, None, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue
@@ -307,7 +307,7 @@ def scale_shift(
     if way == _RAW:
         return _ops.scale_shift.default(input, scale, shift, **epilogue)
     if way == _TWIN:
-        reference.check_activation("scale_shift", activation)
+        reference.check_activation("scale_shift", activation, RuntimeError)
         return reference.scale_shift(input, scale, shift, **epilogue)
     return autograd.scale_shift(input, None, scale, shift, **epilogue)
 
@@ -407,7 +407,7 @@ def conv_scale_shift(
     if way == _RAW:
         return _ops.conv_scale_shift.default(input, weight, scale, shift, *window, allow_tf32=allow_tf32, **epilogue)
     if way == _TWIN:
-        reference.check_activation("conv_scale_shift", activation)
+        reference.check_activation("conv_scale_shift", activation, RuntimeError)
         return reference.conv_scale_shift(input, weight, scale, shift, *window, **epilogue)
     return autograd.scale_shift(input, weight, scale, shift, window, allow_tf32=allow_tf32, **epilogue)
 
@@ -476,7 +476,7 @@ def conv_bn_scale(
             input, conv_weight, conv_bias, *bn, *window, allow_tf32=allow_tf32, **epilogue
         )
     if way == _TWIN or (_is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad)):
-        reference.check_activation("conv_bn_scale", activation)
+        reference.check_activation("conv_bn_scale", activation, RuntimeError)
         return reference.conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, **epilogue)
     return autograd.bn_scale(input, conv_weight, conv_bias, *bn, window, allow_tf32=allow_tf32, **epilogue)
 
@@ -535,7 +535,7 @@ def bn_scale_train(
         _written(running_mean, running_var)
         return y
     if way == _TWIN or _requires_grad(running_mean, running_var):
-        reference.check_activation("bn_scale_train", activation)
+        reference.check_activation("bn_scale_train", activation, RuntimeError)
         return reference.bn_scale_train(input, *bn, **epilogue)
     return autograd.bn_scale_train(input, None, None, *bn, **epilogue)
 
@@ -616,7 +616,7 @@ def conv_bn_scale_train(
         _written(running_mean, running_var)
         return y
     if way == _TWIN or _requires_grad(running_mean, running_var):
-        reference.check_activation("conv_bn_scale_train", activation)
+        reference.check_activation("conv_bn_scale_train", activation, RuntimeError)
         return reference.conv_bn_scale_train(input, conv_weight, conv_bias, *bn, *window, **epilogue)
     return autograd.bn_scale_train(input, conv_weight, conv_bias, *bn, window, allow_tf32=allow_tf32, **epilogue)
 

@@ -30,10 +30,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """By name. ``leaky_relu`` has its default slope here; :func:`activate` takes another."""
 
 
-def check_activation(op: str, activation: str) -> None:
+def check_activation(op: str, activation: str, error: type[Exception] = ValueError) -> None:
     if activation not in ACTIVATIONS:
         known = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"{op}: activation is {activation!r}, expected one of {known}")
+        raise error(f"{op}: activation is {activation!r}, expected one of {known}")
 
 
 def activate(x: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:

@@ -175,41 +175,47 @@ class ConvBnScale2d(nn.Module):
             type(factor) is float
             and mean is not None
             and var is not None
-            and not bn.training
             and conv.padding_mode == "zeros"
             and type(conv.padding) is tuple
             and not _is_compiling()
             and (residual is None or not _is_any_autocast_enabled())
         ):
+            grad = _is_grad_enabled() and (
+                x.requires_grad
+                or weight.requires_grad
+                or (conv_bias is not None and conv_bias.requires_grad)
+                or (bn_weight is not None and bn_weight.requires_grad)
+                or (bn_bias is not None and bn_bias.requires_grad)
+                or mean.requires_grad
+                or var.requires_grad
+                or (residual is not None and residual.requires_grad)
+            )
+            if grad and (mean.requires_grad or var.requires_grad):
+                return self._forward_plain(x, residual)
             try:
-                if _is_grad_enabled() and (
-                    x.requires_grad
-                    or weight.requires_grad
-                    or (conv_bias is not None and conv_bias.requires_grad)
-                    or (bn_weight is not None and bn_weight.requires_grad)
-                    or (bn_bias is not None and bn_bias.requires_grad)
-                    or mean.requires_grad
-                    or var.requires_grad
-                    or (residual is not None and residual.requires_grad)
-                ):
-                    if not (mean.requires_grad or var.requires_grad):
-                        return autograd.bn_scale(
-                            x,
-                            weight,
-                            conv_bias,
-                            mean,
-                            var,
-                            bn_weight,
-                            bn_bias,
-                            factor,
-                            bn.eps,
-                            (conv.stride, conv.padding, conv.dilation, conv.groups),
-                            residual,
-                            self.activation,
-                            self.negative_slope,
-                            self.residual_last,
-                        )
-                elif residual is None and self.activation == "none":  # keywords take time
+                if bn.training:
+                    window = conv.stride, conv.padding, conv.dilation, conv.groups
+                    return self._train(
+                        bn, x, weight, conv_bias, mean, var, bn_weight, bn_bias, factor, window, residual, grad
+                    )
+                if grad:
+                    return autograd.bn_scale(
+                        x,
+                        weight,
+                        conv_bias,
+                        mean,
+                        var,
+                        bn_weight,
+                        bn_bias,
+                        factor,
+                        bn.eps,
+                        (conv.stride, conv.padding, conv.dilation, conv.groups),
+                        residual,
+                        self.activation,
+                        self.negative_slope,
+                        self.residual_last,
+                    )
+                if residual is None and self.activation == "none":  # keywords take time
                     return _eval_call(
                         x,
                         weight,
@@ -225,38 +231,37 @@ class ConvBnScale2d(nn.Module):
                         conv.dilation,
                         conv.groups,
                     )
-                else:
-                    return _eval_call(
-                        x,
-                        weight,
-                        conv_bias,
-                        mean,
-                        var,
-                        bn_weight,
-                        bn_bias,
-                        factor,
-                        bn.eps,
-                        conv.stride,
-                        conv.padding,
-                        conv.dilation,
-                        conv.groups,
-                        residual=residual,
-                        activation=self.activation,
-                        negative_slope=self.negative_slope,
-                        residual_last=self.residual_last,
-                    )
+                return _eval_call(
+                    x,
+                    weight,
+                    conv_bias,
+                    mean,
+                    var,
+                    bn_weight,
+                    bn_bias,
+                    factor,
+                    bn.eps,
+                    conv.stride,
+                    conv.padding,
+                    conv.dilation,
+                    conv.groups,
+                    residual=residual,
+                    activation=self.activation,
+                    negative_slope=self.negative_slope,
+                    residual_last=self.residual_last,
+                )
             except RuntimeError:
                 # The op refuses before it writes anything. What PyTorch's ops take, or refuse in words of their own,
                 # is theirs.
                 if self._refused(x, conv.padding, residual, found, x.dtype) is None:
                     raise
-            return self._forward_plain(x, residual)
+                return self._forward_plain(x, residual)
         return self._forward_fused(x, residual, conv, bn, found)
 
     def _forward_fused(
         self, x: Tensor, residual: Tensor | None, conv: nn.Conv2d, bn: nn.BatchNorm2d, found: Operands
     ) -> Tensor:
-        """Any call of the fused ops: in training, of any factor and padding, under torch.compile."""
+        """Any call of the fused ops: of any factor and padding, without statistics, under torch.compile."""
         factor: Any = self.scaling_factor
         weight, conv_bias, mean, var, bn_weight, bn_bias = found
         compiling = _is_compiling()
@@ -300,10 +305,11 @@ class ConvBnScale2d(nn.Module):
                 )
             )
             window = conv.stride, padding, conv.dilation, conv.groups
-            epilogue = residual, self.activation, self.negative_slope, self.residual_last
             if bn.training or mean is None:
-                batch_norm = mean, var, bn_weight, bn_bias, number
-                return self._train(bn, (padded, weight, conv_bias), batch_norm, window, epilogue, grad)
+                return self._train(
+                    bn, padded, weight, conv_bias, mean, var, bn_weight, bn_bias, number, window, residual, grad
+                )
+            epilogue = residual, self.activation, self.negative_slope, self.residual_last
             arguments = padded, weight, conv_bias, mean, var, bn_weight, bn_bias, number, bn.eps
             if grad:
                 return autograd.bn_scale(*arguments, window, *epilogue)  # type: ignore[arg-type]
@@ -316,13 +322,18 @@ class ConvBnScale2d(nn.Module):
     def _train(
         self,
         bn: nn.BatchNorm2d,
-        convolution: tuple[Tensor, Tensor, Tensor | None],
-        batch_norm: tuple[Any, ...],
+        x: Tensor,
+        weight: Tensor,
+        conv_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        factor: float,
         window: tuple[Any, ...],
-        epilogue: tuple[Any, ...],
+        residual: Tensor | None,
         grad: bool,
     ) -> Tensor:
-        mean, var, bn_weight, bn_bias, number = batch_norm
         # As nn.BatchNorm2d does: buffers that are there but not tracked are left alone.
         batches: Tensor | None = None
         if bn.training and bn.track_running_stats:
@@ -332,9 +343,10 @@ class ConvBnScale2d(nn.Module):
         momentum = bn.momentum
         if momentum is None:
             momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
-        arguments = *convolution, mean, var, bn_weight, bn_bias, number, momentum, bn.eps
+        arguments = x, weight, conv_bias, mean, var, bn_weight, bn_bias, factor, momentum, bn.eps
+        epilogue = residual, self.activation, self.negative_slope, self.residual_last
         if grad:
-            y = autograd.bn_scale_train(*arguments, window, *epilogue)
+            y = autograd.bn_scale_train(*arguments, window, *epilogue)  # type: ignore[arg-type]
         elif _is_compiling():
             y = autograd.functional_train(*arguments, window, **autograd.keywords(*epilogue))
         else:

@@ -23,16 +23,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import increment_version
 
 from . import conditions, reference
 
 _ops = torch.ops.fused_conv_bn
 _aten = torch.ops.aten
+# Looked up once. torch.compile knows an op by these; their ``_op`` is what they call, and quicker to call.
+_bn_scale, _conv_bn_scale = _ops.bn_scale.default, _ops.conv_bn_scale.default
+_scale_shift, _conv_scale_shift = _ops.scale_shift.default, _ops.conv_scale_shift.default
+_bn_stats, _conv_bn_stats = _ops.bn_scale_train_stats.default._op, _ops.conv_bn_scale_train_stats.default._op
+_bn_functional = _ops.bn_scale_train_functional.default
+_conv_bn_functional = _ops.conv_bn_scale_train_functional.default
 _is_compiling = torch.compiler.is_compiling
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_increment_version = torch._C._increment_version
 
 Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """stride, padding, dilation, groups."""
+
+Epilogue: TypeAlias = tuple[Tensor | None, str, float, bool]
+"""residual, activation, negative_slope, residual_last."""
+
+BatchNorm: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, float]
+"""running_mean, running_var, weight, bias, scaling_factor, eps."""
+
+TrainedBatchNorm: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float, float]
+"""The same with momentum before eps. The running statistics may be None."""
 
 AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -42,7 +58,7 @@ _nothing = contextlib.nullcontext()
 
 def without_autocast() -> contextlib.AbstractContextManager[Any]:
     """Autocast off for what runs inside. What is to be cast was cast outside."""
-    if _is_compiling() or not torch._C._is_any_autocast_enabled():
+    if not _is_any_autocast_enabled() or _is_compiling():
         return _nothing
     return torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS)
 
@@ -57,7 +73,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def _cast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     """The tensors as autocast would cast a convolution's, differentiably."""
-    if not torch._C._is_any_autocast_enabled():
+    if not _is_any_autocast_enabled():
         return tensors
     return [None if t is None else t.to(autocast_dtype(t)) for t in tensors]
 
@@ -67,11 +83,11 @@ def keeps_result(input: Tensor, weight: Tensor, groups: int) -> bool:
 
     Where the convolution's own arguments need no gradient, eager keeps its result alone, and not what it is made of.
     """
-    if not (input.requires_grad or weight.requires_grad):
+    if not (weight.requires_grad or input.requires_grad):
         return True
     if input.is_cuda:
-        return weight.size(1) > 16
-    return groups != 1 or weight.numel() > 75 * weight.size(0)
+        return weight.shape[1] > 16
+    return groups != 1 or weight.numel() > 75 * weight.shape[0]
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
@@ -111,7 +127,7 @@ def _derivative(
 
     affine: whether anything in front of the epilogue needs a gradient.
     """
-    if activation == "none" or not (affine or (residual_grad and not residual_last)):
+    if not (affine or (residual_grad and not residual_last)):
         return False, False
     from_result = activation in _FROM_RESULT and not (has_residual and residual_last)
     return from_result, not from_result
@@ -167,7 +183,7 @@ def _convolution_again(input: Tensor, weight: Tensor, window: Window, allow_tf32
     """The convolution's result, without its bias."""
     if _is_compiling():  # an op with a derivative, for whoever differentiates the compiled graph again
         return torch.convolution(input, weight, None, *_convolution_arguments(input, window))
-    return _ops.conv_scale_shift(input, weight, None, None, *window, allow_tf32=allow_tf32)
+    return _conv_scale_shift(input, weight, None, None, *window, allow_tf32=allow_tf32)
 
 
 def _convolution_arguments(input: Tensor, window: Window) -> tuple[Any, ...]:
@@ -295,38 +311,40 @@ class _BnScale(Function):
         residual: Tensor | None,
         numbers: tuple[Any, ...],
     ) -> Tensor:
-        factor, eps, stride, padding, dilation, groups, activation, slope, last, allow_tf32 = numbers
+        factor, eps, window, activation, slope, last, allow_tf32, compiling = numbers
         named = keywords(residual, activation, slope, last, allow_tf32 and conv_weight is not None)
         if conv_weight is None:
-            bn_op = _ops.bn_scale.default if _is_compiling() else _ops.bn_scale.default._op
-            return bn_op(input, running_mean, running_var, weight, bias, factor, eps, **named)
-        op = _ops.conv_bn_scale.default if _is_compiling() else _ops.conv_bn_scale.default._op
-        with without_autocast():
-            return op(
-                input,
-                conv_weight,
-                conv_bias,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                factor,
-                eps,
-                stride,
-                padding,
-                dilation,
-                groups,
-                **named,
-            )
+            op = _bn_scale if compiling else _bn_scale._op
+            return op(input, running_mean, running_var, weight, bias, factor, eps, **named)
+        op = _conv_bn_scale if compiling else _conv_bn_scale._op
+        stride, padding, dilation, groups = window
+        return op(
+            input,
+            conv_weight,
+            conv_bias,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            factor,
+            eps,
+            stride,
+            padding,
+            dilation,
+            groups,
+            **named,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, conv_weight, conv_bias, mean, var, weight, bias, residual = inputs[:8]
         needs = ctx.needs_input_grad
         ctx.numbers = numbers = inputs[8]
-        activation, residual_last = numbers[6], numbers[8]
+        activation, residual_last = numbers[3], numbers[5]
         affine = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
-        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
+        from_result = from_input = False
+        if activation != "none":
+            from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
         # Of BatchNorm the gradient of the input alone needs no input, and that of the bias nothing.
         keeps = needs[5] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
         ctx.from_input = from_input
@@ -348,8 +366,7 @@ class _BnScale(Function):
         if dy is None:
             return (None,) * 9
         input, conv_weight, conv_bias, mean, var, weight, bias, residual, result = ctx.saved_tensors
-        factor, eps, stride, padding, dilation, groups, activation, slope, last, allow_tf32 = ctx.numbers
-        window = stride, padding, dilation, groups
+        factor, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs_x, needs_w, needs_cb, _, _, needs_g, needs_b, needs_r = ctx.needs_input_grad[:8]
         dx = dw = dcb = dg = db = dr = None
         if mean is None:  # the residual's alone
@@ -387,11 +404,9 @@ class _BnScale(Function):
                 dv = _FROM_RESULT[activation](dy, result)
             elif ctx.from_input:
                 if z is not None:
-                    v = _ops.bn_scale.default(
-                        z, center, var.to(dtype), *_to(dtype, weight, bias), factor, eps, residual=residual
-                    )
+                    v = _bn_scale(z, center, var.to(dtype), *_to(dtype, weight, bias), factor, eps, residual=residual)
                 else:
-                    v = _ops.conv_bn_scale.default(
+                    v = _conv_bn_scale(
                         *(input, conv_weight, conv_bias, mean, var, weight, bias, factor, eps, *window),
                         residual=residual,
                         allow_tf32=allow_tf32,
@@ -435,23 +450,24 @@ class _ScaleShift(Function):
         residual: Tensor | None,
         numbers: tuple[Any, ...],
     ) -> Tensor:
-        stride, padding, dilation, groups, activation, slope, last, allow_tf32 = numbers
+        window, activation, slope, last, allow_tf32, compiling = numbers
         named = keywords(residual, activation, slope, last, allow_tf32 and conv_weight is not None)
         if conv_weight is None:
-            affine_op = _ops.scale_shift.default if _is_compiling() else _ops.scale_shift.default._op
-            return affine_op(input, scale, shift, **named)
-        op = _ops.conv_scale_shift.default if _is_compiling() else _ops.conv_scale_shift.default._op
-        with without_autocast():
-            return op(input, conv_weight, scale, shift, stride, padding, dilation, groups, **named)
+            op = _scale_shift if compiling else _scale_shift._op
+            return op(input, scale, shift, **named)
+        op = _conv_scale_shift if compiling else _conv_scale_shift._op
+        return op(input, conv_weight, scale, shift, *window, **named)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, conv_weight, scale, shift, residual = inputs[:5]
         needs = ctx.needs_input_grad
         ctx.numbers = numbers = inputs[5]
-        activation, residual_last = numbers[4], numbers[6]
+        activation, residual_last = numbers[1], numbers[3]
         affine = needs[0] or needs[1] or needs[2] or needs[3]
-        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[4])
+        from_result = from_input = False
+        if activation != "none":
+            from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[4])
         keeps = needs[2] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
         ctx.channels = output.size(1)
         ctx.from_input = from_input
@@ -470,8 +486,7 @@ class _ScaleShift(Function):
         if dy is None:
             return (None,) * 6
         input, conv_weight, scale, shift, residual, result = ctx.saved_tensors
-        stride, padding, dilation, groups, activation, slope, last, allow_tf32 = ctx.numbers
-        window = stride, padding, dilation, groups
+        window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs_x, needs_w, needs_scale, needs_shift, needs_r = ctx.needs_input_grad[:5]
         dx = dw = dscale = dshift = dr = None
         if _differentiates_formula(dy):
@@ -497,9 +512,9 @@ class _ScaleShift(Function):
                 dv = _FROM_RESULT[activation](dy, result)
             elif ctx.from_input:
                 if z is not None:
-                    v = _ops.scale_shift.default(z, scale, shift, residual=residual)
+                    v = _scale_shift(z, scale, shift, residual=residual)
                 else:
-                    v = _ops.conv_scale_shift.default(
+                    v = _conv_scale_shift(
                         *(input, conv_weight, scale, shift, *window), residual=residual, allow_tf32=allow_tf32
                     )
                 dv = _activation_backward(dy, v, activation, slope)
@@ -546,33 +561,45 @@ class _BnScaleTrain(Function):
         residual: Tensor | None,
         numbers: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        factor, momentum, eps, stride, padding, dilation, groups, activation, slope, last, allow_tf32, functional = (
-            numbers
-        )
+        factor, momentum, eps, window, activation, slope, last, allow_tf32, functional = numbers
         named = keywords(residual, activation, slope, last, allow_tf32 and conv_weight is not None)
-        bn = running_mean, running_var, weight, bias, factor, momentum, eps
         if conv_weight is None:
-            if functional:
-                return _ops.bn_scale_train_functional.default(input, *bn, **named)
-            return _ops.bn_scale_train_stats.default._op(input, *bn, **named)
-        arguments = input, conv_weight, conv_bias, *bn, stride, padding, dilation, groups
-        if functional:
-            return _ops.conv_bn_scale_train_functional.default(*arguments, **named)
-        with without_autocast():
-            return _ops.conv_bn_scale_train_stats.default._op(*arguments, **named)
+            op = _bn_functional if functional else _bn_stats
+            return op(input, running_mean, running_var, weight, bias, factor, momentum, eps, **named)
+        op = _conv_bn_functional if functional else _conv_bn_stats
+        stride, padding, dilation, groups = window
+        return op(
+            input,
+            conv_weight,
+            conv_bias,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            factor,
+            momentum,
+            eps,
+            stride,
+            padding,
+            dilation,
+            groups,
+            **named,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, conv_weight, conv_bias, _, _, weight, bias, residual = inputs[:8]
         needs = ctx.needs_input_grad
         ctx.numbers = numbers = inputs[8]
-        activation, residual_last = numbers[7], numbers[9]
+        activation, residual_last = numbers[4], numbers[6]
         affine = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
-        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
+        from_result = from_input = False
+        if activation != "none":
+            from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
         keeps = affine or from_input
         ctx.from_input = from_input
         ctx.set_materialize_grads(False)
-        if numbers[11]:
+        if numbers[8]:
             ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(
             input if keeps else None,
@@ -590,8 +617,7 @@ class _BnScaleTrain(Function):
         if dy is None:
             return (None,) * 9
         input, conv_weight, weight, bias, residual, result, mean, invstd = ctx.saved_tensors
-        factor, _, eps, stride, padding, dilation, groups, activation, slope, last, allow_tf32, _ = ctx.numbers
-        window = stride, padding, dilation, groups
+        factor, _, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs_x, needs_w, needs_cb, _, _, needs_g, needs_b, needs_r = ctx.needs_input_grad[:8]
         dx = dw = dcb = dg = db = dr = None
         if mean is None:  # the residual's alone
@@ -631,7 +657,7 @@ class _BnScaleTrain(Function):
                     if bias is None
                     else torch.addcmul(bias.to(mean.dtype) * factor, mean, scale, value=-1)
                 )
-                v = _ops.scale_shift.default(z, scale, shift, residual=residual)
+                v = _scale_shift(z, scale, shift, residual=residual)
                 dv = _activation_backward(dy, v, activation, slope)
                 del v
             if needs_r:
@@ -656,12 +682,20 @@ def _eager(function: type[Function]) -> Callable[..., Tensor]:
 
     Function.apply inspects forward's signature at every call, which takes longer than the rest; what it calls in the
     end is the base class's. And a forward that takes ctx needs not return what it saves.
+
+    Every call, tuple and attribute here and in forward and setup_context shows in a small call's time: one class and
+    one non-tensor argument for all settings, arguments spelt out rather than unpacked, nothing asked twice.
     """
     derivative: Any = function
+    run, setup_context = derivative.forward, derivative.setup_context
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = derivative.forward(*inputs)
-        derivative.setup_context(ctx, inputs, output)
+        if _is_any_autocast_enabled():
+            with without_autocast():
+                output = run(*inputs)
+        else:
+            output = run(*inputs)
+        setup_context(ctx, inputs, output)
         return output[0] if isinstance(output, tuple) else output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(derivative.backward)}
@@ -673,7 +707,7 @@ _apply_bn_scale = _eager(_BnScale)
 _apply_scale_shift = _eager(_ScaleShift)
 _apply_bn_scale_train = _eager(_BnScaleTrain)
 
-_NO_WINDOW: Window = (), (), (), 1
+NO_WINDOW: Window = (), (), (), 1
 
 
 def _is_kept_apart(activation: str, residual_last: bool, *tensors: Tensor | None) -> bool:
@@ -688,17 +722,17 @@ def _is_kept_apart(activation: str, residual_last: bool, *tensors: Tensor | None
 
 
 def _convolved(
-    input: Tensor, conv_weight: Tensor | None, conv_bias: Tensor | None, residual: Tensor | None, window: Window
+    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, residual: Tensor | None, window: Window
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(input, conv_weight, conv_bias, residual) of the Function: after PyTorch's convolution where its result is kept.
 
     Where autocast casts a convolution's arguments, these are cast.
     """
-    if conv_weight is None:
-        return input, None, None, residual
     if keeps_result(input, conv_weight, window[3]):
         (residual,) = _cast(residual)
         return reference.convolution(input, conv_weight, conv_bias, *window), None, None, residual
+    if not _is_any_autocast_enabled():
+        return input, conv_weight, conv_bias, residual
     cast: Any = _cast(input, conv_weight, residual)
     return cast[0], cast[1], conv_bias, cast[2]
 
@@ -707,26 +741,21 @@ def bn_scale(
     input: Tensor,
     conv_weight: Tensor | None,
     conv_bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scaling_factor: float,
-    eps: float,
-    window: Window = _NO_WINDOW,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    residual_last: bool = False,
+    bn: BatchNorm,
+    window: Window,
+    epilogue: Epilogue,
     allow_tf32: bool = False,
 ) -> Tensor:
     """:func:`fused_conv_bn.conv_bn_scale` with a gradient, or :func:`fused_conv_bn.bn_scale`."""
+    running_mean, running_var, weight, bias, scaling_factor, eps = bn
+    residual, activation, negative_slope, residual_last = epilogue
     if residual is not None and _is_kept_apart(activation, residual_last, input, conv_weight, conv_bias, weight, bias):
-        bn = running_mean, running_var, weight, bias, scaling_factor, eps
-        y = bn_scale(input, conv_weight, conv_bias, *bn, window, residual, allow_tf32=allow_tf32)
+        y = bn_scale(input, conv_weight, conv_bias, bn, window, (residual, "none", 0.01, False), allow_tf32)
         return reference.activate(y, activation, negative_slope)
-    input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
-    apply = _BnScale.apply if _is_compiling() else _apply_bn_scale
+    if conv_weight is not None:
+        input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
+    compiling = _is_compiling()
+    apply = _BnScale.apply if compiling else _apply_bn_scale
     return apply(
         input,
         conv_weight,
@@ -736,7 +765,7 @@ def bn_scale(
         weight,
         bias,
         residual,
-        (scaling_factor, eps, *window, activation, negative_slope, residual_last, allow_tf32),
+        (scaling_factor, eps, window, activation, negative_slope, residual_last, allow_tf32, compiling),
     )
 
 
@@ -745,26 +774,26 @@ def scale_shift(
     conv_weight: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    window: Window = _NO_WINDOW,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    residual_last: bool = False,
+    window: Window,
+    epilogue: Epilogue,
     allow_tf32: bool = False,
 ) -> Tensor:
     """:func:`fused_conv_bn.conv_scale_shift` with a gradient, or :func:`fused_conv_bn.scale_shift`."""
+    residual, activation, negative_slope, residual_last = epilogue
     if residual is not None and _is_kept_apart(activation, residual_last, scale):
-        y = scale_shift(input, conv_weight, scale, shift, window, residual, allow_tf32=allow_tf32)
+        y = scale_shift(input, conv_weight, scale, shift, window, (residual, "none", 0.01, False), allow_tf32)
         return reference.activate(y, activation, negative_slope)
-    input, conv_weight, _, residual = _convolved(input, conv_weight, None, residual, window)
-    apply = _ScaleShift.apply if _is_compiling() else _apply_scale_shift
+    if conv_weight is not None:
+        input, conv_weight, _, residual = _convolved(input, conv_weight, None, residual, window)
+    compiling = _is_compiling()
+    apply = _ScaleShift.apply if compiling else _apply_scale_shift
     return apply(
         input,
         conv_weight,
         scale,
         shift,
         residual,
-        (*window, activation, negative_slope, residual_last, allow_tf32),
+        (window, activation, negative_slope, residual_last, allow_tf32, compiling),
     )
 
 
@@ -772,26 +801,19 @@ def bn_scale_train(
     input: Tensor,
     conv_weight: Tensor | None,
     conv_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scaling_factor: float,
-    momentum: float,
-    eps: float,
-    window: Window = _NO_WINDOW,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    residual_last: bool = False,
+    bn: TrainedBatchNorm,
+    window: Window,
+    epilogue: Epilogue,
     allow_tf32: bool = False,
 ) -> Tensor:
     """:func:`fused_conv_bn.conv_bn_scale_train` with a gradient, or :func:`fused_conv_bn.bn_scale_train`."""
+    running_mean, running_var, weight, bias, scaling_factor, momentum, eps = bn
+    residual, activation, negative_slope, residual_last = epilogue
     if residual is not None and _is_kept_apart(activation, residual_last, input, conv_weight, conv_bias, weight, bias):
-        bn_train = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
-        y = bn_scale_train(input, conv_weight, conv_bias, *bn_train, window, residual, allow_tf32=allow_tf32)
+        y = bn_scale_train(input, conv_weight, conv_bias, bn, window, (residual, "none", 0.01, False), allow_tf32)
         return reference.activate(y, activation, negative_slope)
-    input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
+    if conv_weight is not None:
+        input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
     compiling = _is_compiling()
     apply = _BnScaleTrain.apply if compiling else _apply_bn_scale_train
     result: Any = apply(
@@ -803,14 +825,14 @@ def bn_scale_train(
         weight,
         bias,
         residual,
-        (scaling_factor, momentum, eps, *window, activation, negative_slope, residual_last, allow_tf32, compiling),
+        (scaling_factor, momentum, eps, window, activation, negative_slope, residual_last, allow_tf32, compiling),
     )
     if running_mean is not None and running_var is not None:
         if compiling:
             running_mean.copy_(result[3])
             running_var.copy_(result[4])
         else:
-            increment_version((running_mean, running_var))
+            _increment_version((running_mean, running_var))
     return result[0] if compiling else result
 
 
@@ -825,7 +847,7 @@ def functional_train(
     scaling_factor: float,
     momentum: float,
     eps: float,
-    window: Window = _NO_WINDOW,
+    window: Window = NO_WINDOW,
     *,
     allow_tf32: bool = False,
     **epilogue: Any,
@@ -837,11 +859,9 @@ def functional_train(
     """
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
     if conv_weight is None:
-        results = _ops.bn_scale_train_functional.default(input, *bn, **epilogue)
+        results = _bn_functional(input, *bn, **epilogue)
     else:
-        results = _ops.conv_bn_scale_train_functional.default(
-            input, conv_weight, conv_bias, *bn, *window, allow_tf32=allow_tf32, **epilogue
-        )
+        results = _conv_bn_functional(input, conv_weight, conv_bias, *bn, *window, allow_tf32=allow_tf32, **epilogue)
     if running_mean is not None and running_var is not None:
         running_mean.copy_(results[3])
         running_var.copy_(results[4])

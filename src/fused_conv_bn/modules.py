@@ -203,17 +203,9 @@ class ConvBnScale2d(nn.Module):
                         x,
                         weight,
                         conv_bias,
-                        mean,
-                        var,
-                        bn_weight,
-                        bn_bias,
-                        factor,
-                        bn.eps,
+                        (mean, var, bn_weight, bn_bias, factor, bn.eps),
                         (conv.stride, conv.padding, conv.dilation, conv.groups),
-                        residual,
-                        self.activation,
-                        self.negative_slope,
-                        self.residual_last,
+                        (residual, self.activation, self.negative_slope, self.residual_last),
                     )
                 if residual is None and self.activation == "none":  # keywords take time
                     return _eval_call(
@@ -310,10 +302,10 @@ class ConvBnScale2d(nn.Module):
                     bn, padded, weight, conv_bias, mean, var, bn_weight, bn_bias, number, window, residual, grad
                 )
             epilogue = residual, self.activation, self.negative_slope, self.residual_last
-            arguments = padded, weight, conv_bias, mean, var, bn_weight, bn_bias, number, bn.eps
+            batch_norm = mean, var, bn_weight, bn_bias, number, bn.eps
             if grad:
-                return autograd.bn_scale(*arguments, window, *epilogue)  # type: ignore[arg-type]
-            return _eval_op(*arguments, *window, **autograd.keywords(*epilogue))
+                return autograd.bn_scale(padded, weight, conv_bias, batch_norm, window, epilogue)  # type: ignore[arg-type]
+            return _eval_op(padded, weight, conv_bias, *batch_norm, *window, **autograd.keywords(*epilogue))
         except RuntimeError:
             if compiling or self._refused(padded, padding, residual, found, dtype) is None:
                 raise
@@ -343,15 +335,15 @@ class ConvBnScale2d(nn.Module):
         momentum = bn.momentum
         if momentum is None:
             momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
-        arguments = x, weight, conv_bias, mean, var, bn_weight, bn_bias, factor, momentum, bn.eps
+        batch_norm = mean, var, bn_weight, bn_bias, factor, momentum, bn.eps
         epilogue = residual, self.activation, self.negative_slope, self.residual_last
         if grad:
-            y = autograd.bn_scale_train(*arguments, window, *epilogue)  # type: ignore[arg-type]
+            y = autograd.bn_scale_train(x, weight, conv_bias, batch_norm, window, epilogue)
         elif _is_compiling():
-            y = autograd.functional_train(*arguments, window, **autograd.keywords(*epilogue))
+            y = autograd.functional_train(x, weight, conv_bias, *batch_norm, window, **autograd.keywords(*epilogue))
         else:
-            y = _train_call(*arguments, *window, **autograd.keywords(*epilogue))
-            if mean is not None:
+            y = _train_call(x, weight, conv_bias, *batch_norm, *window, **autograd.keywords(*epilogue))
+            if mean is not None and var is not None:
                 increment_version((mean, var))
         if batches is not None:
             batches.add_(1)

@@ -34,7 +34,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import autograd, conditions, reference
-from .autograd import AUTOCAST_KEYS, autocast_dtype
+from .autograd import AUTOCAST_KEYS, autocast_dtype, keywords
 
 _ops = torch.ops.fused_conv_bn
 _PLAIN_TENSORS = conditions.PLAIN_TENSORS
@@ -50,24 +50,21 @@ _RAW, _GRAD, _TWIN = range(3)
 
 def _way(op: str, names: tuple[str, ...], required: tuple[Any, ...], optional: tuple[Any, ...]) -> int:
     """What is to run for these tensors. Raises TypeError for what is no tensor."""
+    asks = _is_grad_enabled()  # until one tensor requires a gradient
     way = _RAW
-    usual = True
-    grad = _is_grad_enabled()
+    for t in optional:  # which has the parameters
+        if type(t) not in _PLAIN_TENSORS:
+            return _unusual_way(op, names, required, optional)
+        if asks and t is not None and t.requires_grad:
+            way, asks = _GRAD, False
     for t in required:
         if type(t) not in _TENSORS:
-            usual = False
-        elif grad and t.requires_grad:
-            way = _GRAD
-    for t in optional:
-        if type(t) not in _PLAIN_TENSORS:
-            usual = False
-        elif grad and t is not None and t.requires_grad:
-            way = _GRAD
-    if not usual:
-        return _unusual_way(op, names, required, optional)
+            return _unusual_way(op, names, required, optional)
+        if asks and t.requires_grad:
+            way, asks = _GRAD, False
     if _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None:
         return _TWIN
-    if _is_compiling() and conditions.is_exporting():
+    if conditions.is_exporting() and _is_compiling():
         return _RAW if conditions.exports_ops() else _TWIN
     return way
 
@@ -116,8 +113,15 @@ def _named(names: tuple[str, ...], *tensors: Tensor | None) -> dict[str, Tensor 
     return dict(zip(names, tensors, strict=True))
 
 
-def _sequence(x: int | Sequence[int]) -> Sequence[int]:
-    return (x,) if isinstance(x, int) else x
+def _window(
+    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int
+) -> autograd.Window:
+    return (
+        (stride,) if isinstance(stride, int) else stride,
+        (padding,) if isinstance(padding, int) else padding,
+        (dilation,) if isinstance(dilation, int) else dilation,
+        groups,
+    )
 
 
 _FOLD = ("running_mean", "running_var", "weight", "bias", "conv_bias")
@@ -206,27 +210,21 @@ def bn_scale(
         TypeError: an argument that is no tensor where one is expected.
     """
     way = _way("bn_scale", _BN, (input, running_mean, running_var), (weight, bias, residual))
-    epilogue: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "negative_slope": negative_slope,
-        "residual_last": residual_last,
-    }
+    bn = running_mean, running_var, weight, bias, scaling_factor, eps
+    epilogue = residual, activation, negative_slope, residual_last
     if out is not None:
         _refuse_grad("bn_scale", **_named(_BN, input, running_mean, running_var, weight, bias, residual), out=out)
         if not _is_compiling() and out.is_neg():
-            return out.copy_(bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue))
-        _ops.bn_scale.out(input, running_mean, running_var, weight, bias, scaling_factor, eps, out=out, **epilogue)
+            return out.copy_(bn_scale(input, *bn, **keywords(*epilogue)))
+        _ops.bn_scale.out(input, *bn, out=out, **keywords(*epilogue))
         increment_version(out)
         return out
     if way == _RAW:
-        return _ops.bn_scale.default(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue)
-    if way == _TWIN or (_is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad)):
+        return _ops.bn_scale.default(input, *bn, **keywords(*epilogue))
+    if way == _TWIN or running_mean.requires_grad or running_var.requires_grad:
         reference.check_activation("bn_scale", activation, RuntimeError)
-        return reference.bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue)
-    return autograd.bn_scale(
-        input, None, None, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue
-    )
+        return reference.bn_scale(input, *bn, **keywords(*epilogue))
+    return autograd.bn_scale(input, None, None, bn, autograd.NO_WINDOW, epilogue)
 
 
 def bn_scale_(
@@ -246,16 +244,12 @@ def bn_scale_(
     """:func:`bn_scale` in place, without a derivative. Returns ``input``."""
     _way("bn_scale_", _BN, (input, running_mean, running_var), (weight, bias, residual))
     _refuse_grad("bn_scale_", **_named(_BN, input, running_mean, running_var, weight, bias, residual))
-    epilogue: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "negative_slope": negative_slope,
-        "residual_last": residual_last,
-    }
+    bn = running_mean, running_var, weight, bias, scaling_factor, eps
+    epilogue = residual, activation, negative_slope, residual_last
     # PyTorch resolves the sign of what an op returns, and this one returns nothing.
     if not _is_compiling() and input.is_neg():
-        return input.copy_(bn_scale(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue))
-    _ops.bn_scale_.default(input, running_mean, running_var, weight, bias, scaling_factor, eps, **epilogue)
+        return input.copy_(bn_scale(input, *bn, **keywords(*epilogue)))
+    _ops.bn_scale_.default(input, *bn, **keywords(*epilogue))
     increment_version(input)
     return input
 
@@ -291,25 +285,20 @@ def scale_shift(
         TypeError: an argument that is no tensor where one is expected.
     """
     way = _way("scale_shift", _AFFINE, (input,), (scale, shift, residual))
-    epilogue: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "negative_slope": negative_slope,
-        "residual_last": residual_last,
-    }
+    epilogue = residual, activation, negative_slope, residual_last
     if out is not None:
         _refuse_grad("scale_shift", input=input, scale=scale, shift=shift, residual=residual, out=out)
         if not _is_compiling() and out.is_neg():
-            return out.copy_(scale_shift(input, scale, shift, **epilogue))
-        _ops.scale_shift.out(input, scale, shift, out=out, **epilogue)
+            return out.copy_(scale_shift(input, scale, shift, **keywords(*epilogue)))
+        _ops.scale_shift.out(input, scale, shift, out=out, **keywords(*epilogue))
         increment_version(out)
         return out
     if way == _RAW:
-        return _ops.scale_shift.default(input, scale, shift, **epilogue)
+        return _ops.scale_shift.default(input, scale, shift, **keywords(*epilogue))
     if way == _TWIN:
         reference.check_activation("scale_shift", activation, RuntimeError)
-        return reference.scale_shift(input, scale, shift, **epilogue)
-    return autograd.scale_shift(input, None, scale, shift, **epilogue)
+        return reference.scale_shift(input, scale, shift, **keywords(*epilogue))
+    return autograd.scale_shift(input, None, scale, shift, autograd.NO_WINDOW, epilogue)
 
 
 def scale_shift_(
@@ -325,16 +314,11 @@ def scale_shift_(
     """:func:`scale_shift` in place, without a derivative. Returns ``input``."""
     _way("scale_shift_", _AFFINE, (input,), (scale, shift, residual))
     _refuse_grad("scale_shift_", input=input, scale=scale, shift=shift, residual=residual)
-    epilogue: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "negative_slope": negative_slope,
-        "residual_last": residual_last,
-    }
+    epilogue = residual, activation, negative_slope, residual_last
     # PyTorch resolves the sign of what an op returns, and this one returns nothing.
     if not _is_compiling() and input.is_neg():
-        return input.copy_(scale_shift(input, scale, shift, **epilogue))
-    _ops.scale_shift_.default(input, scale, shift, **epilogue)
+        return input.copy_(scale_shift(input, scale, shift, **keywords(*epilogue)))
+    _ops.scale_shift_.default(input, scale, shift, **keywords(*epilogue))
     increment_version(input)
     return input
 
@@ -397,19 +381,14 @@ def conv_scale_shift(
         TypeError: an argument that is no tensor where one is expected.
     """
     way = _way("conv_scale_shift", _CONV_AFFINE, (input, weight), (scale, shift, residual))
-    window = _sequence(stride), _sequence(padding), _sequence(dilation), groups
-    epilogue: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "negative_slope": negative_slope,
-        "residual_last": residual_last,
-    }
+    window = _window(stride, padding, dilation, groups)
+    epilogue = residual, activation, negative_slope, residual_last
     if way == _RAW:
-        return _ops.conv_scale_shift.default(input, weight, scale, shift, *window, allow_tf32=allow_tf32, **epilogue)
+        return _ops.conv_scale_shift.default(input, weight, scale, shift, *window, **keywords(*epilogue, allow_tf32))
     if way == _TWIN:
         reference.check_activation("conv_scale_shift", activation, RuntimeError)
-        return reference.conv_scale_shift(input, weight, scale, shift, *window, **epilogue)
-    return autograd.scale_shift(input, weight, scale, shift, window, allow_tf32=allow_tf32, **epilogue)
+        return reference.conv_scale_shift(input, weight, scale, shift, *window, **keywords(*epilogue))
+    return autograd.scale_shift(input, weight, scale, shift, window, epilogue, allow_tf32)
 
 
 def conv_bn_scale(
@@ -464,21 +443,16 @@ def conv_bn_scale(
     required = input, conv_weight, running_mean, running_var
     way = _way("conv_bn_scale", _CONV_BN, required, (conv_bias, weight, bias, residual))
     bn = running_mean, running_var, weight, bias, scaling_factor, eps
-    window = _sequence(stride), _sequence(padding), _sequence(dilation), groups
-    epilogue: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "negative_slope": negative_slope,
-        "residual_last": residual_last,
-    }
+    window = _window(stride, padding, dilation, groups)
+    epilogue = residual, activation, negative_slope, residual_last
     if way == _RAW:
         return _ops.conv_bn_scale.default(
-            input, conv_weight, conv_bias, *bn, *window, allow_tf32=allow_tf32, **epilogue
+            input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue, allow_tf32)
         )
-    if way == _TWIN or (_is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad)):
+    if way == _TWIN or running_mean.requires_grad or running_var.requires_grad:
         reference.check_activation("conv_bn_scale", activation, RuntimeError)
-        return reference.conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, **epilogue)
-    return autograd.bn_scale(input, conv_weight, conv_bias, *bn, window, allow_tf32=allow_tf32, **epilogue)
+        return reference.conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
+    return autograd.bn_scale(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
 
 
 def bn_scale_train(
@@ -522,26 +496,21 @@ def bn_scale_train(
     """
     way = _way("bn_scale_train", _TRAIN, (input,), (running_mean, running_var, weight, bias, residual))
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
-    epilogue: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "negative_slope": negative_slope,
-        "residual_last": residual_last,
-    }
+    epilogue = residual, activation, negative_slope, residual_last
     if way == _RAW:
         if _is_compiling():
-            return autograd.functional_train(input, None, None, *bn, **epilogue)
-        y = _ops.bn_scale_train.default(input, *bn, **epilogue)
+            return autograd.functional_train(input, None, None, *bn, **keywords(*epilogue))
+        y = _ops.bn_scale_train.default(input, *bn, **keywords(*epilogue))
         _written(running_mean, running_var)
         return y
-    if way == _TWIN or _requires_grad(running_mean, running_var):
+    if (
+        way == _TWIN
+        or (running_mean is not None and running_mean.requires_grad)
+        or (running_var is not None and running_var.requires_grad)
+    ):
         reference.check_activation("bn_scale_train", activation, RuntimeError)
-        return reference.bn_scale_train(input, *bn, **epilogue)
-    return autograd.bn_scale_train(input, None, None, *bn, **epilogue)
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+        return reference.bn_scale_train(input, *bn, **keywords(*epilogue))
+    return autograd.bn_scale_train(input, None, None, bn, autograd.NO_WINDOW, epilogue)
 
 
 def conv_bn_scale_train(
@@ -599,26 +568,23 @@ def conv_bn_scale_train(
     optional = conv_bias, running_mean, running_var, weight, bias, residual
     way = _way("conv_bn_scale_train", _CONV_TRAIN, (input, conv_weight), optional)
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
-    window = _sequence(stride), _sequence(padding), _sequence(dilation), groups
-    epilogue: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "negative_slope": negative_slope,
-        "residual_last": residual_last,
-    }
+    window = _window(stride, padding, dilation, groups)
+    epilogue = residual, activation, negative_slope, residual_last
     if way == _RAW:
-        arguments = input, conv_weight, conv_bias, *bn, *window
+        named = keywords(*epilogue, allow_tf32)
         if _is_compiling():
-            return autograd.functional_train(
-                input, conv_weight, conv_bias, *bn, window, allow_tf32=allow_tf32, **epilogue
-            )
-        y = _ops.conv_bn_scale_train.default(*arguments, allow_tf32=allow_tf32, **epilogue)
+            return autograd.functional_train(input, conv_weight, conv_bias, *bn, window, **named)
+        y = _ops.conv_bn_scale_train.default(input, conv_weight, conv_bias, *bn, *window, **named)
         _written(running_mean, running_var)
         return y
-    if way == _TWIN or _requires_grad(running_mean, running_var):
+    if (
+        way == _TWIN
+        or (running_mean is not None and running_mean.requires_grad)
+        or (running_var is not None and running_var.requires_grad)
+    ):
         reference.check_activation("conv_bn_scale_train", activation, RuntimeError)
-        return reference.conv_bn_scale_train(input, conv_weight, conv_bias, *bn, *window, **epilogue)
-    return autograd.bn_scale_train(input, conv_weight, conv_bias, *bn, window, allow_tf32=allow_tf32, **epilogue)
+        return reference.conv_bn_scale_train(input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
+    return autograd.bn_scale_train(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------

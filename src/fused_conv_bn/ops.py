@@ -49,10 +49,13 @@ _RAW, _GRAD, _TWIN = range(3)
 
 
 def _way(op: str, names: tuple[str, ...], required: tuple[Any, ...], optional: tuple[Any, ...]) -> int:
-    """What is to run for these tensors. Raises TypeError for what is no tensor."""
+    """What is to run for these tensors. Raises TypeError for what is no tensor.
+
+    Those that most often require a gradient come first in ``optional``, which is asked first.
+    """
     asks = _is_grad_enabled()  # until one tensor requires a gradient
     way = _RAW
-    for t in optional:  # which has the parameters
+    for t in optional:
         if type(t) not in _PLAIN_TENSORS:
             return _unusual_way(op, names, required, optional)
         if asks and t is not None and t.requires_grad:
@@ -129,8 +132,8 @@ _BN = ("input", "running_mean", "running_var", "weight", "bias", "residual")
 _AFFINE = ("input", "scale", "shift", "residual")
 _CONV_AFFINE = ("input", "weight", "scale", "shift", "residual")
 _CONV_BN = ("input", "conv_weight", "running_mean", "running_var", "conv_bias", "weight", "bias", "residual")
-_TRAIN = ("input", "running_mean", "running_var", "weight", "bias", "residual")
-_CONV_TRAIN = ("input", "conv_weight", "conv_bias", "running_mean", "running_var", "weight", "bias", "residual")
+_TRAIN = ("input", "weight", "bias", "residual", "running_mean", "running_var")
+_CONV_TRAIN = ("input", "conv_weight", "conv_bias", "weight", "bias", "residual", "running_mean", "running_var")
 
 
 def fold_bn(
@@ -494,7 +497,7 @@ def bn_scale_train(
         RuntimeError: an argument that does not fit. Nothing is updated then.
         TypeError: an argument that is no tensor where one is expected.
     """
-    way = _way("bn_scale_train", _TRAIN, (input,), (running_mean, running_var, weight, bias, residual))
+    way = _way("bn_scale_train", _TRAIN, (input,), (weight, bias, residual, running_mean, running_var))
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
     epilogue = residual, activation, negative_slope, residual_last
     if way == _RAW:
@@ -565,7 +568,7 @@ def conv_bn_scale_train(
         RuntimeError: an argument that does not fit. Nothing is updated then.
         TypeError: an argument that is no tensor where one is expected.
     """
-    optional = conv_bias, running_mean, running_var, weight, bias, residual
+    optional = conv_bias, weight, bias, residual, running_mean, running_var
     way = _way("conv_bn_scale_train", _CONV_TRAIN, (input, conv_weight), optional)
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
     window = _window(stride, padding, dilation, groups)

@@ -249,6 +249,20 @@ def test_activations_by_element(device, dtype, activation, generator):
     assert got <= 2 * eagers + 1, (got, eagers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "tanh"])
+def test_short_polynomials(device, dtype, activation):
+    """Of every argument in 16 bits: 2^-12.5 of the result, as epilogue.h says, behind its rounding. gelu's tail is held to 5."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.isfinite() & ((x >= -5) | (activation == "tanh"))].view(1, 1, -1)
+    truth = long_of(long(x), {"activation": activation, "residual": None, "residual_last": False})
+    ours = long(fcb.scale_shift(x.to(device), None, None, activation=activation))
+    least = torch.finfo(dtype).smallest_normal  # below, a result's rounding is as large as this one's
+    allowed_errors = (DTYPES[dtype] + 2.0**-12.5) * np.maximum(abs(truth), least)
+    wrong = ~((abs(ours - truth) <= allowed_errors) | (ours == truth))
+    assert not wrong.any(), (long(x)[wrong][:4], ours[wrong][:4], truth[wrong][:4])
+
+
 @pytest.mark.parametrize("negative_slope", [0.0, 0.01, 1.0, 1.5, -0.25])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slopes_of_leaky_relu(device, dtype, negative_slope, generator):

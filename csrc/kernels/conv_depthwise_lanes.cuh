@@ -291,11 +291,11 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
               add_residual();
             }
             if constexpr (!kBounds) {
-              activate_all<false>(p.activation, p.negative_slope, z);
+              activate_all<T, false>(p.activation, p.negative_slope, z);
             }
             if (residual_last) [[unlikely]] {
               if constexpr (kBounds) {
-                activate_all<true>(p.activation, p.negative_slope, z);
+                activate_all<T, true>(p.activation, p.negative_slope, z);
               }
               add_residual();
             }

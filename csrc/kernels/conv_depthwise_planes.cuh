@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwisePlaneBlocks<R>)
               if (p.residual != nullptr && !p.residual_last) {
                 add_residual();
               }
-              activate_all<kBounds>(p.activation, p.negative_slope, z);
+              activate_all<T, kBounds>(p.activation, p.negative_slope, z);
               if (p.residual != nullptr && p.residual_last) [[unlikely]] {
                 add_residual();
               }

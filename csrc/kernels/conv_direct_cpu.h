@@ -91,7 +91,7 @@ FCB_HD void direct_tile(const float* x, const int64_t* offset, int64_t taps, con
       *reinterpret_cast<Unaligned*>(to + i * kLanes) = value;
     }
     if (to == row) {
-      activate_block(epilogue, row, kWidth);
+      activate_block<float>(epilogue, row, kWidth);
       for (int i = 0; i < kWidth; ++i) {
         y[i] = residual_last ? row[i] + residual[i] : row[i];
       }

@@ -913,8 +913,9 @@ class FewChannels {
   __device__ __forceinline__ void activate(Product& acc) const {
     dispatch_some<kBounds>(p.activation, [&](auto a) {
       if constexpr (a() != Activation::none) {
-        for_each(
-            [&](int i, int j, int e) { acc[i][j][e] = fused_conv_bn::activate<a()>(acc[i][j][e], p.negative_slope); });
+        for_each([&](int i, int j, int e) {
+          acc[i][j][e] = fused_conv_bn::activate<a(), T>(acc[i][j][e], p.negative_slope);
+        });
       }
     });
   }

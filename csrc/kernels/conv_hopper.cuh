@@ -3,8 +3,8 @@
 //
 // A block owns 64 output channels for good and takes one tile of output pixels after another. Input rows of the tiles to come
 // are on their way to shared memory, by bulk copies where they begin at multiples of 16 bytes. Two warpgroups put them there
-// into units (conv_hopper.h), of which wgmma reads any two at a time: im2col is a table of offsets. The other two take turns
-// with the tiles, or with the chunks of each: while one multiplies, the other writes.
+// into units (conv_hopper.h), of which wgmma reads any two at a time: im2col is a table of offsets. The others, two or three,
+// take turns with the tiles, or with the chunks of each: while one multiplies, another writes.
 //
 // For a contiguous output the rows of the product are channels. A warp has 16 of them to itself, puts them into shared
 // memory as they lie in the output, and starts copies of whole rows behind its next product. For a channels_last output
@@ -85,7 +85,7 @@ struct HopperHeader {
   uint64_t empty[kHopperMostStages];
   uint64_t slabs[kHopperSlabs];
   uint64_t weights;
-  uint64_t multiplied[kHopperTakers];  // a chunk's products are under way
+  uint64_t multiplied[kHopperMostTakers];  // a chunk's products are under way
   // float32: whether the tile does not split, and the inverse of its scale. Else a byte for each loading warp: whether it has
   // met Inf or NaN.
   uint2 stages[kHopperMostStages];
@@ -133,7 +133,8 @@ class Hopper {
   // do the same at the same time. Elsewhere it gained nothing, or lost 2%.
   static constexpr bool kByTurns = kFloat && kLast;
   static constexpr int kTeamThreads = kLoadThreads / kTeams;
-  static constexpr int kTakeThreads = 128 * kHopperTakers;
+  static constexpr int kTakers = hopper_takers(kHalves);
+  static constexpr int kTakeThreads = 128 * kTakers;
   using Sums = float[kSums];
   // Whether a unit is read from the slab as words: a pixel's channels lie side by side.
   template <int kSlots>
@@ -155,10 +156,10 @@ class Hopper {
     __syncthreads();
     const int warpgroup = warp_of_block / 4;
     if (warpgroup < kHopperLoaders) {
-      give_registers_away<kFloat ? (kMoments ? 88 : 80) : 112>();
+      give_registers_away<kFloat ? (kMoments ? 88 : 80) : 56>();
       load();
     } else {
-      take_registers<kFloat ? (kMoments ? 168 : 176) : 144>();
+      take_registers<kFloat ? (kMoments ? 168 : 176) : 120>();
       prefetch_weights();
       set_up_places();
       wait_unless_late();
@@ -281,13 +282,13 @@ class Hopper {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < p.tile.stages; ++stage) {
         barrier_init(full(stage), kTeamThreads / 32);
-        barrier_init(empty(stage), p.tile.takers_share ? 4 * kHopperTakers : 4);
+        barrier_init(empty(stage), p.tile.takers_share ? 4 * kTakers : 4);
       }
       for (int stage = 0; stage < kHopperSlabs; ++stage) {
         barrier_init(slab_full(stage), p.fetches ? 1 : kTeamThreads);
       }
       barrier_init(weights_there(), 1);
-      for (int taker = 0; taker < kHopperTakers; ++taker) {
+      for (int taker = 0; taker < kTakers; ++taker) {
         barrier_init(multiplied(taker), 4);
       }
       header().all_exact = 0;
@@ -945,27 +946,33 @@ class Hopper {
 
   __device__ __forceinline__ void compute(int taker) const {
     const bool share = p.tile.takers_share;
-    const int chunk_step = share ? kHopperTakers : 1, tile_step = share ? 1 : kHopperTakers;
+    const int chunk_step = share ? kTakers : 1, tile_step = share ? 1 : kTakers;
     int first_chunk = share ? taker : 0;
     Turn turn{share ? 0 : taker, 0};
     Gathered gathered;
-    // kByTurns: whose products are under way.
+    // Turns go round: each waits for that of the warpgroup before, and the first one's for the last one's previous.
     const auto tiles = static_cast<int>((p.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
-    const int others = share ? (tiles * p.tile.chunks + taker) / 2 : (tiles + taker) / 2 * p.tile.chunks;
-    int turns = taker - 1;  // of the other that have to be over
+    const auto turns_of = [&](int other) {
+      return share ? (tiles * p.tile.chunks + kTakers - 1 - other) / kTakers
+                   : (tiles + kTakers - 1 - other) / kTakers * p.tile.chunks;
+    };
+    const int before = taker == 0 ? kTakers - 1 : taker - 1, after = taker == kTakers - 1 ? 0 : taker + 1;
+    const int to_wait_for = turns_of(before), waited_for = turns_of(after) - (after == 0 ? 1 : 0);
+    int turns = 0;  // that are over
     const auto wait_for_turn = [&] {
-      if (turns >= 0 && turns < others) {
-        barrier_wait(multiplied(1 - taker), turns & 1);
+      const int other = taker == 0 ? turns - 1 : turns;
+      if (other >= 0 && other < to_wait_for) {
+        barrier_wait(multiplied(before), other & 1);
       }
-      ++turns;
     };
     const auto end_turn = [&] {
-      if (turns < others) {  // somebody waits for it
+      if (turns < waited_for) {
         __syncwarp();
         if (lane() == 0) {
           barrier_arrive(multiplied(taker));
         }
       }
+      ++turns;
     };
     uint32_t staged = kNoTile;  // a tile that has to be copied
     const auto copy_staged = [&] {
@@ -1029,13 +1036,13 @@ class Hopper {
           if (p.activates_by_turns) {
             wait_for_turn();
           }
-          activate_all<false>(p.activation, p.negative_slope, sums, [&] {
+          activate_all<T, false>(p.activation, p.negative_slope, sums, [&] {
             if (p.activates_by_turns) {
               end_turn();
             }
           });
         } else if (kFloat || residual_last) {
-          activate_all<true>(p.activation, p.negative_slope, sums);
+          activate_all<T, true>(p.activation, p.negative_slope, sums);
         }
         if (residual_last) [[unlikely]] {
           add_residual(sums, locate(index), chunk * kHopperChunk);
@@ -1085,7 +1092,8 @@ class Hopper {
         }
       }
       if (share) {
-        first_chunk ^= p.tile.chunks & 1;  // an odd chunk goes to either by turns
+        // Chunks are dealt round all tiles.
+        first_chunk = (first_chunk + kTakers - p.tile.chunks % kTakers) % kTakers;
       }
     }
     copy_staged();
@@ -1326,7 +1334,7 @@ class Hopper {
       }
       const int k = first_channel + own_channel(i);
       if (t() == 0 && k < p.K) {
-        p.moments[static_cast<int64_t>(blockIdx.x * kHopperTakers + taker) * p.K + k] = m;
+        p.moments[static_cast<int64_t>(blockIdx.x * kTakers + taker) * p.K + k] = m;
       }
     }
   }
@@ -1421,7 +1429,7 @@ class Hopper {
 #pragma unroll
           for (int v = 0; v < kVec; ++v) {
             if (inside && first + v < channels) {
-              target[first + v] = from_acc<T>(activate<kBound>(value(v), 0.0f));
+              target[first + v] = from_acc<T>(activate<kBound, T>(value(v), 0.0f));
             }
           }
         }
@@ -1607,28 +1615,23 @@ class Hopper {
 };
 
 template <typename T, HopperOutput kOutput, int kChannels, bool kBounds>
-__global__ void __launch_bounds__(kHopperThreads, 1)
+__global__ void __launch_bounds__(hopper_threads(sizeof(T) == 4 ? 2 : 1), 1)
     conv_hopper_kernel(const __grid_constant__ HopperParams<T> params) {
 #if defined(FCB_HOPPER)
   Hopper<T, kOutput, kChannels, kBounds>(params).run();
 #endif
 }
 
-// Whether the warpgroups that multiply take turns with the activation. Measured on an H200 with problem 73 and three stems in both
-// layouts. Times with turns over times without: silu 0.79 to 1.01, gelu_tanh 0.85 to 1.0, float32 gelu and mish 0.89 to 1.04, the
-// piecewise linear ones 0.91 to 1.05. tanh, and 16-bit gelu, mish and sigmoid, 0.88 to 1.24: one warpgroup alone has too few
-// independent chains to keep the units busy.
-inline bool hopper_activates_by_turns(Activation activation, bool float32) {
-  switch (activation) {
-    case Activation::tanh:
-      return false;
-    case Activation::gelu:
-    case Activation::mish:
-    case Activation::sigmoid:
-      return float32;
-    default:
-      return !is_bound(activation);
+// Whether the warpgroups that multiply take turns with the activation. Measured on an H200 with problem 73 and four stems in both
+// layouts. 16 bits: times with turns over times without are 0.77 to 1.0. float32: SiLU 0.8 to 0.97 where the product is short,
+// and 1.04 to 1.1 where it is long (two warpgroups are enough to keep the units busy with both then); short ones 0.98 to
+// 1.14.
+inline bool hopper_activates_by_turns(Activation activation, const HopperTile& tile) {
+  constexpr int kLongProduct = 8;
+  if (is_bound(activation)) {
+    return false;
   }
+  return tile.halves == 1 || (tile.k_steps < kLongProduct && !is_short(activation));
 }
 
 // The problem is in hopper_supports(), and the tile was made for it. moments: nullptr, or where they go instead of an output.
@@ -1690,7 +1693,7 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   p.streams = c.N * c.K * c.P * c.Q * kBytes > kHopperL2Bytes;
   p.activation = epilogue.activation;
   p.residual_last = epilogue.residual_last;
-  p.activates_by_turns = hopper_activates_by_turns(epilogue.activation, sizeof(T) == 4);
+  p.activates_by_turns = hopper_activates_by_turns(epilogue.activation, tile);
   p.negative_slope = static_cast<float>(epilogue.negative_slope);
   std::vector<HopperUnit> units;
   for (int i = 0; i < tile.units; ++i) {
@@ -1723,8 +1726,8 @@ cudaError_t launch_conv_hopper(const ConvProblem& c, const ConvOperands& operand
   }
   const int64_t groups = ceil_div(c.K, kHopperChannels);
   const int64_t blocks = hopper_blocks(c, tile, gpu);
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kHopperThreads,
-                       tile.shared_memory, true, stream, p);
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)),
+                       hopper_threads(tile.halves), tile.shared_memory, true, stream, p);
 }
 
 }  // namespace fused_conv_bn

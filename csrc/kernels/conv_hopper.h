@@ -19,8 +19,11 @@
 namespace fused_conv_bn {
 
 constexpr int kHopperLoaders = 2;  // warpgroups that load
-constexpr int kHopperTakers = 2;   // warpgroups that multiply and write, by turns
-constexpr int kHopperThreads = 128 * (kHopperLoaders + kHopperTakers);
+// Warpgroups that multiply and write, by turns. With a third, SiLU took 1.31 times ReLU's time where it had taken 1.51 (problem
+// 73, float16 channels_last), and ReLU no longer than before. In float32 there are no registers for it.
+constexpr int kHopperMostTakers = 3;
+FCB_HD constexpr int hopper_takers(int halves) { return halves == 2 ? 2 : kHopperMostTakers; }
+FCB_HD constexpr int hopper_threads(int halves) { return 128 * (kHopperLoaders + hopper_takers(halves)); }
 // Units of the input that a loading thread has in registers at once. With four, problem 73 took 177 us in float16 NCHW, with
 // two 169.
 FCB_HD constexpr int hopper_units_at_once(int halves, bool writes, bool channels_last) {
@@ -152,7 +155,7 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool write
     const int wanted = t.stage_deals ? 12 : 8;  // elements: words (float32) or half of one
     const int line = 128 / c.element_bytes;
     t.stage_pitch = static_cast<int>(round_up(t.stage_end + kHopperOutside + most_lead - wanted, line) + wanted);
-    outputs = kHopperTakers * int64_t{kHopperChannels} * t.stage_pitch * c.element_bytes;
+    outputs = hopper_takers(t.halves) * int64_t{kHopperChannels} * t.stage_pitch * c.element_bytes;
   }
   const int round = 128 * kHopperLoaders / hopper_teams(t.halves, writes && c.channels_last) *
                     hopper_units_at_once(t.halves, writes, c.channels_last);
@@ -175,7 +178,7 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool write
   }
   if (writes && c.element_bytes == 4 && c.channels_last && c.K <= kHopperChannels && c.K % 4 == 0) {
     t.pixel_stage = static_cast<int>(32 * c.K * c.element_bytes);
-    outputs = kHopperTakers * 4 * int64_t{t.pixel_stage};
+    outputs = hopper_takers(t.halves) * 4 * int64_t{t.pixel_stage};
   }
   // Who waits for a stage must not be more than one of its turns behind: a taker is not while there are as many as takers.
   const int64_t places = positions * hopper_place_bytes(c.channels_last);
@@ -183,7 +186,7 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool write
   const int64_t stage = int64_t{t.halves} * t.x_half;
   t.stages = static_cast<int>(
       std::clamp<int64_t>((gpu.shared_memory_per_block - others) / stage, 0, kHopperMostStages));
-  if (t.stages < kHopperTakers) {
+  if (t.stages < hopper_takers(t.halves)) {
     return false;
   }
   // They lie in the second stage, and behind that.
@@ -195,7 +198,7 @@ inline bool hopper_layout(const ConvProblem& c, const GpuTraits& gpu, bool write
   t.w_passes = static_cast<int>(ceil_div(kHopperChannels, t.w_channels));
   // The last tile of a block takes half as long, which counts where there are few: 16.7 -> 16.0 us for 3 -> 32 channels,
   // stride 2. A contiguous output is staged by the tile.
-  t.takers_share = writes && c.channels_last && t.chunks > 2;
+  t.takers_share = writes && c.channels_last && t.chunks >= std::max(3, hopper_takers(t.halves));
   t.at_input = kHopperHeader + t.w_bytes();
   t.at_slabs = static_cast<int>(t.at_input + t.stages * stage);
   t.at_table = t.at_slabs + kHopperSlabs * t.slab;
@@ -215,7 +218,7 @@ inline int64_t hopper_blocks(const ConvProblem& c, const HopperTile& t, const Gp
 
 // Moments of each channel that the kernel gathers.
 inline int64_t hopper_partials(const ConvProblem& c, const HopperTile& t, const GpuTraits& gpu) {
-  return hopper_blocks(c, t, gpu) * kHopperTakers;
+  return hopper_blocks(c, t, gpu) * hopper_takers(t.halves);
 }
 
 // Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds up to

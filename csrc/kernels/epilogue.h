@@ -89,6 +89,7 @@ FCB_HD float exp2_acc(float x) {
 FCB_HD float reciprocal(float x) { return 1.0f / x; }
 #endif
 FCB_HD double reciprocal(double x) { return 1.0 / x; }
+FCB_HD double exp2_acc(double x) { return exp2(x); }
 
 // e^x. The argument's rounding costs |x| 2^-24, relative: where |x| is large, the result is small beside its neighbours in
 // every formula here.
@@ -117,14 +118,43 @@ FCB_HD Acc at_most(Acc x, Acc bound) {
   return x > bound ? bound : x;
 }
 
+// x within [0, 1], for what x is multiplied by: on the GPU it is a modifier of the instruction before, and makes NaN 0.
+template <typename Acc>
+FCB_HD Acc saturate(Acc x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Acc, float>) {
+    return __saturatef(x);
+  }
+#endif
+  return at_most(at_least(x, Acc(0)), Acc(1));
+}
+
+// 1 / (1 + 2^v).
+template <typename Acc>
+FCB_HD Acc inverse_of_1_plus_exp2(Acc v) {
+  return reciprocal(Acc(1) + exp2_acc(v));
+}
+
+// The argument's rounding costs |x| 2^-24, relative: where |x| is large, the result is small beside its neighbours.
 template <typename Acc>
 FCB_HD Acc sigmoid(Acc x) {
-  return reciprocal(Acc(1) + exp_acc(-x));
+  return inverse_of_1_plus_exp2(x * Acc(-1.4426950408889634));
 }
 
 // The normal distribution's function at -a, for a >= 0. For float32 as 2^P(a), with a minimax polynomial P: the error is at most
-// 2^-24, and small beside the result up to a = 4.5 (2^-12). P falls without end, so that the result becomes 0.
+// 2^-24, and small beside the result up to a = 4.5 (2^-12). P falls without end, so that the result becomes 0. In kShort the
+// error is 2^-12.6 of the result up to a = 5.
+template <bool kShort>
 FCB_HD float upper_tail(float a) {
+  if constexpr (kShort) {
+    float p = -2.69918819e-4f;
+    p = p * a + 5.29736141e-3f;
+    p = p * a - 4.63193916e-2f;
+    p = p * a - 4.66907382e-1f;
+    p = p * a - 1.14778888f;
+    p = p * a - 1.00022829f;
+    return exp2_acc(p);
+  }
   float p = -1.23215455e-6f;
   p = p * a + 2.06172936e-5f;
   p = p * a - 1.00960846e-4f;
@@ -136,10 +166,19 @@ FCB_HD float upper_tail(float a) {
   p = p * a - 0.99999994f;
   return exp2_acc(p);
 }
-FCB_HD double upper_tail(double a) { return 0.5 * erfc(a * 0.70710678118654752440); }
+template <bool kShort>
+FCB_HD double upper_tail(double a) {
+  return 0.5 * erfc(a * 0.70710678118654752440);
+}
 
-// float32: a minimax polynomial near 0, where 1 - 2 / (1 + e^2x) would lose digits (1.1 * 2^-24 relative).
+// 1 - 2 / (1 + e^2x) loses digits near 0. float32: there a minimax polynomial takes its place (1.1 * 2^-24 relative). kShort:
+// the first term of the series, x, up to 2^-7 (2^-15.6 relative; the other side of it 2^-16).
+template <bool kShort>
 FCB_HD float tanh_acc(float x) {
+  if constexpr (kShort) {
+    const float far = 1.0f - reciprocal(0.5f + 0.5f * exp2_acc(x * 2.88539008f));
+    return fabsf(x) < 0.0078125f ? x : far;
+  }
   const float s = x * x;
   float p = -6.28247298e-3f;
   p = p * s + 2.10777577e-2f;
@@ -147,15 +186,20 @@ FCB_HD float tanh_acc(float x) {
   p = p * s + 1.33326024e-1f;
   p = p * s - 3.33333194e-1f;
   const float size = x < 0 ? -x : x;
-  const float far = 1.0f - 2.0f * reciprocal(1.0f + exp_acc(2.0f * size));
+  const float far = 1.0f - reciprocal(0.5f + 0.5f * exp_acc(2.0f * size));
   return copysignf(size < 0.55f ? size * s * p + size : far, x);  // NaN: by way of far
 }
-FCB_HD double tanh_acc(double x) { return tanh(x); }
+template <bool kShort>
+FCB_HD double tanh_acc(double x) {
+  return tanh(x);
+}
 
 // ---- activations -----------------------------------------------------------------------------------------------------
 
-template <Activation A, typename Acc>
+// T: what the result is rounded to. In 16 bits polynomials are short.
+template <Activation A, typename T, typename Acc = acc_t<T>>
 FCB_HD Acc activate(Acc x, [[maybe_unused]] Acc negative_slope) {
+  [[maybe_unused]] constexpr bool kShort = sizeof(T) == 2;
   if constexpr (A == Activation::relu) {
     return at_least(x, Acc(0));
   } else if constexpr (A == Activation::relu6) {
@@ -163,27 +207,27 @@ FCB_HD Acc activate(Acc x, [[maybe_unused]] Acc negative_slope) {
   } else if constexpr (A == Activation::silu) {
     return x * sigmoid(x);
   } else if constexpr (A == Activation::hardswish) {
-    return x * at_most(at_least(x + Acc(3), Acc(0)), Acc(6)) * Acc(1.0 / 6);
+    return x * saturate(x * Acc(1.0 / 6) + Acc(0.5));  // NaN and -Inf: NaN
   } else if constexpr (A == Activation::gelu) {
-    const Acc tail = upper_tail(x < 0 ? -x : x);
+    const Acc tail = upper_tail<kShort>(x < 0 ? -x : x);
     return x * (x < 0 ? tail : Acc(1) - tail);
   } else if constexpr (A == Activation::gelu_tanh) {
-    // 1 + tanh(u) = 2 sigmoid(2u), with u = sqrt(2 / pi) (x + 0.044715 x^3)
-    const Acc twice_u = x * (Acc(1.5957691216057308) + Acc(1.5957691216057308 * 0.044715) * (x * x));
-    return x * sigmoid(twice_u);
+    // 1 + tanh(u) = 2 / (1 + e^-2u), with u = sqrt(2 / pi) (x + 0.044715 x^3). -2 sqrt(2 / pi) log2(e) is -2.302...
+    constexpr double kFactor = -2.302208198144325;
+    return x * inverse_of_1_plus_exp2(x * (Acc(kFactor) + Acc(kFactor * 0.044715) * (x * x)));
   } else if constexpr (A == Activation::leaky_relu) {
     return x > 0 ? x : x * negative_slope;
   } else if constexpr (A == Activation::sigmoid) {
     return sigmoid(x);
   } else if constexpr (A == Activation::hardsigmoid) {
-    return at_most(at_least(x + Acc(3), Acc(0)), Acc(6)) * Acc(1.0 / 6);
+    return at_most(at_least(x * Acc(1.0 / 6) + Acc(0.5), Acc(0)), Acc(1));
   } else if constexpr (A == Activation::mish) {
     // tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2), which is 1 from e^20 on.
     const Acc e = exp_acc(at_most(x, Acc(20)));
     const Acc n = e * (e + Acc(2));
     return x * (n * reciprocal(n + Acc(2)));
   } else if constexpr (A == Activation::tanh) {
-    return tanh_acc(x);
+    return tanh_acc<kShort>(x);
   } else {
     return x;
   }
@@ -197,6 +241,11 @@ FCB_HD Acc apply_affine(Acc x, const Affine<Acc>& affine) {
 // Activations that are bounds. Kernels that are short have a copy for these alone, so that the code of the others, which is
 // twice as long as all the rest, is not in the way: 5 to 14% of their time.
 FCB_HD constexpr bool is_bound(Activation activation) { return activation <= Activation::relu6; }
+// Activations of three instructions at most.
+FCB_HD constexpr bool is_short(Activation activation) {
+  return is_bound(activation) || activation == Activation::hardswish || activation == Activation::leaky_relu ||
+         activation == Activation::hardsigmoid;
+}
 
 // f(integral_constant<Activation>): a run-time activation as a compile-time one. On the host or in a kernel, as f is.
 #define FCB_CASE(name)   \
@@ -249,8 +298,8 @@ __device__ __forceinline__ void dispatch_some(Activation activation, F&& f) {
 
 // All of z. Every loop is unrolled: the branch is taken once for all elements, and they stay in registers. half_way(): called when
 // half of them are done.
-template <bool kBounds, typename Acc, int kCount, typename F>
-__device__ __forceinline__ void activate_all(Activation activation, Acc negative_slope, Acc (&z)[kCount],
+template <typename T, bool kBounds, int kCount, typename F>
+__device__ __forceinline__ void activate_all(Activation activation, acc_t<T> negative_slope, acc_t<T> (&z)[kCount],
                                              F&& half_way) {
   dispatch_some<kBounds>(activation, [&](auto a) {
     if constexpr (a() != Activation::none) {
@@ -259,14 +308,14 @@ __device__ __forceinline__ void activate_all(Activation activation, Acc negative
         if (i == kCount / 2) {
           half_way();
         }
-        z[i] = activate<a()>(z[i], negative_slope);
+        z[i] = activate<a(), T>(z[i], negative_slope);
       }
     }
   });
 }
-template <bool kBounds, typename Acc, int kCount>
-__device__ __forceinline__ void activate_all(Activation activation, Acc negative_slope, Acc (&z)[kCount]) {
-  activate_all<kBounds>(activation, negative_slope, z, [] {});
+template <typename T, bool kBounds, int kCount>
+__device__ __forceinline__ void activate_all(Activation activation, acc_t<T> negative_slope, acc_t<T> (&z)[kCount]) {
+  activate_all<T, kBounds>(activation, negative_slope, z, [] {});
 }
 #endif
 

@@ -104,7 +104,7 @@ __device__ __forceinline__ void finish_item(const ScaleShiftParams<T>& p, Item<T
       add_residual();
     }
   }
-  activate_all<kBounds>(p.activation, p.negative_slope, x);
+  activate_all<T, kBounds>(p.activation, p.negative_slope, x);
   if constexpr (kResidual) {
     if (p.residual_last) {
       add_residual();

@@ -120,14 +120,14 @@ FCB_HD void store(const acc_t<T>* from, T* to, int n) {
 }
 
 // The activation of n values: a branch for all of them, and a loop that vectorises.
-template <typename Acc>
-FCB_HD void activate_block(const Epilogue& epilogue, Acc* x, int n) {
-  const auto negative_slope = static_cast<Acc>(epilogue.negative_slope);
+template <typename T>
+FCB_HD void activate_block(const Epilogue& epilogue, acc_t<T>* x, int n) {
+  const auto negative_slope = static_cast<acc_t<T>>(epilogue.negative_slope);
   // Inlined at all costs: by itself it would be compiled for the baseline.
   dispatch_activation(epilogue.activation, [&](auto a) __attribute__((always_inline)) {
     if constexpr (a() != Activation::none) {
       for (int k = 0; k < n; ++k) {
-        x[k] = activate<a()>(x[k], negative_slope);
+        x[k] = activate<a(), T>(x[k], negative_slope);
       }
     }
   });
@@ -168,7 +168,7 @@ FCB_HD void run_block(const T* input, const T* residual, T* output, int64_t i, i
     if (residual_first) {
       add_residual();
     }
-    activate_block(epilogue, x, n);
+    activate_block<T>(epilogue, x, n);
     if (kResidual && epilogue.residual_last) {
       add_residual();
     }

@@ -109,6 +109,7 @@ inline int __double2hiint(double v) {
   return static_cast<int>(bits >> 32);
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
+inline float __saturatef(float v) { return v > 0 ? (v < 1 ? v : 1.0f) : 0.0f; }  // NaN: 0
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {

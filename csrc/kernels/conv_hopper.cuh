@@ -950,23 +950,30 @@ class Hopper {
     int first_chunk = share ? taker : 0;
     Turn turn{share ? 0 : taker, 0};
     Gathered gathered;
-    // Turns go round: each waits for that of the warpgroup before, and the first one's for the last one's previous.
+    // Turns go round: each waits for that of the warpgroup before, and the first one's for the last in the round before. The
+    // first ones may have more turns than the others, which are left out then: nobody gets ahead by more than a turn.
     const auto tiles = static_cast<int>((p.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
     const auto turns_of = [&](int other) {
       return share ? (tiles * p.tile.chunks + kTakers - 1 - other) / kTakers
                    : (tiles + kTakers - 1 - other) / kTakers * p.tile.chunks;
     };
-    const int before = taker == 0 ? kTakers - 1 : taker - 1, after = taker == kTakers - 1 ? 0 : taker + 1;
-    const int to_wait_for = turns_of(before), waited_for = turns_of(after) - (after == 0 ? 1 : 0);
     int turns = 0;  // that are over
     const auto wait_for_turn = [&] {
-      const int other = taker == 0 ? turns - 1 : turns;
-      if (other >= 0 && other < to_wait_for) {
-        barrier_wait(multiplied(before), other & 1);
+      int other = taker - 1, turn = turns;
+      if (taker == 0) {
+        turn = turns - 1;
+        other = kTakers - 1;
+        while (other > 0 && turn >= turns_of(other)) {
+          --other;
+        }
+      }
+      if (turn >= 0 && other != taker) {
+        barrier_wait(multiplied(other), turn & 1);
       }
     };
     const auto end_turn = [&] {
-      if (turns < waited_for) {
+      const bool next_waits = taker + 1 < kTakers && turns < turns_of(taker + 1);
+      if (next_waits || (taker > 0 && turns + 1 < turns_of(0))) {
         __syncwarp();
         if (lane() == 0) {
           barrier_arrive(multiplied(taker));

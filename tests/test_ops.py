@@ -541,6 +541,17 @@ def test_bad_input(call, message):
     assert "\n" not in str(caught.value) and ".h:" not in str(caught.value)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kwargs", [{"negative_slope": "0.1"}, {"residual_last": "yes"}], ids=str)
+def test_types_of_arguments_that_do_not_matter(grad, kwargs):
+    """An argument that the activation or a missing residual makes idle is checked as well."""
+    x, ones = torch.randn(2, 3, 4, requires_grad=grad), torch.ones(3)
+    with pytest.raises(RuntimeError, match=next(iter(kwargs))):
+        fcb.bn_scale(x, ones, ones, activation="relu", **kwargs)
+    with pytest.raises(RuntimeError, match=next(iter(kwargs))):
+        fcb.conv_bn_scale_train(x, torch.ones(3, 3, 1), None, None, None, activation="relu", **kwargs)
+
+
 def test_overlap_is_refused_before_anything_is_written(device):
     buffer = torch.arange(2 * 3 * 16 + 40, dtype=torch.float32, device=device)
     kept = buffer.clone()

@@ -85,7 +85,7 @@ struct HopperHeader {
   uint64_t empty[kHopperMostStages];
   uint64_t slabs[kHopperSlabs];
   uint64_t weights;
-  uint64_t multiplied[kHopperMostTakers];  // a chunk's products are under way
+  uint64_t multiplied[kHopperMostTakers];  // a turn is over: products are under way, or half of an activation is done
   // float32: whether the tile does not split, and the inverse of its scale. Else a byte for each loading warp: whether it has
   // met Inf or NaN.
   uint2 stages[kHopperMostStages];
@@ -1622,7 +1622,7 @@ class Hopper {
 };
 
 template <typename T, HopperOutput kOutput, int kChannels, bool kBounds>
-__global__ void __launch_bounds__(hopper_threads(sizeof(T) == 4 ? 2 : 1), 1)
+__global__ void __launch_bounds__(hopper_threads(Hopper<T, kOutput, kChannels, kBounds>::kHalves), 1)
     conv_hopper_kernel(const __grid_constant__ HopperParams<T> params) {
 #if defined(FCB_HOPPER)
   Hopper<T, kOutput, kChannels, kBounds>(params).run();

@@ -19,7 +19,7 @@
 namespace fused_conv_bn {
 
 constexpr int kHopperLoaders = 2;  // warpgroups that load
-// Warpgroups that multiply and write, by turns. With a third, SiLU took 1.31 times ReLU's time where it had taken 1.51 (problem
+// Warpgroups that multiply and write, by turns. With a third, SiLU took 1.26 times ReLU's time where it had taken 1.47 (problem
 // 73, float16 channels_last), and ReLU no longer than before. In float32 there are no registers for it.
 constexpr int kHopperMostTakers = 3;
 FCB_HD constexpr int hopper_takers(int halves) { return halves == 2 ? 2 : kHopperMostTakers; }

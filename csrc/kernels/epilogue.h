@@ -50,6 +50,14 @@ struct Epilogue {
 
 // ---- elementary functions --------------------------------------------------------------------------------------------
 
+// By Horner's rule, from the highest power's coefficient to the constant.
+template <typename... Coefficients>
+FCB_HD float polynomial(float x, float highest, Coefficients... others) {
+  float p = highest;
+  ((p = p * x + others), ...);
+  return p;
+}
+
 #if defined(__CUDA_ARCH__)
 FCB_HD float exp2_acc(float x) {
   float y;
@@ -73,13 +81,8 @@ FCB_HD float exp2_acc(float x) {
   const float clamped = x < -151.0f ? -151.0f : (x > 129.0f ? 129.0f : x);
   const float shifted = clamped + kRound;
   const float f = clamped - (shifted - kRound);
-  float p = 1.54762994e-4f;
-  p = p * f + 1.34002697e-3f;
-  p = p * f + 9.61800385e-3f;
-  p = p * f + 5.55032790e-2f;
-  p = p * f + 2.40226507e-1f;
-  p = p * f + 6.93147182e-1f;
-  p = p * f + 1.0f;
+  const float p = polynomial(f, 1.54762994e-4f, 1.34002697e-3f, 9.61800385e-3f, 5.55032790e-2f, 2.40226507e-1f,
+                             6.93147182e-1f, 1.0f);
   const int32_t exponent = static_cast<int32_t>(bits_of(shifted) - bits_of(kRound));
   const int32_t half = exponent >> 1;
   const float first = float_of(static_cast<uint32_t>(half + 127) << 23);
@@ -147,24 +150,11 @@ FCB_HD Acc sigmoid(Acc x) {
 template <bool kShort>
 FCB_HD float upper_tail(float a) {
   if constexpr (kShort) {
-    float p = -2.69918819e-4f;
-    p = p * a + 5.29736141e-3f;
-    p = p * a - 4.63193916e-2f;
-    p = p * a - 4.66907382e-1f;
-    p = p * a - 1.14778888f;
-    p = p * a - 1.00022829f;
-    return exp2_acc(p);
+    return exp2_acc(
+        polynomial(a, -2.69918819e-4f, 5.29736141e-3f, -4.63193916e-2f, -4.66907382e-1f, -1.14778888f, -1.00022829f));
   }
-  float p = -1.23215455e-6f;
-  p = p * a + 2.06172936e-5f;
-  p = p * a - 1.00960846e-4f;
-  p = p * a - 3.29567381e-4f;
-  p = p * a + 7.29391212e-3f;
-  p = p * a - 5.26392907e-2f;
-  p = p * a - 4.59166408e-1f;
-  p = p * a - 1.15110970f;
-  p = p * a - 0.99999994f;
-  return exp2_acc(p);
+  return exp2_acc(polynomial(a, -1.23215455e-6f, 2.06172936e-5f, -1.00960846e-4f, -3.29567381e-4f, 7.29391212e-3f,
+                             -5.26392907e-2f, -4.59166408e-1f, -1.15110970f, -0.99999994f));
 }
 template <bool kShort>
 FCB_HD double upper_tail(double a) {
@@ -180,11 +170,7 @@ FCB_HD float tanh_acc(float x) {
     return fabsf(x) < 0.0078125f ? x : far;
   }
   const float s = x * x;
-  float p = -6.28247298e-3f;
-  p = p * s + 2.10777577e-2f;
-  p = p * s - 5.38538583e-2f;
-  p = p * s + 1.33326024e-1f;
-  p = p * s - 3.33333194e-1f;
+  const float p = polynomial(s, -6.28247298e-3f, 2.10777577e-2f, -5.38538583e-2f, 1.33326024e-1f, -3.33333194e-1f);
   const float size = x < 0 ? -x : x;
   const float far = 1.0f - reciprocal(0.5f + 0.5f * exp_acc(2.0f * size));
   return copysignf(size < 0.55f ? size * s * p + size : far, x);  // NaN: by way of far

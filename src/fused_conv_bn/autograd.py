@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 
 from . import conditions, reference
 
@@ -36,7 +37,6 @@ _bn_functional = _ops.bn_scale_train_functional.default
 _conv_bn_functional = _ops.conv_bn_scale_train_functional.default
 _is_compiling = torch.compiler.is_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_increment_version = torch._C._increment_version
 
 Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """stride, padding, dilation, groups."""
@@ -127,7 +127,7 @@ def _derivative(
 
     affine: whether anything in front of the epilogue needs a gradient.
     """
-    if not (affine or (residual_grad and not residual_last)):
+    if activation == "none" or not (affine or (residual_grad and not residual_last)):
         return False, False
     from_result = activation in _FROM_RESULT and not (has_residual and residual_last)
     return from_result, not from_result
@@ -136,18 +136,18 @@ def _derivative(
 def keywords(
     residual: Tensor | None, activation: str, negative_slope: float, residual_last: bool, allow_tf32: bool = False
 ) -> dict[str, Any]:
-    """The epilogue's arguments that are not the default: each takes as long to pass as some ops take to run."""
+    """The arguments that matter (each costs time to pass), and those of wrong types, which the op refuses."""
     named: dict[str, Any] = {}
     if residual is not None:
         named["residual"] = residual
-        if residual_last:
-            named["residual_last"] = True
+    if residual_last:
+        named["residual_last"] = residual_last
     if activation != "none":
         named["activation"] = activation
-        if activation == "leaky_relu":
-            named["negative_slope"] = negative_slope
+    if activation == "leaky_relu" or type(negative_slope) is not float:
+        named["negative_slope"] = negative_slope
     if allow_tf32:
-        named["allow_tf32"] = True
+        named["allow_tf32"] = allow_tf32
     return named
 
 
@@ -317,23 +317,8 @@ class _BnScale(Function):
             op = _bn_scale if compiling else _bn_scale._op
             return op(input, running_mean, running_var, weight, bias, factor, eps, **named)
         op = _conv_bn_scale if compiling else _conv_bn_scale._op
-        stride, padding, dilation, groups = window
-        return op(
-            input,
-            conv_weight,
-            conv_bias,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            factor,
-            eps,
-            stride,
-            padding,
-            dilation,
-            groups,
-            **named,
-        )
+        bn = running_mean, running_var, weight, bias, factor, eps
+        return op(input, conv_weight, conv_bias, *bn, *window, **named)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -342,9 +327,7 @@ class _BnScale(Function):
         ctx.numbers = numbers = inputs[8]
         activation, residual_last = numbers[3], numbers[5]
         affine = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
-        from_result = from_input = False
-        if activation != "none":
-            from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
+        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
         # Of BatchNorm the gradient of the input alone needs no input, and that of the bias nothing.
         keeps = needs[5] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
         ctx.from_input = from_input
@@ -465,9 +448,7 @@ class _ScaleShift(Function):
         ctx.numbers = numbers = inputs[5]
         activation, residual_last = numbers[1], numbers[3]
         affine = needs[0] or needs[1] or needs[2] or needs[3]
-        from_result = from_input = False
-        if activation != "none":
-            from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[4])
+        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[4])
         keeps = needs[2] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
         ctx.channels = output.size(1)
         ctx.from_input = from_input
@@ -567,24 +548,8 @@ class _BnScaleTrain(Function):
             op = _bn_functional if functional else _bn_stats
             return op(input, running_mean, running_var, weight, bias, factor, momentum, eps, **named)
         op = _conv_bn_functional if functional else _conv_bn_stats
-        stride, padding, dilation, groups = window
-        return op(
-            input,
-            conv_weight,
-            conv_bias,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            factor,
-            momentum,
-            eps,
-            stride,
-            padding,
-            dilation,
-            groups,
-            **named,
-        )
+        bn = running_mean, running_var, weight, bias, factor, momentum, eps
+        return op(input, conv_weight, conv_bias, *bn, *window, **named)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -593,9 +558,7 @@ class _BnScaleTrain(Function):
         ctx.numbers = numbers = inputs[8]
         activation, residual_last = numbers[4], numbers[6]
         affine = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
-        from_result = from_input = False
-        if activation != "none":
-            from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
+        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
         keeps = affine or from_input
         ctx.from_input = from_input
         ctx.set_materialize_grads(False)
@@ -684,7 +647,7 @@ def _eager(function: type[Function]) -> Callable[..., Tensor]:
     end is the base class's. And a forward that takes ctx needs not return what it saves.
 
     Every call, tuple and attribute here and in forward and setup_context shows in a small call's time: one class and
-    one non-tensor argument for all settings, arguments spelt out rather than unpacked, nothing asked twice.
+    one non-tensor argument for all settings, nothing asked twice.
     """
     derivative: Any = function
     run, setup_context = derivative.forward, derivative.setup_context
@@ -832,7 +795,7 @@ def bn_scale_train(
             running_mean.copy_(result[3])
             running_var.copy_(result[4])
         else:
-            _increment_version((running_mean, running_var))
+            increment_version((running_mean, running_var))
     return result[0] if compiling else result
 
 

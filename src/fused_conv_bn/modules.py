@@ -207,22 +207,6 @@ class ConvBnScale2d(nn.Module):
                         (conv.stride, conv.padding, conv.dilation, conv.groups),
                         (residual, self.activation, self.negative_slope, self.residual_last),
                     )
-                if residual is None and self.activation == "none":  # keywords take time
-                    return _eval_call(
-                        x,
-                        weight,
-                        conv_bias,
-                        mean,
-                        var,
-                        bn_weight,
-                        bn_bias,
-                        factor,
-                        bn.eps,
-                        conv.stride,
-                        conv.padding,
-                        conv.dilation,
-                        conv.groups,
-                    )
                 return _eval_call(
                     x,
                     weight,
@@ -237,10 +221,7 @@ class ConvBnScale2d(nn.Module):
                     conv.padding,
                     conv.dilation,
                     conv.groups,
-                    residual=residual,
-                    activation=self.activation,
-                    negative_slope=self.negative_slope,
-                    residual_last=self.residual_last,
+                    **autograd.keywords(residual, self.activation, self.negative_slope, self.residual_last),
                 )
             except RuntimeError:
                 # The op refuses before it writes anything. What PyTorch's ops take, or refuse in words of their own,

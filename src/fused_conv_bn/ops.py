@@ -106,6 +106,11 @@ def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def _require_grad(mean: Tensor | None, var: Tensor | None) -> bool:
+    """PyTorch's ops are to refuse it then."""
+    return (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad)
+
+
 def _written(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None:
@@ -224,7 +229,7 @@ def bn_scale(
         return out
     if way == _RAW:
         return _ops.bn_scale.default(input, *bn, **keywords(*epilogue))
-    if way == _TWIN or running_mean.requires_grad or running_var.requires_grad:
+    if way == _TWIN or _require_grad(running_mean, running_var):
         reference.check_activation("bn_scale", activation, RuntimeError)
         return reference.bn_scale(input, *bn, **keywords(*epilogue))
     return autograd.bn_scale(input, None, None, bn, autograd.NO_WINDOW, epilogue)
@@ -452,7 +457,7 @@ def conv_bn_scale(
         return _ops.conv_bn_scale.default(
             input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue, allow_tf32)
         )
-    if way == _TWIN or running_mean.requires_grad or running_var.requires_grad:
+    if way == _TWIN or _require_grad(running_mean, running_var):
         reference.check_activation("conv_bn_scale", activation, RuntimeError)
         return reference.conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
     return autograd.bn_scale(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
@@ -506,11 +511,7 @@ def bn_scale_train(
         y = _ops.bn_scale_train.default(input, *bn, **keywords(*epilogue))
         _written(running_mean, running_var)
         return y
-    if (
-        way == _TWIN
-        or (running_mean is not None and running_mean.requires_grad)
-        or (running_var is not None and running_var.requires_grad)
-    ):
+    if way == _TWIN or _require_grad(running_mean, running_var):
         reference.check_activation("bn_scale_train", activation, RuntimeError)
         return reference.bn_scale_train(input, *bn, **keywords(*epilogue))
     return autograd.bn_scale_train(input, None, None, bn, autograd.NO_WINDOW, epilogue)
@@ -580,11 +581,7 @@ def conv_bn_scale_train(
         y = _ops.conv_bn_scale_train.default(input, conv_weight, conv_bias, *bn, *window, **named)
         _written(running_mean, running_var)
         return y
-    if (
-        way == _TWIN
-        or (running_mean is not None and running_mean.requires_grad)
-        or (running_var is not None and running_var.requires_grad)
-    ):
+    if way == _TWIN or _require_grad(running_mean, running_var):
         reference.check_activation("conv_bn_scale_train", activation, RuntimeError)
         return reference.conv_bn_scale_train(input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
     return autograd.bn_scale_train(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)

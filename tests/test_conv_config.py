@@ -194,6 +194,26 @@ def test_choices_stay_inside_the_domains(gpu: Gpu) -> None:
         assert configuration(problem, gpu) == chosen
 
 
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.compute_capability}")
+def test_the_rule_stays_where_it_was_measured(gpu: Gpu) -> None:
+    """Dense convolutions of more than 16 input channels were not, and are PyTorch's."""
+    rng = random.Random(gpu.multiprocessors)
+    problems = [p for p in (random_problem(rng) for _ in range(2000)) if p.C > 16 and p.groups == 1]
+    assert len(problems) > 100
+    for problem in problems:
+        assert configuration(problem, gpu) == "aten", problem
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_first_layers_of_images_have_kernels(element_bytes: int, channels_last: bool) -> None:
+    """7x7/2 with 64 outputs and 3x3/2 with 32, of a batch of images of 224x224."""
+    for outputs, size, pad in ((64, 7, 3), (32, 3, 1)):
+        window = (size, size, 112, 112, 2, 2, pad, pad, 1, 1, 1)
+        problem = Problem(32, 3, 224, 224, outputs, *window, element_bytes, channels_last, False, True)
+        assert configuration(problem, GPUS[4]).split()[0] in ("hopper", "few_channels"), problem
+
+
 @pytest.mark.parametrize("algorithm", DOMAINS)
 def test_forced_choices(algorithm: str) -> None:
     """A forced algorithm runs wherever its domain allows, and refuses what is outside."""

@@ -64,7 +64,13 @@ inline std::optional<ConvConfig> configure(ConvAlgorithm algorithm, const ConvPr
 // filters of 1x1 to 7x7, batch 1 to 64, three dtypes, both layouts. By these rules 18 of them take more than 1.03 times PyTorch's
 // time, 1.4 at most; the geometric mean over all is 1.06 times that of the best choice.
 inline bool is_faster(const ConvConfig& config, const ConvProblem& c) {
-  constexpr int64_t kLarge = 100000;  // pixels
+  // Dense ones of more channels were not among them, and are PyTorch's: 3x3 of 64 takes 1.3 times its time, 2.0 in training.
+  constexpr int64_t kMostChannels = 16;
+  if (config.algorithm != ConvAlgorithm::depthwise && c.C > kMostChannels) {
+    return false;
+  }
+  constexpr int64_t kLarge = 100000;              // pixels
+  constexpr int64_t kFewChannelsMostTerms = 130;  // in float32
   const int64_t pixels = c.N * c.P * c.Q;
   const int64_t taps = c.R * c.S;
   const int64_t terms = c.C * taps;
@@ -80,8 +86,12 @@ inline bool is_faster(const ConvConfig& config, const ConvProblem& c) {
                    ? c.C > 1 || taps >= 25
                    : whole_rows && taps > 1 && (pixels >= kLarge || terms >= 150 || (c.C == 1 && taps >= 25));
       }
-      // Tiles of fewer pixels than a chunk has: up to 1.9 times. Few output channels leave half of the rows idle.
-      const bool fits = whole_rows || (c.channels_last && tile.p * tile.q >= 64);
+      // Tiles of fewer pixels than a chunk has: up to 1.9 times. Few output channels leave half of the rows idle. Parts of
+      // contiguous rows are worth it where few_channels is not: 7x7/2 of an image 129 us, PyTorch 364.
+      const bool parts_fit = c.channels_last ? tile.p * tile.q >= 64
+                                             : tile.p * tile.q >= kHopperChunk && taps >= 25 &&
+                                                   terms > kFewChannelsMostTerms && pixels >= kLarge;
+      const bool fits = whole_rows || parts_fit;
       const bool enough = c.C > 1 || taps >= 25 || pixels >= kLarge;
       const bool small = pixels < kLarge && c.C <= 2 && taps < 25 && c.K <= 64;
       return taps > 1 && fits && enough && !small && pixels >= 2000 &&
@@ -89,13 +99,11 @@ inline bool is_faster(const ConvConfig& config, const ConvProblem& c) {
     }
     case ConvAlgorithm::few_channels:
       if (taps == 1) {  // a matrix product of little depth: channels_last 1.5 and 1.6, contiguous 0.9 and 1.3
-        return c.channels_last && c.C <= 16 && pixels >= 1 << 17;
+        return c.channels_last && pixels >= 1 << 17;
       }
-      // 3x3 of 32 channels: 0.74 to 0.91. float32 of many terms: up to 2.9 times PyTorch's time, TF32 being its default.
-      if (c.C > 16) {
-        return false;
-      }
-      return float32 ? pixels >= 20000 && terms <= 130 && (c.C > 1 || pixels >= kLarge) : c.C > 1 || pixels >= 20000;
+      // float32 of many terms: up to 2.9 times PyTorch's time, TF32 being its default.
+      return float32 ? pixels >= 20000 && terms <= kFewChannelsMostTerms && (c.C > 1 || pixels >= kLarge)
+                     : c.C > 1 || pixels >= 20000;
     case ConvAlgorithm::depthwise:
       if (!c.channels_last) {
         return c.N * c.C * c.P * c.Q >= 1 << 18;

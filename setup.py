@@ -250,9 +250,7 @@ def gencode(arch: str) -> list[str]:
 def source_flags(library: str, source: str) -> list[str]:
     """nvcc's flags for one file: its architectures, and its name, which cuobjdump then prints of what it became."""
     listed = archs(library, source)
-    old_ptx = any(
-        major < 9 and ptx for major, _, _, ptx in map(parse_arch, listed)
-    )  # csrc/kernels/dependent_launch.cuh
+    old_ptx = any(major < 9 and ptx for major, _, _, ptx in map(parse_arch, listed))  # csrc/kernels/ptx/launch.cuh
     return [
         f"-Xfatbin=--ident={Path(source).name}",
         *(["-DFCB_HAS_9_0A"] if "9.0a" in listed else []),
@@ -280,8 +278,9 @@ def nvcc_flags(name: str, cuda: Cuda) -> list[str]:
 
 def extension(name: str) -> Extension:
     """A library's name and sources; what else it takes is looked for when it is built."""
-    kind = "cpu.cpp" if name == "cpu" else "cuda.cu"
-    ops = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "ops").glob(f"*_{kind}"))
+    kinds = ["ops/*_cpu.cpp"] if name == "cpu" else ["ops/*_cuda.cu", "kernels/**/instantiate_*.cu"]
+    found = (path for kind in kinds for path in (ROOT / "csrc").glob(kind))
+    ops = sorted(str(path.relative_to(ROOT)) for path in found)
     schemas = ["csrc/bindings.cpp"] if name == "cpu" else []
     return Extension(f"fused_conv_bn._{name}", ["csrc/portable.cpp", *schemas, *ops])
 
@@ -365,7 +364,8 @@ def write_ninja(directory: Path, library: str, sources: list[str], output: Path,
     torch = tools.torch
     # Paths of this machine, which would get into messages of torch's headers, become the same everywhere.
     maps = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={torch.include}=torch"]
-    include = ["-isystem", str(torch.include)]  # as system headers: our warnings are errors, theirs are not
+    # As system headers: our warnings are errors, theirs are not.
+    include = ["-Icsrc", "-isystem", str(torch.include)]
     cxx = str(shutil.which(tools.cxx[-1]))
     compilers = {"cxx": [*tools.cxx, *CXX_FLAGS, *maps, *include]}
     programs: dict[str, list[str | Path]] = {"cxx": [cxx]}

@@ -35,8 +35,8 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
         ", bool allow_tf32=False) -> Tensor");
   m.def("conv_bn_scale(Tensor input, Tensor conv_weight, Tensor? conv_bias, " FCB_BN ", " FCB_WINDOW
         ", *, " FCB_EPILOGUE ", bool allow_tf32=False) -> Tensor");
-  // What a convolution op would run on CUDA for a problem and a GPU, both as the numbers of kernels/conv_params.h and
-  // conv_config.h in their order; `algorithm` forces one.
+  // What a convolution op would run on CUDA for a problem and a GPU, both as the numbers of kernels/conv/problem.h
+  // in their order; `algorithm` forces one.
   m.def("_conv_config(int[] problem, int[] gpu, str algorithm='', str statistics='none') -> str");
 
   // Batch statistics, in three forms. The first returns the result alone; _stats the batch's mean and the inverse of its

@@ -20,10 +20,10 @@ DTYPES: dict[torch.dtype, float] = {
 DEVICES = ("cpu", "cuda")
 """The parameters of the fixture ``device`` (conftest.py)."""
 
-CONV_ALGORITHMS = ("aten", "hopper", "few_channels", "depthwise")
+CONV_ALGORITHMS = ("stem_sm90", "stem_sm80", "depthwise", "aten")
 """The algorithms of conv_scale_shift on CUDA, each of which tests force (conftest.py's ``conv_device``)."""
 
-CONV_STATISTICS = ("results", "patches")
+CONV_STATISTICS = ("from_output", "from_input")
 """Where conv_bn_scale_train can take a batch's statistics from on CUDA (conftest.py's ``train_device``)."""
 
 RESIDUALS = ("none", "first", "last")

@@ -47,7 +47,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 CONV_DEVICES = [("cpu", "by rule"), *(("cuda", name) for name in ("by rule", *CONV_ALGORITHMS))]
-TRAIN_DEVICES = [*((*pair, "by rule") for pair in CONV_DEVICES), *(("cuda", "hopper", s) for s in CONV_STATISTICS)]
+TRAIN_DEVICES = [*((*pair, "by rule") for pair in CONV_DEVICES), *(("cuda", "stem_sm90", s) for s in CONV_STATISTICS)]
 
 
 def _force(monkeypatch: pytest.MonkeyPatch, device: str, algorithm: str, statistics: str = "by rule") -> str:

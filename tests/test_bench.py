@@ -231,7 +231,7 @@ def small_cases(group: str, device: str) -> list[ConvCase]:
         *(replace(first, layer=layer) for layer in SMALL),
         *(replace(first, layer=layer, dtype=torch.float16, layout="channels_last", count=2) for layer in SMALL),
         *([replace(first, allow_tf32=True)] if device == "cuda" else []),
-        replace(first, with_op=True, forced=("aten", "few_channels", "depthwise")),
+        replace(first, with_op=True, forced=("aten", "stem_sm80", "depthwise")),
     ]
 
 
@@ -263,7 +263,7 @@ def test_every_kind_of_convolution(
     assert all(bool(row["algorithm"]) == (device == "cuda") for row in rows)
     assert "op" in rows[-1]["us"]
     if device == "cuda":
-        assert "few_channels" in rows[-1]["us"]
+        assert "stem_sm80" in rows[-1]["us"]
         assert "does not cover" in rows[-1]["missing"]["depthwise"]
     out = capsys.readouterr().out
     assert any(line.split()[:2] == ["small", str(len(rows))] for line in out.splitlines())
@@ -443,7 +443,7 @@ def test_activation_and_grad_mode_cases() -> None:
 def test_rows_that_are_too_slow_have_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     def row(name: str, ours: float, aten: float, **others: float) -> dict[str, Any]:
         us = {"ours": ours, "aten": aten, **others}
-        return {"case": name, "algorithm": "hopper", "us": {who: {"median": t} for who, t in us.items()}}
+        return {"case": name, "algorithm": "stem_sm90", "us": {who: {"median": t} for who, t in us.items()}}
 
     parts = {"conv": [row("a", 104, 100), row("b", 102, 100, pair=100)], "activations": [row("c", 200, 100)]}
     _report_conv.print_slower({part: {"rows": rows} for part, rows in parts.items()})
@@ -452,8 +452,8 @@ def test_rows_that_are_too_slow_have_a_table(capsys: pytest.CaptureFixture[str])
         "slower than 1.03 times the bare convolution with one pass behind it; the largest of 3 is 2.000, c"
     )
     assert [line.split() for line in lines[3:5]] == [
-        ["c", "hopper", "200.0", "100.0", "2.00"],
-        ["a", "hopper", "104.0", "100.0", "1.04"],
+        ["c", "stem_sm90", "200.0", "100.0", "2.00"],
+        ["a", "stem_sm90", "104.0", "100.0", "1.04"],
     ]
     assert lines[6] == (
         "No row is slower than 1.03 times conv_scale_shift with a fold made before; the largest of 1 is 1.020, b."

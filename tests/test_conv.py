@@ -309,8 +309,8 @@ def make(
 def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:
     """Whether the algorithm that is forced, if any, covers some of a test's calls; ``depthwise``: if those are among them."""
     covers = {
-        "hopper": dtype != torch.float64,
-        "few_channels": dtype != torch.float64,
+        "stem_sm90": dtype != torch.float64,
+        "stem_sm80": dtype != torch.float64,
         "depthwise": depthwise and dtype != torch.float64,
     }
     return covers.get(os.environ.get("FUSED_CONV_BN_CONV", ""), True)
@@ -742,7 +742,7 @@ def test_wide_first_layers_without_avx512():
 
 
 def test_many_tiles_of_whole_rows(conv_device, generator):
-    """So many that a block of the few_channels kernel has two tiles at a time: ragged ones too, and some that do not split."""
+    """So many that a block of the stem_sm80 kernel has two tiles at a time: ragged ones too, and some that do not split."""
     call = make(
         *(generator, conv_device, torch.float32, (3, 5, 700, 64), (33, 5, 3, 3), 1, 1), residual=True, activation="relu"
     )

@@ -22,7 +22,7 @@ conv_config = torch.ops.fused_conv_bn._conv_config
 
 @dataclass(frozen=True)
 class Problem:
-    """kernels/conv_params.h's ConvProblem, in its order."""
+    """kernels/conv/problem.h's Conv2d, in its order."""
 
     N: int
     C: int
@@ -48,7 +48,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Gpu:
-    """kernels/conv_config.h's GpuTraits, in its order."""
+    """kernels/conv/problem.h's GpuTraits, in its order."""
 
     compute_capability: int
     multiprocessors: int
@@ -69,25 +69,24 @@ GPUS = (
 )
 
 
-def hopper_units(p: Problem) -> int:
+def stem_sm90_units(p: Problem) -> int:
     """Groups of eight that a filter's weights go into: eight channels of a tap, or of few channels several taps of a row."""
     taps = next((8 // slots for slots in (1, 2, 4) if p.C <= slots), 1)
     return p.R * -(-p.S // taps) * -(-p.C // 8)
 
 
 DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
-    "aten": lambda p, gpu: True,
-    "hopper": lambda p, gpu: (
+    "stem_sm90": lambda p, gpu: (
         gpu.has_wgmma
         and p.groups == 1
         and p.C <= 64
         and p.R * p.S <= 256
-        and hopper_units(p) <= 128
+        and stem_sm90_units(p) <= 128
         and (p.element_bytes == 2 or p.element_bytes == 4 and 8 <= p.C * p.R * p.S <= 256)
         and max(p.C * p.H * p.W, p.K * p.P * p.Q, p.N * p.P * p.Q) <= 1 << 30
         and max(p.H, p.W, p.K) <= 1 << 20
     ),
-    "few_channels": lambda p, gpu: (
+    "stem_sm80": lambda p, gpu: (
         gpu.compute_capability >= 80
         and p.groups == 1
         and p.C <= 64
@@ -105,13 +104,14 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         and p.dilation_h == p.dilation_w == 1
         and (not p.channels_last or p.C * p.element_bytes % 16 == 0)
     ),
+    "aten": lambda p, gpu: True,
 }
 
 
-def patches_fit(p: Problem, gpu: Gpu) -> bool:
-    """Whether a batch's statistics can come from sums over the input: before the hopper kernel."""
+def from_input_fits(p: Problem, gpu: Gpu) -> bool:
+    """Whether a batch's statistics can come from sums over the input: before the stem_sm90 kernel."""
     return (
-        DOMAINS["hopper"](p, gpu)
+        DOMAINS["stem_sm90"](p, gpu)
         and p.C <= 8
         and max(p.R, p.S) <= 3
         and p.stride_h == p.stride_w == p.dilation_h == p.dilation_w == 1
@@ -120,7 +120,7 @@ def patches_fit(p: Problem, gpu: Gpu) -> bool:
 
 
 def fits(p: Problem, gpu: Gpu) -> bool:
-    """Whether the few_channels kernel's weights and an input patch surely fit into shared memory."""
+    """Whether the stem_sm80 kernel's weights and an input patch surely fit into shared memory."""
     channels = -(-p.C // 4) * 4
     weights = (p.R * p.S * channels + 16) * (64 if p.K > 32 else 32)
     rows, cols = (
@@ -130,8 +130,8 @@ def fits(p: Problem, gpu: Gpu) -> bool:
     return 4 * weights + 6 * rows * cols * (channels + 16) + 70000 < gpu.shared_memory_per_block
 
 
-def hopper_fits(p: Problem) -> bool:
-    """Whether two input patches of the hopper kernel's smallest tile, and all else, surely fit into shared memory."""
+def stem_sm90_fits(p: Problem) -> bool:
+    """Whether two input patches of the stem_sm90 kernel's smallest tile, and all else, surely fit into shared memory."""
     cols = 40 if p.Q <= 512 else 520
     pitch = cols + (p.S - 1) * p.dilation_w + 2
     rows = (p.R - 1) * p.dilation_h + 1
@@ -139,7 +139,7 @@ def hopper_fits(p: Problem) -> bool:
     copies = 2 if p.element_bytes == 4 else 1
     stages = 2 * copies * 16 * (patch + pitch + 128)
     output = 0 if p.channels_last else 2 * 64 * p.element_bytes * (cols + 80)
-    weights = copies * 1024 * (hopper_units(p) + 1)
+    weights = copies * 1024 * (stem_sm90_units(p) + 1)
     row = min(p.W, cols * p.stride_w + (p.S - 1) * p.dilation_w + 1) * p.C * p.element_bytes
     rows_as_they_are = 2 * (rows * (row + 32 * p.C) + 128)
     table = 8 * (patch + 1024)
@@ -211,7 +211,7 @@ def test_first_layers_of_images_have_kernels(element_bytes: int, channels_last: 
     for outputs, size, pad in ((64, 7, 3), (32, 3, 1)):
         window = (size, size, 112, 112, 2, 2, pad, pad, 1, 1, 1)
         problem = Problem(32, 3, 224, 224, outputs, *window, element_bytes, channels_last, False, True)
-        assert configuration(problem, GPUS[4]).split()[0] in ("hopper", "few_channels"), problem
+        assert configuration(problem, GPUS[4]).split()[0] in ("stem_sm90", "stem_sm80"), problem
 
 
 @pytest.mark.parametrize("algorithm", DOMAINS)
@@ -224,7 +224,7 @@ def test_forced_choices(algorithm: str) -> None:
             forced = configuration(problem, gpu, algorithm)
         except RuntimeError as error:
             assert f"'{algorithm}', which does not cover this convolution" in str(error)
-            fitting = hopper_fits(problem) if algorithm == "hopper" else fits(problem, gpu)
+            fitting = stem_sm90_fits(problem) if algorithm == "stem_sm90" else fits(problem, gpu)
             assert not DOMAINS[algorithm](problem, gpu) or not fitting, problem
         else:
             assert forced.split()[0] == algorithm
@@ -247,19 +247,19 @@ def test_statistics_stay_inside_their_domain() -> None:
     for _ in range(4000):
         problem, gpu = small_filter(random_problem(rng), rng), rng.choice(GPUS)
         chosen = configuration(problem, gpu, statistics="")
-        assert chosen.removesuffix(", statistics of patches") == configuration(problem, gpu)
-        patches = chosen.endswith(", statistics of patches")
-        assert not patches or (chosen.startswith("hopper") and patches_fit(problem, gpu)), (chosen, problem)
+        assert chosen.removesuffix(", statistics from the input") == configuration(problem, gpu)
+        patches = chosen.endswith(", statistics from the input")
+        assert not patches or (chosen.startswith("stem_sm90") and from_input_fits(problem, gpu)), (chosen, problem)
         seen.add(patches)
         try:
-            configuration(problem, gpu, "hopper", "patches")
+            configuration(problem, gpu, "stem_sm90", "from_input")
         except RuntimeError as error:
             assert "which does not cover this convolution" in str(error)
             huge = problem.N * (problem.H + 8) * (problem.W + 32) > 1 << 28
-            assert huge or not patches_fit(problem, gpu) or not hopper_fits(problem), problem
+            assert huge or not from_input_fits(problem, gpu) or not stem_sm90_fits(problem), problem
         else:
-            assert patches_fit(problem, gpu), problem
-        assert configuration(problem, gpu, "aten", "results") == "aten"
+            assert from_input_fits(problem, gpu), problem
+        assert configuration(problem, gpu, "aten", "from_output") == "aten"
     assert seen == {False, True}
 
 
@@ -268,8 +268,8 @@ def test_unknown_statistics() -> None:
     with pytest.raises(RuntimeError, match="FUSED_CONV_BN_STATISTICS is 'no such'") as caught:
         configuration(problem, GPUS[0], "", "no such")
     assert tuple(re.findall(r"'(\w+)'", str(caught.value).partition("expected")[2])) == CONV_STATISTICS
-    with pytest.raises(RuntimeError, match="FUSED_CONV_BN_STATISTICS is 'patches', which does not cover"):
-        configuration(problem, GPUS[0], "aten", "patches")
+    with pytest.raises(RuntimeError, match="FUSED_CONV_BN_STATISTICS is 'from_input', which does not cover"):
+        configuration(problem, GPUS[0], "aten", "from_input")
 
 
 def test_lists_of_the_wrong_length() -> None:

@@ -93,8 +93,8 @@ test_conv_bn_scale_train = some_of(test_train.test_conv_bn_scale_train, dtype=AL
 test_conv_parts_that_may_be_missing = test_train.test_conv_parts_that_may_be_missing
 test_conv_of_values_far_from_zero = test_train.test_conv_of_values_far_from_zero
 test_conv_of_values_that_are_not_finite = test_train.test_conv_of_values_that_are_not_finite
-test_statistics_of_patches_are_exact = some_of(
-    test_train.test_statistics_of_patches_are_exact,
+test_statistics_from_the_input_are_exact = some_of(
+    test_train.test_statistics_from_the_input_are_exact,
     dtype=FLOAT32_AND_16,
     case=[case for case in test_train.PATCH_CASES if math.prod(case[-1]) < 100_000],
 )
@@ -126,7 +126,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
     for name in ("scale_shift", "bn_scale_train"):
         monkeypatch.setattr(fcb, name, getattr(emulated, name))
-    function = functools.partial(emulated.conv_bn_scale_train, statistics="patches")
+    function = functools.partial(emulated.conv_bn_scale_train, statistics="from_input")
     monkeypatch.setattr(fcb, "conv_bn_scale_train", function)
     return "cpu"
 
@@ -174,13 +174,13 @@ def test_elementwise(shape, layout, dtype, capability, generator):
 # They have other code where bulk copies are missing (8.6), less shared memory (8.6, 12.0), and no two tiles at a time (12.0).
 
 
-@pytest.mark.parametrize("algorithm", ["few_channels", "depthwise"])
+@pytest.mark.parametrize("algorithm", ["stem_sm80", "depthwise"])
 @pytest.mark.parametrize("capability", [86, 120])
 @pytest.mark.parametrize("dtype", FLOAT32_AND_16, ids=str)
 def test_convolutions_of_other_gpus(capability, algorithm, dtype, generator, monkeypatch):
     monkeypatch.setenv("FUSED_CONV_BN_CONV", algorithm)
     by_algorithm(monkeypatch, algorithm=algorithm, capability=capability)
-    if algorithm == "few_channels":
+    if algorithm == "stem_sm80":
         test_conv.test_random_problems("cpu", dtype, generator)
     else:
         test_conv.test_random_depthwise_problems("cpu", dtype, generator)

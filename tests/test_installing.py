@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "installing.md").read_text()
 
-EXPLAINED = ["src/fused_conv_bn/_loader.py", "setup.py", "csrc/torch_shim.h"]
+EXPLAINED = ["src/fused_conv_bn/_loader.py", "setup.py", "csrc/torch/shim.h"]
 """The files whose every error message is in the document."""
 
 QUOTED = [*EXPLAINED, "wheels/build.py"]

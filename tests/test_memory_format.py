@@ -1,6 +1,6 @@
 """The kernels' arithmetic of elements, channels and launches, on the CPU and against plain division.
 
-csrc/kernels/memory_format.h is compiled into a small program, its largest launch made a variable of a few elements, so
+csrc/kernels/elementwise/memory_format.h is compiled into a small program, its largest launch made a variable of a few elements, so
 that the borders between launches, which GPU tests reach only with 2^30 elements, fall everywhere.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parents[1] / "csrc" / "kernels"
+CSRC = Path(__file__).parents[1] / "csrc"
 LIMIT = "constexpr int64_t kMaxLaunchElements = int64_t{1} << 30;"
 
 PROGRAM = r"""
@@ -94,11 +94,11 @@ def test_channels_and_launches(tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.fail("a C++ compiler is needed, as for the libraries", pytrace=False)
-    header = (KERNELS / "memory_format.h").read_text()
+    header = (CSRC / "kernels" / "elementwise" / "memory_format.h").read_text()
     assert header.count(LIMIT) == 1
     (tmp_path / "memory_format.h").write_text(header.replace(LIMIT, "inline int64_t kMaxLaunchElements = 8;"))
     source, program = tmp_path / "test.cpp", tmp_path / "test"
     source.write_text(PROGRAM)
-    subprocess.run([compiler, "-std=c++20", "-O1", f"-I{KERNELS}", source, "-o", program], check=True)
+    subprocess.run([compiler, "-std=c++20", "-O1", f"-I{CSRC}", source, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -24,7 +24,7 @@ READERS = {"bn_stats_planes_kernel": 4}
 # runs out of registers in some of them, where it computes tanh of all a thread's results at once, and spills 2 to 30
 # words. One kernel for bounds, float32 and four channels at a time, spills 2 words on 8.6 and 8.9.
 MAY_SPILL = re.compile(
-    r"conv_(hopper|few_channels|depthwise_\w+)_kernelI.*Lb0EEEv|conv_few_channels_kernelIfLi4ELb0ELb0ELb1EEEv"
+    r"(stem_sm90|stem_sm80|conv_depthwise_\w+)_kernelI.*Lb0EEEv|stem_sm80_kernelIfLi4ELb0ELb0ELb1EEEv"
 )
 MOST_STACK = 128  # bytes of these
 

@@ -1,8 +1,8 @@
 // The memory that batch statistics pass through on CUDA, for every op that gathers some.
 #pragma once
 
-#include "../checks.h"
-#include "../kernels/bn_stats.cuh"
+#include "kernels/batch_norm/stats.cuh"
+#include "torch/checks.h"
 
 namespace fused_conv_bn {
 

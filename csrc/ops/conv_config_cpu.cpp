@@ -1,4 +1,4 @@
-// _conv_config: select_config() on plain numbers, for tests. In the CPU library, as it needs no GPU.
+// _conv_config: select_plan() on plain numbers, for tests. In the CPU library, as it needs no GPU.
 #include "conv_scale_shift.h"
 
 namespace fused_conv_bn {
@@ -14,33 +14,33 @@ std::string conv_config(std::vector<int64_t> problem, std::vector<int64_t> gpu, 
          kGpu);
   }
   const int64_t* v = problem.data();
-  const ConvProblem p{v[0],
-                      v[1],
-                      v[2],
-                      v[3],
-                      v[4],
-                      v[5],
-                      v[6],
-                      v[7],
-                      v[8],
-                      v[9],
-                      v[10],
-                      v[11],
-                      v[12],
-                      v[13],
-                      v[14],
-                      v[15],
-                      static_cast<int>(v[16]),
-                      v[17] != 0,
-                      v[18] != 0,
-                      v[19] != 0};
+  const Conv2d p{v[0],
+                 v[1],
+                 v[2],
+                 v[3],
+                 v[4],
+                 v[5],
+                 v[6],
+                 v[7],
+                 v[8],
+                 v[9],
+                 v[10],
+                 v[11],
+                 v[12],
+                 v[13],
+                 v[14],
+                 v[15],
+                 static_cast<int>(v[16]),
+                 v[17] != 0,
+                 v[18] != 0,
+                 v[19] != 0};
   const GpuTraits traits{static_cast<int>(gpu[0]), static_cast<int>(gpu[1]), static_cast<int>(gpu[2]),
                          static_cast<int>(gpu[3]), gpu[4] != 0};
-  ConvConfig config = choose_config(op, algorithm, &p, traits);
+  ConvChoice choice{choose_plan(op, algorithm, &p, traits)};
   if (statistics != "none") {
-    config.statistics = choose_statistics(op, statistics, config, p, traits);
+    choice.statistics = choose_statistics(op, statistics, choice.plan, p, traits);
   }
-  return config_text(config);
+  return choice.describe();
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // What a convolution kernel of this package takes, for every op that starts one.
 #pragma once
 
-#include "../checks.h"
-#include "../kernels/conv_params.h"
+#include "kernels/conv/problem.h"
+#include "torch/checks.h"
 
 namespace fused_conv_bn {
 
@@ -26,24 +26,24 @@ class DenseCopies {
   std::vector<Tensor> copies_;
 };
 
-// The input and a residual in the memory format of the result, and a new output. The weight is taken as it lies, or
-// dense_weight: dense, contiguous or channels_last.
+// The input and a residual in the memory format of the result, and a new output. The weight is taken as it lies, unless it
+// has to be dense.
 struct KernelConv {
   bool channels_last;
   DenseCopies copies;
   Tensor y;
   ConvOperands operands{};
 
-  KernelConv(const PlainConv& c, uintptr_t alignment, bool dense_weight)
-      : channels_last(computes_channels_last(c)), copies(alignment) {
+  KernelConv(const PlainConv& c, const ConvRequirements& wants)
+      : channels_last(computes_channels_last(c)), copies(static_cast<uintptr_t>(wants.alignment)) {
     const Strides strides = dense_strides(c.input.dim, c.sizes.data(), channels_last);
     y = empty_strided(c.input.dim, c.sizes.data(), strides.data(), c.input.dtype, c.input.device);
     operands.y = y.data_ptr();
     operands.x = copies.data(c.input, channels_last);
     const bool last = has_strides(c.weight, dense_strides(c.weight, true));
     const Strides dense = dense_strides(c.weight, last);
-    const int64_t* const w = dense_weight ? dense.data() : c.weight.strides;
-    operands.w = dense_weight ? copies.data(c.weight, last) : c.weight.tensor->data_ptr();
+    const int64_t* const w = wants.dense_weight ? dense.data() : c.weight.strides;
+    operands.w = wants.dense_weight ? copies.data(c.weight, last) : c.weight.tensor->data_ptr();
     operands.w_stride_k = w[0], operands.w_stride_c = w[1], operands.w_stride_r = w[2], operands.w_stride_s = w[3];
   }
 };

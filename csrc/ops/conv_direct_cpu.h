@@ -1,8 +1,8 @@
 // How the ops with a convolution in them reach the CPU kernel for first layers, and for which layers they do.
 #pragma once
 
-#include "../checks.h"
-#include "../kernels/conv_direct_cpu.h"
+#include "kernels/conv/direct_cpu/kernel.h"
+#include "torch/checks.h"
 
 namespace fused_conv_bn {
 
@@ -66,26 +66,26 @@ inline Tensor convolve_direct(const ConvArguments& c) {
                               c.residual.has_value() ? contiguous_data(*c.residual, residual_copy) : nullptr,
                               y.data_ptr()};
   const int64_t *x = c.input.sizes, *taps = c.weight.sizes + 2;
-  const ConvProblem problem{x[0],
-                            x[1],
-                            x[2],
-                            x[3],
-                            c.sizes[1],
-                            taps[0],
-                            taps[1],
-                            c.sizes[2],
-                            c.sizes[3],
-                            c.stride[0],
-                            c.stride[1],
-                            c.padding[0],
-                            c.padding[1],
-                            c.dilation[0],
-                            c.dilation[1],
-                            c.groups,
-                            sizeof(float),
-                            false,
-                            c.residual.has_value(),
-                            false};
+  const Conv2d problem{x[0],
+                       x[1],
+                       x[2],
+                       x[3],
+                       c.sizes[1],
+                       taps[0],
+                       taps[1],
+                       c.sizes[2],
+                       c.sizes[3],
+                       c.stride[0],
+                       c.stride[1],
+                       c.padding[0],
+                       c.padding[1],
+                       c.dilation[0],
+                       c.dilation[1],
+                       c.groups,
+                       sizeof(float),
+                       false,
+                       c.residual.has_value(),
+                       false};
   launch_conv_direct(problem, operands, scale.data(), shift.data(), c.epilogue, torch::stable::get_num_threads(),
                      [](int64_t begin, int64_t end, int64_t grain, const auto& body) {
                        torch::stable::parallel_for(begin, end, grain, body);

@@ -1,8 +1,8 @@
 // conv_scale_shift and conv_bn_scale, but for the device: what their CPU and CUDA kernels share.
 #pragma once
 
-#include "../kernels/select_config.h"
 #include "elementwise.h"
+#include "kernels/conv/select.h"
 
 namespace fused_conv_bn {
 
@@ -69,62 +69,65 @@ Tensor convolve_and_apply(const char* op, const ConvArguments& c) {
   return c.dense ? dense : y;
 }
 
-// What the user forces, by the name that an environment variable has.
-template <typename Value, size_t kSize>
-Value forced_value(const char* op, const char* variable, const std::pair<const char*, Value> (&list)[kSize],
-                   const std::string& name) {
-  const std::optional<Value> found = find_by_name(list, name);
-  if (!found.has_value()) {
-    std::ostringstream names;
-    for (const auto& known : list) {
-      names << (&known == &list[0] ? "'" : ", '") << known.first << "'";
-    }
-    fail(op, ": ", variable, " is '", name, "', expected one of ", names.str(), ", or nothing for a choice by rule");
+// What the user forces with an environment variable, which has a name that is not one of these.
+[[noreturn]] inline void fail_unknown_choice(const char* op, const char* variable, const std::string& forced,
+                                             const std::vector<std::string>& names) {
+  std::string list;
+  for (const std::string& name : names) {
+    list.append(list.empty() ? "'" : ", '").append(name).append("'");
   }
-  return *found;
+  fail(op, ": ", variable, " is '", forced, "', expected one of ", list, ", or nothing for a choice by rule");
 }
 
-// The algorithm that the user forces by name, else the one that select_config() prefers. problem: nullptr for what is not
-// two-dimensional, which PyTorch computes.
-inline ConvConfig choose_config(const char* op, const std::string& forced, const ConvProblem* problem,
-                                const GpuTraits& gpu) {
+// The plan of the algorithm that the user forces by name, else of the one that select_plan() prefers. problem: nullptr for what
+// is not two-dimensional, which PyTorch computes.
+inline ConvPlan choose_plan(const char* op, const std::string& forced, const Conv2d* problem, const GpuTraits& gpu) {
   const char* const variable = "FUSED_CONV_BN_CONV";
-  const bool force = !forced.empty();
-  const ConvAlgorithm algorithm = force ? forced_value(op, variable, kConvAlgorithms, forced) : ConvAlgorithm::aten;
-  if (algorithm == ConvAlgorithm::aten && (force || problem == nullptr)) {
-    return ConvConfig{};
+  if (forced.empty()) {
+    return problem == nullptr ? ConvPlan(Aten{}) : select_plan(*problem, gpu);
   }
-  if (!force) {
-    return select_config(*problem, gpu);
+  const std::vector<std::string> names = algorithm_names();
+  if (std::find(names.begin(), names.end(), forced) == names.end()) {
+    fail_unknown_choice(op, variable, forced, names);
   }
-  const std::optional<ConvConfig> config = problem == nullptr ? std::nullopt : configure(algorithm, *problem, gpu);
-  if (!config.has_value()) {
+  if (forced == Aten::kName) {
+    return Aten{};
+  }
+  const std::optional<ConvPlan> plan = problem == nullptr ? std::nullopt : make_plan(forced, *problem, gpu);
+  if (!plan.has_value()) {
     fail(op, ": ", variable, " is '", forced, "', which does not cover this convolution, expected 'aten' for it, or ",
          "nothing for a choice by rule");
   }
-  return *config;
+  return *plan;
 }
 
 // The same of statistics.
-inline ConvStatistics choose_statistics(const char* op, const std::string& forced, const ConvConfig& config,
-                                        const ConvProblem& problem, const GpuTraits& gpu) {
+inline ConvStatistics choose_statistics(const char* op, const std::string& forced, const ConvPlan& plan,
+                                        const Conv2d& problem, const GpuTraits& gpu) {
   if (forced.empty()) {
-    return select_statistics(config, problem, gpu);
+    return select_statistics(plan, problem, gpu);
   }
   const char* const variable = "FUSED_CONV_BN_STATISTICS";
-  const ConvStatistics statistics = forced_value(op, variable, kConvStatistics, forced);
-  if (!has_statistics(statistics, config, problem, gpu)) {
-    fail(op, ": ", variable, " is '", forced,
-         "', which does not cover this convolution, expected 'results' for it, or ", "nothing for a choice by rule");
+  std::vector<std::string> names;
+  for (const auto& [name, statistics] : kConvStatistics) {
+    if (forced != name) {
+      names.emplace_back(name);
+      continue;
+    }
+    if (!has_statistics(statistics, plan, problem, gpu)) {
+      fail(op, ": ", variable, " is '", forced,
+           "', which does not cover this convolution, expected 'from_output' for it, or nothing for a choice by rule");
+    }
+    return statistics;
   }
-  return statistics;
+  fail_unknown_choice(op, variable, forced, names);
 }
 
 // What computes a convolution on CUDA: the choice, and what it was made of.
 struct CudaConvChoice {
-  ConvProblem problem;
+  Conv2d problem;
   GpuTraits gpu;
-  ConvConfig config;
+  ConvChoice choice;
 };
 
 // Of the CUDA library, for ops that have a convolution in them.

@@ -6,7 +6,6 @@
 #include <set>
 #include <sstream>
 
-#include "../kernels/conv_kernels.h"
 #include "conv_cuda.h"
 #include "conv_scale_shift.h"
 
@@ -24,17 +23,17 @@ const GpuTraits& gpu_traits(int32_t index) {
       traits.push_back({capability, device_attribute(i, cudaDevAttrMultiProcessorCount),
                         device_attribute(i, cudaDevAttrMaxSharedMemoryPerBlockOptin),
                         device_attribute(i, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                        capability == 90 && conv_hopper_is_compiled()});
+                        capability == 90 && has_stem_sm90()});
     }
     return traits;
   }();
   return all.at(static_cast<size_t>(index));
 }
 
-ConvProblem make_problem(const PlainConv& c, bool has_residual, bool allow_tf32) {
+Conv2d make_problem(const PlainConv& c, bool has_residual, bool allow_tf32) {
   const int64_t* x = c.input.sizes;
   const int64_t* w = c.weight.sizes;
-  ConvProblem p{};
+  Conv2d p{};
   p.N = x[0], p.C = x[1], p.H = x[2], p.W = x[3];
   p.K = w[0], p.R = w[2], p.S = w[3];
   p.P = c.sizes[2], p.Q = c.sizes[3];
@@ -49,25 +48,25 @@ ConvProblem make_problem(const PlainConv& c, bool has_residual, bool allow_tf32)
   return p;
 }
 
-// select_config() tries many tiles, which takes longer than a small convolution: each problem is looked at once.
-ConvConfig remembered_config(const ConvProblem& problem, int32_t device, const GpuTraits& gpu) {
+// select_plan() tries many tiles, which takes longer than a small convolution: each problem is looked at once.
+ConvPlan remembered_plan(const Conv2d& problem, int32_t device, const GpuTraits& gpu) {
   constexpr size_t kMost = 4096;  // where shapes never repeat, the memory shall not grow
   static std::mutex mutex;
-  static std::map<std::pair<ConvProblem, int32_t>, ConvConfig> configs;
+  static std::map<std::pair<Conv2d, int32_t>, ConvPlan> plans;
   const std::lock_guard<std::mutex> lock(mutex);
-  const std::pair<ConvProblem, int32_t> key(problem, device);
-  const auto known = configs.find(key);
-  if (known != configs.end()) {
+  const std::pair<Conv2d, int32_t> key(problem, device);
+  const auto known = plans.find(key);
+  if (known != plans.end()) {
     return known->second;
   }
-  if (configs.size() >= kMost) {
-    configs.clear();
+  if (plans.size() >= kMost) {
+    plans.clear();
   }
-  return configs.emplace(key, select_config(problem, gpu)).first->second;
+  return plans.emplace(key, select_plan(problem, gpu)).first->second;
 }
 
 // FUSED_CONV_BN_PRINT_CONFIG=1: each choice on stderr, once.
-void print_config(const char* op, const PlainConv& c, bool has_residual, bool allow_tf32, const ConvConfig& config) {
+void print_config(const char* op, const PlainConv& c, bool has_residual, bool allow_tf32, const ConvChoice& choice) {
   static std::mutex mutex;
   static std::set<std::string> printed;
   const auto window = [&](const Window& values) { return list_text(values.data(), c.space()); };
@@ -76,7 +75,7 @@ void print_config(const char* op, const PlainConv& c, bool has_residual, bool al
        << window(c.stride) << ", padding " << window(c.padding) << ", dilation " << window(c.dilation) << ", groups "
        << c.groups << ", " << dtype_name(c.input.dtype)
        << (computes_channels_last(c) ? " channels_last" : " contiguous") << (has_residual ? ", residual" : "")
-       << (allow_tf32 ? ", TF32" : "") << ": " << config_text(config) << "\n";
+       << (allow_tf32 ? ", TF32" : "") << ": " << choice.describe() << "\n";
   const std::string line = text.str();
   const std::lock_guard<std::mutex> lock(mutex);
   if (printed.insert(line).second) {
@@ -84,15 +83,20 @@ void print_config(const char* op, const PlainConv& c, bool has_residual, bool al
   }
 }
 
-// An algorithm of this package: launch(TypeTag<T>, ConvOperands) starts its kernel.
-template <typename Launch>
-Tensor run_kernel(const char* op, const ConvArguments& c, const CudaScope& cuda, uintptr_t alignment, bool dense_weight,
-                  const Launch& launch) {
+// An algorithm of this package.
+template <typename Plan>
+Tensor run_plan(const char* op, const ConvArguments& c, const Plan& plan, const CudaConvChoice& choice) {
+  const CudaScope cuda(c.input.device);
   Copies copies;
-  KernelConv conv(c, alignment, dense_weight);
+  KernelConv conv(c, plan.requirements(choice.problem));
   conv.operands.affine = affine_tensors(c.affine, c.input.dtype, copies);
   conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual, conv.channels_last) : nullptr;
-  dispatch_dtype(c.input.dtype, [&](auto tag) { cuda.check_launch(op, launch(tag, conv.operands)); });
+  const ConvCall call{choice.problem, conv.operands, choice.gpu, c.epilogue};
+  dispatch_dtype(c.input.dtype, [&]<typename T>(TypeTag<T>) {
+    if constexpr (sizeof(T) <= 4) {  // none is for float64
+      cuda.check_launch(op, plan.template launch<T>(call, cuda.stream()));
+    }
+  });
   return conv.y;
 }
 
@@ -107,61 +111,36 @@ struct CudaKernel {
 CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
                                 bool allow_tf32) {
   const bool two_dimensional = c.space() == 2 && c.numel > 0;
-  CudaConvChoice choice{two_dimensional ? make_problem(c, has_residual, allow_tf32) : ConvProblem{},
-                        gpu_traits(c.input.device.index),
-                        {}};
+  CudaConvChoice choice{
+      two_dimensional ? make_problem(c, has_residual, allow_tf32) : Conv2d{}, gpu_traits(c.input.device.index), {}};
   const auto setting = [](const char* variable) {
     const char* value = std::getenv(variable);
     return std::string(value == nullptr ? "" : value);
   };
   const std::string forced = setting("FUSED_CONV_BN_CONV");
-  choice.config = two_dimensional && forced.empty()
-                      ? remembered_config(choice.problem, c.input.device.index, choice.gpu)
-                      : choose_config(op, forced, two_dimensional ? &choice.problem : nullptr, choice.gpu);
+  choice.choice.plan = two_dimensional && forced.empty()
+                           ? remembered_plan(choice.problem, c.input.device.index, choice.gpu)
+                           : choose_plan(op, forced, two_dimensional ? &choice.problem : nullptr, choice.gpu);
   if (has_statistics) {
-    choice.config.statistics = choose_statistics(op, setting("FUSED_CONV_BN_STATISTICS"), choice.config, choice.problem,
-                                                 choice.gpu);
+    choice.choice.statistics = choose_statistics(op, setting("FUSED_CONV_BN_STATISTICS"), choice.choice.plan,
+                                                 choice.problem, choice.gpu);
   }
   if (setting("FUSED_CONV_BN_PRINT_CONFIG") == "1") {
-    print_config(op, c, has_residual, allow_tf32, choice.config);
+    print_config(op, c, has_residual, allow_tf32, choice.choice);
   }
   return choice;
 }
 
 Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice) {
-  const CudaScope cuda(c.input.device);
-  const ConvConfig& config = choice.config;
-  const bool depthwise = config.algorithm == ConvAlgorithm::depthwise;
-  const bool hopper = config.algorithm == ConvAlgorithm::hopper;
-  const uintptr_t alignment = hopper ? kHopperAlignment : (depthwise && choice.problem.channels_last ? 16 : 1);
-  const auto run = [&](const auto& launch) {
-    return run_kernel(op, c, cuda, alignment, hopper, [&](auto tag, const ConvOperands& operands) {
-      if constexpr (sizeof(typename decltype(tag)::type) <= 4) {  // none is for float64
-        return launch(tag, operands);
-      }
-      return cudaErrorInvalidValue;
-    });
-  };
-  switch (config.algorithm) {
-    case ConvAlgorithm::hopper:
-      return run([&](auto tag, const ConvOperands& operands) {
-        return launch_conv_hopper<typename decltype(tag)::type>(choice.problem, operands, config.hopper, choice.gpu,
-                                                                c.epilogue, nullptr, cuda.stream());
-      });
-    case ConvAlgorithm::few_channels:
-      return run([&](auto tag, const ConvOperands& operands) {
-        return launch_conv_few_channels<typename decltype(tag)::type>(choice.problem, operands, config.few_channels,
-                                                                      choice.gpu, c.epilogue, cuda.stream());
-      });
-    case ConvAlgorithm::depthwise:
-      return run([&](auto tag, const ConvOperands& operands) {
-        return launch_conv_depthwise<typename decltype(tag)::type>(
-            choice.problem, operands, c.epilogue, config.depthwise, choice.gpu.multiprocessors, cuda.stream());
-      });
-    case ConvAlgorithm::aten:
-      break;
-  }
-  return convolve_and_apply<run_elementwise_cuda>(op, c);
+  return std::visit(
+      [&]<typename Plan>(const Plan& plan) {
+        if constexpr (std::is_same_v<Plan, Aten>) {
+          return convolve_and_apply<run_elementwise_cuda>(op, c);
+        } else {
+          return run_plan(op, c, plan, choice);
+        }
+      },
+      choice.choice.plan);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {

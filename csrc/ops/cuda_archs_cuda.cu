@@ -1,5 +1,5 @@
 // cuda_archs: which compute capabilities this library was compiled for.
-#include "../torch_shim.h"
+#include "torch/shim.h"
 
 namespace fused_conv_bn {
 namespace {

@@ -2,7 +2,7 @@
 // or with batch statistics end with.
 #pragma once
 
-#include "../checks.h"
+#include "torch/checks.h"
 
 namespace fused_conv_bn {
 

@@ -1,6 +1,6 @@
 // How the ops reach the elementwise kernel on the CPU.
-#include "../kernels/scale_shift_cpu.h"
 #include "elementwise.h"
+#include "kernels/elementwise/scale_shift_cpu.h"
 
 namespace fused_conv_bn {
 

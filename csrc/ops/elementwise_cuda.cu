@@ -1,6 +1,6 @@
 // How the ops reach the elementwise kernels on CUDA.
-#include "../kernels/scale_shift.cuh"
 #include "elementwise.h"
+#include "kernels/elementwise/scale_shift.cuh"
 
 namespace fused_conv_bn {
 

@@ -1,6 +1,6 @@
 // fold_bn on CUDA.
-#include "../kernels/fold_bn.cuh"
 #include "fold_bn.h"
+#include "kernels/batch_norm/fold_bn.cuh"
 
 namespace fused_conv_bn {
 namespace {

@@ -45,7 +45,7 @@ TF32_UNIT = 2.0**-11  # rounding to TF32's significand
 NOTES = {
     "ours": "ConvBnScale2d in eval. op: conv_bn_scale, which folds BN inside. With TF32 ours is the op, with "
     "allow_tf32=True. pair: conv_scale_shift on a scale and a shift that fold_bn made before. algorithm: what ours "
-    "ran. aten, few_channels: the module with FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution and one "
+    "ran. aten, stem_sm80: the module with FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution and one "
     "pass behind it.",
     "eager": "bn(conv(x)), then * factor and += residual where the layer has them, and the activation in place. "
     "float32 may be TF32 in cuDNN (flags); errors tell.",
@@ -72,7 +72,7 @@ NOTES = {
 TRAIN_NOTES = {
     "ours": "ConvBnScale2d in training mode, under no_grad: batch statistics, and the running ones updated. op: "
     "conv_bn_scale_train, which leaves num_batches_tracked to the module. algorithm: what computes the convolution. "
-    "aten, few_channels: the module with FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution, one read of it "
+    "aten, stem_sm80: the module with FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution, one read of it "
     "for the statistics and one pass.",
     "eager": "the same modules in training mode, under no_grad; what is behind bn as in evaluation.",
     "compile": "torch.compile(eager, dynamic=False), in float32 NCHW also in mode max-autotune-no-cudagraphs. Freezing "

@@ -190,7 +190,7 @@ def problem_73_cases(device: str) -> Iterator[ConvCase]:
             modes = ("compile", "compile freezing")
             yield ConvCase(name, PROBLEM_73, 8, dtype, layout, with_op=True, compile_modes=modes)
         return
-    forced = ("aten", "few_channels")
+    forced = ("aten", "stem_sm80")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         modes = AUTOTUNED if dtype == torch.bfloat16 else ("compile", "compile max-autotune", *AUTOTUNED)
         for layout in LAYOUTS:

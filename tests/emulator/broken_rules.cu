@@ -2,10 +2,12 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels/copy_async.cuh"
-#include "kernels/dependent_launch.cuh"
-#include "kernels/hopper.cuh"
-#include "kernels/shared_memory.cuh"
+#include "kernels/ptx/cp_async.cuh"
+#include "kernels/ptx/launch.cuh"
+#include "kernels/ptx/mbarrier.cuh"
+#include "kernels/ptx/shared.cuh"
+#include "kernels/ptx/tma.cuh"
+#include "kernels/ptx/wgmma.cuh"
 #include "machine.h"
 
 namespace fused_conv_bn {

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_conv_bn import reference
 
-ELEMENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # csrc/kernels/scalar.h
+ELEMENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # csrc/kernels/common/scalar.h
 
 
 class RuleBroken(AssertionError):
@@ -139,7 +139,7 @@ def _epilogue(activation: str, negative_slope: float, residual_last: bool) -> _E
 
 
 class _AffineTensors:
-    """As the op's affine_tensors() (csrc/checks.h); keeps the tensors alive."""
+    """As the op's affine_tensors() (csrc/torch/checks.h); keeps the tensors alive."""
 
     def __init__(self, dtype: torch.dtype, scaling_factor: float = 1.0, eps: float = 0.0, **tensors: Tensor | None):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -190,8 +190,8 @@ class _Conv:
         self.y = y
         last = not self.y.is_contiguous()
         # As the op itself does, csrc/ops/conv_cuda.h.
-        alignment = 16 if algorithm == "hopper" or (algorithm == "depthwise" and last) else 1
-        if algorithm == "hopper":
+        alignment = 16 if algorithm == "stem_sm90" or (algorithm == "depthwise" and last) else 1
+        if algorithm == "stem_sm90":
             w_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
             weight = _dense(weight, w_last, alignment)
         self.tensors = {
@@ -311,12 +311,12 @@ def conv_bn_scale_train(
     residual_last: bool = False,
     statistics: str,
 ) -> Tensor:
-    """By hopper, with statistics of this source."""
+    """By stem_sm90, with statistics of this source."""
     pairs = _pairs(input, stride, padding, dilation)
     bn = (running_mean, running_var, weight, bias)
     numbers = (scaling_factor, momentum, eps)
     y = _result("conv_bn_scale_train", input, conv_weight, conv_bias, *bn, *numbers, *pairs, groups)
-    conv = _Conv(y, input, conv_weight, _AffineTensors(input.dtype), pairs, groups, residual, "hopper")
+    conv = _Conv(y, input, conv_weight, _AffineTensors(input.dtype), pairs, groups, residual, "stem_sm90")
     train = _Train(*(_buffer(t) for t in (*bn, conv_bias)), *numbers, True)
     epilogue = _epilogue(activation, negative_slope, residual_last)
     _call(

@@ -1,5 +1,5 @@
 // 16-bit numbers, by the conversions of the CPU's kernels.
-#include "kernels/scalar.h"
+#include "kernels/common/scalar.h"
 #include "machine.h"
 
 namespace emulated {

@@ -3,10 +3,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels/bn_stats.cuh"
-#include "kernels/conv_kernels.h"
-#include "kernels/scale_shift.cuh"
-#include "kernels/select_config.h"
+#include "kernels/batch_norm/stats.cuh"
+#include "kernels/conv/select.h"
+#include "kernels/elementwise/scale_shift.cuh"
 #include "machine.h"
 
 namespace fused_conv_bn {
@@ -39,7 +38,7 @@ void allow_affine(const AffineTensors& affine, int64_t channels, size_t bytes) {
   }
 }
 
-void allow_operands(const ConvProblem& c, const ConvOperands& o) {
+void allow_operands(const Conv2d& c, const ConvOperands& o) {
   const auto elements = [&](int64_t count) { return static_cast<size_t>(count * c.element_bytes); };
   emulated::allow(o.x, elements(c.N * c.C * c.H * c.W));
   emulated::allow(o.w, elements(c.K * (c.C / c.groups) * c.R * c.S));
@@ -87,39 +86,35 @@ cudaError_t bn_scale_train(const T* x, const T* residual, T* y, const Shape& sha
 
 extern "C" {
 
-const char* emulated_conv(const ConvProblem* problem, const ConvOperands* operands, int element,
-                          const Epilogue* epilogue, const char* algorithm, uint64_t seed) {
-  const ConvProblem& c = *problem;
-  const std::optional<ConvConfig> config = configure(*find_by_name(kConvAlgorithms, algorithm), c, kGpu);
-  if (!config.has_value()) {
+const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, int element, const Epilogue* epilogue,
+                          const char* algorithm, uint64_t seed) {
+  const std::optional<ConvPlan> plan = make_plan(algorithm, *problem, kGpu);
+  if (!plan.has_value()) {
     return "not covered";
   }
   emulated::begin(seed);
-  allow_operands(c, *operands);
-  const Epilogue& a = *epilogue;
+  allow_operands(*problem, *operands);
+  const ConvCall call{*problem, *operands, kGpu, *epilogue};
   return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
-    using T = decltype(tag);
-    switch (config->algorithm) {
-      case ConvAlgorithm::hopper:
-        return launch_conv_hopper<T>(c, *operands, config->hopper, kGpu, a, nullptr, nullptr);
-      case ConvAlgorithm::few_channels:
-        return launch_conv_few_channels<T>(c, *operands, config->few_channels, kGpu, a, nullptr);
-      case ConvAlgorithm::depthwise:
-        return launch_conv_depthwise<T>(c, *operands, a, config->depthwise, kMultiprocessors, nullptr);
-      case ConvAlgorithm::aten:
-        break;
-    }
-    return cudaErrorInvalidValue;
+    return std::visit(
+        [&]<typename Plan>(const Plan& p) {
+          if constexpr (std::is_same_v<Plan, Aten>) {
+            return cudaErrorInvalidValue;
+          } else {
+            return p.template launch<decltype(tag)>(call, nullptr);
+          }
+        },
+        *plan);
   }));
 }
 
-// As ops/conv_bn_scale_train_cuda.cu does with hopper.
-const char* emulated_conv_train(const ConvProblem* problem, const ConvOperands* operands, const TrainParams* bn,
+// As ops/conv_bn_scale_train_cuda.cu does with stem_sm90.
+const char* emulated_conv_train(const Conv2d* problem, const ConvOperands* operands, const TrainParams* bn,
                                 const Epilogue* epilogue, int element, const char* statistics, uint64_t seed) {
-  const ConvProblem& c = *problem;
-  const ConvStatistics from = *find_by_name(kConvStatistics, statistics);
-  const std::optional<ConvConfig> config = configure(ConvAlgorithm::hopper, c, kGpu);
-  if (!config.has_value() || !has_statistics(from, *config, c, kGpu)) {
+  const Conv2d& c = *problem;
+  const bool from_input = statistics == std::string("from_input");
+  const std::optional<StemSm90> plan = StemSm90::make(c, kGpu);
+  if (!plan.has_value() || (from_input && !has_statistics(ConvStatistics::from_input, *plan, c, kGpu))) {
     return "not covered";
   }
   ConvOperands o = *operands;
@@ -133,24 +128,22 @@ const char* emulated_conv_train(const ConvProblem* problem, const ConvOperands* 
   return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
     using T = decltype(tag);
     const AffineBuffer buffer{affines.data(), static_cast<uint32_t>(c.K), kElement<T>};
-    ConvOperands first = *operands;
     cudaError_t status;
-    if (from == ConvStatistics::patches) {
-      const PatchPlan plan = plan_patches(c, kGpu);
-      std::vector<double> workspace(static_cast<size_t>(patches_workspace(plan)));
+    if (from_input) {
+      const PatchPlan sums = plan_patches(c, kGpu);
+      std::vector<double> workspace(static_cast<size_t>(patches_workspace(sums)));
       emulated::allow(workspace.data(), workspace.size() * sizeof(double));
-      status = launch_conv_patches<T>(c, first, plan, workspace.data(), *bn, buffer, nullptr);
+      status = launch_conv_patches<T>(c, *operands, sums, workspace.data(), *bn, buffer, nullptr);
     } else {
-      const int64_t partials = hopper_partials(c, config->hopper_moments, kGpu);
+      const int64_t partials = plan->partials(c, kGpu);
       std::vector<Moments> moments(static_cast<size_t>(partials * c.K));
       emulated::allow(moments.data(), moments.size() * sizeof(Moments));
-      status = launch_conv_hopper<T>(c, first, config->hopper_moments, kGpu, {}, moments.data(), nullptr);
+      status = plan->launch_moments<T>({c, *operands, kGpu, Epilogue{}}, moments.data(), nullptr);
       if (status == cudaSuccess) {
         status = launch_bn_finish(*bn, moments.data(), partials, 1, buffer, nullptr);
       }
     }
-    return status != cudaSuccess ? status
-                                 : launch_conv_hopper<T>(c, o, config->hopper, kGpu, *epilogue, nullptr, nullptr);
+    return status != cudaSuccess ? status : plan->launch<T>({c, o, kGpu, *epilogue}, nullptr);
   }));
 }
 

@@ -21,15 +21,6 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulator"
 
-KERNELS = (
-    "conv_hopper_cuda.cu",
-    "conv_few_channels_float32_cuda.cu",
-    "conv_few_channels_16_bit_cuda.cu",
-    "conv_depthwise_cuda.cu",
-    "conv_patches_cuda.cu",
-)
-"""The files of csrc/ops/ that have kernels and no torch."""
-
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = [
     "-std=c++20",
@@ -175,8 +166,9 @@ def compile_one(source: Path, folder: Path, capability: int) -> Path:
 
 def library(capability: int) -> Path:
     """The path of the library for a compute capability; it is made if its sources have changed."""
-    sources = [*(CSRC / "ops" / name for name in KERNELS), *HERE.glob("*.cpp"), *HERE.glob("*.cu")]
-    read = sorted([*(CSRC / "kernels").iterdir(), *HERE.glob("*.h"), *sources, Path(__file__)])
+    sources = [*(CSRC / "kernels").rglob("instantiate_*.cu"), *HERE.glob("*.cpp"), *HERE.glob("*.cu")]
+    headers = (path for path in (CSRC / "kernels").rglob("*") if path.is_file())
+    read = sorted({*headers, *HERE.glob("*.h"), *sources, Path(__file__)})
     content = b"".join([shlex.join(CXX).encode(), *(path.read_bytes() for path in read)])
     key = hashlib.sha256(content).hexdigest()[:16]
     folder = BUILD / f"{key}-{capability}"

@@ -1,0 +1,102 @@
+// A 2-D convolution as kernels see it, in cuDNN's letters: x (N, C, H, W) with w (K, C / groups, R, S) gives y (N, K, P, Q).
+#pragma once
+
+#include <compare>
+#include <cstdint>
+
+#include "kernels/batch_norm/fold.h"
+
+namespace fused_conv_bn {
+
+// What there is to compute, and how the tensors lie. select_plan() looks at this alone.
+struct Conv2d {
+  int64_t N;
+  int64_t C, H, W;
+  int64_t K, R, S;
+  int64_t P, Q;
+  int64_t stride_h, stride_w;
+  int64_t pad_h, pad_w;
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+  int element_bytes;   // of x, w, y and the residual: 2, 4 or 8
+  bool channels_last;  // x, y and the residual; else they are contiguous
+  bool has_residual;
+  bool allow_tf32;
+
+  auto operator<=>(const Conv2d&) const = default;
+};
+
+// A problem's extents as kernels take them, in 32 bits: a plan's domain has looked at their products. The batch is not among
+// them.
+struct Extents {
+  int C, H, W;
+  int K, R, S;
+  int P, Q;
+  int stride_h, stride_w;
+  int pad_h, pad_w;
+  int dilation_h, dilation_w;
+};
+
+inline Extents narrow(const Conv2d& c) {
+  const auto number = [](int64_t value) { return static_cast<int>(value); };
+  return {number(c.C),     number(c.H),     number(c.W),          number(c.K),         number(c.R),
+          number(c.S),     number(c.P),     number(c.Q),          number(c.stride_h),  number(c.stride_w),
+          number(c.pad_h), number(c.pad_w), number(c.dilation_h), number(c.dilation_w)};
+}
+
+// The operands. w may have any strides, counted in elements; everything else is dense.
+struct ConvOperands {
+  const void* x;
+  const void* w;
+  int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
+  AffineTensors affine;
+  // The kernel before this one makes the tensors of `affine`, and nothing else; the mean is to stay apart, as the center.
+  bool late_affine;
+  const void* residual;  // nullptr: none
+  void* y;
+};
+
+// What select_plan() knows of the GPU.
+struct GpuTraits {
+  int compute_capability;  // 90 for 9.0
+  int multiprocessors;
+  int shared_memory_per_block;  // the most a block may ask for, in bytes
+  int shared_memory_per_multiprocessor;
+  bool has_wgmma;  // it has compute capability 9.0's own matrix instructions, and code for it was compiled
+};
+
+// What a kernel is launched for.
+struct ConvCall {
+  const Conv2d& problem;
+  const ConvOperands& operands;
+  const GpuTraits& gpu;
+  const Epilogue& epilogue;
+};
+
+// How a kernel wants its operands.
+struct ConvRequirements {
+  int alignment = 1;          // bytes: where input and residual are to start
+  bool dense_weight = false;  // the weight too, contiguous or channels_last; else it may have any strides
+};
+
+// float32 goes through tensor cores in two halves, which keep 22 bits of each factor (split_float.cuh). Over so few products that
+// shows: the largest error of an element would be 2.7 times what is allowed, twice eager's and a rounding, for 1 of them, 1.03
+// for 4, 0.7 for 8 and 0.3 for 27 (a million sums of each).
+constexpr int64_t kSplitLeastTerms = 8;
+
+// Whether the products of an output channel are as many as a kernel that splits them may add up.
+inline bool can_split_terms(const Conv2d& c, int64_t most) {
+  const int64_t terms = c.C * c.R * c.S;
+  return c.element_bytes != 4 || (terms >= kSplitLeastTerms && terms <= most);
+}
+
+// Of dense convolutions; stem kernels have been compared with PyTorch's up to so many input channels. 3x3 of 64 takes 1.3 times
+// its time, 2.0 in training.
+constexpr int64_t kStemMostChannels = 16;
+// In float32, from so many products an output on, PyTorch's convolution (TF32 is its default) is faster than stem_sm80.
+constexpr int64_t kStemSm80MostTerms = 130;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,43 @@
+// The algorithms that compute a convolution: the only list.
+//
+// An algorithm is a folder with a plan: what its kernel has to be told besides the problem. A plan is plain numbers, made
+// without a GPU, and has
+//
+//     kName                       as users call the algorithm
+//     kGathersMoments             whether it has launch_moments(), which reads a batch and writes nothing but its moments
+//     make(problem, gpu)          a plan; nullopt where the problem is outside of the algorithm's domain
+//     is_faster(problem)          than PyTorch's convolution with a pass behind it, by measurements
+//     requirements(problem)       how operands have to lie
+//     describe()                  the algorithm and its tile in words
+//     launch<T>(call, stream)     T: float, float16, bfloat16
+#pragma once
+
+#include <optional>
+#include <string>
+#include <variant>
+
+#include "kernels/conv/depthwise/plan.h"
+#include "kernels/conv/stem_sm80/plan.h"
+#include "kernels/conv/stem_sm90/plan.h"
+#include "problem.h"
+
+namespace fused_conv_bn {
+
+// PyTorch's convolution without a bias, then the affine and the epilogue in place. It takes every problem.
+struct Aten {
+  static constexpr const char* kName = "aten";
+  static constexpr bool kGathersMoments = false;
+
+  static std::optional<Aten> make(const Conv2d&, const GpuTraits&) { return Aten{}; }
+  bool is_faster(const Conv2d&) const { return true; }
+  ConvRequirements requirements(const Conv2d&) const { return {}; }
+  std::string describe() const { return kName; }
+};
+
+// The first one whose plan exists and is faster computes a convolution.
+using ConvPlan = std::variant<StemSm90, StemSm80, Depthwise, Aten>;
+
+// Whether this CUDA library has code for stem_sm90, and for statistics of its input: a build for other GPUs alone has not.
+bool has_stem_sm90();
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,8 @@
+// The kernels of stem_sm80 for float32.
+#include "kernel.cuh"
+
+namespace fused_conv_bn {
+
+template cudaError_t StemSm80::launch<float>(const ConvCall&, cudaStream_t) const;
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,219 @@
+// Which convolutions the few_channels kernel takes, and how they are cut into tiles: host code without CUDA, so that
+// select_plan() and its tests can ask. The kernel reads the same numbers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "kernels/common/scalar.h"
+#include "kernels/conv/problem.h"
+
+namespace fused_conv_bn {
+
+constexpr int kFewChannelsThreads = 256;
+constexpr int kFewChannelsPixels = 256;  // output pixels of a tile, at most
+constexpr int kQuad = 4;                 // input channels that a thread feeds to one tensor core instruction
+
+// Of a block's threads, each with a tile of its own. Where they are two, a warp has 64 pixels, else 32.
+FCB_HD constexpr int few_channels_groups(bool paired) { return paired ? 2 : 1; }
+// From 10.0 on a pair does not fit into the registers, as the compiler deals them out, and was not measured.
+FCB_HD constexpr bool few_channels_pairs(int compute_capability) { return compute_capability < 100; }
+// Blocks of a multiprocessor that registers suffice for.
+FCB_HD constexpr int few_channels_residents(bool paired) { return paired ? 1 : 2; }
+
+// A block's tile, and how shared memory is laid out for it. Bytes, unless it says otherwise.
+struct FewChannelsTile {
+  int channels;        // output channels: 32 or 64
+  int p, q;            // output rows and columns
+  int x_rows, x_cols;  // of the input patch
+  int quads_per_tap;   // input channels, in fours
+  int k_steps;         // of four quads each
+  int x_pitch;         // from pixel to pixel, in the high and the low plane each
+  int x_plane;
+  int planes;       // 2 where float32 is split in two halves, else 1
+  bool paired;      // contiguous float32: a block has two tiles at a time
+  int copies;       // paired: where copies of the input's rows are, from the patch's start
+  int group_bytes;  // paired: of a tile's patch, stage and copies
+  int stage_row;    // from row to row of a contiguous tile, in elements; p rows follow each other directly if q == Q
+  int stage_pitch;  // from channel to channel of a contiguous tile, in elements
+  int stage_end;    // in each channel's stage, where the places for results outside the tile begin
+  int tiles_p, tiles_q;
+  int shared_memory;
+
+  int w_plane() const { return k_steps * (channels / 16) * 512; }
+};
+
+// The start of a block's shared memory: a table of fixed size (16 bytes, 4 words a channel, 2 a warp, 3 a pixel), then an
+// offset for each quad.
+FCB_HD constexpr int few_channels_header(int k_steps, int channels) {
+  return (16 + channels * 16 + kFewChannelsThreads / 32 * 8 + kFewChannelsPixels * 12 + (k_steps + 3) * 16 + 127) /
+         128 * 128;
+}
+
+inline FewChannelsTile few_channels_tile(const Conv2d& c, int p, int q, bool paired) {
+  FewChannelsTile t{};
+  t.paired = paired;
+  t.channels = c.K > 32 ? 64 : 32;
+  t.p = p;
+  t.q = q;
+  t.x_rows = static_cast<int>((p - 1) * c.stride_h + (c.R - 1) * c.dilation_h + 1);
+  t.x_cols = static_cast<int>((q - 1) * c.stride_w + (c.S - 1) * c.dilation_w + 1);
+  t.quads_per_tap = static_cast<int>(ceil_div(c.C, kQuad));
+  t.k_steps = static_cast<int>(ceil_div(c.R * c.S * t.quads_per_tap, 4));
+  t.planes = c.element_bytes == 4 ? 2 : 1;
+  t.x_pitch = t.quads_per_tap * 8;
+  // Neighbouring output pixels are stride_w pixels apart: where that is a multiple of 64 bytes, they would meet in few banks.
+  if ((t.x_pitch * c.stride_w) % 64 == 0) {
+    t.x_pitch += c.stride_w % 2 == 0 ? 16 : 32;
+  }
+  const int64_t x_plane = round_up(int64_t{t.x_rows} * t.x_cols * t.x_pitch, 128);
+  t.x_plane = static_cast<int>(std::min<int64_t>(x_plane, INT32_MAX));
+  const int vector = 16 / c.element_bytes;
+  int64_t stage;
+  if (c.channels_last) {
+    stage = 0;
+  } else {
+    t.stage_row = static_cast<int>(q == c.Q ? q : round_up(q, vector) + vector);
+    t.stage_end = static_cast<int>(round_up(int64_t{p} * t.stage_row + vector, 2));
+    const int64_t positions = t.stage_end + std::max(0, kFewChannelsPixels - p * q) + vector;
+    // Eight channels side by side, each with four pairs of pixels, in different banks.
+    const int wanted = 8;  // elements: 8 words (float32, stored in pairs) or 4
+    const int words32 = 128 / c.element_bytes;
+    t.stage_pitch = static_cast<int>(round_up(positions - wanted, words32) + wanted);
+    stage = int64_t{t.channels} * t.stage_pitch;
+  }
+  t.tiles_p = static_cast<int>(ceil_div(c.P, p));
+  t.tiles_q = static_cast<int>(ceil_div(c.Q, q));
+  int64_t work = round_up(std::max(t.planes * x_plane, stage * c.element_bytes), 16);
+  if (paired) {
+    t.copies = static_cast<int>(std::min<int64_t>(work, INT32_MAX));
+    work += c.C * t.x_rows * c.W * c.element_bytes;
+    t.group_bytes = static_cast<int>(std::min<int64_t>(work, INT32_MAX));
+    work *= few_channels_groups(paired);
+  }
+  const int64_t total = few_channels_header(t.k_steps, t.channels) + int64_t{t.planes} * t.w_plane() + work;
+  t.shared_memory = static_cast<int>(std::min<int64_t>(total, INT32_MAX));
+  return t;
+}
+
+// Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds up to
+// more than twice what PyTorch's own float32 convolutions lose.
+constexpr int64_t kFewChannelsMostTerms = 512;
+
+inline bool few_channels_supports(const Conv2d& c, const GpuTraits& gpu) {
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  if (!can_split_terms(c, kFewChannelsMostTerms)) {
+    return false;
+  }
+  return gpu.compute_capability >= 80 && c.element_bytes <= 4 && c.groups == 1 && c.C <= 64 && c.R * c.S <= 256 &&
+         c.H <= 1 << 20 && c.W <= 1 << 20 && c.stride_h <= 1 << 10 && c.stride_w <= 1 << 10 && c.pad_h <= 1 << 20 &&
+         c.pad_w <= 1 << 20 && c.dilation_h <= 1 << 10 && c.dilation_w <= 1 << 10 && c.K <= 1 << 20 &&
+         c.C * c.H * c.W <= kLimit && c.K * c.P * c.Q <= kLimit && c.N * c.P * c.Q <= kLimit;
+}
+
+inline int few_channels_blocks(const FewChannelsTile& t, const GpuTraits& gpu) {
+  return std::min(few_channels_residents(t.paired),
+                  gpu.shared_memory_per_multiprocessor / (t.shared_memory / 1024 + 1) / 1024);
+}
+
+inline int64_t few_channels_tiles(const Conv2d& c, const FewChannelsTile& t) {
+  return c.N * t.tiles_p * t.tiles_q * ceil_div(c.K, t.channels);
+}
+
+// Whole rows that copies of 16 bytes make up, pixels for each of four warps with 64, and tiles for every multiprocessor's pair.
+// 128 images of 128x128 with 8 channels take 0.82 of the time of single tiles then, of 64x64 with 3 channels 0.80.
+inline bool few_channels_can_be_paired(const Conv2d& c, const FewChannelsTile& t, const GpuTraits& gpu) {
+  return few_channels_pairs(gpu.compute_capability) && c.element_bytes == 4 && !c.channels_last && t.channels == 64 &&
+         t.q == c.Q && c.W % 4 == 0 && t.p * t.q > 3 * 64 && few_channels_tiles(c, t) >= 2 * gpu.multiprocessors;
+}
+
+// The tile that the blocks need least time for, by this count: tensor core work goes by 32 pixels, and loading an input
+// pixel costs about as much as a third of an output pixel's work. Waves of blocks count as a whole.
+inline bool few_channels_best_tile(const Conv2d& c, const GpuTraits& gpu, FewChannelsTile& best) {
+  constexpr int64_t kMostSplits = 16;
+  double least = 0;
+  bool found = false;
+  for (int pixels = kFewChannelsPixels; pixels >= 64; pixels /= 2) {
+    const int64_t least_splits = ceil_div(c.Q, pixels);
+    for (int64_t splits = least_splits; splits < least_splits + kMostSplits && splits <= ceil_div(c.Q, 8); ++splits) {
+      int64_t q = ceil_div(c.Q, splits);
+      if (splits > 1) {
+        q = round_up(q, 2);
+      }
+      if (q > pixels) {
+        continue;
+      }
+      const int64_t p = std::min<int64_t>(c.P, pixels / q);
+      FewChannelsTile t = few_channels_tile(c, static_cast<int>(p), static_cast<int>(q), false);
+      if (t.shared_memory > gpu.shared_memory_per_block) {
+        continue;
+      }
+      const int blocks = std::max(1, few_channels_blocks(t, gpu));
+      if (few_channels_can_be_paired(c, t, gpu)) {
+        const FewChannelsTile paired = few_channels_tile(c, static_cast<int>(p), static_cast<int>(q), true);
+        if (paired.shared_memory <= gpu.shared_memory_per_block) {
+          t = paired;
+        }
+      }
+      const int64_t waves = ceil_div(few_channels_tiles(c, t), int64_t{blocks} * gpu.multiprocessors);
+      double cost = static_cast<double>(round_up(p * q, 32)) + 32 + 0.3 * t.x_rows * t.x_cols;
+      if (!c.channels_last && q < c.Q) {
+        cost *= 1.0 + 8.0 / static_cast<double>(q);  // short runs in many planes
+      }
+      cost *= static_cast<double>(waves) * (blocks == 1 ? 0.7 : 1.0);
+      if (!found || cost < least) {
+        found = true;
+        least = cost;
+        best = t;
+      }
+    }
+  }
+  return found;
+}
+
+struct StemSm80 {
+  static constexpr const char* kName = "stem_sm80";
+  static constexpr bool kGathersMoments = false;
+
+  FewChannelsTile tile;
+
+  static std::optional<StemSm80> make(const Conv2d& c, const GpuTraits& gpu) {
+    StemSm80 plan{};
+    if (!few_channels_supports(c, gpu) || !few_channels_best_tile(c, gpu, plan.tile)) {
+      return std::nullopt;
+    }
+    return plan;
+  }
+
+  bool is_faster(const Conv2d& c) const {
+    if (c.C > kStemMostChannels) {
+      return false;
+    }
+    constexpr int64_t kLarge = 100000;  // pixels
+    const int64_t pixels = c.N * c.P * c.Q;
+    const int64_t taps = c.R * c.S;
+    const int64_t terms = c.C * taps;
+    if (taps == 1) {  // a matrix product of little depth: channels_last 1.5 and 1.6, contiguous 0.9 and 1.3
+      return c.channels_last && pixels >= 1 << 17;
+    }
+    // float32 of many terms: up to 2.9 times PyTorch's time, TF32 being its default.
+    return c.element_bytes == 4 ? pixels >= 20000 && terms <= kStemSm80MostTerms && (c.C > 1 || pixels >= kLarge)
+                                : c.C > 1 || pixels >= 20000;
+  }
+
+  ConvRequirements requirements(const Conv2d&) const { return {}; }
+
+  std::string describe() const {
+    return std::string(kName) + " " + std::to_string(tile.channels) + " channels by " + std::to_string(tile.p) + "x" +
+           std::to_string(tile.q) + " pixels";
+  }
+
+#if defined(__CUDACC__)
+  template <typename T>
+  cudaError_t launch(const ConvCall& call, cudaStream_t stream) const;
+#endif
+};
+
+}  // namespace fused_conv_bn

@@ -1,0 +1,542 @@
+// The statistics of a convolution's results from sums over its input (conv_patches.h), in float64 throughout: products of
+// two float32 are exact there, and Hopper's tensor cores multiply and add float64 as fast as anything else could
+// (compute capability 9.0). Whatever the number of output channels, the convolution itself need not be computed.
+//
+//   conv_patches_kernel         sums for each lag, pair of channels and class
+//   conv_patches_pairs_kernel   for each pair of taps and pair of channels: all classes that it has
+//   conv_patches_finish_kernel  for each output channel: its moments, by its weights, and what BatchNorm makes of them
+//
+// A product of 16x4 by 4x8 adds four positions at a time, one of each lane of four that share a channel. Its rows are the
+// channels at an anchor and at a neighbour of it, its columns the channels at a third position, so that it serves two
+// lags at once:
+//
+//   product  rows 0 to 7   rows 8 to 15   columns           lags
+//   0 to 4   (h, w)        (h - 1, w)     (h + 1, w + d)    (1, d) and (2, d), d from -2 to 2
+//   5        (h, w)        (h, w - 1)     (h, w + 1)        (0, 1) and (0, 2)
+//   6        (h, w)        1              (h, w)            (0, 0) and the sum
+//
+// Lanes walk along rows, or down columns, with what they need of them in registers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/batch_norm/moments.h"
+#include "kernels/common/vec.cuh"
+#include "kernels/ptx/launch.cuh"
+#include "kernels/ptx/sm90a.h"
+#include "plan.h"
+
+namespace fused_conv_bn {
+
+template <typename T>
+struct PatchParams {
+  const T* x;
+  int64_t image;  // elements
+  int C, H, W;
+  int x_stride_c, x_stride_h, x_stride_w;
+  uint32_t N;
+  double* records;  // [records][kPatchRecord]
+  PatchPlan plan;
+};
+
+template <typename T, bool kVectors>
+class Patches {
+ public:
+  __device__ __forceinline__ explicit Patches(const PatchParams<T>& params) : p(params) {}
+
+  // slots: a record for each warp of the block.
+  __device__ __forceinline__ void run(double (*slots)[kPatchRecord]) {
+    const uint32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;  // costly ends of the list go to all blocks
+    const uint32_t warps = kPatchWarps * gridDim.x;
+    const uint32_t begin = patch_share(p.plan.cost, warp, warps);
+    const uint32_t end = patch_share(p.plan.cost, warp + 1, warps);
+    Sums own;
+    clear(own);
+    int class_index = 0;
+    const auto leave = [&] {
+      const PatchClass& of = p.plan.of[class_index];
+      write(own, class_index == 0 ? slots[threadIdx.x / 32]
+                                  : p.records + (of.record + warp - of.first_warp) * int64_t{kPatchRecord});
+    };
+#pragma unroll 1
+    for (int j = 0; j < p.plan.jobs; ++j) {
+      const PatchJob& job = p.plan.job[j];
+      const uint32_t all = job.tasks * job.cost;
+      if (job.start + all <= begin || job.start >= end) {
+        continue;
+      }
+      if (job.class_index != class_index) {
+        leave();
+        clear(own);
+        class_index = job.class_index;
+      }
+      const uint32_t from = max(begin, job.start) - job.start;
+      const uint32_t to = min(end - job.start, all);
+#pragma unroll 1
+      for (uint32_t task = from / job.cost; task * job.cost < to; ++task) {
+        const int first = job.cut(max(from, task * job.cost) - task * job.cost);
+        const int last = job.cut(to - task * job.cost);
+        if (job.unit_rows == 2) {
+          walk_along<2>(job, task, first, last, own);
+        } else if (job.unit_rows == 1) {
+          walk_along<1>(job, task, first, last, own);
+        } else {
+          walk_down(job, task, first, last, own);
+        }
+      }
+    }
+    leave();
+    __syncthreads();
+    for (int e = threadIdx.x; e < kPatchRecord; e += 32 * kPatchWarps) {
+      double sum = 0;
+#pragma unroll
+      for (int i = 0; i < kPatchWarps; ++i) {
+        sum += slots[i][e];
+      }
+      p.records[blockIdx.x * int64_t{kPatchRecord} + e] = sum;
+    }
+  }
+
+ private:
+  using Sums = double[kPatchProducts][4];
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int channel() { return threadIdx.x % 32 / 4; }
+
+  static __device__ __forceinline__ void multiply(double (&sums)[4], double a, double b, double columns) {
+#if defined(FCB_SM90A)
+    asm volatile("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+d"(sums[0]), "+d"(sums[1]), "+d"(sums[2]), "+d"(sums[3])
+                 : "d"(a), "d"(b), "d"(columns));
+#endif
+  }
+
+  static __device__ __forceinline__ void clear(Sums& own) {
+#pragma unroll
+    for (int i = 0; i < kPatchProducts; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        own[i][e] = 0;
+      }
+    }
+  }
+
+  // An anchor's products: its own value, those above and to the left, and those around it that columns are.
+  static __device__ __forceinline__ void add(Sums& own, double anchor, double above, double left, double right,
+                                             const double (&below)[5]) {
+#pragma unroll
+    for (int d = 0; d < 5; ++d) {
+      multiply(own[d], anchor, above, below[d]);
+    }
+    multiply(own[5], anchor, left, right);
+    multiply(own[6], anchor, 1, anchor);
+  }
+
+  // Where a lane's unit is: its image, and whether it and the lane's channel exist.
+  struct Unit {
+    const T* image;
+    int index;  // in the image
+    bool there;
+  };
+  __device__ __forceinline__ Unit find(const PatchJob& job, uint32_t task) const {
+    const uint32_t unit = task * 4 + lane() % 4;
+    const uint32_t image = job.units.div(unit);
+    return {p.x + image * p.image + channel() * p.x_stride_c, static_cast<int>(unit - image * job.units.divisor),
+            image < p.N && channel() < p.C};
+  }
+  static __device__ __forceinline__ uint32_t load(const T* source) {
+    if constexpr (sizeof(T) == 4) {
+      return __ldg(reinterpret_cast<const uint32_t*>(source));
+    } else {
+      return __ldg(reinterpret_cast<const uint16_t*>(source));
+    }
+  }
+  static __device__ __forceinline__ double value(uint32_t bits) {
+    if constexpr (sizeof(T) == 4) {
+      return static_cast<double>(__uint_as_float(bits));
+    } else {
+      return static_cast<double>(unpack_pair(T(), bits).x);
+    }
+  }
+
+  // Along the rows of a unit, with the one before and the one behind it; anchors are in columns [first, last).
+  template <int kRows>
+  __device__ __forceinline__ void walk_along(const PatchJob& job, uint32_t task, int first, int last, Sums& own) const {
+    // Four values of a row, as loaded.
+    constexpr int kWords = kVectors ? static_cast<int>(sizeof(T)) : 4;
+    const Unit unit = find(job, task);
+    const int row = job.row_begin + unit.index * kRows - 1;
+    const T* const start = unit.image + static_cast<int64_t>(row) * p.x_stride_h;
+    using Words = uint32_t[kRows + 2][kWords];
+    const auto load_columns = [&](int col, Words& next) {
+#pragma unroll
+      for (int i = 0; i < kRows + 2; ++i) {
+        const bool inside = unit.there && static_cast<unsigned>(row + i) < static_cast<unsigned>(p.H);
+        const T* const source = start + i * p.x_stride_h + col * p.x_stride_w;
+        if constexpr (kVectors) {
+          load_words_if(inside && static_cast<unsigned>(col) < static_cast<unsigned>(p.W), source, next[i]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const bool there = inside && static_cast<unsigned>(col + e) < static_cast<unsigned>(p.W);
+            next[i][e] = there ? load(source + e * p.x_stride_w) : 0;
+          }
+        }
+      }
+    };
+    // Columns from col - 4 to col + 3; anchors are those from col - 2 to col + 1.
+    double x[kRows + 2][8];
+    const auto take = [&](int e, const Words& next) {
+#pragma unroll
+      for (int i = 0; i < kRows + 2; ++i) {
+        const bool high = kVectors && sizeof(T) == 2 && e % 2 != 0;
+        const uint32_t word = next[i][kVectors && sizeof(T) == 2 ? e / 2 : e];
+        x[i][4 + e] = value(high ? word >> 16 : word);
+      }
+    };
+    int col = (first + 2) / 4 * 4;
+    Words before, next;
+    load_columns(col - 4, before);
+    load_columns(col, next);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      take(e, before);
+    }
+#pragma unroll 1
+    for (; col - 2 < last; col += 4) {
+#pragma unroll
+      for (int i = 0; i < kRows + 2; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          x[i][e] = x[i][4 + e];
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        // As late as registers want it, and yet long before the next are needed.
+        if (a == 0) {
+          take(0, next);
+        }
+        if (a < 3) {
+          take(a + 1, next);
+        }
+        if (a == 2) {
+          load_columns(col + 4, next);
+        }
+        const int w = col - 2 + a;
+        if (w < first || w >= last) {
+          continue;
+        }
+#pragma unroll
+        for (int i = 1; i <= kRows; ++i) {
+          const double below[5] = {x[i + 1][a], x[i + 1][a + 1], x[i + 1][a + 2], x[i + 1][a + 3], x[i + 1][a + 4]};
+          add(own, x[i][a + 2], x[i - 1][a + 2], x[i][a + 1], x[i][a + 3], below);
+        }
+      }
+    }
+  }
+
+  // Down a column; anchors are in rows [first, last).
+  __device__ __forceinline__ void walk_down(const PatchJob& job, uint32_t task, int first, int last, Sums& own) const {
+    constexpr int kRows = 4;  // at a time
+    const Unit unit = find(job, task);
+    const int col = job.col_begin - 2;
+    using Row = uint32_t[5];
+    const auto load_row = [&](int row, Row& next) {
+      const bool inside = unit.there && static_cast<unsigned>(row) < static_cast<unsigned>(p.H);
+      const T* const source = unit.image + static_cast<int64_t>(row) * p.x_stride_h + col * p.x_stride_w;
+#pragma unroll
+      for (int d = 0; d < 5; ++d) {
+        next[d] = inside && static_cast<unsigned>(col + d) < static_cast<unsigned>(p.W)
+                      ? load(source + d * p.x_stride_w)
+                      : 0;
+      }
+    };
+    const auto take = [&](const Row& next, double (&x)[5]) {
+#pragma unroll
+      for (int d = 0; d < 5; ++d) {
+        x[d] = value(next[d]);
+      }
+    };
+    // Rows from `row` - 1 on; anchors are in the middle of all but the first and the last.
+    double x[kRows + 2][5];
+    Row before[2], next[kRows];
+    load_row(first - 1, before[0]);
+    load_row(first, before[1]);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      load_row(first + 1 + i, next[i]);
+    }
+    take(before[0], x[kRows]);
+    take(before[1], x[kRows + 1]);
+#pragma unroll 1
+    for (int row = first; row < last; row += kRows) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int d = 0; d < 5; ++d) {
+          x[i][d] = x[kRows + i][d];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        take(next[i], x[2 + i]);
+        load_row(row + 1 + kRows + i, next[i]);
+      }
+#pragma unroll
+      for (int a = 0; a < kRows; ++a) {
+        if (row + a < last) {
+          add(own, x[a + 1][2], x[a][2], x[a + 1][1], x[a + 1][3], x[a + 2]);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void write(const Sums& own, double* record) {
+#pragma unroll
+    for (int i = 0; i < kPatchProducts; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        record[(i * 4 + e) * 32 + lane()] = own[i][e];
+      }
+    }
+  }
+
+  const PatchParams<T>& p;
+};
+
+extern __shared__ double patch_slots[][kPatchRecord];
+
+template <typename T, bool kVectors>
+__global__ void __launch_bounds__(32 * kPatchWarps, 1)
+    conv_patches_kernel(const __grid_constant__ PatchParams<T> params) {
+#if defined(FCB_SM90A)
+  wait_for_previous();
+  let_next_begin();
+  Patches<T, kVectors>(params).run(patch_slots);
+#endif
+}
+
+// ---- pairs of taps ---------------------------------------------------------------------------------------------------
+
+// Two taps, the second not before the first in the filter's order.
+struct PatchPair {
+  int a, b;
+};
+FCB_HD PatchPair patch_pair(int index) {
+  constexpr int kTaps = kPatchTaps * kPatchTaps;
+  int a = 0;
+  while (index >= kTaps - a) {
+    index -= kTaps - a;
+    ++a;
+  }
+  return {a, a + index};
+}
+// Where channels are among a product's sums of one lag: those of its rows, and of its columns.
+__device__ __forceinline__ int patch_row_channel(int e) { return e % 32 / 4; }
+__device__ __forceinline__ int patch_col_channel(int e) { return e % 4 * 2 + e / 32; }
+
+struct PatchPairParams {
+  const double* records;
+  double* sums;                                  // [kPatchSums]
+  PatchClass of[kPatchClasses * kPatchClasses];  // by row and column
+};
+constexpr int kPatchPairWarps = 16;
+constexpr int kPatchPairBlocks = kPatchPairs * kPatchPairSums / 32;
+constexpr int kPatchBlocks = kPatchPairBlocks + kPatchTaps * kPatchTaps;
+
+// A block has half a pair's sums, or a tap's; its warps share the records of all classes that these have.
+static __global__ void __launch_bounds__(32 * kPatchPairWarps)
+    conv_patches_pairs_kernel(const __grid_constant__ PatchPairParams p) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  // Where the sums are in a record, and the first of the classes in each direction.
+  int entry, row_class, col_class, lanes = 32;
+  const int tap = static_cast<int>(blockIdx.x) - kPatchPairBlocks;
+  if (tap < 0) {
+    const PatchPair pair = patch_pair(blockIdx.x * 32 / kPatchPairSums);
+    const int r = pair.a / kPatchTaps, s = pair.a % kPatchTaps;
+    const int dr = pair.b / kPatchTaps - r, ds = pair.b % kPatchTaps - s;
+    // Of a product's two lags the second's anchor lies one on from the first tap.
+    const bool down = dr == 2, right = dr == 0 && ds == 2;
+    const int product = dr > 0 ? ds + 2 : (ds > 0 ? 5 : 6);
+    entry = product * 128 + (down || right ? 64 : 0) + blockIdx.x * 32 % kPatchPairSums;
+    row_class = r + (down ? 1 : 0);
+    col_class = s + (right ? 1 : 0);
+  } else {
+    entry = 6 * 128 + 64;
+    row_class = tap / kPatchTaps;
+    col_class = tap % kPatchTaps;
+    lanes = kPatchChannels;
+  }
+  __shared__ uint32_t records[kPatchMostRecords];
+  __shared__ double parts[kPatchPairWarps][32];
+  uint32_t count = 0;
+#pragma unroll 1
+  for (int i = 0; i < kPatchTaps * kPatchTaps; ++i) {
+    const PatchClass& of = p.of[(row_class + i / kPatchTaps) * kPatchClasses + col_class + i % kPatchTaps];
+    for (uint32_t record = threadIdx.x; record < of.records; record += 32 * kPatchPairWarps) {
+      records[count + record] = of.record + record;
+    }
+    count += of.records;
+  }
+  __syncthreads();
+  let_next_begin();
+  wait_for_previous();
+  double sum = 0;
+  if (lane < lanes) {
+    // The sum of a channel is in the first row, in every column's place.
+    const double* const source = p.records + entry + (tap < 0 ? lane : lane % 2 * 32 + lane / 2);
+#pragma unroll 8
+    for (uint32_t i = warp; i < count; i += kPatchPairWarps) {
+      sum += source[records[i] * int64_t{kPatchRecord}];
+    }
+  }
+  parts[warp][lane] = sum;
+  __syncthreads();
+  if (warp == 0 && lane < lanes) {
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < kPatchPairWarps; ++i) {
+      sum += parts[i][lane];
+    }
+    p.sums[tap < 0 ? blockIdx.x * 32 + lane : kPatchPairs * kPatchPairSums + tap * kPatchChannels + lane] = sum;
+  }
+}
+
+// ---- output channels -------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct PatchFinishParams {
+  const double* sums;
+  const T* w;
+  int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
+  int C, R, S;
+  double count;  // of an output channel's results
+  TrainParams bn;
+  AffineBuffer affines;
+};
+constexpr int kPatchFinishThreads = 288;
+constexpr int kPatchFinishSums = kPatchPairs * kPatchPairSums / kPatchFinishThreads;  // a thread's
+static_assert(kPatchFinishSums * kPatchFinishThreads == kPatchPairs * kPatchPairSums);
+
+template <typename T>
+__global__ void __launch_bounds__(kPatchFinishThreads)
+    conv_patches_finish_kernel(const __grid_constant__ PatchFinishParams<T> p) {
+  __shared__ double weights[kPatchTaps * kPatchTaps * kPatchChannels];
+  __shared__ PatchPair pairs[kPatchPairs];
+  __shared__ double parts[2][kPatchFinishThreads / 32];
+  const int thread = threadIdx.x;
+  const auto exists = [&](int tap, int c) { return tap / kPatchTaps < p.R && tap % kPatchTaps < p.S && c < p.C; };
+  double w = 0;
+  if (thread < kPatchTaps * kPatchTaps * kPatchChannels) {
+    const int tap = thread / kPatchChannels, c = thread % kPatchChannels;
+    if (exists(tap, c)) {
+      w = static_cast<double>(to_acc(p.w[blockIdx.x * p.w_stride_k + c * p.w_stride_c +
+                                         tap / kPatchTaps * p.w_stride_r + tap % kPatchTaps * p.w_stride_s]));
+    }
+    weights[thread] = w;
+  }
+  if (thread < kPatchPairs) {
+    pairs[thread] = patch_pair(thread);
+  }
+  const ChannelValues channel = thread == 0 ? channel_values(p.bn, blockIdx.x) : ChannelValues{};
+  __syncthreads();
+  let_next_begin();
+  wait_for_previous();
+  double own[kPatchFinishSums];
+#pragma unroll
+  for (int i = 0; i < kPatchFinishSums; ++i) {
+    own[i] = p.sums[thread + i * kPatchFinishThreads];
+  }
+  double sum = 0, squares = 0;
+  if (thread < kPatchTaps * kPatchTaps * kPatchChannels && exists(thread / kPatchChannels, thread % kPatchChannels)) {
+    sum = w * p.sums[kPatchPairs * kPatchPairSums + thread];
+  }
+#pragma unroll
+  for (int i = 0; i < kPatchFinishSums; ++i) {
+    const int index = thread + i * kPatchFinishThreads;
+    const PatchPair pair = pairs[index / kPatchPairSums];
+    const int c = patch_row_channel(index % kPatchPairSums), d = patch_col_channel(index % kPatchPairSums);
+    if (exists(pair.a, c) && exists(pair.b, d)) {  // what is not there may be Inf or NaN times 0
+      const double both = weights[pair.a * kPatchChannels + c] * weights[pair.b * kPatchChannels + d] * own[i];
+      squares += pair.a == pair.b ? both : 2 * both;
+    }
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    squares += __shfl_xor_sync(0xffffffffu, squares, other);
+  }
+  if (thread % 32 == 0) {
+    parts[0][thread / 32] = sum;
+    parts[1][thread / 32] = squares;
+  }
+  __syncthreads();
+  if (thread == 0) {
+    sum = squares = 0;
+#pragma unroll
+    for (int i = 0; i < kPatchFinishThreads / 32; ++i) {
+      sum += parts[0][i];
+      squares += parts[1][i];
+    }
+    p.affines.set(blockIdx.x,
+                  finish_channel(p.bn, channel, from_sums(p.count, 0, sum, squares), blockIdx.x, p.affines.element));
+  }
+}
+
+// ---- launches --------------------------------------------------------------------------------------------------------
+
+// The problem is in patches_support(), and the plan was made for it.
+template <typename T>
+cudaError_t launch_conv_patches(const Conv2d& c, const ConvOperands& operands, const PatchPlan& plan, double* workspace,
+                                const TrainParams& bn, const AffineBuffer& affines, cudaStream_t stream) {
+  PatchParams<T> p{};
+  p.x = static_cast<const T*>(operands.x);
+  p.image = c.C * c.H * c.W;
+  p.C = static_cast<int>(c.C), p.H = static_cast<int>(c.H), p.W = static_cast<int>(c.W);
+  p.x_stride_c = static_cast<int>(c.channels_last ? 1 : c.H * c.W);
+  p.x_stride_h = static_cast<int>(c.channels_last ? c.W * c.C : c.W);
+  p.x_stride_w = static_cast<int>(c.channels_last ? c.C : 1);
+  p.N = static_cast<uint32_t>(c.N);
+  p.records = workspace;
+  p.plan = plan;
+  const bool vectors = !c.channels_last && c.W % 4 == 0 && reinterpret_cast<uintptr_t>(p.x) % (4 * sizeof(T)) == 0;
+  const auto kernel = vectors ? conv_patches_kernel<T, true> : conv_patches_kernel<T, false>;
+  constexpr int kShared = kPatchWarps * kPatchRecord * static_cast<int>(sizeof(double));
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  status = launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * kPatchWarps, kShared, true, stream, p);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  PatchPairParams pairs{};
+  pairs.records = workspace;
+  pairs.sums = workspace + plan.records * int64_t{kPatchRecord};
+  for (int i = 0; i < kPatchClasses * kPatchClasses; ++i) {
+    pairs.of[i] = plan.class_index[i] < 0 ? PatchClass{} : plan.of[plan.class_index[i]];
+  }
+  status = launch_kernel(conv_patches_pairs_kernel, kPatchBlocks, 32 * kPatchPairWarps, 0, true, stream, pairs);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  PatchFinishParams<T> finish{};
+  finish.sums = pairs.sums;
+  finish.w = static_cast<const T*>(operands.w);
+  finish.w_stride_k = operands.w_stride_k;
+  finish.w_stride_c = operands.w_stride_c;
+  finish.w_stride_r = operands.w_stride_r;
+  finish.w_stride_s = operands.w_stride_s;
+  finish.C = p.C, finish.R = static_cast<int>(c.R), finish.S = static_cast<int>(c.S);
+  finish.count = static_cast<double>(c.N * c.P * c.Q);
+  finish.bn = bn;
+  finish.affines = affines;
+  return launch_kernel(conv_patches_finish_kernel<T>, static_cast<unsigned>(c.K), kPatchFinishThreads, 0, true, stream,
+                       finish);
+}
+
+}  // namespace fused_conv_bn

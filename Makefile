@@ -67,7 +67,7 @@ demo: build
 
 bench: build
 	$(call say,benchmark)
-	@$(PY) -m fused_conv_bn bench $(ARGS)
+	@$(PY) -m benchmarks $(ARGS)
 
 # Also without a GPU the tests read the CUDA library's machine code.
 test: $(CUDA_LIBRARY)

@@ -49,7 +49,7 @@ def get_init_inputs() -> list[int | float]:
 
 
 def main() -> None:
-    from fused_conv_bn.__main__ import time_us
+    from fused_conv_bn._stopwatch import time_us
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = []

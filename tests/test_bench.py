@@ -17,66 +17,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_conv_bn import (
-    _bench_conv,
-    _bench_grad,
-    _bench_host,
-    _bench_layers,
-    _report,
-    _report_conv,
-    bench,
-    reference,
+from benchmarks import (
+    __main__,
+    bn_scale,
+    conv,
+    documents,
+    grad_mode,
+    host,
+    layers,
+    record,
+    report,
+    report_conv,
+    run,
 )
-from fused_conv_bn._bench_common import (
+from benchmarks.common import (
     COMPILE_MODES,
+    MB,
     MOMENTUM,
     Compiler,
     InaccurateError,
     batch_moments,
     check,
+    dtype_name,
     statistics_errors,
 )
-from fused_conv_bn._bench_layers import ConvCase, Layer
-from fused_conv_bn._stopwatch import Stopwatch, kernelbench_us
+from benchmarks.layers import ConvCase, Layer
+from benchmarks.stopwatch import Stopwatch, kernelbench_us
+from fused_conv_bn import reference
 
 TINY = ["--quick", "--max-mb=0.01", "--conv-batch=1", "--repeats=1", "--commit=abc"]
 PNG = b"\x89PNG"
 
 
-def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.main(parser.parse_args(arguments))
+def call(*arguments: str) -> int:
+    return __main__.main(arguments)
 
 
 @pytest.fixture(scope="module")
 def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bench") / "new" / "report.json"
-    assert run(*TINY, "--device=cpu", "--json", str(path)) == 0
+    path = tmp_path_factory.mktemp("bench") / "new" / "report.jsonl"
+    assert call(*TINY, "--device=cpu", "--record", str(path)) == 0
     return path
 
 
 def test_json_has_every_number(report_file: Path) -> None:
-    report = json.loads(report_file.read_text())
-    assert report["commit"] == "abc"
-    assert report["versions"]["torch"] == torch.__version__
-    assert report["device"]["threads"] == torch.get_num_threads()
-    assert {"date", "flags", "settings", "notes", "seconds"} <= report.keys()
-    assert report["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0, "grad_mode": 0}
-    convolutions, trained = report["conv"]["rows"], report["train"]["rows"]
-    assert [len(rows) for rows in (convolutions, trained, report["bn_scale"], report["bn_scale_train"])] == [2, 2, 4, 3]
+    found = record.read(report_file)
+    assert found["commit"] == "abc"
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["device"]["threads"] == torch.get_num_threads()
+    assert {"date", "flags", "settings", "notes", "seconds"} <= found.keys()
+    assert found["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0, "grad_mode": 0}
+    convolutions, trained = found["conv"], found["train"]
+    assert [len(rows) for rows in (convolutions, trained, found["bn_scale"], found["bn_scale_train"])] == [2, 2, 4, 3]
     # Of each convolution, the module, the op and in evaluation the pair, each in two measures; in training also of two
     # running statistics.
-    assert len(report["validation"]) == 4 + 3 * 3 + 2 * 3 * 2 + 2 * 2 * 4 + 6 * 3
-    assert [row["shape"] for row in report["short_planes"][-2:]] == [[8, 512, 7, 7], [128, 1000]]
-    for row in report["short_planes"]:
+    assert found["validation"]["count"] == 4 + 3 * 3 + 2 * 3 * 2 + 2 * 2 * 4 + 6 * 3
+    assert [row["shape"] for row in found["short_planes"][-2:]] == [[8, 512, 7, 7], [128, 1000]]
+    for row in found["short_planes"]:
         assert row["ours/batch_norm"] == row["us"]["ours"]["median"] / row["us"]["batch_norm"]["median"]
-    for row in report["bn_scale_train"]:
+    for row in found["bn_scale_train"]:
         assert {"copy", "ours", "eager"} == row["us"].keys()
         assert row["missing"].keys() == {"compile"}
         assert row["bytes_moved"] == 3 * row["tensor_bytes"]
         assert row["share_of_floor_percent"] == pytest.approx(150 / row["ours/copy"])
-    for row in report["bn_scale"]:
+    for row in found["bn_scale"]:
         assert {"copy", "ours", "eager"} == row["us"].keys()
         assert "compile" in row["missing"]
         assert row["share_of_copy_percent"] == pytest.approx(100 / row["ours/copy"])
@@ -93,36 +97,39 @@ def test_json_has_every_number(report_file: Path) -> None:
         assert row["errors"].keys() == {"eager", *ours}
         measures = {"norm", "element", *(("running_mean", "running_var") if train else ())}
         assert all(of_call.keys() == measures for of_call in row["errors"].values())
-    for row in report["bn_scale"] + report["bn_scale_train"] + report["short_planes"] + convolutions + trained:
+    for row in found["bn_scale"] + found["bn_scale_train"] + found["short_planes"] + convolutions + trained:
         assert all(0 < s["min"] <= s["median"] <= s["max"] for s in row["us"].values())
-    for found in report["validation"]:
-        assert 0 <= found["ours"] <= found["limit"]
+    nearest = found["validation"]["nearest"]
+    assert 0 <= nearest["ours"] <= nearest["limit"]
+    parts = {"bn_scale", "bn_scale_train", "short_planes", "host", "conv", "train"}
+    assert found["notes"].keys() == {"device time", "repeats", "buffers", "validation", *parts}
+    assert found["rates"]["copy_gb_per_s"] > 0
     ops = ("bn_scale", "bn_scale_train", "conv_bn_scale", "conv_bn_scale_train")
     modules = ("ConvBnScale2d in evaluation", "ConvBnScale2d in training")
     ours = {*ops, *modules, *(f"fcb.{name}, grad mode" for name in ops), *(f"{name}, grad mode" for name in modules)}
-    host = report["host_us"]
-    assert host.keys() == {"torch.mul", "conv_scale_shift", *ours, *(f"{name}, eager" for name in ours)}
+    of_host = {row["case"]: row for row in found["host"]}
+    assert of_host.keys() == {"torch.mul", "conv_scale_shift", *ours, *(f"{name}, eager" for name in ours)}
     for name in ours:
-        row, eager = host[name], host[f"{name}, eager"]
+        row, eager = of_host[name], of_host[f"{name}, eager"]
         assert row["eager/ours"] == eager["us"] / row["us"] and "eager/ours" not in eager
     for name, op in zip(modules, ops[2:], strict=True):
-        assert host[name]["over op"] == host[name]["us"] / host[op]["us"] and "over op" not in host[op]
-    assert report["import_ms"]["median"] > 0
+        assert of_host[name]["over op"] == of_host[name]["us"] / of_host[op]["us"] and "over op" not in of_host[op]
+    assert found["import_ms"]["median"] > 0
 
 
 def test_from_json_prints_the_tables_and_draws(
     report_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     charts = ["--charts", str(tmp_path)] if importlib.util.find_spec("matplotlib") else []
-    assert run("--from-json", str(report_file), *charts) == 0
+    assert call("--from-record", str(report_file), *charts) == 0
     lines = capsys.readouterr().out.splitlines()
 
     def header(title: str) -> str:
         return lines[next(i for i, line in enumerate(lines) if line.startswith(title)) + 1]
 
     assert "running_var" in header("problem 73, training") and "running_var" not in header("problem 73")
-    assert all(name in header("bn_scale (") for name in _report.HEADER)
-    assert all(name in header("bn_scale_train (") for name in _report.TRAIN_HEADER)
+    assert all(name in header("bn_scale (") for name in report.HEADER)
+    assert all(name in header("bn_scale_train (") for name in report.TRAIN_HEADER)
     assert header("bn_scale_train on the CPU, short planes").split("  ")[-1] == "ours/F.batch_norm"
     assert sum("conv_scale_shift with a fold made before; the largest of 2 is " in line for line in lines) == 1
     assert not any("one pass behind it" in line for line in lines)  # which the CPU has no row of
@@ -141,8 +148,8 @@ def test_from_json_prints_the_tables_and_draws(
 
 
 def test_wrong_results_stop_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench, "ours_out", lambda x, bn, out: out.copy_(x))
-    assert run(*TINY, "--device=cpu") == 1
+    monkeypatch.setattr(bn_scale, "ours_out", lambda x, bn, out: out.copy_(x))
+    assert call(*TINY, "--device=cpu") == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "stopped before any timing: float32 nchw" in captured.err
@@ -151,8 +158,8 @@ def test_wrong_results_stop_the_program(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_wrong_convolutions_stop_the_program(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_bench_conv.Problem, "op", lambda self, x: self.plain(x) * 1.0001)
-    assert run(*TINY, "--device=cpu", "--only=problem_73") == 1
+    monkeypatch.setattr(conv.Problem, "op", lambda self, x: self.plain(x) * 1.0001)
+    assert call(*TINY, "--device=cpu", "--only=problem_73") == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "stopped before any timing: 3x3 8->64 128x128 batch 1 float32 nchw, op, by norm" in captured.err
@@ -163,15 +170,15 @@ def test_wrong_batch_statistics_stop_the_program(
 ) -> None:
     """Outputs that are right, and running statistics that were not updated."""
     arguments = [*TINY, "--device=cpu", "--only", "bn_scale_train", "train"]
-    op = _bench_conv.Problem.op
-    monkeypatch.setattr(_bench_conv.Problem, "op", lambda self, x: (op(self, x), self.restore())[0])
-    assert run(*arguments) == 1
+    op = conv.Problem.op
+    monkeypatch.setattr(conv.Problem, "op", lambda self, x: (op(self, x), self.restore())[0])
+    assert call(*arguments) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "any timing: 3x3 8->64 128x128 batch 1 float32 nchw train, op, by running_mean" in captured.err
-    ours = bench.ours_train
-    monkeypatch.setattr(bench, "ours_train", lambda x, bn: ours(x, [t.clone() for t in bn]))
-    assert run(*arguments) == 1
+    ours = bn_scale.ours_train
+    monkeypatch.setattr(bn_scale, "ours_train", lambda x, bn: ours(x, [t.clone() for t in bn]))
+    assert call(*arguments) == 1
     assert "any timing: float32 nchw 3x64x4x4 train, running_mean" in capsys.readouterr().err
 
 
@@ -198,20 +205,22 @@ def test_running_statistics_of_eager_are_right() -> None:
 
 @pytest.mark.parametrize("max_mb", [math.inf, 64, 0.01])
 def test_training_cases_have_the_sizes_they_are_named_for(max_mb: float) -> None:
-    cases = list(bench.bn_train_cases(bench.DTYPES, max_mb * bench.MB, others=True))
+    cases = list(bn_scale.bn_train_cases(bn_scale.DTYPES, max_mb * MB, others=True))
     assert len(cases) == len({str(case) for case in cases}) == (12 if max_mb > 1 else 4)
     assert all(case.train and 0.7 < case.bytes / case.nominal_bytes < 1.2 for case in cases)
     if max_mb == math.inf:
-        assert all(case.bytes == bench.PROBLEM_73 for case in cases if case.main)
+        assert all(case.bytes == bn_scale.PROBLEM_73 for case in cases if case.main)
 
 
-@pytest.mark.parametrize("dtype", bench.DTYPES, ids=bench.dtype_name)
+@pytest.mark.parametrize("dtype", bn_scale.DTYPES, ids=dtype_name)
 def test_cases_have_the_sizes_they_are_named_for(dtype: torch.dtype) -> None:
-    cases = [case for case in bench.bn_cases(bench.SIZES, bench.DTYPES, 2**31, others=True) if case.dtype == dtype]
-    assert len(cases) == 2 * (len(bench.SIZES) + 4)
+    cases = [
+        case for case in bn_scale.bn_cases(bn_scale.SIZES, bn_scale.DTYPES, 2**31, others=True) if case.dtype == dtype
+    ]
+    assert len(cases) == 2 * (len(bn_scale.SIZES) + 4)
     assert all(0.9 < case.bytes / case.nominal_bytes < 1.1 for case in cases)
-    problem_73 = [case for case in cases if case.nominal_bytes == bench.PROBLEM_73]
-    assert all(case.bytes == bench.PROBLEM_73 for case in problem_73)
+    problem_73 = [case for case in cases if case.nominal_bytes == bn_scale.PROBLEM_73]
+    assert all(case.bytes == bn_scale.PROBLEM_73 for case in problem_73)
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
@@ -247,16 +256,16 @@ def small_train_cases(group: str, device: str) -> list[ConvCase]:
 def test_every_kind_of_convolution(
     device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "conv_cases", small_cases)
-    monkeypatch.setattr(bench, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
+    monkeypatch.setattr(run, "conv_cases", small_cases)
+    monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
     monkeypatch.setenv("FUSED_CONV_BN_CONV", "a name that nothing has")  # what is measured is the rule
-    path = tmp_path / "report.json"
-    arguments = ["--only=resnet50", "--compile-budget=0", "--repeats=1", f"--json={path}"]
-    assert run(*arguments, f"--device={device}") == 0
+    path = tmp_path / "report.jsonl"
+    arguments = ["--only=resnet50", "--compile-budget=0", "--repeats=1", f"--record={path}"]
+    assert call(*arguments, f"--device={device}") == 0
     assert os.environ["FUSED_CONV_BN_CONV"] == "a name that nothing has"
-    report = json.loads(path.read_text())
-    assert not {"bn_scale", "host_us", "import_ms"} & report.keys()
-    rows = report["conv"]["rows"]
+    found = record.read(path)
+    assert not {"bn_scale", "host", "import_ms"} & found.keys()
+    rows = found["conv"]
     assert len(rows) == len(small_cases("", device))
     expected = {"copy", "ours", "eager", "conv", *(("aten", "cudnn") if device == "cuda" else ())}
     assert all(expected <= row["us"].keys() for row in rows)
@@ -272,14 +281,14 @@ def test_every_kind_of_convolution(
 def test_every_kind_of_convolution_in_training(
     device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "conv_cases", small_train_cases)
-    monkeypatch.setattr(bench, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
-    path = tmp_path / "report.json"
-    arguments = ["--only=train", "--compile-budget=0", "--repeats=1", f"--json={path}"]
-    assert run(*arguments, f"--device={device}") == 0
-    report = json.loads(path.read_text())
-    assert not {"bn_scale", "bn_scale_train", "conv", "host_us"} & report.keys()
-    rows = report["train"]["rows"]
+    monkeypatch.setattr(run, "conv_cases", small_train_cases)
+    monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
+    path = tmp_path / "report.jsonl"
+    arguments = ["--only=train", "--compile-budget=0", "--repeats=1", f"--record={path}"]
+    assert call(*arguments, f"--device={device}") == 0
+    found = record.read(path)
+    assert not {"bn_scale", "bn_scale_train", "conv", "host"} & found.keys()
+    rows = found["train"]
     assert len(rows) == len(small_train_cases("", device))
     expected = {"copy", "ours", "eager", "conv", *(("aten",) if device == "cuda" else ())}
     assert all(expected <= row["us"].keys() and "cudnn" not in row["us"] for row in rows)
@@ -290,7 +299,7 @@ def test_every_kind_of_convolution_in_training(
 
 def test_the_host_s_times(device: str) -> None:
     with torch.no_grad():
-        rows = _bench_host.time_host(Stopwatch(device), device, rounds=1, calls=2)
+        rows = {row["case"]: row for row in host.time_host(Stopwatch(device), device, rounds=1, calls=2)}
     assert all(row["us"] >= row["min"] > 0 for row in rows.values())
     own = [name for name in rows if name.endswith(", own kernel")]
     assert len(own) == (6 if device == "cuda" else 0) and len(rows) == 2 + 2 * 12 + len(own)
@@ -304,17 +313,17 @@ def test_grad_mode_is_on_for_the_calls_that_are_named_so(monkeypatch: pytest.Mon
         return lambda i: seen.update({name: torch.is_grad_enabled()})
 
     names = ("torch.mul", "a, grad mode", "a, grad mode, eager")
-    monkeypatch.setattr(_bench_host, "bn_calls", lambda device: {name: call(name) for name in names})
-    monkeypatch.setattr(_bench_host, "conv_calls", lambda device, train: {})
+    monkeypatch.setattr(host, "bn_calls", lambda device: {name: call(name) for name in names})
+    monkeypatch.setattr(host, "conv_calls", lambda device, train: {})
     with torch.no_grad():
-        _bench_host.time_host(Stopwatch("cpu"), "cpu", rounds=1, calls=1)
+        host.time_host(Stopwatch("cpu"), "cpu", rounds=1, calls=1)
     assert list(seen.values()) == [False, True, True]
 
 
 def test_a_convolution_s_batch_is_that_of_all_images() -> None:
     case = ConvCase("", SMALL[3], 5, torch.float32, "nchw", train=True)
     with torch.no_grad():
-        problem = _bench_conv.Problem(case, "cpu")
+        problem = conv.Problem(case, "cpu")
         truth, _ = problem.truth()
         plain = problem.plain.double()
         expected = plain(problem.x.double())[[0, 2, 4]]
@@ -325,7 +334,7 @@ def test_a_convolution_s_batch_is_that_of_all_images() -> None:
 def test_eager_s_and_the_op_s_activation_is_the_row_s(activation: str) -> None:
     case = ConvCase("", replace(SMALL[1], activation=activation), 2, torch.float64, "nchw")
     with torch.no_grad():
-        problem = _bench_conv.Problem(case, "cpu")
+        problem = conv.Problem(case, "cpu")
         errors = problem.errors({"eager": problem.plain, **problem.ours(), "op": problem.op})
     assert errors.keys() == {"eager", "ours", "pair", "op"}
     assert all(error < 1e-13 for of_call in errors.values() for error in of_call.values())
@@ -342,12 +351,12 @@ def test_every_activation(
         ConvCase("activations", layer, 2, dtype, layout, forced=("aten",) if device == "cuda" else ())
         for layer, dtype, layout in zip(layers, (torch.float32, torch.float16), ("nchw", "channels_last"), strict=True)
     ]
-    monkeypatch.setattr(bench, "activation_cases", lambda device, quick: cases)
-    monkeypatch.setattr(bench, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
-    path = tmp_path / "report.json"
-    assert run("--only=activations", "--repeats=1", f"--json={path}", f"--device={device}") == 0
-    report = json.loads(path.read_text())
-    rows = report["activations"]["rows"]
+    monkeypatch.setattr(run, "activation_cases", lambda device, quick: cases)
+    monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
+    path = tmp_path / "report.jsonl"
+    assert call("--only=activations", "--repeats=1", f"--record={path}", f"--device={device}") == 0
+    found = record.read(path)
+    rows = found["activations"]
     assert [row["activation"] for row in rows] == 2 * list(reference.ACTIVATIONS)
     assert len({row["case"] for row in rows}) == len(rows) == 24
     for row in rows:
@@ -356,7 +365,7 @@ def test_every_activation(
         assert ("ours/aten" in row) == (device == "cuda") == bool(row["algorithm"])
         relu = next(r for r in rows if r["activation"] == "relu" and r["dtype"] == row["dtype"])
         assert row["ours/relu"] == row["us"]["ours"]["median"] / relu["us"]["ours"]["median"]
-    assert len(report["validation"]) == 2 * 2 * (12 * (2 if device == "cuda" else 1) + 1)
+    assert found["validation"]["count"] == 2 * 2 * (12 * (2 if device == "cuda" else 1) + 1)
     lines = capsys.readouterr().out.splitlines()
     tables = [i for i, line in enumerate(lines) if line.startswith("activations: ")]
     assert len(tables) == (4 if device == "cuda" else 2)
@@ -369,13 +378,13 @@ def test_every_activation(
 def test_a_wrong_activation_stops_the_program(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    op = _bench_conv.Problem.op
+    op = conv.Problem.op
     monkeypatch.setattr(
-        _bench_conv.Problem,
+        conv.Problem,
         "op",
         lambda self, x, activation: op(self, x, None, activation.replace("gelu_tanh", "gelu")),
     )
-    assert run(*TINY, "--device=cpu", "--only=activations") == 1
+    assert call(*TINY, "--device=cpu", "--only=activations") == 1
     assert "any timing: 3x3/2 3->32 224x224 gelu_tanh batch 1 float32 nchw, ours, by norm" in capsys.readouterr().err
 
 
@@ -387,13 +396,13 @@ def small_grad_cases(device: str) -> list[ConvCase]:
 def test_grad_mode(
     device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "grad_mode_cases", small_grad_cases)
-    monkeypatch.setattr(bench, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
-    path = tmp_path / "report.json"
-    arguments = ["--only=grad_mode", "--quick", "--repeats=1", f"--json={path}", f"--device={device}"]
-    assert run(*arguments) == 0
-    report = json.loads(path.read_text())
-    rows = report["grad_mode"]["rows"]
+    monkeypatch.setattr(run, "grad_mode_cases", small_grad_cases)
+    monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
+    path = tmp_path / "report.jsonl"
+    arguments = ["--only=grad_mode", "--quick", "--repeats=1", f"--record={path}", f"--device={device}"]
+    assert call(*arguments) == 0
+    found = record.read(path)
+    rows = found["grad_mode"]
     assert [row["grad_fn"] for row in rows] == ["BnScaleTrainBackward", "BnScaleBackward", "BnScaleTrainBackward"]
     for row in rows:
         assert row["us"].keys() == {"copy", "ours", "eager", "no_grad"} and row["missing"].keys() == set()
@@ -405,22 +414,22 @@ def test_grad_mode(
     timed = rows[0]["kernelbench"]
     assert timed["eager/ours"] == timed["us"]["eager"]["mean"] / timed["us"]["ours"]["mean"]
     # Outputs in two measures, in training two statistics; gradients of four or five parameters and the input.
-    assert len(report["validation"]) == 2 * (4 + 4) + (2 + 5)
+    assert found["validation"]["count"] == 2 * (4 + 4) + (2 + 5)
     lines = capsys.readouterr().out.splitlines()
     begin = lines.index("grad mode on, forward alone (no_grad: ours under it)")
     assert [sum(line.startswith(str(case)) for line in lines[begin:]) for case in small_grad_cases(device)] == [4, 7, 4]
 
 
 def test_wrong_gradients_stop_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench, "grad_mode_cases", small_grad_cases)
-    right = _bench_grad.gradients
+    monkeypatch.setattr(run, "grad_mode_cases", small_grad_cases)
+    right = grad_mode.gradients
 
     def wrong(model: torch.nn.Module, *arguments: Any) -> dict[str, Tensor]:
         found = right(model, *arguments)
-        return found if isinstance(model, _bench_conv.Plain) else {**found, "bn.weight": found["bn.weight"] * 1.01}
+        return found if isinstance(model, conv.Plain) else {**found, "bn.weight": found["bn.weight"] * 1.01}
 
-    monkeypatch.setattr(_bench_grad, "gradients", wrong)
-    assert run(*TINY, "--device=cpu", "--only=grad_mode") == 1
+    monkeypatch.setattr(grad_mode, "gradients", wrong)
+    assert call(*TINY, "--device=cpu", "--only=grad_mode") == 1
     assert "float32 nchw train, gradient of bn.weight: " in capsys.readouterr().err
 
 
@@ -432,11 +441,11 @@ def test_kernelbench_s_mean_leaves_out_the_first_trial() -> None:
 
 
 def test_activation_and_grad_mode_cases() -> None:
-    cases = _bench_layers.activation_cases("cuda", quick=False)
+    cases = layers.activation_cases("cuda", quick=False)
     assert len({str(case) for case in cases}) == len(cases) == 9 * 5
     assert all(case.forced == ("aten",) and case.layer.activation == "none" for case in cases)
-    assert len(_bench_layers.activation_cases("cpu", quick=True)) == 2
-    cases = _bench_layers.grad_mode_cases("cuda")
+    assert len(layers.activation_cases("cpu", quick=True)) == 2
+    cases = layers.grad_mode_cases("cuda")
     assert len({str(case) for case in cases}) == 4 and {case.batch for case in cases} == {128}
 
 
@@ -446,7 +455,7 @@ def test_rows_that_are_too_slow_have_a_table(capsys: pytest.CaptureFixture[str])
         return {"case": name, "algorithm": "stem_sm90", "us": {who: {"median": t} for who, t in us.items()}}
 
     parts = {"conv": [row("a", 104, 100), row("b", 102, 100, pair=100)], "activations": [row("c", 200, 100)]}
-    _report_conv.print_slower({part: {"rows": rows} for part, rows in parts.items()})
+    report_conv.print_slower(parts)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "slower than 1.03 times the bare convolution with one pass behind it; the largest of 3 is 2.000, c"
@@ -464,36 +473,36 @@ def test_a_file_that_cannot_be_written_stops_the_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before it measures; and what an earlier run wrote stays until a later one is through."""
-    monkeypatch.setattr(bench, "measure", lambda args: pytest.fail("measured"))
+    monkeypatch.setattr(__main__, "measure", lambda args: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file" / "report.json"):
-        assert run("--json", str(path)) == 1
-        assert "bench: cannot write the JSON: " in capsys.readouterr().err
+    for path in (tmp_path, tmp_path / "file" / "report.jsonl"):
+        assert call("--record", str(path)) == 1
+        assert "benchmarks: cannot write the record: " in capsys.readouterr().err
 
     def fail(args: argparse.Namespace) -> dict[str, Any]:
         raise InaccurateError
 
-    monkeypatch.setattr(bench, "measure", fail)
-    for path, text in ((tmp_path / "new" / "report.json", None), (tmp_path / "old.json", "kept")):
+    monkeypatch.setattr(__main__, "measure", fail)
+    for path, text in ((tmp_path / "new" / "report.jsonl", None), (tmp_path / "old.jsonl", "kept")):
         if text:
             path.write_text(text)
-        assert run("--json", str(path)) == 1
+        assert call("--record", str(path)) == 1
         assert (path.read_text() if path.exists() else None) == text
 
 
 def test_folded_weights_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    def conv(x, weight, bias, *window):  # some libraries add a bias first, and lose digits
+    def folded(x, weight, bias, *window):  # some libraries add a bias first, and lose digits
         return F.conv2d(x, weight, None, *window) + bias.view(-1, 1, 1)
 
     def conv_add_relu(x, weight, residual, alpha, bias, *window):
         assert alpha == 1
-        return (conv(x, weight, bias, *window) + residual).relu()
+        return (folded(x, weight, bias, *window) + residual).relu()
 
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
-    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *arguments: conv(*arguments).relu())
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *arguments: folded(*arguments).relu())
     for case in small_cases("", "cpu"):
         with torch.no_grad():
-            problem = _bench_conv.Problem(case, "cpu")
+            problem = conv.Problem(case, "cpu")
             y, (truth, sizes) = problem.folded_cudnn()(*problem.inputs()), problem.truth()
         error = ((y - truth.relu()).abs() / sizes).max() if case.layer.activation != "relu6" else 0.0
         assert error < 4 * torch.finfo(case.dtype).eps
@@ -501,24 +510,24 @@ def test_folded_weights_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_networks_have_the_weights_that_they_are_known_for() -> None:
     """25,557,032 and 3,504,872 parameters, less those of BatchNorm and of the classifier."""
-    for layers, weights, mac in (
-        (_bench_layers.resnet50_layers(), 25_557_032 - 53_120 - 2_049_000, 4.087e9),
-        (_bench_layers.mobilenet_v2_layers(), 3_504_872 - 34_112 - 1_281_000, 0.2995e9),
+    for network, weights, mac in (
+        (layers.resnet50_layers(), 25_557_032 - 53_120 - 2_049_000, 4.087e9),
+        (layers.mobilenet_v2_layers(), 3_504_872 - 34_112 - 1_281_000, 0.2995e9),
     ):
-        listed = list(layers)
+        listed = list(network)
         assert sum(torch.Size(layer.weight_shape).numel() for layer in listed) == weights
         assert sum(layer.flop for layer in listed) / 2 == pytest.approx(mac, rel=1e-3)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("group", _bench_layers.GROUPS)
+@pytest.mark.parametrize("group", layers.GROUPS)
 def test_cases_of_a_group_differ(group: str, device: str) -> None:
-    cases = _bench_layers.conv_cases(group, device)
+    cases = layers.conv_cases(group, device)
     assert len({str(case) for case in cases}) == len(cases) > 2
     assert all(mode in COMPILE_MODES for case in cases for mode in case.compile_modes)
     if group in ("resnet50", "mobilenetv2"):
         assert sum(case.count for case in cases) == 2 * (53 if group == "resnet50" else 52)
-        assert _bench_layers.COMPILED_LAYERS & {case.layer for case in cases}
+        assert layers.COMPILED_LAYERS & {case.layer for case in cases}
 
 
 def test_the_pixels_that_windows_skip_are_not_counted() -> None:
@@ -553,17 +562,40 @@ def test_compile_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compiled and missing.keys() == COMPILE_MODES.keys()
 
 
-# ---- README ----------------------------------------------------------------------------------------------------------
+# ---- records and documents -------------------------------------------------------------------------------------------
 
 
-def test_the_tables_of_a_readme(report_file: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- conv cpu -->old<!-- /conv cpu -->\nbelow\n<!-- train cpu --><!-- /train cpu -->\n")
+def test_a_record_is_a_header_and_a_line_a_row(report_file: Path, tmp_path: Path) -> None:
+    header, *rows = map(json.loads, report_file.read_text().splitlines())
+    assert not header.keys() & set(record.PARTS)
+    assert [row["part"] for row in rows] == sorted((row["part"] for row in rows), key=record.PARTS.index)
+    assert len({(row["part"], row["case"]) for row in rows}) == len(rows)
+    record.write(record.read(report_file), tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_text() == report_file.read_text()
+
+
+def test_the_nearest_check_is_kept() -> None:
+    checks = [{"ours": 1.0, "limit": 4.0}, {"ours": 0.5, "limit": 0.6}, {"ours": 2.0, "limit": 3.0}]
+    assert record.summary(checks) == {"count": 3, "nearest": checks[1]}
+    assert record.summary([]) == {"count": 0, "nearest": None}
+
+
+def test_a_commit_is_that_of_the_package_s_own_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fused_conv_bn.__file__", str(tmp_path / "fused_conv_bn" / "__init__.py"))
+    assert record.git_state() == (None, None)
+
+
+def test_the_tables_of_a_document(report_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", report_file.parent)
+    document = tmp_path / "README.md"
+    document.write_text(
+        "above\n<!-- conv report -->old<!-- /conv report -->\nbelow\n<!-- train report --><!-- /train report -->\n"
+    )
     for _ in range(2):  # the second time over its own
-        assert run("--from-json", str(report_file), "--readme", str(readme)) == 0
-        evaluation, training = readme.read_text().split("<!-- train cpu -->")
+        assert call("--render", str(document)) == 0
+        evaluation, training = document.read_text().split("<!-- train report -->")
         above, begin, *rows, end, below = evaluation.splitlines()
-        assert (above, begin, end, below) == ("above", "<!-- conv cpu -->", "<!-- /conv cpu -->", "below")
+        assert (above, begin, end, below) == ("above", "<!-- conv report -->", "<!-- /conv report -->", "below")
         assert [row.split(" | ")[0] for row in rows] == [
             "| us",
             "|---|---|---|---|---|---|---|---|",
@@ -579,20 +611,55 @@ def test_the_tables_of_a_readme(report_file: Path, tmp_path: Path) -> None:
         ]
 
 
-def test_a_gpu_has_more_tables(report_file: Path) -> None:
-    report = json.loads(report_file.read_text())
-    report["device"]["kind"] = "cuda"
-    sections = bench.readme_sections(report)
-    assert sections.keys() == {"bn_scale", "bn_scale_train", "conv cuda", "train cuda"}
-    assert len(sections["bn_scale"].splitlines()) == 2 + 4
-    assert len(sections["bn_scale_train"].splitlines()) == 2 + 3
-    assert len(sections["train cuda"].split("\n\n")[1].splitlines()) == 2 + 1
-    layers, means = sections["conv cuda"].split("\n\n")
-    assert len(layers.splitlines()) == 2 + 2
-    assert means.splitlines()[-1].startswith("| problem 73 | 2 | ")
+def test_every_section_of_a_run(report_file: Path) -> None:
+    found = record.read(report_file)
+    lines = {
+        name: documents.SECTIONS[name](found).splitlines()
+        for name in ("origin", "bn_scale", "bn_scale_train", "conv_means", "train_means", "host")
+    }
+    assert {name: len(of_section) for name, of_section in lines.items()} == {
+        "origin": 1,
+        "bn_scale": 2 + 4,
+        "bn_scale_train": 2 + 3,
+        "conv_means": 2 + 1,
+        "train_means": 2 + 1,
+        "host": 2 + len(found["host"]),
+    }
+    assert f"torch {torch.__version__}; commit abc, " in lines["origin"][0]
+    assert lines["conv_means"][-1].startswith("| problem 73 | 2 | ")
 
 
-@pytest.mark.parametrize("readme", ["", "<!-- conv cpu -->", "<!-- /conv cpu --><!-- conv cpu -->"])
-def test_a_readme_needs_both_markers(readme: str) -> None:
-    with pytest.raises(SystemExit, match="must have <!-- conv cpu --> and then"):
-        _report.render(readme, {"conv cpu": "text"})
+def test_the_factors_of_activations() -> None:
+    def row(activation: str, factor: float, dtype: str = "float16", batch: int = 2) -> dict[str, Any]:
+        shape = [batch, 3, 8, 8]
+        return {"activation": activation, "dtype": dtype, "shape": shape, "algorithm": "a", "ours/relu": factor}
+
+    rows = [
+        row("relu", 1.0),
+        row("silu", 1.25),
+        row("silu", 1.5),
+        row("silu", 9.0, batch=1),
+        row("silu", 2.0, "float32"),
+    ]
+    assert documents.activations({"activations": rows}).splitlines() == [
+        "| ours / ours with ReLU | `a`, 16 bits | `a`, float32 |",
+        "|---|---|---|",
+        "| `relu` | 1.00 to 1.00 |  |",
+        "| `silu` | 1.25 to 1.50 | 2.00 to 2.00 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file has no markers"),
+        ("<!-- conv cpu -->", "must have <!-- conv cpu --> and then <!-- /conv cpu -->"),
+        ("<!-- /conv cpu --><!-- conv cpu -->", "must have <!-- conv cpu --> and then"),
+        ("<!-- conv cpu --><!-- train cpu --><!-- /conv cpu -->", "must have <!-- conv cpu --> and then"),
+        ("<!-- nothing cpu --><!-- /nothing cpu -->", "a marker names nothing, expected one of origin, "),
+        ("<!-- conv none --><!-- /conv none -->", "the marker conv none needs .*none.jsonl, and there is no such file"),
+    ],
+)
+def test_markers_that_nothing_can_be_rendered_for(text: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        documents.render(text)

@@ -665,7 +665,7 @@ def test_sdist_has_the_whole_tree(tmp_path: Path) -> None:
         "Makefile",
         ".ci/run",
     ]
-    for pattern in ("csrc/**/*.*", "wheels/*.*", "src/**/*.py", "tests/*.py", "benchmarks/*.cu", "requirements/*"):
+    for pattern in ("csrc/**/*.*", "wheels/*.*", "src/**/*.py", "tests/*.py", "benchmarks/**/*.*", "requirements/*"):
         wanted += [str(file.relative_to(ROOT)) for file in ROOT.glob(pattern) if file.is_file()]
     assert len(wanted) > 50
     assert [name for name in wanted if name not in have and "__pycache__" not in name] == []

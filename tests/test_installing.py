@@ -76,6 +76,7 @@ def test_variables_are_those_of_the_sources() -> None:
         ROOT / "setup.py",
         *(ROOT / "wheels").glob("*.py"),
         *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
         ROOT / "tests/conftest.py",
     ]
     read = {name for file in files for name in re.findall(r"\bFUSED_CONV_BN_[A-Z]+\b", file.read_text())}

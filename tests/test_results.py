@@ -1,20 +1,42 @@
-"""The README's tables of the benchmark are those of benchmarks/results."""
+"""The documents' tables of the benchmark are those of benchmarks/results, whose records are short."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from fused_conv_bn import _report, bench
+from benchmarks import documents, record
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORDS = sorted(record.RESULTS.glob("*.jsonl"))
 
 
-@pytest.mark.parametrize("record", ["h200.json", "h200_conv.json", "h200_train.json", "cpu.json"])
-def test_readme_has_the_tables_of_the_record(record: str) -> None:
-    path = ROOT / "benchmarks" / "results" / record
-    readme = (ROOT / "README.md").read_text()
-    rendered = _report.render(readme, bench.readme_sections(json.loads(path.read_text())))
-    assert readme == rendered, f"run: python -m fused_conv_bn bench --from-json {path} --readme README.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_document_has_the_tables_of_the_records(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert text == documents.render(text), f"run: python -m benchmarks --render {name}"
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_is_as_the_program_writes_it(path: Path) -> None:
+    found = record.read(path)
+    assert "".join(f"{line}\n" for line in record.lines(found)) == path.read_text()
+    assert {"commit", "date", "device", "versions", "flags", "settings", "notes", "validation"} <= found.keys()
+
+
+def test_no_row_is_there_twice() -> None:
+    """Of the same commit, part, group and case."""
+    rows = []
+    for path in RECORDS:
+        found = record.read(path)
+        rows += [
+            (found["commit"], found["device"]["name"], part, row.get("group"), row["case"])
+            for part in record.PARTS
+            for row in found.get(part, [])
+        ]
+    assert len(rows) == len(set(rows)) > 900
+
+
+def test_records_are_short() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in RECORDS) < 2000

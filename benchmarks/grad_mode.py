@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._bench_common import MB, Compiler, check, dtype_name, environment, progress
-from ._bench_conv import FORCE, Calls, Problem, compare
-from ._bench_layers import ConvCase
-from ._stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, KERNELBENCH_WARM_UPS, Stopwatch, cuda, kernelbench_us
+from .common import MB, Compiler, check, dtype_name, environment, progress
+from .conv import FORCE, Calls, Problem, compare
+from .layers import ConvCase
+from .stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, KERNELBENCH_WARM_UPS, Stopwatch, cuda, kernelbench_us
 
 CHECKED_IMAGES = 16  # of which gradients are compared with float64's
 GRADIENT_UNIT = 2.0**-20  # of a gradient's norm, which sums of many terms may be off by in any case

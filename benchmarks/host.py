@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from ._bench_common import EPS, MOMENTUM, SCALING_FACTOR, environment, progress, random_bn
-from ._bench_conv import FORCE, Problem
-from ._bench_layers import ConvCase, Layer
-from ._stopwatch import Stopwatch, spread
+import fused_conv_bn
+from fused_conv_bn import ops
+
+from .common import EPS, MOMENTUM, SCALING_FACTOR, environment, progress, random_bn
+from .conv import FORCE, Problem
+from .layers import ConvCase, Layer
+from .stopwatch import Stopwatch, spread
 
 Calls = dict[str, Callable[[int], object]]  # of the stopwatch, which counts them
 
@@ -102,8 +104,8 @@ def conv_calls(device: str, train: bool) -> Calls:
     return calls
 
 
-def time_host(watch: Stopwatch, device: str, rounds: int = 300, calls: int = 20) -> dict[str, Any]:
-    """By the name of the call, see the note."""
+def time_host(watch: Stopwatch, device: str, rounds: int = 300, calls: int = 20) -> list[dict[str, Any]]:
+    """A row a call, see the note."""
     with environment(FORCE, ""):
         rivals = {**bn_calls(device), **conv_calls(device, False), **conv_calls(device, True)}
         times: dict[str, list[float]] = {name: [] for name in rivals}
@@ -112,21 +114,27 @@ def time_host(watch: Stopwatch, device: str, rounds: int = 300, calls: int = 20)
                 with torch.set_grad_enabled(GRAD in name):
                     times[name].append(watch.host_us(run, range(calls)))
     medians = {name: statistics.median(us) for name, us in times.items()}
-    rows: dict[str, Any] = {}
+    rows = []
     for name, us in medians.items():
-        rows[name] = {"us": us, "over torch.mul": us / medians["torch.mul"], "min": min(times[name])}
+        row: dict[str, Any] = {
+            "case": name,
+            "us": us,
+            "over torch.mul": us / medians["torch.mul"],
+            "min": min(times[name]),
+        }
         if f"{name}, eager" in medians:
-            rows[name]["eager/ours"] = medians[f"{name}, eager"] / us
+            row["eager/ours"] = medians[f"{name}, eager"] / us
         of_small = name.removesuffix(OWN)
         if of_small in OPS:
-            rows[name]["over op"] = us / medians[name.replace(of_small, OPS[of_small])]
+            row["over op"] = us / medians[name.replace(of_small, OPS[of_small])]
+        rows.append(row)
     return rows
 
 
 def time_import(runs: int) -> dict[str, float]:
     """Milliseconds that the package adds to ``import torch``."""
     code = "import time, torch; t = time.perf_counter(); import fused_conv_bn; print((time.perf_counter() - t) * 1e3)"
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(fused_conv_bn.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path}
 
     def once() -> float:

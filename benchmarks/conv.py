@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import modules, ops, reference
-from ._bench_common import (
+from fused_conv_bn import modules, ops, reference
+
+from .common import (
     COMPILE_MODES,
     EPS,
     LAYOUTS,
@@ -33,8 +34,8 @@ from ._bench_common import (
     random_tensor,
     statistics_errors,
 )
-from ._bench_layers import ConvCase, Layer
-from ._stopwatch import Rivals, Stopwatch, pairs_of
+from .layers import ConvCase, Layer
+from .stopwatch import Rivals, Stopwatch, pairs_of
 
 FORCE = "FUSED_CONV_BN_CONV"
 PRINT = "FUSED_CONV_BN_PRINT_CONFIG"
@@ -399,7 +400,7 @@ class ConvBench:
         modes = problem.case.compile_modes
         compiled, missing = self.compiler(problem.plain, problem.inputs(), modes)
         if not modes:
-            missing["compile"] = "this row has none, see the note on compile in the JSON"
+            missing["compile"] = "this row has none, see the note on compile in the record"
         has_cudnn = problem.x.is_cuda and not problem.case.train  # which has no op with batch statistics
         cudnn, no_cudnn = usable({"cudnn": problem.folded_cudnn()} if has_cudnn else {}, problem.inputs())
         return {"eager": problem.plain, **compiled, **cudnn}, {**missing, **no_cudnn}

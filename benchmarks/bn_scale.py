@@ -1,22 +1,12 @@
-"""``python -m fused_conv_bn bench``: checks the ops against float64, then times them against a copy and their rivals.
-
-One run does all of it, on the GPU if there is one, else on the CPU. Times compare only within a run: every row has the
-time of a device copy, measured in turn with everything else in that row. bn_scale and bn_scale_train are here, the
-convolutions are in _bench_conv.py, with every activation in _bench_activations.py, with grad mode on in _bench_grad.py,
-the host's times in _bench_host.py, the CPU's short planes in _bench_short.py.
-"""
+"""The benchmark of bn_scale and bn_scale_train: sizes and shapes, checked against float64, then timed with their
+rivals."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
 import math
 import struct
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _bench_activations, _bench_grad, _bench_host, _bench_short, _report, _report_conv, _report_grad, reference
-from ._bench_common import (
+from fused_conv_bn import reference
+
+from .common import (
     EPS,
     LAYOUTS,
     MB,
     MOMENTUM,
     SCALING_FACTOR,
     Compiler,
-    InaccurateError,
     batch_moments,
     check,
     dtype_name,
     first_line,
-    progress,
     random_bn,
     random_tensor,
     statistics_errors,
 )
-from ._bench_conv import NOTES as CONV_NOTES
-from ._bench_conv import TRAIN_NOTES, ConvBench, measure_rates
-from ._bench_layers import GROUPS, ConvCase, activation_cases, conv_cases, grad_mode_cases
-from ._stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, MAX_PAIRS, Rivals, Stopwatch, pairs_of
+from .stopwatch import Rivals, Stopwatch, pairs_of
 
-NAIVE_SOURCE = _report.SOURCE_ROOT / "benchmarks" / "naive_bn_scale.cu"
+NAIVE_SOURCE = Path(__file__).with_name("naive_bn_scale.cu")
 
 PROBLEM_73 = 128 * 64 * 126 * 126 * 4  # bytes of the tensor that KernelBench 2.73 applies BN to
 SIZES = [*(4**k * 4096 for k in range(9)), PROBLEM_73, 1024 * MB]
 QUICK_SIZES = [4096, 16 * MB, PROBLEM_73]
-CPU_MAX_MB = 64
 OTHER_SHAPES = {(256, 14): (16 * MB, 512 * MB), (2048, 7): (16 * MB, 512 * MB)}  # (C, H = W): sizes
 COMPILED_SIZES = {torch.float32: (4096, 16 * MB, 64 * MB, PROBLEM_73), torch.float16: (PROBLEM_73,)}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -60,19 +45,10 @@ TRAIN_KINDS = [(torch.float32, layout) for layout in LAYOUTS]
 TRAIN_KINDS += [(dtype, "channels_last") for dtype in (torch.float16, torch.bfloat16)]
 TRAIN_SHAPES = [(64, 112), (256, 56), *OTHER_SHAPES]  # (C, H = W)
 TRAIN_SIZES = 256 * MB, 16 * MB  # theirs: the first below the largest one
-COMPILE_BUDGETS = {"bn_scale": 45, "conv": 120, "train": 40, "grad_mode": 60}  # seconds
-PARTS = ["bn_scale", "bn_scale_train", "host", "activations", "grad_mode", "conv", *GROUPS]
-QUICK_TRIALS = 5  # of KernelBench's 100, and on the CPU, where it does not measure
 
 CHECKED_AT_ONCE = 1 << 24  # elements, so that the float64 copies stay small
 
 NOTES = {
-    "device time": "CUDA: the time between two events around the calls, over their number, so with the gaps between "
-    "launches. A spinning kernel before the first event holds the device back until the host has queued all calls; "
-    "where it did not, host_limited is true. CPU: wall time.",
-    "repeats": "median, min and max over the repeats; in each, the rivals of a row take turns, in alternating order.",
-    "buffers": f"calls rotate over pairs of input and output of {FOOTPRINT // MB} MB or more in all, so that they come "
-    f"from memory; at most {MAX_PAIRS} pairs, so tensors under 2 MB may come from a cache.",
     "outputs": "copy is out.copy_(x), ours bn_scale.out; copy, ours and naive write preallocated outputs. eager and "
     "compile take theirs from the caching allocator, which costs no device time and hands them the same memory, which "
     "may still be cached, each time. On the CPU new memory costs more than the arithmetic, so there every rival "
@@ -81,104 +57,13 @@ NOTES = {
     "many. The share of its rate is copy time / our time.",
     "eager": "F.batch_norm(x, ...) * s. Backend flags as given under flags.",
     "compile": "torch.compile(eager, dynamic=False), default mode, at a few sizes and within a limit of compile time.",
-    "bn_scale_train": "batch statistics, and the running ones updated, in ours, eager and compile, which all allocate "
-    "their outputs. bytes_moved counts the input twice, as no output is known before all of it was read: the floor is "
-    "1.5 times the copy. What a cache keeps of the input for the second read can bring a time below it.",
-    "short planes": _bench_short.NOTE,
-    "host": _bench_host.NOTE,
     "naive": "benchmarks/naive_bn_scale.cu: a thread per element, 1/sqrt and two 64-bit divisions in each; fp32 NCHW.",
-    "validation": "norm of the error over norm of the float64 result (for float64: long double, first and last image), "
-    "with random running statistics and affine; ours must be within max(2 * eager's, one rounding of the dtype). "
-    "Running statistics: the largest error of a channel after one call, over the sizes of its two terms, the old "
-    "value's and the batch's; within max(2 * eager's, two roundings).",
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=PARTS,
-        metavar="PART",
-        help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it, of which train has the batch's "
-        "statistics (default: all; on the CPU bn_scale, bn_scale_train, host, problem_73 and train)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
-    )
-    parser.add_argument("--max-mb", type=float, help=f"leave out larger tensors (default on the CPU: {CPU_MAX_MB})")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per number (default: 5)")
-    parser.add_argument("--conv-batch", type=int, metavar="N", help="batch of all convolutions (default: each part's)")
-    parser.add_argument(
-        "--compile-budget",
-        type=float,
-        metavar="S",
-        help="no torch.compile after S seconds of it, for each of these ("
-        + ", ".join(f"{part}: {budget}" for part, budget in COMPILE_BUDGETS.items())
-        + ")",
-    )
-    parser.add_argument("--commit", help="recorded in the JSON (default: what git says)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
-    parser.add_argument("--charts", type=Path, metavar="DIR", help="draw PNGs into DIR (needs matplotlib)")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, take an earlier run's --json")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write tables between their markers in FILE")
-
-
-def main(args: argparse.Namespace) -> int:
-    if args.charts and importlib.util.find_spec("matplotlib") is None:
-        print("bench: --charts needs matplotlib: pip install matplotlib", file=sys.stderr)
-        return 1
-    if args.from_json:
-        report = json.loads(args.from_json.read_text())
-    else:
-        if args.json and (why := why_not_writable(args.json)):
-            print(f"bench: cannot write the JSON: {why}", file=sys.stderr)
-            return 1
-        try:
-            report = measure(args)
-        except InaccurateError as error:
-            print(f"bench: stopped before any timing: {error}", file=sys.stderr)
-            return 1
-    if args.json and not args.from_json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    _report.print_head(report)
-    _report_conv.print_tables(report)
-    _report_grad.print_tables(report)
-    _report.print_tables(report)
-    if args.charts:
-        for path in _report.draw_charts(report, args.charts, {**_report.CHARTS, **_report_conv.CHARTS}):
-            print(f"wrote {path}")
-    if args.readme:
-        args.readme.write_text(_report.render(args.readme.read_text(), readme_sections(report)))
-    return 0
-
-
-def why_not_writable(path: Path) -> str:
-    """Asked before minutes of measuring; creates the directory, and leaves a file that is there as it is."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        path.open("a").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-def readme_sections(report: dict[str, Any]) -> dict[str, str]:
-    """By the name of its markers: what the README says of a run."""
-    kind = report["device"]["kind"]
-    sections = {}
-    if "bn_scale" in report and kind == "cuda":
-        sections["bn_scale"] = _report.section(report)
-    if "bn_scale_train" in report and kind == "cuda":
-        sections["bn_scale_train"] = _report.train_section(report)
-    for part in ("conv", "train"):
-        if part in report:
-            sections[f"{part} {kind}"] = _report_conv.section(report, part)
-    return sections
+TRAIN_NOTE = (
+    "batch statistics, and the running ones updated, in ours, eager and compile, which all allocate their outputs. "
+    "bytes_moved counts the input twice, as no output is known before all of it was read: the floor is 1.5 times the "
+    "copy. What a cache keeps of the input for the second read can bring a time below it."
+)
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -239,8 +124,6 @@ class NaiveKernel:
         self.why_not = ""
         if device != "cuda":
             self.why_not = "needs a GPU"
-        elif not NAIVE_SOURCE.is_file():
-            self.why_not = "benchmarks/naive_bn_scale.cu is only in the source tree"
         else:
             try:
                 self.kernel = torch.cuda._compile_kernel(NAIVE_SOURCE.read_text(), "naive_bn_scale")
@@ -404,86 +287,3 @@ class Bench:
             "buffer_pairs": pairs,
             "footprint_bytes": pairs * 2 * case.bytes,
         }
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-def selected_convolutions(args: argparse.Namespace, parts: Sequence[str], device: str) -> list[ConvCase]:
-    cases = []
-    for group in GROUPS:
-        if group in parts or "conv" in parts:
-            of_group = conv_cases(group, device)
-            cases += [of_group[0], of_group[len(of_group) // 2]] if args.quick else of_group
-    return with_batch(cases, args)
-
-
-def with_batch(cases: Sequence[ConvCase], args: argparse.Namespace) -> list[ConvCase]:
-    """With one that the cases differ in alone, they are one case."""
-    return list(dict.fromkeys(replace(case, batch=args.conv_batch or case.batch) for case in cases))
-
-
-@torch.no_grad()
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    began = time.perf_counter()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    default = PARTS if device == "cuda" else ["bn_scale", "bn_scale_train", "host", "problem_73", "train"]
-    parts = args.only or default
-    max_bytes = math.inf if args.max_mb is None and device == "cuda" else (args.max_mb or CPU_MAX_MB) * MB
-    sizes, dtypes = (QUICK_SIZES, DTYPES[:2]) if args.quick else (SIZES, DTYPES)
-    cases = {
-        "bn_scale": list(bn_cases(sizes, dtypes, max_bytes, others=not args.quick)),
-        "bn_scale_train": list(bn_train_cases(dtypes, max_bytes, others=not args.quick)),
-    }
-    cases = {part: of_part for part, of_part in cases.items() if part in parts and of_part}
-    selected = selected_convolutions(args, parts, device)
-    convs = {"conv": [c for c in selected if not c.train], "train": [c for c in selected if c.train]}
-    convs = {part: of_part for part, of_part in convs.items() if of_part}
-    activations = with_batch(activation_cases(device, args.quick) if "activations" in parts else [], args)
-    in_grad_mode = with_batch(grad_mode_cases(device) if "grad_mode" in parts else [], args)
-    short = _bench_short.short_cases() if device == "cpu" and "bn_scale_train" in parts else []
-    compilers = {
-        part: Compiler((0.0 if args.quick else budget) if args.compile_budget is None else args.compile_budget)
-        for part, budget in COMPILE_BUDGETS.items()
-    }
-    bench = Bench(device, args.repeats, NaiveKernel(device), compilers["bn_scale"], Stopwatch(device))
-    # There are many rows, and some rivals run more kernels a call.
-    watch = Stopwatch(device, max_calls=50)
-    conv_benches = {part: ConvBench(device, args.repeats, compilers[part], watch) for part in convs}
-    activation_bench = _bench_activations.ActivationBench(device, args.repeats, watch)
-    trials = QUICK_TRIALS if args.quick or device == "cpu" else KERNELBENCH_TRIALS
-    grad_bench = _bench_grad.GradBench(device, args.repeats, compilers["grad_mode"], watch, trials)
-
-    checks = [bench.check_bn_scale(case) for case in progress(cases.get("bn_scale", []), "validate")]
-    for case in progress(cases.get("bn_scale_train", []), "validate"):
-        checks += bench.check_bn_scale_train(case)
-    for part, of_part in convs.items():
-        checks += conv_benches[part].check(of_part)
-    for short_case in short:
-        checks += _bench_short.check_short(short_case)
-    checks += activation_bench.check(activations) + grad_bench.check(in_grad_mode)
-    report = {
-        **_report.describe(device, args.commit),
-        "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
-        "notes": NOTES,
-        "validation": checks,
-    }
-    if "host" in parts:  # the import first, with the machine still cool
-        report["import_ms"] = _bench_host.time_import(1 if args.quick else 5)
-        report["host_us"] = _bench_host.time_host(bench.watch, device, rounds=30 if args.quick else 300)
-    if selected:
-        rates = measure_rates(watch, device, [case.dtype for case in selected], args.repeats)
-    for part, of_part in convs.items():
-        rows = conv_benches[part].time(of_part, rates)
-        report[part] = {"notes": TRAIN_NOTES if part == "train" else CONV_NOTES, "rates": rates, "rows": rows}
-    if activations:
-        report["activations"] = {"notes": _bench_activations.NOTES, "rows": activation_bench.time(activations)}
-    if in_grad_mode:
-        report["grad_mode"] = {"notes": _bench_grad.NOTES, "rows": grad_bench.time(in_grad_mode)}
-    if short:
-        report["short_planes"] = _bench_short.time_short(short, bench.watch, args.repeats)
-    for part in cases:
-        report[part] = [bench.time_bn_scale(case) for case in progress(cases[part], part)]
-    spent = {part: compiler.spent for part, compiler in compilers.items()}
-    return {**report, "compile_s": spent, "seconds": time.perf_counter() - began}

@@ -1,4 +1,4 @@
-"""The convolutions that bench.py measures: problem 73, first and depthwise layers, ResNet-50's and MobileNetV2's;
+"""The convolutions that the benchmark measures: problem 73, first and depthwise layers, ResNet-50's and MobileNetV2's;
 problem 73 and some of the layers in training mode; and some layers with every activation."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ._bench_common import LAYOUTS, SCALING_FACTOR, dtype_name
+from .common import LAYOUTS, SCALING_FACTOR, dtype_name
 
 
 @dataclass(frozen=True)

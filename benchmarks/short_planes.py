@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from ._bench_common import (
+from fused_conv_bn import reference
+
+from .common import (
     EPS,
     LAYOUTS,
     MOMENTUM,
@@ -23,7 +24,7 @@ from ._bench_common import (
     random_bn,
     statistics_errors,
 )
-from ._stopwatch import Stopwatch, pairs_of
+from .stopwatch import Stopwatch, pairs_of
 
 SHAPES = [(1, 1280, 7, 7), (4, 100000), (8, 512, 7, 7), (128, 1000)]
 

@@ -1,15 +1,13 @@
-"""What bench.py says of the convolutions, in evaluation ("conv"), in training mode ("train") and with every activation
-("activations"): a table a group, geometric means, the rows that are too slow, the README's tables, the roofline."""
+"""What a run says of the convolutions, in evaluation ("conv"), in training mode ("train") and with every activation
+("activations"): a table a group, geometric means, the rows that are too slow."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from ._report import Charts, Report, Row, legend_below, markdown, short, table
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
+from .record import Report, Row
+from .report import short, table
 
 RATIOS = ["eager", "best compile", "cudnn", "best rival", "conv", "aten", "pair"]
 SLOWER = 1.03  # times what it is held to: such a row has a line of its own
@@ -20,7 +18,7 @@ ERRORS |= {name: name for name in ("running_mean", "running_var")}  # those of t
 def groups(report: Report, *parts: str) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
     for part in parts:
-        for row in report.get(part, {"rows": []})["rows"]:
+        for row in report.get(part, []):
             rows.setdefault(row["group"], []).append(row)
     return rows
 
@@ -85,7 +83,7 @@ def print_groups(report: Report) -> None:
     every = groups(report, "conv", "train")
     if not every:
         return
-    rates = report["conv" if "conv" in report else "train"]["rates"]
+    rates = report["rates"]
     matrix = ", ".join(f"{name} {short(rate)}" for name, rate in rates["matrix_tflop_per_s"].items())
     print(f"convolutions; copy rate {rates['copy_gb_per_s']:.0f} GB/s, matrix rates in TFLOP/s: {matrix}\n")
     for group, rows in every.items():
@@ -135,7 +133,7 @@ def slower_rows(rows: Iterable[Row], rival: str, ours: str = "ours") -> list[tup
 
 
 def print_slower(report: Report) -> None:
-    rows = [row for part in ("conv", "train", "activations") for row in report.get(part, {"rows": []})["rows"]]
+    rows = [row for part in ("conv", "train", "activations") for row in report.get(part, [])]
     for rival, what in (
         ("aten", "the bare convolution with one pass behind it"),
         ("pair", "conv_scale_shift with a fold made before"),
@@ -154,84 +152,3 @@ def print_slower(report: Report) -> None:
             print(f"slower than {SLOWER} times {what}; {worst}\n{table(header, lines)}\n")
         else:
             print(f"No row is slower than {SLOWER} times {what}; {worst}.\n")
-
-
-# ---- README ----------------------------------------------------------------------------------------------------------
-
-COLUMNS = {"copy": "copy of y", "ours": "**ours**", "eager": "eager", "best compile": "torch.compile"}
-COLUMNS |= {"cudnn": "cuDNN fused", "conv": "convolution alone"}
-MEANS = {"eager": "eager", "best compile": "torch.compile", "cudnn": "cuDNN fused", "best rival": "best of these"}
-MEANS |= {"conv": "convolution alone", "aten": "convolution and one pass"}
-TRAIN_COLUMNS = {name: column for name, column in COLUMNS.items() if name != "cudnn"}
-TRAIN_MEANS = {name: column for name, column in MEANS.items() if name != "cudnn"}
-TRAIN_MEANS |= {"aten": "convolution, one read and one pass"}
-
-
-def markdown_row(row: Row, columns: Iterable[str]) -> list[str]:
-    times = {name: stats["median"] for name, stats in row["us"].items()}
-    if "best compile/ours" in row:
-        times["best compile"] = row["best compile/ours"] * times["ours"]
-    cells = {name: f"{times[name]:.0f}" if name in times else "" for name in columns}
-    cells["ours"] = f"**{cells['ours']}**"
-    return [row["case"], f"{floor_us(row):.0f}", *cells.values()]
-
-
-def section(report: Report, part: str) -> str:
-    """A row for each layer that is not of a network, and on a GPU the geometric means of all groups."""
-    columns, ratios = (TRAIN_COLUMNS, TRAIN_MEANS) if part == "train" else (COLUMNS, MEANS)
-    lines, means = [], []
-    for group, rows in groups(report, part).items():
-        is_network = any(row["count"] > 1 for row in rows)
-        lines += [] if is_network else [markdown_row(row, columns) for row in rows]
-        means.append([group, str(len(rows)), *(mean_ratio(rows, name) for name in ratios), f"{slowest(rows):.2f}"])
-    tables = [markdown(["us", "floor", *columns.values()], lines)]
-    if report["device"]["kind"] == "cuda":
-        tables.append(markdown(["speed-up, geometric mean", "layers", *ratios.values(), "slowest layer"], means))
-    return "\n\n".join(tables)
-
-
-# ---- roofline --------------------------------------------------------------------------------------------------------
-
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
-PANELS = {"float16 channels_last": ("float16", "channels_last"), "float32 NCHW": ("float32", "nchw")}
-
-
-def draw_roofline(report: Report, plt: Any) -> Any:
-    """Each layer by its FLOP per byte: what it reaches with ours and with the best rival, below what the device can."""
-    rates = report["conv"]["rates"]
-    names = list(dict.fromkeys(group.split(",")[0] for group in groups(report, "conv")))
-    colours = dict(zip(names, COLOURS, strict=False))
-    figure, panels = plt.subplots(1, 2, figsize=(8, 4.8), sharey=True)
-    for axes, (title, kind) in zip(panels, PANELS.items(), strict=True):
-        peak = rates["matrix_tflop_per_s"].get(kind[0])
-        rows = [
-            row for row in report["conv"]["rows"] if (row["dtype"], row["layout"]) == kind and not row["allow_tf32"]
-        ]
-        for row in rows:
-            intensity = row["flop"] / row["bytes"]
-            ours = row["flop"] / row["us"]["ours"]["median"] / 1e6
-            rival = ours / row["best rival/ours"]
-            group = row["group"].split(",")[0]
-            axes.plot([intensity] * 2, [ours, rival], color=colours[group], linewidth=0.7, zorder=1)
-            axes.plot(intensity, rival, "o", markerfacecolor="white", color=colours[group], markersize=4, zorder=2)
-            axes.plot(intensity, ours, "o", color=colours[group], markersize=5, label=group, zorder=3)
-        axes.plot([], [], "o", markerfacecolor="white", color="#777777", markersize=4, label="the best rival")
-        if peak:
-            intensities = [1.0, 1e3 * peak / rates["copy_gb_per_s"], 2048.0]
-            roof = [min(peak, i * rates["copy_gb_per_s"] / 1e3) for i in intensities]
-            axes.plot(intensities, roof, color="#222222", linewidth=1.2, label="copy rate, matrix rate", zorder=0)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda number, _: f"{number:g}")
-        axes.grid(True, color="#e4e4e4", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("FLOP per byte that has to be moved")
-        axes.set_title(title, fontsize=10)
-    panels[0].set_ylabel("TFLOP/s")
-    legend_below(figure, panels)
-    figure.suptitle(f"Convolutions, fused_conv_bn and the best rival, on {report['device']['name']}", fontsize=11)
-    return figure
-
-
-CHARTS: Charts = {"conv_roofline.png": ("conv", draw_roofline)}

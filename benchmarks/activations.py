@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import reference
-from ._bench_common import check, dtype_name, environment, progress
-from ._bench_conv import FORCE, Calls, Problem, activated, activated_truth, algorithm, compare, forced, usable
-from ._bench_layers import ConvCase
-from ._stopwatch import Stopwatch
+from fused_conv_bn import reference
+
+from .common import check, dtype_name, environment, progress
+from .conv import FORCE, Calls, Problem, activated, activated_truth, algorithm, compare, forced, usable
+from .layers import ConvCase
+from .stopwatch import Stopwatch
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 RELU = "relu"  # what the others are measured by

@@ -1,0 +1,105 @@
+"""``python -m benchmarks``: checks the ops against float64, then times them against a copy and their rivals.
+
+One run does all of it, on the GPU if there is one, else on the CPU. It writes a record, prints its tables and draws its
+charts; from the records in results/ it writes the tables of README.md and docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import charts, documents, record, report, report_conv, report_grad_mode
+from .common import InaccurateError
+from .run import COMPILE_BUDGETS, CPU_MAX_MB, PARTS, measure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it, of which train has the batch's "
+        "statistics (default: all; on the CPU bn_scale, bn_scale_train, host, problem_73 and train)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
+    )
+    parser.add_argument("--max-mb", type=float, help=f"leave out larger tensors (default on the CPU: {CPU_MAX_MB})")
+    parser.add_argument("--repeats", type=int, default=5, help="timings per number (default: 5)")
+    parser.add_argument("--conv-batch", type=int, metavar="N", help="batch of all convolutions (default: each part's)")
+    parser.add_argument(
+        "--compile-budget",
+        type=float,
+        metavar="S",
+        help="no torch.compile after S seconds of it, for each of these ("
+        + ", ".join(f"{part}: {budget}" for part, budget in COMPILE_BUDGETS.items())
+        + ")",
+    )
+    parser.add_argument("--commit", help="recorded (default: what git says)")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write every number to FILE, JSON a line each")
+    parser.add_argument("--charts", type=Path, metavar="DIR", help="draw PNGs into DIR (needs matplotlib)")
+    parser.add_argument("--from-record", type=Path, metavar="FILE", help="measure nothing, take what a run recorded")
+    parser.add_argument(
+        "--render",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing, write the tables that the markers in FILE name, from benchmarks/results",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.render:
+        for path in args.render:
+            path.write_text(documents.render(path.read_text()))
+        return 0
+    if args.charts and importlib.util.find_spec("matplotlib") is None:
+        print("benchmarks: --charts needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 1
+    if args.from_record:
+        found = record.read(args.from_record)
+    else:
+        if args.record and (why := why_not_writable(args.record)):
+            print(f"benchmarks: cannot write the record: {why}", file=sys.stderr)
+            return 1
+        try:
+            found = measure(args)
+        except InaccurateError as error:
+            print(f"benchmarks: stopped before any timing: {error}", file=sys.stderr)
+            return 1
+        if args.record:
+            record.write(found, args.record)
+    report.print_head(found)
+    report_conv.print_tables(found)
+    report_grad_mode.print_tables(found)
+    report.print_tables(found)
+    if args.charts:
+        for path in charts.draw(found, args.charts):
+            print(f"wrote {path}")
+    return 0
+
+
+def why_not_writable(path: Path) -> str:
+    """Asked before minutes of measuring; creates the directory, and leaves a file that is there as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ ARGS ?=
 
 CPU_LIBRARY := src/fused_conv_bn/_cpu.so
 CUDA_LIBRARY := src/fused_conv_bn/_cu13.so
-SOURCES := setup.py wheels/matrix.json $(shell find csrc -type f)
+SOURCES := setup.py wheels/matrix.json $(wildcard build_tools/*.py) $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc benchmarks tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 STATE := build/make
 
@@ -112,7 +112,7 @@ format: $(INSTALLED)
 clean:
 	$(call say,deleting what was built; .venv stays)
 	@rm -rf build wheels/dist src/*.egg-info src/fused_conv_bn/_c*.so .mypy_cache .ruff_cache .pytest_cache
-	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@find src tests benchmarks build_tools -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- the virtual environment -----------------------------------------------------------------------------------------
 

@@ -229,7 +229,7 @@ class Draft:
 
 @pytest.fixture(autouse=True)
 def sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "cuda_sources", lambda: SOURCES)
+    monkeypatch.setattr(audit.libraries, "cuda_sources", lambda: SOURCES)
 
 
 def failures(path: Path, matrix: dict) -> dict[str, list[str]]:

@@ -25,14 +25,29 @@ pytest.importorskip("setuptools.command.bdist_wheel", reason="building needs set
 ROOT = Path(__file__).resolve().parents[1]
 MATRIX = json.loads((ROOT / "wheels" / "matrix.json").read_text())
 CUDA_LIBRARIES = [name for name in MATRIX["libraries"] if name != "cpu"]
-CUDA_SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "ops").glob("*_cuda.cu"))
+CSRC = ROOT / "csrc"
+CUDA_SOURCES = sorted(
+    str(path.relative_to(CSRC).with_suffix(""))
+    for path in CSRC.rglob("*.cu")
+    if path.name.endswith("_cuda.cu") or path.name.startswith("instantiate_")
+)
 KERNELS = [(kernels, name) for kernels in MATRIX["kernels"] for name in CUDA_LIBRARIES]
 
 
 @pytest.fixture
-def project(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py, with none of its environment variables set."""
-    return load("setup", monkeypatch)
+def environment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What looks for torch and the compilers, with none of its environment variables set."""
+    return load("build_tools.environment", monkeypatch)
+
+
+@pytest.fixture
+def libraries(environment: ModuleType) -> ModuleType:
+    return importlib.import_module("build_tools.libraries")
+
+
+@pytest.fixture
+def flags(environment: ModuleType) -> ModuleType:
+    return importlib.import_module("build_tools.flags")
 
 
 @pytest.fixture
@@ -54,8 +69,9 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.syspath_prepend(ROOT / "wheels")
     monkeypatch.syspath_prepend(ROOT)
-    for module in ("setup", "build", "toolchain", "nvcc"):  # each test has its own
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in [*sys.modules]:  # each test has its own
+        if module.partition(".")[0] in ("build_tools", "build", "toolchain", "nvcc"):
+            monkeypatch.delitem(sys.modules, module)
     return importlib.import_module(name)
 
 
@@ -119,13 +135,13 @@ def test_every_gpu_is_covered(capability: tuple[int, int]) -> None:
         assert _loader.covers(capability, " ".join(MATRIX["libraries"][name]["archs"]))
 
 
-def test_versions_are_the_same_everywhere(project: ModuleType) -> None:
+def test_versions_are_the_same_everywhere(environment: ModuleType) -> None:
     torch = "torch>={}.{}".format(*_loader.MIN_TORCH)
-    assert project.MIN_TORCH == _loader.MIN_TORCH
+    assert environment.MIN_TORCH == _loader.MIN_TORCH
     assert MATRIX["requires_dist"] == [torch]
     assert f'dependencies = ["{torch}"]' in (ROOT / "pyproject.toml").read_text()
-    assert f"CUDA_TOOLKIT ?= {project.CUDA_REQUIREMENT}\n" in (ROOT / "Makefile").read_text()
-    assert project.CUDA_REQUIREMENT.endswith(f"=={MATRIX['libraries']['cu13']['cuda']}.*")
+    assert f"CUDA_TOOLKIT ?= {environment.CUDA_REQUIREMENT}\n" in (ROOT / "Makefile").read_text()
+    assert environment.CUDA_REQUIREMENT.endswith(f"=={MATRIX['libraries']['cu13']['cuda']}.*")
     spec = json.loads((ROOT / "wheels" / "cuda12.json").read_text())
     assert spec["version"] == MATRIX["libraries"]["cu12"]["cuda"]
 
@@ -133,18 +149,18 @@ def test_versions_are_the_same_everywhere(project: ModuleType) -> None:
 # ---- compute capabilities --------------------------------------------------------------------------------------------
 
 
-def test_archs_are_those_of_the_matrix(project: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archs_are_those_of_the_matrix(libraries: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in CUDA_LIBRARIES:
-        assert project.archs(name) == MATRIX["libraries"][name]["archs"]
-        flags = [flag for arch in project.archs(name) for flag in project.gencode(arch)]
-        assert len(flags) == len(project.archs(name)) + 1
+        assert libraries.archs(name) == MATRIX["libraries"][name]["archs"]
+        flags = [flag for arch in libraries.archs(name) for flag in libraries.gencode(arch)]
+        assert len(flags) == len(libraries.archs(name)) + 1
         for source in CUDA_SOURCES:
             named = [k for k in MATRIX["kernels"] if any(fnmatch.fnmatch(source, pattern) for pattern in k["sources"])]
-            assert project.archs(name, f"csrc/ops/{source}.cu") == (named[0][name] if named else project.archs(name))
+            assert libraries.archs(name, f"{source}.cu") == (named[0][name] if named else libraries.archs(name))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
-    assert project.archs("cu13") == ["8.0", "9.0a", "12.0+PTX"]
-    assert project.gencode("9.0a") == ["-gencode=arch=compute_90a,code=sm_90a"]
-    assert project.gencode("12.0+PTX")[1] == "-gencode=arch=compute_120,code=compute_120"
+    assert libraries.archs("cu13") == ["8.0", "9.0a", "12.0+PTX"]
+    assert libraries.gencode("9.0a") == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert libraries.gencode("12.0+PTX")[1] == "-gencode=arch=compute_120,code=compute_120"
 
 
 @pytest.mark.parametrize(
@@ -159,16 +175,19 @@ def test_archs_are_those_of_the_matrix(project: ModuleType, monkeypatch: pytest.
     ],
 )
 def test_arch_list_and_kernels_that_not_every_gpu_runs(
-    project: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: str, conv: list[str], hopper: list[str]
+    libraries: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: str, conv: list[str], hopper: list[str]
 ) -> None:
-    kernels = [{"sources": ["conv_h_cuda"], "cu12": ["9.0a"]}, {"sources": ["conv_*"], "cu12": ["8.0", "9.0+PTX"]}]
-    monkeypatch.setitem(project.MATRIX, "kernels", kernels)
-    assert project.archs("cu12", "csrc/ops/conv_h_cuda.cu") == ["9.0a"]
-    assert project.archs("cu12", "csrc/ops/conv_x_cuda.cu") == ["8.0", "9.0+PTX"]
+    kernels = [
+        {"sources": ["ops/conv_h_cuda"], "cu12": ["9.0a"]},
+        {"sources": ["ops/conv_*"], "cu12": ["8.0", "9.0+PTX"]},
+    ]
+    monkeypatch.setitem(libraries.MATRIX, "kernels", kernels)
+    assert libraries.archs("cu12", "ops/conv_h_cuda.cu") == ["9.0a"]
+    assert libraries.archs("cu12", "ops/conv_x_cuda.cu") == ["8.0", "9.0+PTX"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", setting)
-    assert project.archs("cu12", "csrc/ops/conv_h_cuda.cu") == hopper
-    assert project.archs("cu12", "csrc/ops/conv_x_cuda.cu") == conv
-    assert project.archs("cu12", "csrc/ops/scale_shift_cuda.cu") == project.archs("cu12") == re.split("[ ;,]", setting)
+    assert libraries.archs("cu12", "ops/conv_h_cuda.cu") == hopper
+    assert libraries.archs("cu12", "ops/conv_x_cuda.cu") == conv
+    assert libraries.archs("cu12", "ops/scale_shift_cuda.cu") == libraries.archs("cu12") == re.split("[ ;,]", setting)
 
 
 @pytest.mark.parametrize(
@@ -183,46 +202,139 @@ def test_arch_list_and_kernels_that_not_every_gpu_runs(
     ],
 )
 def test_ptx_of_older_gpus_is_told_to_the_code(
-    project: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: str, old: bool
+    flags: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: str, old: bool
 ) -> None:
     """Newer GPUs run it, and it does not wait for the kernel before."""
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", setting)
     for library in ("cu12", "cu13"):
-        assert ("-DFCB_OLD_PTX" in project.source_flags(library, "csrc/ops/scale_shift_cuda.cu")) == old
+        assert ("-DFCB_OLD_PTX" in flags.source_flags(library, "ops/scale_shift_cuda.cu")) == old
 
 
-def test_each_file_has_flags_of_its_own(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tools = project.Tools.__new__(project.Tools)
-    use(project, monkeypatch, install_torch(tmp_path / "packages", "2.13.0", None))
-    tools.torch, tools.cxx, tools.glibc = project.find_torch(), ["cc"], ""
-    tools.cuda = {12: project.Cuda(install_nvcc(tmp_path / "cuda", "12.4"))}
-    sources = [f"csrc/ops/{name}_cuda.cu" for name in ("scale_shift", "conv_depthwise")]
-    project.write_ninja(tmp_path, "cu12", ["csrc/portable.cpp", *sources], tmp_path / "_cu12.so", tools)
-    flags = re.findall(
-        r"^build \S+: nvcc (\S+) .*\n  flags = (.*)$", (tmp_path / "build.ninja").read_text(), re.MULTILINE
-    )
-    assert flags == [(source, " ".join(project.source_flags("cu12", source))) for source in sources]
-    assert flags[1][1].split()[:2] == [
-        "-Xfatbin=--ident=conv_depthwise_cuda.cu",
+def edges(extension: ModuleType, tools: object, directory: Path, library: str, sources: list[str]) -> dict[str, str]:
+    """What torch's writer, with ours around it, has in build.ninja for these sources, by source."""
+    with extension.torch_for(library, tools):
+        extension.cpp_extension._write_ninja_file(
+            path=str(directory / "build.ninja"),
+            sources=[str(CSRC / source) for source in sources],
+            objects=[str(directory / source) + ".o" for source in sources],
+            **{name: ["-c"] for name in ("cflags", "cuda_cflags")},
+            post_cflags=["-DX='a$b'"],
+            cuda_post_cflags=["-gencode=arch=compute_75,code=sm_75", "-O3"],
+            **dict.fromkeys(("cuda_dlink_post_cflags", "sycl_cflags", "sycl_post_cflags", "sycl_dlink_post_cflags")),
+            **dict.fromkeys(("ldflags", "library_target")),
+            with_cuda=library != "cpu",
+            with_sycl=False,
+        )
+    return dict(zip(sources, (directory / "build.ninja").read_text().split("\nbuild ")[1:], strict=True))
+
+
+@pytest.fixture
+def extension(flags: ModuleType) -> ModuleType:
+    return importlib.import_module("build_tools.extension")
+
+
+@pytest.fixture
+def tools(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
+    """Those of a torch without CUDA, with a CUDA 12 toolkit in a folder whose name needs quotes."""
+    tools = environment.Tools()
+    tools.cuda = {12: environment.Cuda(install_nvcc(tmp_path / "cuda $12", "12.4"))}
+    return tools
+
+
+def test_each_file_has_flags_of_its_own(extension: ModuleType, tools: object, tmp_path: Path) -> None:
+    sources = ["portable.cpp", *(f"ops/{name}_cuda.cu" for name in ("scale_shift", "conv_depthwise"))]
+    found = edges(extension, tools, tmp_path, "cu12", sources)
+    assert list(found) == sources and "cuda_post_cflags" not in found["portable.cpp"]
+    for source in sources[1:]:
+        line = found[source].splitlines()[1]
+        assert (
+            line == f"  cuda_post_cflags = $cuda_post_cflags {' '.join(extension.flags.source_flags('cu12', source))}"
+        )
+    assert found[sources[2]].splitlines()[1].split()[3:5] == [
+        "-Xfatbin=--ident=ops/conv_depthwise_cuda.cu",
         "-gencode=arch=compute_80,code=sm_80",
     ]
+    assert "\ncuda_post_cflags = -O3\n" in (tmp_path / "build.ninja").read_text()
+
+
+def test_what_is_newer_compiles_again(extension: ModuleType, tools: object, tmp_path: Path) -> None:
+    """Headers, those of torch among them, are in dependency files also of .cu, and the compilers among the inputs."""
+    found = edges(extension, tools, tmp_path, "cu12", ["portable.cpp", "ops/scale_shift_cuda.cu"])
+    text = (tmp_path / "build.ninja").read_text()
+    for rule in ("compile", "cuda_compile"):
+        assert re.search(rf"^rule {rule}\n(  .*\n)*  depfile = \$out\.d$", text, re.MULTILINE)
+        assert re.search(rf"^rule {rule}\n(  .*\n)*  deps = gcc$", text, re.MULTILINE)
+    assert "  command = $cxx -MD -MF $out.d " in text
+    for line in (found["portable.cpp"], found["ops/scale_shift_cuda.cu"]):
+        assert os.path.relpath(tools.compiler, tmp_path) in line.partition(" | ")[2]  # type: ignore[attr-defined]
+    nvcc = found["ops/scale_shift_cuda.cu"].splitlines()[0].partition(" | ")[2]
+    assert "cuda$ $$12/bin/nvcc" in nvcc and "wheels/nvcc.py" in nvcc
+
+
+def test_paths_and_flags_are_quoted(extension: ModuleType, tools: object, tmp_path: Path) -> None:
+    tools.cxx = ["ccache", "/my compilers/c++"]  # type: ignore[attr-defined]
+    edges(extension, tools, tmp_path, "cu12", ["portable.cpp", "ops/scale_shift_cuda.cu"])
+    text = (tmp_path / "build.ninja").read_text()
+    assert "\ncxx = ccache '/my compilers/c++'\n" in text
+    assert f"\nnvcc = '{tmp_path}/cuda $$12/bin/nvcc'\n" in text
+    assert "\npost_cflags = -DX='a$$b'\n" in text
+
+
+def test_torch_is_left_as_it_was(extension: ModuleType, tools: object) -> None:
+    torch, cpp_extension = extension.torch, extension.cpp_extension
+
+    def state() -> tuple[object, ...]:
+        return torch.version.cuda, cpp_extension.CUDA_HOME, cpp_extension._write_ninja_file, dict(os.environ)
+
+    before = state()
+    with extension.torch_for("cu12", tools):
+        assert (torch.version.cuda, cpp_extension.CUDA_HOME) == ("12.4", str(tools.cuda[12].home))  # type: ignore
+        cpp_extension._check_cuda_version("g++", torch.torch_version.TorchVersion("11.4"))
+        assert os.environ["PYTORCH_NVCC"].endswith("nvcc'")
+    assert state() == before
+
+
+@pytest.mark.parametrize("library", ["cpu", "cu12"])
+def test_declaration_is_torchs_without_its_libraries(
+    extension: ModuleType, tools: object, library: str, tmp_path: Path
+) -> None:
+    with extension.torch_for(library, tools):
+        declared = extension.declare(library, tools, tmp_path)
+    assert declared.name == f"_{library}" and declared.py_limited_api
+    assert declared.libraries == declared.include_dirs == []
+    assert [flag for flag in declared.extra_link_args if flag.startswith("-l") and "torch" in flag] == ["-ltorch"]
+
+
+def test_sources_are_found_in_every_folder(
+    libraries: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("a_cpu.cpp", "a_cuda.cu", "a/x_cuda.cu", "b/x_cuda.cu", "b/c/instantiate_f32.cu", "b/other.cu"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(libraries, "CSRC", tmp_path)
+    monkeypatch.setitem(libraries.MATRIX, "kernels", [{"sources": ["b/*"], "cu13": ["9.0a"]}])
+    assert libraries.sources("cpu") == ["portable.cpp", "bindings.cpp", "a_cpu.cpp"]
+    found = ["a/x_cuda.cu", "a_cuda.cu", "b/c/instantiate_f32.cu", "b/x_cuda.cu"]
+    assert libraries.cuda_sources() == found and libraries.sources("cu13") == ["portable.cpp", *found]
+    own = [source for source in found if libraries.archs("cu13", source) == ["9.0a"]]
+    assert own == ["b/c/instantiate_f32.cu", "b/x_cuda.cu"]
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "9", "9.0+ptx", "Hopper"])
-def test_arch_that_is_none(project: ModuleType, arch: str) -> None:
+def test_arch_that_is_none(libraries: ModuleType, arch: str) -> None:
     with pytest.raises(SystemExit) as error:
-        project.gencode(arch)
+        libraries.gencode(arch)
     assert repr(arch) in sentence(error)
 
 
-def test_flags_follow_the_compiler(project: ModuleType) -> None:
-    cuda = project.Cuda.__new__(project.Cuda)
+def test_flags_follow_the_compiler(flags: ModuleType) -> None:
+    cuda = flags.Cuda.__new__(flags.Cuda)
     for version in ((12, 4), (12, 9)):
         cuda.version = version
-        assert "-Xfatbin=-compress-all" in project.nvcc_flags("cu12", cuda)
-        assert "--compress-mode=size" not in project.nvcc_flags("cu12", cuda)
+        assert "-Xfatbin=-compress-all" in flags.nvcc_flags("cu12", cuda)
+        assert "--compress-mode=size" not in flags.nvcc_flags("cu12", cuda)
     cuda.version = (13, 0)
-    assert "--compress-mode=size" in project.nvcc_flags("cu13", cuda)
+    assert "--compress-mode=size" in flags.nvcc_flags("cu13", cuda)
 
 
 # ---- what is installed -----------------------------------------------------------------------------------------------
@@ -249,11 +361,11 @@ def install_nvcc(home: Path, release: str) -> Path:
     return home
 
 
-def use(project: ModuleType, monkeypatch: pytest.MonkeyPatch, *directories: Path) -> None:
+def use(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, *directories: Path) -> None:
     """Lets a build see these packages only, and no compiler of the machine."""
-    monkeypatch.setattr(project, "site_packages", lambda: list(directories))
-    which = project.shutil.which
-    monkeypatch.setattr(project.shutil, "which", lambda name, **kw: None if name == "nvcc" else which(name, **kw))
+    monkeypatch.setattr(environment, "site_packages", lambda: list(directories))
+    which = environment.shutil.which
+    monkeypatch.setattr(environment.shutil, "which", lambda name, **kw: None if name == "nvcc" else which(name, **kw))
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: not path.is_relative_to("/usr/local/cuda") and exists(path))
 
@@ -267,7 +379,7 @@ def use(project: ModuleType, monkeypatch: pytest.MonkeyPatch, *directories: Path
     ],
 )
 def test_no_usable_torch(
-    project: ModuleType,
+    environment: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     version: str | None,
@@ -276,17 +388,31 @@ def test_no_usable_torch(
 ) -> None:
     if version:
         install_torch(tmp_path, version, None, headers=headers)
-    use(project, monkeypatch, tmp_path)
+    use(environment, monkeypatch, tmp_path)
     with pytest.raises(SystemExit) as error:
-        project.Tools()
+        environment.Tools()
     assert message in sentence(error) and "pip install" in sentence(error)
 
 
-def test_torch_of_the_build_comes_first(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_torch_of_the_build_comes_first(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     first = install_torch(tmp_path / "a", "2.14.0+cu130", "13.0")
-    use(project, monkeypatch, tmp_path, first, install_torch(tmp_path / "b", "2.13.0", None))
-    torch = project.find_torch()
+    use(environment, monkeypatch, tmp_path, first, install_torch(tmp_path / "b", "2.13.0", None))
+    torch = environment.find_torch()
     assert (torch.version, torch.cuda_major, torch.lib) == ("2.14.0+cu130", 13, first / "torch" / "lib")
+
+
+def test_torch_that_cannot_be_imported(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(environment, monkeypatch, install_torch(tmp_path, "2.13.0", None))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    with pytest.raises(SystemExit) as error:
+        environment.import_torch(environment.find_torch())
+    assert "torch 2.13.0 is installed, and importing it fails (" in sentence(error)
+    assert sys.path[-1] == str(tmp_path)
 
 
 def test_no_compiler() -> None:
@@ -323,7 +449,7 @@ def test_no_compiler() -> None:
     ],
 )
 def test_choice_of_cuda(
-    project: ModuleType,
+    environment: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     torch_major: int | None,
     found: list[int],
@@ -331,35 +457,37 @@ def test_choice_of_cuda(
     expected: list[int] | str,
 ) -> None:
     monkeypatch.setenv("FUSED_CONV_BN_CUDA", setting)
-    monkeypatch.setattr(project, "find_cuda", lambda: dict.fromkeys(found))
+    monkeypatch.setattr(environment, "find_cuda", lambda: dict.fromkeys(found))
     if isinstance(expected, list):
-        assert list(project.choose_cuda(torch_major)) == expected
+        assert list(environment.choose_cuda(torch_major)) == expected
         return
     with pytest.raises(SystemExit) as error:
-        project.choose_cuda(torch_major)
+        environment.choose_cuda(torch_major)
     assert expected in sentence(error)
 
 
-def test_cuda_home_comes_first(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cuda_home_comes_first(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install_nvcc(tmp_path / "nvidia" / "cu13", "13.0")
     monkeypatch.setenv("CUDA_HOME", str(install_nvcc(tmp_path / "mine", "13.2")))
-    use(project, monkeypatch, tmp_path)
-    assert project.find_cuda()[13].version == (13, 2)
+    use(environment, monkeypatch, tmp_path)
+    assert environment.find_cuda()[13].version == (13, 2)
     monkeypatch.setenv("CUDA_HOME", str(install_nvcc(tmp_path / "old", "12.4")))
-    assert {major: cuda.version for major, cuda in project.find_cuda().items()} == {12: (12, 4), 13: (13, 0)}
+    assert {major: cuda.version for major, cuda in environment.find_cuda().items()} == {12: (12, 4), 13: (13, 0)}
 
 
-def test_toolkit_without_what_is_needed(project: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_toolkit_without_what_is_needed(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """One that CUDA_HOME names is refused, another is passed over."""
     home = install_nvcc(tmp_path / "nvidia" / "cu13", "13.0")
-    use(project, monkeypatch, tmp_path)
-    assert list(project.find_cuda()) == [13]
+    use(environment, monkeypatch, tmp_path)
+    assert list(environment.find_cuda()) == [13]
     (home / "lib" / "libcudart_static.a").unlink()
-    assert project.find_cuda() == {}
+    assert environment.find_cuda() == {}
     for folder, message in ((home, "has no libcudart_static.a"), (tmp_path, "nvcc is missing or does not run")):
         monkeypatch.setenv("CUDA_HOME", str(folder))
         with pytest.raises(SystemExit) as error:
-            project.find_cuda()
+            environment.find_cuda()
         assert message in sentence(error)
 
 
@@ -378,7 +506,7 @@ def test_toolkit_without_what_is_needed(project: ModuleType, monkeypatch: pytest
     ],
 )
 def test_isolated_build_installs_only_what_is_missing(
-    project: ModuleType,
+    environment: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     torch: tuple[str, str | None] | None,
@@ -390,10 +518,11 @@ def test_isolated_build_installs_only_what_is_missing(
         install_torch(tmp_path, *torch)
     if nvcc:
         install_nvcc(tmp_path / "nvidia" / "cu13", "13.0")
-    use(project, monkeypatch, tmp_path)
+    use(environment, monkeypatch, tmp_path)
     monkeypatch.setenv("FUSED_CONV_BN_CUDA", setting)
-    monkeypatch.setattr(project.build_meta, "get_requires_for_build_wheel", lambda config_settings: [])
-    assert {re.split(r"[\[>]", name)[0] for name in project.get_requires_for_build_wheel()} == expected
+    backend = importlib.import_module("build_tools.backend")
+    monkeypatch.setattr(backend.build_meta, "get_requires_for_build_wheel", lambda config_settings: [])
+    assert {re.split(r"[\[>]", name)[0] for name in backend.get_requires_for_build_wheel()} == expected
 
 
 # ---- the CUDA 12 compiler --------------------------------------------------------------------------------------------
@@ -493,12 +622,15 @@ def test_object_does_not_depend_on_the_folder(monkeypatch: pytest.MonkeyPatch, t
         (folder / "nvcc").chmod(0o755)
         (folder / "preprocess.sh").write_text('touch "$5"')  # -o FILE -MD -MF FILE
         (folder / "cudafe.sh").write_text('{ echo "$GREETING $*"; cat "$1"; } > a.o')
-        assert nvcc.main("./nvcc", "-O3", "-MD", "-MF", "a.o.d", "-c", "a.cu", "-o", "a.o") == 0
+        assert nvcc.main("./nvcc", "-MD", "-MF", "a.o.d", "-c", "-c", "a.cu", "-o", "a.o", "-O3", "-Xx=b.cu") == 0
         assert sorted(path.name for path in folder.iterdir() if "a.o" in path.name) == ["a.o", "a.o.d"]
         results.append((folder / "a.o").read_text())
     assert results[0] == results[1]
     assert results[0].startswith("hello ") and results[0].endswith(nvcc.module_id("a.cu"))
     assert "--gen_module_id_file" not in results[0] and "--orig_src_path_name a.cu" in results[0]
+    assert nvcc.name_in_tree(str(CSRC / "ops" / ".." / "a.cu")) == "csrc/a.cu" and nvcc.name_in_tree("a.cu") == "a.cu"
+    long = ("--generate-dependencies-with-compile", "--dependency-output", "a.o.d", "-O3", "-c", "a.cu", "-o", "a.o")
+    assert nvcc.split(long) == (["-O3"], "a.o.d", "a.cu", "a.o")
     assert len({nvcc.module_id(source) for source in ("a.cu", "b.cu", "x/a.cu")}) == 3
 
 
@@ -657,6 +789,7 @@ def test_sdist_has_the_whole_tree(tmp_path: Path) -> None:
         have = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = [
         "setup.py",
+        "build_tools/backend.py",
         "pyproject.toml",
         "MANIFEST.in",
         "LICENSE",
@@ -665,7 +798,15 @@ def test_sdist_has_the_whole_tree(tmp_path: Path) -> None:
         "Makefile",
         ".ci/run",
     ]
-    for pattern in ("csrc/**/*.*", "wheels/*.*", "src/**/*.py", "tests/*.py", "benchmarks/**/*.*", "requirements/*"):
+    for pattern in (
+        "csrc/**/*.*",
+        "wheels/*.*",
+        "build_tools/*.py",
+        "src/**/*.py",
+        "tests/*.py",
+        "benchmarks/**/*.*",
+        "requirements/*",
+    ):
         wanted += [str(file.relative_to(ROOT)) for file in ROOT.glob(pattern) if file.is_file()]
     assert len(wanted) > 50
     assert [name for name in wanted if name not in have and "__pycache__" not in name] == []

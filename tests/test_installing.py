@@ -11,7 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "installing.md").read_text()
 
-EXPLAINED = ["src/fused_conv_bn/_loader.py", "setup.py", "csrc/torch/shim.h"]
+EXPLAINED = [
+    "src/fused_conv_bn/_loader.py",
+    "build_tools/commands.py",
+    "build_tools/environment.py",
+    "build_tools/libraries.py",
+    "csrc/torch/shim.h",
+]
 """The files whose every error message is in the document."""
 
 QUOTED = [*EXPLAINED, "wheels/build.py"]
@@ -54,7 +60,7 @@ def is_quote(quote: str, parts: Parts) -> bool:
     """Whether a message of these parts can read so. One that has hardly any words of its own says nothing."""
     pattern = "".join(".*" if part is None else re.escape(part) for part in parts)
     enough = sum(len(part or "") for part in parts) > 20
-    # setup.py's fail() puts the package's name before the message.
+    # build_tools' fail() puts the package's name before the message.
     return enough and re.fullmatch(f"(fused_conv_bn: )?{pattern}", quote) is not None
 
 
@@ -74,6 +80,7 @@ def test_variables_are_those_of_the_sources() -> None:
     """Each variable of ours that a file reads is in the document, and the other way round."""
     files = [
         ROOT / "setup.py",
+        *(ROOT / "build_tools").glob("*.py"),
         *(ROOT / "wheels").glob("*.py"),
         *(ROOT / "src").rglob("*.py"),
         *(ROOT / "benchmarks").glob("*.py"),

@@ -38,7 +38,7 @@ import sass
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import setup as project  # noqa: E402
+from build_tools import libraries  # noqa: E402
 
 PACKAGE = "fused_conv_bn"
 REQUIRES_PYTHON = ">=3.10"
@@ -47,11 +47,6 @@ LICENSE = "BSD-3-Clause"
 
 def read_matrix() -> dict:
     return json.loads((ROOT / "wheels" / "matrix.json").read_text())
-
-
-def cuda_sources() -> list[str]:
-    """The files of the source tree that a CUDA library is made of."""
-    return sorted(path.name for path in (ROOT / "csrc" / "ops").glob("*_cuda.cu"))
 
 
 class Wheel:
@@ -102,7 +97,7 @@ class Wheel:
         """The libraries that have to have GPU code, by path in the wheel: the architectures of each source file."""
         return {
             f"{PACKAGE}/{library['file']}": {
-                source: project.matrix_archs(key, source, self.matrix) for source in cuda_sources()
+                source: libraries.matrix_archs(key, source, self.matrix) for source in libraries.cuda_sources()
             }
             for key, library in self.matrix["libraries"].items()
             if key in self.row["libraries"] and "archs" in library

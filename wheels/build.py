@@ -28,11 +28,8 @@ BUILD = ROOT / "build" / "wheels"
 
 sys.path[:0] = [str(ROOT), str(ROOT / "wheels")]
 
-import setup as project  # noqa: E402
-
 import toolchain  # noqa: E402
-
-MATRIX = project.MATRIX
+from build_tools import MATRIX, environment, libraries  # noqa: E402
 
 
 def say(line: str) -> None:
@@ -55,8 +52,8 @@ def run_setup(arguments: list[str], environment: dict[str, str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             log.write(line)
-            if re.match(r"\[\d+/\d+\] ", line):
-                print(f"  {line}", end="", flush=True)
+            if step := re.match(r"(\[\d+/\d+\]).* -c (\S+)", line):
+                print(f"  {step[1]} {Path(step[2]).name}", flush=True)
     if process.wait() != 0:
         tail = "\n".join(path.read_text().splitlines()[-60:])
         raise SystemExit(f"{tail}\nwheels: setup.py failed, all of its output is in {path}")
@@ -76,14 +73,14 @@ def compiler_of(library: str) -> Path:
     if library == "cu12":
         return toolchain.ensure(lambda line: say(f"CUDA 12 compiler: {line}"))
     major = int(library[2:])
-    cuda = project.find_cuda().get(major)
+    cuda = environment.find_cuda().get(major)
     version = MATRIX["libraries"][library]["cuda"]
     if cuda is None or "{}.{}".format(*cuda.version) != version:
-        found = "none" if cuda is None else "{}.{} in {}".format(*cuda.version, cuda.nvcc.parents[1])
+        found = "none" if cuda is None else "{}.{} in {}".format(*cuda.version, cuda.home)
         raise toolchain.ToolchainError(
-            f"it has to be CUDA {version}'s, and {found} was found: pip install '{project.CUDA_REQUIREMENT}'"
+            f"it has to be CUDA {version}'s, and {found} was found: pip install '{environment.CUDA_REQUIREMENT}'"
         )
-    return cuda.nvcc.parents[1]
+    return cuda.home
 
 
 def compile_library(library: str) -> Path:
@@ -142,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     compiled: dict[str, Path] = {}
     complaints: list[str] = []
     for library in [name for name in MATRIX["libraries"] if any(name in wheels[w]["libraries"] for w in wanted)]:
-        archs = [] if library == "cpu" else project.archs(library)
+        archs = [] if library == "cpu" else libraries.archs(library)
         say(f"library {library}{' for compute capability ' if archs else ''}{' '.join(archs)}")
         start = time.monotonic()
         try:
@@ -156,16 +153,16 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     for name in wanted:
-        libraries = wheels[name]["libraries"]
-        missing = [library for library in libraries if library not in compiled]
+        of_wheel = wheels[name]["libraries"]
+        missing = [library for library in of_wheel if library not in compiled]
         narrow = any(
-            archs != project.archs(lib) for lib in libraries if (archs := MATRIX["libraries"][lib].get("archs"))
+            archs != libraries.archs(lib) for lib in of_wheel if (archs := MATRIX["libraries"][lib].get("archs"))
         )
         local = ".".join(filter(None, [wheels[name]["local"], "partial" if missing or narrow else None])) or None
         if missing and wheels[name]["local"]:
             complaints.append(f"the {name} wheel was not built: it is of no use without {', '.join(missing)}")
             continue
-        path = pack(name, [compiled[library] for library in libraries if library in compiled], local, args.out)
+        path = pack(name, [compiled[library] for library in of_wheel if library in compiled], local, args.out)
         if missing:
             complaints.append(f"the {name} wheel has no library for {', '.join(missing)}, and is named {path.name}")
         say(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")

@@ -1,6 +1,6 @@
 """Compiles one .cu file as nvcc would, to an object file that is the same on every machine and in every folder.
 
-    python wheels/nvcc.py NVCC FLAGS... -MD -MF DEPENDENCIES -c SOURCE -o OBJECT
+    python wheels/nvcc.py NVCC -MD -MF DEPENDENCIES FLAGS... -c SOURCE -o OBJECT FLAGS...
 
 nvcc names internal symbols after its process, its temporary files and the folder it runs in; CUDA 12's has no option
 against that. So this asks nvcc for the commands that it would run (--dryrun) and runs them, with two changes: the file
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def module_id(source: str) -> str:
@@ -56,26 +58,52 @@ def steps_of(plan: str) -> tuple[dict[str, str], list[str]]:
     return variables, commands
 
 
+def split(arguments: tuple[str, ...]) -> tuple[list[str], str, str, str]:
+    """The flags, and the files of dependencies, source and object, in whatever order they come.
+
+    torch writes two of the options in full up to some version: --generate-dependencies-with-compile (-MD) and
+    --dependency-output (-MF).
+    """
+    flags: list[str] = []
+    files: dict[str, str] = {}
+    left = iter(arguments)
+    for argument in left:
+        if argument in ("-MF", "--dependency-output", "-o"):
+            files["-o" if argument == "-o" else "-MF"] = next(left, "")
+        elif argument.endswith(".cu") and not argument.startswith("-"):
+            files["-c"] = argument
+        elif argument not in ("-c", "-MD", "--generate-dependencies-with-compile"):
+            flags.append(argument)
+    if files.keys() != {"-MF", "-c", "-o"}:
+        raise SystemExit("usage: nvcc.py NVCC -MD -MF DEPENDENCIES FLAGS... -c SOURCE -o OBJECT FLAGS...")
+    return flags, files["-MF"], files["-c"], files["-o"]
+
+
+def name_in_tree(source: str) -> str:
+    """The path of a source in this tree, wherever it is compiled from."""
+    path = Path(source).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else source
+
+
 def main(nvcc: str, *arguments: str) -> int:
-    *flags, md, mf, dependencies, c, source, o, target = arguments
-    if (md, mf, c, o) != ("-MD", "-MF", "-c", "-o"):
-        raise SystemExit("usage: nvcc.py NVCC FLAGS... -MD -MF DEPENDENCIES -c SOURCE -o OBJECT")
+    flags, dependencies, source, target = split(arguments)
     folder = Path(f"{target}.steps")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    ask = [nvcc, "--dryrun", "--keep", "--keep-dir", str(folder), *flags, c, source, o, target]
+    ask = [nvcc, "--dryrun", "--keep", "--keep-dir", str(folder), *flags, "-c", source, "-o", target]
     plan = subprocess.run(ask, capture_output=True, text=True)
     variables, commands = steps_of(plan.stderr)
     if plan.returncode != 0 or not commands:
         print(plan.stderr, file=sys.stderr)
         return plan.returncode or 1
     id_file = folder / f"{Path(source).stem}.module_id"
-    id_file.write_text(module_id(source))
+    name = name_in_tree(source)
+    id_file.write_text(module_id(name))
     changed = 0
     for command in commands:
         changed += "--gen_module_id_file" in command
         command = command.replace("--gen_module_id_file", "")
-        command = re.sub(r'--orig_src_path_name "[^"]*"', f'--orig_src_path_name "{source}"', command)
+        command = re.sub(r'--orig_src_path_name "[^"]*"', f'--orig_src_path_name "{name}"', command)
         if re.search(r' -o "[^"]*\.cpp4\.ii"\s*$', command):  # the preprocessor for the host's half
             command += f' -MD -MF "{dependencies}" -MT "{target}"'
         status = subprocess.run(command, shell=True, env={**os.environ, **variables}).returncode

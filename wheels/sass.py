@@ -2,7 +2,7 @@
 
 Every elementwise kernel reads and writes 16 bytes at a time. No kernel keeps anything in local memory, but for a few
 words of some. Of each source file there is code for every architecture that it is meant for. A fatbin names its source
-file: setup.py sees to that (--ident).
+file by its path from csrc on: build_tools/flags.py sees to that (--ident).
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""The programs of examples/: that they run, and KernelBench's rules for its problem 73."""
+"""The programs of examples/ and the sessions of the documents: that they run, and KernelBench's rules for problem 73."""
 
 from __future__ import annotations
 
 import copy
+import doctest
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 
 # ---- KernelBench, level 2, problem 73 --------------------------------------------------------------------------------
 
@@ -152,3 +155,20 @@ def test_update_bn(capsys: pytest.CaptureFixture[str]) -> None:
     assert difference < 1e-5
     lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert lines == ["plain", "fused", "running statistics"]
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_a_document_s_sessions_print_what_they_say(name: str) -> None:
+    failed, attempted = doctest.testfile(str(ROOT / name), module_relative=False)
+    assert attempted > 5 and not failed
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_a_document_s_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text())
+    assert [link for link in links if link and "://" not in link and not (path.parent / link).exists()] == []

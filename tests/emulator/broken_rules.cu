@@ -206,7 +206,7 @@ __global__ void nobody_arrives(Arguments) {
 }
 __global__ void barrier_without_some(Arguments) {
   if (threadIdx.x >= 32) {
-    meet(1, kThreads);
+    named_barrier_sync(1, kThreads);
   }
 }
 

@@ -95,7 +95,7 @@ inline bool has_statistics(ConvStatistics statistics, const ConvPlan& plan, cons
 // make no difference to them: 8 channels 267 us of 313 in float32, 276 of 272 and 180 of 166 in 16 bits; 3 channels 266
 // of 315 and 138 of 151. (That is for both passes.)
 inline bool input_is_faster(const Conv2d& c) {
-  return c.R == 3 && c.S == 3 && (c.element_bytes == 4 || c.C <= 4 || c.K > kHopperChannels);
+  return c.R == 3 && c.S == 3 && (c.element_bytes == 4 || c.C <= 4 || c.K > stem_sm90::kBlockChannels);
 }
 
 inline ConvStatistics select_statistics(const ConvPlan& plan, const Conv2d& problem, const GpuTraits& gpu) {

@@ -46,8 +46,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 #endif
 }
-// Threads that agree on an id meet: a whole number of warps.
-__device__ __forceinline__ void meet(int id, int threads) {
+// Waits at a named barrier for so many threads: a whole number of warps.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 

@@ -14,13 +14,13 @@ namespace fused_conv_bn {
 // ---- registers of a warpgroup ----------------------------------------------------------------------------------------
 
 template <int kRegisters>
-__device__ __forceinline__ void give_registers_away() {
+__device__ __forceinline__ void release_registers() {
 #if defined(FCB_SM90A)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
 }
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void acquire_registers() {
 #if defined(FCB_SM90A)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
@@ -71,15 +71,15 @@ __host__ __device__ constexpr uint32_t operand_start(uint32_t address, uint32_t 
                ", 1, 1, 0, 0;"                                                                               \
                : __VA_ARGS__                                                                                 \
                : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
-#define FCB_PRODUCT(...)                          \
-  if constexpr (std::is_same_v<Half, bfloat16>) { \
-    FCB_PRODUCT_OF("bf16", __VA_ARGS__);          \
-  } else {                                        \
-    FCB_PRODUCT_OF("f16", __VA_ARGS__);           \
+#define FCB_PRODUCT(...)                             \
+  if constexpr (std::is_same_v<MmaType, bfloat16>) { \
+    FCB_PRODUCT_OF("bf16", __VA_ARGS__);             \
+  } else {                                           \
+    FCB_PRODUCT_OF("f16", __VA_ARGS__);              \
   }
 
-// sums = a * b, or kAdd: sums += a * b. 64 rows of a, 128 rows of b; 16 values of k. Half: float16 or bfloat16.
-template <typename Half, bool kAdd>
+// sums = a * b, or kAdd: sums += a * b. 64 rows of a, 128 rows of b; 16 values of k. MmaType: float16 or bfloat16.
+template <typename MmaType, bool kAdd>
 __device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a, uint64_t b) {
 #if defined(FCB_SM90A)
   FCB_PRODUCT(128, FCB_REGISTERS_64, "%64, %65, %66", FCB_SUMS_64(0))
@@ -87,24 +87,24 @@ __device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a
 }
 
 // The same of 64 rows of b.
-template <typename Half, bool kAdd>
+template <typename MmaType, bool kAdd>
 __device__ __forceinline__ void product_m64n64k16(float (&sums)[32], uint64_t a, uint64_t b) {
 #if defined(FCB_SM90A)
   FCB_PRODUCT(64, FCB_REGISTERS_32, "%32, %33, %34", FCB_SUMS_32(0))
 #endif
 }
 
-// The same of 64 rows of b, or 32, into half of the sums: the first (kHalf = 0) or the second.
-template <typename Half, int kHalf, bool kAdd>
-__device__ __forceinline__ void product_half(float (&sums)[64], uint64_t a, uint64_t b) {
+// The same of 64 rows of b, or 32, into half of the sums: the first (kPart = 0) or the second.
+template <typename MmaType, int kPart, bool kAdd>
+__device__ __forceinline__ void product_into_part(float (&sums)[64], uint64_t a, uint64_t b) {
 #if defined(FCB_SM90A)
-  FCB_PRODUCT(64, FCB_REGISTERS_32, "%32, %33, %34", FCB_SUMS_32(kHalf * 32))
+  FCB_PRODUCT(64, FCB_REGISTERS_32, "%32, %33, %34", FCB_SUMS_32(kPart * 32))
 #endif
 }
-template <typename Half, int kHalf, bool kAdd>
-__device__ __forceinline__ void product_half(float (&sums)[32], uint64_t a, uint64_t b) {
+template <typename MmaType, int kPart, bool kAdd>
+__device__ __forceinline__ void product_into_part(float (&sums)[32], uint64_t a, uint64_t b) {
 #if defined(FCB_SM90A)
-  FCB_PRODUCT(32, FCB_REGISTERS_16, "%16, %17, %18", FCB_SUMS_16(kHalf * 16))
+  FCB_PRODUCT(32, FCB_REGISTERS_16, "%16, %17, %18", FCB_SUMS_16(kPart * 16))
 #endif
 }
 

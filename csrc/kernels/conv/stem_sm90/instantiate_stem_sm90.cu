@@ -1,5 +1,5 @@
 // The kernels of stem_sm90, for compute capability 9.0a alone.
-#include "kernel.cuh"
+#include "launch.cuh"
 
 namespace fused_conv_bn {
 

@@ -1,0 +1,98 @@
+// A block's view of the problem: which threads are producers and consumers, its output channels, and its output tiles.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/ptx/launch.cuh"
+#include "kernels/ptx/mbarrier.cuh"
+#include "params.cuh"
+#include "shared_memory.cuh"
+
+namespace fused_conv_bn::stem_sm90 {
+
+// Named barriers.
+constexpr int kAllProducersBarrier = 1;
+constexpr int kConsumersBarrier = 2;
+constexpr int kProducerGroupBarrier = 3;  // of the first group; others follow
+
+__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp() { return threadIdx.x % 128 / 32; }  // of its warpgroup
+
+// Output pixels: an image, the first row and the first column.
+struct OutputTile {
+  int image, p0, q0;
+};
+
+template <typename C>
+struct Block {
+  using T = typename C::T;
+
+  const Params<T>& p;
+  const int first_channel, warp_of_block;
+  const SharedMemory<C> shared;
+
+  __device__ __forceinline__ explicit Block(const Params<T>& params)
+      : p(params),
+        first_channel(blockIdx.y * C::kChannels),
+        // The compiler shall see that a warp agrees: it keeps addresses in uniform registers then.
+        warp_of_block(__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)),
+        shared{params} {}
+
+  // ---- threads ----
+
+  static __device__ __forceinline__ uint32_t consumer_thread() { return threadIdx.x - C::kProducerThreads; }
+  static __device__ __forceinline__ void sync_consumers() {
+    named_barrier_sync(kConsumersBarrier, C::kConsumerThreads);
+  }
+  static __device__ __forceinline__ void sync_producers() {
+    named_barrier_sync(kAllProducersBarrier, C::kProducerThreads);
+  }
+  __device__ __forceinline__ int group() const {  // of producers
+    return C::kProducerGroups == 1 ? 0 : warp_of_block / (C::kGroupThreads / 32);
+  }
+  static __device__ __forceinline__ int group_thread() {
+    return C::kProducerGroups == 1 ? threadIdx.x : threadIdx.x % C::kGroupThreads;
+  }
+  __device__ __forceinline__ int group_warp() const {
+    return C::kProducerGroups == 1 ? warp_of_block : warp_of_block % (C::kGroupThreads / 32);
+  }
+  __device__ __forceinline__ void sync_group() const {
+    named_barrier_sync(kProducerGroupBarrier + group(), C::kGroupThreads);
+  }
+
+  // Where the affines are late, the kernel before makes these and nothing else; otherwise it may make anything.
+  __device__ __forceinline__ void wait_unless_late() const {
+    if (!p.late_affine) {
+      wait_for_previous();
+    }
+  }
+
+  // ---- output tiles ----
+
+  // Opaque to the compiler, so that it does not keep one call's result for the next.
+  __device__ __forceinline__ OutputTile locate(uint32_t index) const {
+    asm volatile("" : "+r"(index));
+    const int row = p.tiles_q.div(index);
+    const int image = p.tiles_p.div(row);
+    return {image, (row - image * p.tile.tiles_p) * p.tile.p,
+            static_cast<int>(index - row * p.tile.tiles_q) * p.tile.q};
+  }
+  __device__ __forceinline__ int rows(const OutputTile& tile) const { return min(p.tile.p, p.P - tile.p0); }
+  __device__ __forceinline__ int cols(const OutputTile& tile) const { return min(p.tile.q, p.Q - tile.q0); }
+  __device__ __forceinline__ bool whole_rows() const { return p.tile.q == p.Q; }
+  __device__ __forceinline__ bool is_whole(const OutputTile& tile) const {
+    return rows(tile) == p.tile.p && cols(tile) == p.tile.q;
+  }
+  // Of the tile's first pixel, channel `first_channel`.
+  __device__ __forceinline__ int64_t y_offset(const OutputTile& tile) const {
+    const int64_t start = static_cast<int64_t>(tile.image) * p.K * p.P * p.Q;
+    const int pixel = tile.p0 * p.Q + tile.q0;
+    return C::kChannelsLast ? start + pixel * p.K + first_channel : start + first_channel * (p.P * p.Q) + pixel;
+  }
+
+  __device__ __forceinline__ int terms() const { return p.C * p.R * p.S; }  // of an output channel
+};
+
+}  // namespace fused_conv_bn::stem_sm90

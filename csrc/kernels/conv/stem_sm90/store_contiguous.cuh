@@ -1,0 +1,152 @@
+// Results of a tile on their way to a contiguous output: through the consumer's output buffer, which has each channel's run as it
+// lies in memory. A warp has 16 channels to itself, so that it waits for nobody else.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "block.cuh"
+#include "fragment.cuh"
+#include "kernels/common/activation.h"
+#include "kernels/common/vec.cuh"
+#include "kernels/ptx/shared.cuh"
+#include "kernels/ptx/tma.cuh"
+#include "params.cuh"
+
+namespace fused_conv_bn::stem_sm90 {
+
+template <typename C>
+struct ContiguousStore {
+  static constexpr int kBytes = C::kBytes;
+
+  const Block<C>& block;
+  const int consumer;
+  const Params<typename C::T>& p = block.p;
+
+  // The bytes by which a channel's run is shifted in its buffer, so that it starts there where it does in memory, modulo
+  // kRunAlignment: bulk copies are faster then.
+  __device__ __forceinline__ uint32_t lead(int channel, int64_t offset) const {
+    const auto address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p.y + offset));
+    return block.whole_rows() ? (address - channel * p.tile.out_pitch * kBytes) % kRunAlignment : 0;
+  }
+
+  // Where a thread's own channels begin in the buffer.
+  __device__ __forceinline__ uint2 targets(const OutputTile& tile) const {
+    const Fragment<C> fragment{p.tile};
+    uint32_t targets[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      targets[i] = block.shared.output(consumer) + fragment.own_channel(i) * p.tile.out_pitch * kBytes +
+                   lead(fragment.own_channel(i), block.y_offset(tile) + fragment.own_channel(i) * (p.P * p.Q));
+    }
+    return make_uint2(targets[0], targets[1]);
+  }
+
+  // A chunk into the buffer. own: targets() of the tile.
+  template <bool kPairs, Activation kBound>
+  __device__ __forceinline__ void put(const typename C::Accumulators& acc, uint2 own, int first_position) const {
+    const uint32_t targets[2] = {own.x, own.y};
+    const uint32_t table = block.shared.output_offsets() + (first_position + Fragment<C>::own_position()) * 2;
+    // All of them first: a store would wait for its own.
+    uint32_t offsets[C::kOwnPositions / 2];
+#pragma unroll
+    for (int j = 0; j < C::kOwnPositions / 2; ++j) {
+      offsets[j] = kPairs ? load_shared_half(table + j * 16) : load_shared_1(table + j * 16);
+    }
+#pragma unroll
+    for (int j = 0; j < C::kOwnPositions; j += 2) {
+      const uint32_t offset = kPairs ? offsets[j / 2] : offsets[j / 2] & 0xffff;
+      const uint32_t next = kPairs ? 0 : offsets[j / 2] >> 16;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float a = Fragment<C>::at(acc, i, j);
+        const float b = Fragment<C>::at(acc, i, j + 1);
+        if constexpr (C::kFloat32) {
+          if constexpr (kPairs) {
+            store_shared(targets[i] + offset, make_uint2(__float_as_uint(a), __float_as_uint(b)));
+          } else {
+            store_shared(targets[i] + offset, __float_as_uint(a));
+            store_shared(targets[i] + next, __float_as_uint(b));
+          }
+        } else {
+          const uint32_t both = pack_pair_bounded<kBound>(typename C::T(), a, b);
+          if constexpr (kPairs) {
+            store_shared(targets[i] + offset, both);
+          } else {
+            store_shared(targets[i] + offset, static_cast<uint16_t>(both));
+            store_shared(targets[i] + next, static_cast<uint16_t>(both >> 16));
+          }
+        }
+      }
+    }
+  }
+
+  // Starts bulk copies of the warp's channels. A lane has a channel.
+  __device__ __forceinline__ void start_copies(const OutputTile& tile) const {
+    const int channel = warp() * 16 + lane();
+    if (lane() < 16 && block.first_channel + channel < p.K) {
+      const int64_t own = block.y_offset(tile) + channel * (p.P * p.Q);
+      copy_bulk(p.y + own, block.shared.output(consumer) + channel * p.tile.out_pitch * kBytes + lead(channel, own),
+                block.rows(tile) * p.Q * kBytes, L2Policy::once(p.streams));
+    }
+  }
+
+  // Writes the warp's channels without bulk copies. Vector by vector of all runs: a run is a channel's, or where rows are not
+  // whole, a row's.
+  __device__ __forceinline__ void write(const OutputTile& tile) const {
+    const int channels = min(16, p.K - block.first_channel - warp() * 16);
+    const uint32_t pitch = p.tile.out_pitch * kBytes;
+    const uint32_t source = block.shared.output(consumer) + warp() * 16 * pitch;
+    const int64_t offset = block.y_offset(tile) + warp() * 16 * (p.P * p.Q);
+    __syncwarp();
+    const bool whole = block.whole_rows();
+    const int runs = channels * (whole ? 1 : p.tile.p);
+    const int length = (whole ? block.rows(tile) * p.Q : block.cols(tile)) * kBytes;
+    const int vectors = static_cast<int>(p.run_vectors.divisor);
+    constexpr int kBatch = 4;
+#pragma unroll 1
+    for (int first = lane(); first < runs * vectors; first += 32 * kBatch) {
+      uint4 words[kBatch];
+      unsigned char* targets[kBatch];
+      int begins[kBatch], ends[kBatch];  // of the run, from the vector on
+      uint32_t sources[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int index = first + i * 32;
+        const int run = p.run_vectors.div(index);
+        const int channel = whole ? run : static_cast<int>(p.tile_p.div(run));
+        const int row = run - channel * (whole ? 1 : p.tile.p);
+        const int64_t start = offset + (channel * (p.P * p.Q) + row * p.Q);
+        const int skipped = static_cast<int>(lead(channel, start));
+        const int at = (index - run * vectors) * kVecBytes - skipped;
+        targets[i] = reinterpret_cast<unsigned char*>(p.y + start) + at;
+        sources[i] = source + channel * pitch + row * p.tile.out_row * kBytes + skipped + at;
+        begins[i] = -at;
+        ends[i] = run < runs && row < block.rows(tile) ? length - at : -1;
+        words[i] = make_uint4(0, 0, 0, 0);
+        if (begins[i] < kVecBytes && ends[i] > 0) {
+          words[i] = load_shared_4(sources[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (begins[i] <= 0 && ends[i] >= kVecBytes && (whole || p.rows_aligned)) {
+          store_words(targets[i], words[i]);
+        } else if (begins[i] < kVecBytes && ends[i] > 0) {
+#pragma unroll 1
+          for (int e = max(begins[i], 0); e < min(ends[i], kVecBytes); e += kBytes) {
+            if constexpr (C::kFloat32) {
+              *reinterpret_cast<uint32_t*>(targets[i] + e) = load_shared_1(sources[i] + e);
+            } else {
+              *reinterpret_cast<uint16_t*>(targets[i] + e) = static_cast<uint16_t>(load_shared_half(sources[i] + e));
+            }
+          }
+        }
+      }
+    }
+    __syncwarp();
+  }
+};
+
+}  // namespace fused_conv_bn::stem_sm90

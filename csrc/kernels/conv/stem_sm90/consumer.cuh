@@ -202,7 +202,7 @@ struct Consumer {
       __syncwarp();
       buffered = index;
     } else {
-      contiguous.write(block.locate(index));
+      contiguous.write_rows(block.locate(index));
     }
   }
   __device__ __forceinline__ void copy_buffered() {

@@ -55,9 +55,7 @@ void set_steps(const Conv2d& c, const Tile& tile, Params<T>& p) {
 template <typename T>
 void set_accesses(const Conv2d& c, const ConvOperands& operands, const Tile& tile, Params<T>& p) {
   constexpr int64_t kBytes = sizeof(T);
-  const bool whole = tile.q == c.Q;
-  const int64_t run = (whole ? tile.p * c.Q : tile.q) * kBytes;
-  p.run_vectors = FastDiv(static_cast<uint32_t>((run + (whole ? kRunAlignment : 0) + kVecBytes - 1) / kVecBytes));
+  p.row_vectors = FastDiv(static_cast<uint32_t>(ceil_div(tile.q * kBytes, kVecBytes)));
   p.x_row_bytes = static_cast<int>(row_bytes(c));
   p.x_col_bytes = p.x_row_bytes / p.W;
   p.x_separate = c.channels_last ? 1 : p.C;
@@ -69,9 +67,7 @@ void set_accesses(const Conv2d& c, const ConvOperands& operands, const Tile& til
   p.y_vectors = c.channels_last && c.K * kBytes % kVecBytes == 0 && is_aligned(p.y, kVecBytes);
   p.out_pairs = tile.q % 2 == 0 && tile.x_cols % 2 == 0 && c.Q % 2 == 0 && is_aligned(p.y, 2 * kBytes);
   p.rows_aligned = c.Q * kBytes % kVecBytes == 0 && is_aligned(p.y, kVecBytes);
-  p.y_in_bulk = is_aligned(p.y, kVecBytes) && (c.channels_last ? tile.out_pixels > 0
-                                                               : whole && c.P * c.Q * kBytes % kVecBytes == 0 &&
-                                                                     tile.p * c.Q * kBytes % kVecBytes == 0);
+  p.y_in_bulk = c.channels_last ? tile.out_pixels > 0 && is_aligned(p.y, kVecBytes) : tile.q == c.Q;
   p.streams = c.N * c.K * c.P * c.Q * kBytes > kL2Bytes;
 }
 

@@ -39,7 +39,7 @@ struct Params {
   int x_row_bytes, x_col_bytes;      // of the input: of a row, from column to column
   int x_separate;                    // channels of the input that lie apart from each other
   int unit_row_bytes, unit_channel;  // where units are read: bytes from row to row, from channel to channel
-  FastDiv x_cols, x_rows, c_blocks, phases_w, raw_rows, tiles_q, tiles_p, tile_p, run_vectors;
+  FastDiv x_cols, x_rows, c_blocks, phases_w, raw_rows, tiles_q, tiles_p, tile_p, row_vectors;
   uint32_t tiles;
   bool raw_in_bulk;   // raw rows come by bulk copies
   bool raw_vectors;   // float32: a unit's eight channels lie side by side in the raw rows
@@ -47,8 +47,7 @@ struct Params {
   bool y_vectors;     // channels_last: a pixel's channels can be written 16 bytes at a time
   bool out_pairs;     // contiguous: two neighbouring results can be put into the output buffer with one store
   bool rows_aligned;  // contiguous, rows that are not whole: each starts at a multiple of 16 bytes
-  // The output buffer is written by bulk copies. contiguous: a channel's run starts and ends at multiples of 16 bytes;
-  // channels_last: there is a buffer.
+  // The output buffer is written by bulk copies. contiguous: rows are whole; channels_last: there is a buffer.
   bool y_in_bulk;
   bool streams;  // the output is larger than L2
   Activation activation;

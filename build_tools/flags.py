@@ -63,7 +63,6 @@ def nvcc_flags(name: str, cuda: Cuda) -> list[str]:
 def maps(tools: Tools, directory: Path) -> list[str]:
     """Paths of this machine, which would get into messages of torch's headers, become the same everywhere."""
     return [
-        f"-ffile-prefix-map={ROOT}=.",
         f"-ffile-prefix-map={os.path.relpath(ROOT, directory)}=.",
         f"-ffile-prefix-map={tools.torch.include}=torch",
     ]

@@ -121,7 +121,7 @@ def test_convolutions_for_long_activations_may_spill_a_little(bounds: int, spill
 
 @pytest.mark.parametrize(("dtype", "fine"), [("f", True), ("6__half", False)])
 def test_one_convolution_for_bounds_may_spill_a_little(dtype: str, fine: bool) -> None:
-    name = f"_ZN13fused_conv_bn16stem_sm80_kernelI{dtype}Li4ELb0ELb0ELb1EEEvNS_17FewChannelsParamsIT_EE"
+    name = f"_ZN13fused_conv_bn9stem_sm8016stem_sm80_kernelI{dtype}Li4ELb0ELb0ELb1EEEvNS0_6ParamsIT_EE"
     assert (sass.stack_problems_of(f" Function {name}:\n  REG:128 STACK:8 SHARED:0 LOCAL:0") == []) == fine
 
 

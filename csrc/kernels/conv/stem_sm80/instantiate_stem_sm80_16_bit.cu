@@ -1,5 +1,5 @@
 // The kernels of stem_sm80 for float16 and bfloat16.
-#include "kernel.cuh"
+#include "launch.cuh"
 
 namespace fused_conv_bn {
 

@@ -1,7 +1,7 @@
-// float32 in two halves, for tensor cores: v * s = high + low / 2^11, both float16, with a power of two s that puts the
-// largest magnitude of a group of values into [2^14, 2^15). high * high plus low * high plus high * low keeps 22 bits of
-// significand, like three TF32 products at twice their speed. That holds for magnitudes down to 2^-27 of the largest;
-// whoever splits looks at the magnitudes first, and computes what does not split in plain float32.
+// float32 in two terms, for tensor cores: v * s = high + low / 2^11, both float16, with a power of two s that puts the
+// largest magnitude of a group of values into [2^14, 2^15). high * high plus low * high plus high * low keeps 22 bits
+// of significand, like three TF32 products at twice their speed. That holds for magnitudes down to 2^-27 of the
+// largest; whoever splits looks at the magnitudes first, and computes what does not split in plain float32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@
 
 namespace fused_conv_bn {
 
-constexpr float kLowScale = 2048.0f;  // of the low half
+constexpr float kLowScale = 2048.0f;  // of the low term
 constexpr int kMaxSpan = 27;          // binary exponents between the largest and the smallest magnitude
 // Largest magnitudes that can be scaled without a thought of over- and underflow: 2^-45 to 2^45.
 constexpr uint32_t kLeastExponent = 127 - 45;
@@ -60,6 +60,33 @@ struct Magnitudes {
   }
 };
 
+// Of kLanes neighbouring lanes, a power of two.
+template <int kLanes>
+__device__ __forceinline__ Magnitudes merge_lanes(Magnitudes m) {
+#pragma unroll
+  for (int other = 1; other < kLanes; other *= 2) {
+    m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
+  }
+  return m;
+}
+
+// Of kWarps warps, by way of shared memory, where each has a word pair. own: this warp's; all: the first one's. sync():
+// their threads meet.
+template <int kWarps, typename Sync>
+__device__ __forceinline__ Magnitudes merge_warps(Magnitudes m, uint2& own, const uint2* all, Sync&& sync) {
+  const int lane = threadIdx.x % 32;
+  m.most = __reduce_max_sync(0xffffffffu, m.most);
+  m.least = __reduce_min_sync(0xffffffffu, m.least);
+  if (lane == 0) {
+    own = make_uint2(m.most, m.least);
+  }
+  sync();
+  const uint2 other = all[lane % kWarps];
+  m.most = __reduce_max_sync(0xffffffffu, other.x);
+  m.least = __reduce_min_sync(0xffffffffu, other.y);
+  return m;
+}
+
 // Two values, scaled and split.
 __device__ __forceinline__ void split(float a, float b, float scale, uint32_t& high, uint32_t& low) {
   a *= scale;
@@ -69,8 +96,18 @@ __device__ __forceinline__ void split(float a, float b, float scale, uint32_t& h
   low = pack_pair(float16(), (a - rounded.x) * kLowScale, (b - rounded.y) * kLowScale);
 }
 
-// Whether a scale times the inverse of a patch's scale is still far from float32's limits, or is what PyTorch would have
-// it be at any scale: 0, Inf or NaN.
+// The same of more, which are given as bits.
+template <int kCount>
+__device__ __forceinline__ void split(const uint32_t (&values)[kCount], float scale, uint32_t (&high)[kCount / 2],
+                                      uint32_t (&low)[kCount / 2]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    split(__uint_as_float(values[2 * i]), __uint_as_float(values[2 * i + 1]), scale, high[i], low[i]);
+  }
+}
+
+// Whether a scale times the inverse of the scale of some input is still far from float32's limits, or is what PyTorch
+// would have it be at any scale: 0, Inf or NaN.
 __device__ __forceinline__ bool is_moderate(float scale) {
   const uint32_t exponent = __float_as_uint(scale) >> 23 & 0xff;
   return (exponent >= 127 - 60 && exponent <= 127 + 60) || (__float_as_uint(scale) & 0x7fffffff) == 0 ||

@@ -19,6 +19,11 @@ struct Vec {
   uint4 words;
 };
 
+// Whether vectors may be read or written there.
+inline bool is_aligned(const void* address, int64_t bytes = kVecBytes) {
+  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
+}
+
 // 16-byte accesses in so many words: left to itself, the compiler may merge one with the element-wise path beside it.
 __device__ __forceinline__ uint4 load_words(const void* address) {
   uint4 w;

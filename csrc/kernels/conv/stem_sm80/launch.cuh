@@ -14,8 +14,9 @@ namespace fused_conv_bn {
 
 template <typename T>
 cudaError_t StemSm80::launch(const ConvCall& call, cudaStream_t stream) const {
+  using namespace stem_sm80;
   const auto& [c, operands, gpu, epilogue] = call;
-  stem_sm80::FewChannelsParams<T> p{};
+  Params<T> p{};
   p.x = static_cast<const T*>(operands.x);
   p.w = static_cast<const T*>(operands.w);
   p.affine = AffineSource<T>(operands.affine);
@@ -25,17 +26,12 @@ cudaError_t StemSm80::launch(const ConvCall& call, cudaStream_t stream) const {
   p.w_stride_c = operands.w_stride_c;
   p.w_stride_r = operands.w_stride_r;
   p.w_stride_s = operands.w_stride_s;
-  p.C = static_cast<int>(c.C), p.H = static_cast<int>(c.H), p.W = static_cast<int>(c.W);
-  p.K = static_cast<int>(c.K), p.R = static_cast<int>(c.R), p.S = static_cast<int>(c.S);
-  p.P = static_cast<int>(c.P), p.Q = static_cast<int>(c.Q);
-  p.stride_h = static_cast<int>(c.stride_h), p.stride_w = static_cast<int>(c.stride_w);
-  p.pad_h = static_cast<int>(c.pad_h), p.pad_w = static_cast<int>(c.pad_w);
-  p.dilation_h = static_cast<int>(c.dilation_h), p.dilation_w = static_cast<int>(c.dilation_w);
+  p.c = narrow(c);
   p.tile = tile;
   p.x_cols = FastDiv(tile.x_cols);
-  const int group = tile.quads_per_tap % 2 == 0 ? 2 * kQuad : kQuad;
-  p.pixel_groups = FastDiv(tile.quads_per_tap * kQuad / group);
-  p.whole_groups = c.C % group == 0;
+  const int slice = tile.quads_per_tap % 2 == 0 ? 2 * kQuad : kQuad;
+  p.pixel_slices = FastDiv(tile.quads_per_tap * kQuad / slice);
+  p.whole_slices = c.C % slice == 0;
   p.tile_q = FastDiv(tile.q);
   p.row_vectors = FastDiv(static_cast<uint32_t>(std::max<int64_t>(1, c.W / Vec<T>::kSize)));
   p.channel_vectors = FastDiv(tile.x_rows * p.row_vectors.divisor);
@@ -45,38 +41,37 @@ cudaError_t StemSm80::launch(const ConvCall& call, cudaStream_t stream) const {
   p.tile_p = FastDiv(tile.p);
   const int run_vectors = (tile.q == c.Q ? tile.p * tile.q : tile.q) / Vec<T>::kSize + 1;
   p.run_shift = run_vectors > 16 ? 5 : (run_vectors > 8 ? 4 : 3);
-  const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % kVecBytes == 0; };
-  p.x_vectors = c.channels_last && c.C % kQuad == 0 && aligned(p.x) &&
+  p.x_vectors = c.channels_last && c.C % kQuad == 0 && is_aligned(p.x) &&
                 c.C * c.element_bytes % (tile.quads_per_tap % 2 == 0 ? 16 : 8) == 0;
-  p.y_vectors = c.channels_last && c.K * c.element_bytes % kVecBytes == 0 && aligned(p.y);
-  p.stage_pairs = !c.channels_last && c.Q % 2 == 0 && reinterpret_cast<uintptr_t>(p.y) % (2 * sizeof(T)) == 0;
-  p.run_vectors = p.stage_pairs && tile.q == c.Q && run_vectors > 16 && aligned(p.y) &&
+  p.y_vectors = c.channels_last && c.K * c.element_bytes % kVecBytes == 0 && is_aligned(p.y);
+  p.stage_pairs = !c.channels_last && c.Q % 2 == 0 && is_aligned(p.y, 2 * sizeof(T));
+  p.run_vectors = p.stage_pairs && tile.q == c.Q && run_vectors > 16 && is_aligned(p.y) &&
                   c.P * c.Q % Vec<T>::kSize == 0 && int64_t{tile.p} * tile.q % Vec<T>::kSize == 0;
   p.split = c.element_bytes == 4 && !c.allow_tf32;
   p.activation = epilogue.activation;
   p.residual_last = epilogue.residual_last;
   p.negative_slope = static_cast<float>(epilogue.negative_slope);
-  const auto launch = [&](auto m, auto last, auto paired) {
-    const auto kernel = is_bound(epilogue.activation) ? stem_sm80::stem_sm80_kernel<T, m(), last(), paired(), true>
-                                                      : stem_sm80::stem_sm80_kernel<T, m(), last(), paired(), false>;
+  const auto launch = [&](auto m, auto last, auto alternating) {
+    const auto kernel = is_bound(epilogue.activation) ? stem_sm80_kernel<T, m(), last(), alternating(), true>
+                                                      : stem_sm80_kernel<T, m(), last(), alternating(), false>;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                     tile.shared_memory);
     if (status != cudaSuccess) {
       return status;
     }
-    const int64_t groups = ceil_div(c.K, tile.channels);
-    const int64_t resident = int64_t{gpu.multiprocessors} * std::max(1, few_channels_blocks(tile, gpu));
-    const int64_t blocks = std::min<int64_t>(ceil_div(p.tiles, few_channels_groups(paired())),
-                                             ceil_div(resident, groups));
-    return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)),
-                         kFewChannelsThreads, tile.shared_memory, true, stream, p);
+    const int64_t channel_blocks = ceil_div(c.K, tile.channels);
+    const int64_t resident = int64_t{gpu.multiprocessors} * std::max(1, blocks_per_multiprocessor(tile, gpu));
+    const int64_t blocks = std::min<int64_t>(ceil_div(p.tiles, thread_groups(alternating())),
+                                             ceil_div(resident, channel_blocks));
+    return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(channel_blocks)),
+                         kBlockThreads, tile.shared_memory, true, stream, p);
   };
   using std::false_type;
   using std::true_type;
   using Narrow = std::integral_constant<int, 2>;
   using Full = std::integral_constant<int, 4>;
   if constexpr (std::is_same_v<T, float>) {
-    if (tile.paired && aligned(p.x)) {
+    if (tile.alternating && is_aligned(p.x)) {
       return launch(Full{}, false_type{}, true_type{});
     }
   }

@@ -1,4 +1,4 @@
-// Which convolutions the few_channels kernel takes, and how they are cut into tiles: host code without CUDA, so that
+// Which convolutions the stem_sm80 kernel takes, and how they are cut into tiles: host code without CUDA, so that
 // select_plan() and its tests can ask. The kernel reads the same numbers.
 #pragma once
 
@@ -12,49 +12,51 @@
 
 namespace fused_conv_bn {
 
-constexpr int kFewChannelsThreads = 256;
-constexpr int kFewChannelsPixels = 256;  // output pixels of a tile, at most
-constexpr int kQuad = 4;                 // input channels that a thread feeds to one tensor core instruction
+namespace stem_sm80 {
 
-// Of a block's threads, each with a tile of its own. Where they are two, a warp has 64 pixels, else 32.
-FCB_HD constexpr int few_channels_groups(bool paired) { return paired ? 2 : 1; }
-// From 10.0 on a pair does not fit into the registers, as the compiler deals them out, and was not measured.
-FCB_HD constexpr bool few_channels_pairs(int compute_capability) { return compute_capability < 100; }
+constexpr int kBlockThreads = 256;
+constexpr int kTilePixels = 256;  // output pixels of a tile, at most
+constexpr int kQuad = 4;          // input channels of a tap that a thread feeds to one tensor core instruction
+
+// Groups of a block's threads, each with a tile of its own, which multiply alternately. Where they are two, a warp has
+// 64 pixels, else 32.
+FCB_HD constexpr int thread_groups(bool alternating) { return alternating ? 2 : 1; }
+// From 10.0 on two do not fit into the registers, as the compiler deals them out. That was not measured.
+FCB_HD constexpr bool can_alternate(int compute_capability) { return compute_capability < 100; }
 // Blocks of a multiprocessor that registers suffice for.
-FCB_HD constexpr int few_channels_residents(bool paired) { return paired ? 1 : 2; }
+FCB_HD constexpr int resident_blocks(bool alternating) { return alternating ? 1 : 2; }
 
 // A block's tile, and how shared memory is laid out for it. Bytes, unless it says otherwise.
-struct FewChannelsTile {
+struct TileLayout {
   int channels;        // output channels: 32 or 64
   int p, q;            // output rows and columns
-  int x_rows, x_cols;  // of the input patch
-  int quads_per_tap;   // input channels, in fours
+  int x_rows, x_cols;  // of the input window
+  int quads_per_tap;   // input channels, in quads
   int k_steps;         // of four quads each
-  int x_pitch;         // from pixel to pixel, in the high and the low plane each
-  int x_plane;
-  int planes;       // 2 where float32 is split in two halves, else 1
-  bool paired;      // contiguous float32: a block has two tiles at a time
-  int copies;       // paired: where copies of the input's rows are, from the patch's start
-  int group_bytes;  // paired: of a tile's patch, stage and copies
-  int stage_row;    // from row to row of a contiguous tile, in elements; p rows follow each other directly if q == Q
-  int stage_pitch;  // from channel to channel of a contiguous tile, in elements
-  int stage_end;    // in each channel's stage, where the places for results outside the tile begin
+  int x_pitch;         // from pixel to pixel, of the high and of the low term each
+  int x_term;          // of the window, in one term
+  int split_terms;     // 2 where float32 is split into a high and a low term, else 1
+  bool alternating;    // contiguous float32: a block has two thread groups
+  int copies;          // alternating: where copies of the input's rows are, from the window's start
+  int group_bytes;     // alternating: of a thread group's window or staging buffer, and copies
+  int staging_row;     // from row to row of a contiguous tile, in elements; p rows follow each other directly if q == Q
+  int staging_pitch;   // from channel to channel of a contiguous tile, in elements
+  int staging_end;     // in each channel's staging buffer, where the offsets for results outside the tile begin
   int tiles_p, tiles_q;
   int shared_memory;
 
-  int w_plane() const { return k_steps * (channels / 16) * 512; }
+  int w_term() const { return k_steps * (channels / 16) * 512; }
 };
 
-// The start of a block's shared memory: a table of fixed size (16 bytes, 4 words a channel, 2 a warp, 3 a pixel), then an
-// offset for each quad.
-FCB_HD constexpr int few_channels_header(int k_steps, int channels) {
-  return (16 + channels * 16 + kFewChannelsThreads / 32 * 8 + kFewChannelsPixels * 12 + (k_steps + 3) * 16 + 127) /
-         128 * 128;
+// The start of a block's shared memory: a table of fixed size (16 bytes, 4 words a channel, 2 a warp, 3 a pixel), then
+// an offset for each quad.
+FCB_HD constexpr int header_bytes(int k_steps, int channels) {
+  return (16 + channels * 16 + kBlockThreads / 32 * 8 + kTilePixels * 12 + (k_steps + 3) * 16 + 127) / 128 * 128;
 }
 
-inline FewChannelsTile few_channels_tile(const Conv2d& c, int p, int q, bool paired) {
-  FewChannelsTile t{};
-  t.paired = paired;
+inline TileLayout make_layout(const Conv2d& c, int p, int q, bool alternating) {
+  TileLayout t{};
+  t.alternating = alternating;
   t.channels = c.K > 32 ? 64 : 32;
   t.p = p;
   t.q = q;
@@ -62,49 +64,50 @@ inline FewChannelsTile few_channels_tile(const Conv2d& c, int p, int q, bool pai
   t.x_cols = static_cast<int>((q - 1) * c.stride_w + (c.S - 1) * c.dilation_w + 1);
   t.quads_per_tap = static_cast<int>(ceil_div(c.C, kQuad));
   t.k_steps = static_cast<int>(ceil_div(c.R * c.S * t.quads_per_tap, 4));
-  t.planes = c.element_bytes == 4 ? 2 : 1;
+  t.split_terms = c.element_bytes == 4 ? 2 : 1;
   t.x_pitch = t.quads_per_tap * 8;
-  // Neighbouring output pixels are stride_w pixels apart: where that is a multiple of 64 bytes, they would meet in few banks.
+  // Neighbouring output pixels are stride_w pixels apart: where that is a multiple of 64 bytes, they would meet in few
+  // banks.
   if ((t.x_pitch * c.stride_w) % 64 == 0) {
     t.x_pitch += c.stride_w % 2 == 0 ? 16 : 32;
   }
-  const int64_t x_plane = round_up(int64_t{t.x_rows} * t.x_cols * t.x_pitch, 128);
-  t.x_plane = static_cast<int>(std::min<int64_t>(x_plane, INT32_MAX));
+  const int64_t x_term = round_up(int64_t{t.x_rows} * t.x_cols * t.x_pitch, 128);
+  t.x_term = static_cast<int>(std::min<int64_t>(x_term, INT32_MAX));
   const int vector = 16 / c.element_bytes;
-  int64_t stage;
+  int64_t staging;
   if (c.channels_last) {
-    stage = 0;
+    staging = 0;
   } else {
-    t.stage_row = static_cast<int>(q == c.Q ? q : round_up(q, vector) + vector);
-    t.stage_end = static_cast<int>(round_up(int64_t{p} * t.stage_row + vector, 2));
-    const int64_t positions = t.stage_end + std::max(0, kFewChannelsPixels - p * q) + vector;
+    t.staging_row = static_cast<int>(q == c.Q ? q : round_up(q, vector) + vector);
+    t.staging_end = static_cast<int>(round_up(int64_t{p} * t.staging_row + vector, 2));
+    const int64_t positions = t.staging_end + std::max(0, kTilePixels - p * q) + vector;
     // Eight channels side by side, each with four pairs of pixels, in different banks.
     const int wanted = 8;  // elements: 8 words (float32, stored in pairs) or 4
     const int words32 = 128 / c.element_bytes;
-    t.stage_pitch = static_cast<int>(round_up(positions - wanted, words32) + wanted);
-    stage = int64_t{t.channels} * t.stage_pitch;
+    t.staging_pitch = static_cast<int>(round_up(positions - wanted, words32) + wanted);
+    staging = int64_t{t.channels} * t.staging_pitch;
   }
   t.tiles_p = static_cast<int>(ceil_div(c.P, p));
   t.tiles_q = static_cast<int>(ceil_div(c.Q, q));
-  int64_t work = round_up(std::max(t.planes * x_plane, stage * c.element_bytes), 16);
-  if (paired) {
+  int64_t work = round_up(std::max(t.split_terms * x_term, staging * c.element_bytes), 16);
+  if (alternating) {
     t.copies = static_cast<int>(std::min<int64_t>(work, INT32_MAX));
     work += c.C * t.x_rows * c.W * c.element_bytes;
     t.group_bytes = static_cast<int>(std::min<int64_t>(work, INT32_MAX));
-    work *= few_channels_groups(paired);
+    work *= thread_groups(alternating);
   }
-  const int64_t total = few_channels_header(t.k_steps, t.channels) + int64_t{t.planes} * t.w_plane() + work;
+  const int64_t total = header_bytes(t.k_steps, t.channels) + int64_t{t.split_terms} * t.w_term() + work;
   t.shared_memory = static_cast<int>(std::min<int64_t>(total, INT32_MAX));
   return t;
 }
 
-// Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds up to
-// more than twice what PyTorch's own float32 convolutions lose.
-constexpr int64_t kFewChannelsMostTerms = 512;
+// Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds
+// up to more than twice what PyTorch's own float32 convolutions lose.
+constexpr int64_t kMostTerms = 512;
 
-inline bool few_channels_supports(const Conv2d& c, const GpuTraits& gpu) {
+inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  if (!can_split_terms(c, kFewChannelsMostTerms)) {
+  if (!can_split_terms(c, kMostTerms)) {
     return false;
   }
   return gpu.compute_capability >= 80 && c.element_bytes <= 4 && c.groups == 1 && c.C <= 64 && c.R * c.S <= 256 &&
@@ -113,29 +116,30 @@ inline bool few_channels_supports(const Conv2d& c, const GpuTraits& gpu) {
          c.C * c.H * c.W <= kLimit && c.K * c.P * c.Q <= kLimit && c.N * c.P * c.Q <= kLimit;
 }
 
-inline int few_channels_blocks(const FewChannelsTile& t, const GpuTraits& gpu) {
-  return std::min(few_channels_residents(t.paired),
+inline int blocks_per_multiprocessor(const TileLayout& t, const GpuTraits& gpu) {
+  return std::min(resident_blocks(t.alternating),
                   gpu.shared_memory_per_multiprocessor / (t.shared_memory / 1024 + 1) / 1024);
 }
 
-inline int64_t few_channels_tiles(const Conv2d& c, const FewChannelsTile& t) {
+inline int64_t count_tiles(const Conv2d& c, const TileLayout& t) {
   return c.N * t.tiles_p * t.tiles_q * ceil_div(c.K, t.channels);
 }
 
-// Whole rows that copies of 16 bytes make up, pixels for each of four warps with 64, and tiles for every multiprocessor's pair.
-// 128 images of 128x128 with 8 channels take 0.82 of the time of single tiles then, of 64x64 with 3 channels 0.80.
-inline bool few_channels_can_be_paired(const Conv2d& c, const FewChannelsTile& t, const GpuTraits& gpu) {
-  return few_channels_pairs(gpu.compute_capability) && c.element_bytes == 4 && !c.channels_last && t.channels == 64 &&
-         t.q == c.Q && c.W % 4 == 0 && t.p * t.q > 3 * 64 && few_channels_tiles(c, t) >= 2 * gpu.multiprocessors;
+// Whole rows that copies of 16 bytes make up, pixels for each of four warps with 64, and tiles for both thread groups
+// of every multiprocessor. 128 images of 128x128 with 8 channels take 0.82 of the time of single tiles then, of 64x64
+// with 3 channels 0.80.
+inline bool alternates(const Conv2d& c, const TileLayout& t, const GpuTraits& gpu) {
+  return can_alternate(gpu.compute_capability) && c.element_bytes == 4 && !c.channels_last && t.channels == 64 &&
+         t.q == c.Q && c.W % 4 == 0 && t.p * t.q > 3 * 64 && count_tiles(c, t) >= 2 * gpu.multiprocessors;
 }
 
 // The tile that the blocks need least time for, by this count: tensor core work goes by 32 pixels, and loading an input
 // pixel costs about as much as a third of an output pixel's work. Waves of blocks count as a whole.
-inline bool few_channels_best_tile(const Conv2d& c, const GpuTraits& gpu, FewChannelsTile& best) {
+inline bool find_best_layout(const Conv2d& c, const GpuTraits& gpu, TileLayout& best) {
   constexpr int64_t kMostSplits = 16;
   double least = 0;
   bool found = false;
-  for (int pixels = kFewChannelsPixels; pixels >= 64; pixels /= 2) {
+  for (int pixels = kTilePixels; pixels >= 64; pixels /= 2) {
     const int64_t least_splits = ceil_div(c.Q, pixels);
     for (int64_t splits = least_splits; splits < least_splits + kMostSplits && splits <= ceil_div(c.Q, 8); ++splits) {
       int64_t q = ceil_div(c.Q, splits);
@@ -146,18 +150,18 @@ inline bool few_channels_best_tile(const Conv2d& c, const GpuTraits& gpu, FewCha
         continue;
       }
       const int64_t p = std::min<int64_t>(c.P, pixels / q);
-      FewChannelsTile t = few_channels_tile(c, static_cast<int>(p), static_cast<int>(q), false);
+      TileLayout t = make_layout(c, static_cast<int>(p), static_cast<int>(q), false);
       if (t.shared_memory > gpu.shared_memory_per_block) {
         continue;
       }
-      const int blocks = std::max(1, few_channels_blocks(t, gpu));
-      if (few_channels_can_be_paired(c, t, gpu)) {
-        const FewChannelsTile paired = few_channels_tile(c, static_cast<int>(p), static_cast<int>(q), true);
-        if (paired.shared_memory <= gpu.shared_memory_per_block) {
-          t = paired;
+      const int blocks = std::max(1, blocks_per_multiprocessor(t, gpu));
+      if (alternates(c, t, gpu)) {
+        const TileLayout alternating = make_layout(c, static_cast<int>(p), static_cast<int>(q), true);
+        if (alternating.shared_memory <= gpu.shared_memory_per_block) {
+          t = alternating;
         }
       }
-      const int64_t waves = ceil_div(few_channels_tiles(c, t), int64_t{blocks} * gpu.multiprocessors);
+      const int64_t waves = ceil_div(count_tiles(c, t), int64_t{blocks} * gpu.multiprocessors);
       double cost = static_cast<double>(round_up(p * q, 32)) + 32 + 0.3 * t.x_rows * t.x_cols;
       if (!c.channels_last && q < c.Q) {
         cost *= 1.0 + 8.0 / static_cast<double>(q);  // short runs in many planes
@@ -173,15 +177,17 @@ inline bool few_channels_best_tile(const Conv2d& c, const GpuTraits& gpu, FewCha
   return found;
 }
 
+}  // namespace stem_sm80
+
 struct StemSm80 {
   static constexpr const char* kName = "stem_sm80";
   static constexpr bool kGathersMoments = false;
 
-  FewChannelsTile tile;
+  stem_sm80::TileLayout tile;
 
   static std::optional<StemSm80> make(const Conv2d& c, const GpuTraits& gpu) {
     StemSm80 plan{};
-    if (!few_channels_supports(c, gpu) || !few_channels_best_tile(c, gpu, plan.tile)) {
+    if (!stem_sm80::supports(c, gpu) || !stem_sm80::find_best_layout(c, gpu, plan.tile)) {
       return std::nullopt;
     }
     return plan;

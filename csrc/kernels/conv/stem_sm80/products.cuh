@@ -26,54 +26,54 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint4& a, cons
 }
 
 template <typename K>
-__device__ __forceinline__ uint4 load_weight(const Block<K>& b, int step, int plane, int i) {
-  return load_shared_4(b.weights() + plane * b.w_plane() + (step * K::kM + i) * 512 + b.lane() * 16);
+__device__ __forceinline__ uint4 load_weight(const Block<K>& b, int step, int term, int i) {
+  return load_shared_4(b.weights() + term * b.w_term() + (step * K::kM + i) * 512 + b.lane() * 16);
 }
 template <typename K>
-__device__ __forceinline__ void load_weights(const Block<K>& b, uint4 (&w)[K::kM], int step, int plane) {
+__device__ __forceinline__ void load_weights(const Block<K>& b, uint4 (&w)[K::kM], int step, int term) {
 #pragma unroll
   for (int i = 0; i < K::kM; ++i) {
-    w[i] = load_weight(b, step, plane, i);
+    w[i] = load_weight(b, step, term, i);
   }
 }
 
-// The pixels' share in a k step. Past the last quad, zeros: 0 times what a patch may hold need not be 0.
+// The pixels' share in a k step. Past the last quad, zeros: 0 times what a window may hold need not be 0.
 template <typename K>
 __device__ __forceinline__ void load_pixels(const Block<K>& b, uint2 (&v)[K::kN], const uint32_t (&base)[K::kN],
-                                            int offset, int plane) {
+                                            int offset, int term) {
   const auto& p = b.p;
 #pragma unroll
   for (int j = 0; j < K::kN; ++j) {
-    const uint32_t address = base[j] + plane * p.tile.x_plane + offset;
+    const uint32_t address = base[j] + term * p.tile.x_term + offset;
     v[j] = load_shared_2(K::kFloat || offset >= 0 ? address : b.zeros());
   }
 }
 
 template <typename K>
-__device__ __forceinline__ void multiply_step(const Block<K>&, typename K::Product& acc, const uint4 (&w)[K::kM],
+__device__ __forceinline__ void multiply_step(const Block<K>&, typename K::Accumulator& acc, const uint4 (&w)[K::kM],
                                               const uint2 (&v)[K::kN]) {
 #pragma unroll
   for (int i = 0; i < K::kM; ++i) {
 #pragma unroll
     for (int j = 0; j < K::kN; ++j) {
-      mma_m16n8k16<typename K::Half>(acc[i][j], w[i], v[j]);
+      mma_m16n8k16<typename K::Factor>(acc[i][j], w[i], v[j]);
     }
   }
 }
 
 template <typename K>
 __device__ __forceinline__ int quad_offset(const Block<K>& b, int step) {
-  return static_cast<int>(load_shared_1(b.offsets() + step * 16 + b.t() * 4));
+  return static_cast<int>(load_shared_1(b.quad_offsets() + step * 16 + b.t() * 4));
 }
 
 // A step's pixels are on their way while the one before it multiplies. The table of offsets goes on for two steps more.
 template <typename K>
-__device__ __forceinline__ void multiply(const Block<K>& b, typename K::Product& acc) {
+__device__ __forceinline__ void multiply(const Block<K>& b, typename K::Accumulator& acc) {
   const auto& p = b.p;
   uint32_t base[K::kN];
 #pragma unroll
   for (int j = 0; j < K::kN; ++j) {
-    base[j] = b.patch() + b.header().operands[b.warp() * K::kPixels + 8 * j + b.g()];
+    base[j] = b.window() + b.header().window_offsets[b.warp() * K::kPixels + 8 * j + b.g()];
   }
   for_each<K>([&](int i, int j, int e) { acc[i][j][e] = 0; });
   if constexpr (K::kFloat) {
@@ -116,28 +116,29 @@ __device__ __forceinline__ void multiply(const Block<K>& b, typename K::Product&
 
 // A step, and the loading of another one's weights.
 template <typename K>
-__device__ __forceinline__ void multiply_step(const Block<K>& b, typename K::Product& acc, uint4 (&w)[K::kM],
-                                              const uint2 (&v)[K::kN], int step, int plane) {
+__device__ __forceinline__ void multiply_step(const Block<K>& b, typename K::Accumulator& acc, uint4 (&w)[K::kM],
+                                              const uint2 (&v)[K::kN], int step, int term) {
   const auto& p = b.p;
   step = min(step, p.tile.k_steps - 1);
 #pragma unroll
   for (int i = 0; i < K::kM; ++i) {
 #pragma unroll
     for (int j = 0; j < K::kN; ++j) {
-      mma_m16n8k16<typename K::Half>(acc[i][j], w[i], v[j]);
+      mma_m16n8k16<typename K::Factor>(acc[i][j], w[i], v[j]);
     }
-    w[i] = load_weight(b, step, plane, i);
+    w[i] = load_weight(b, step, term, i);
   }
 }
 
-// kPaired, which has registers for weights on their way as well. Behind the last step that is the last one's again.
+// kAlternating, which has registers for weights on their way as well. Behind the last step that is the last one's
+// again.
 template <typename K>
-__device__ __forceinline__ void multiply_ahead(const Block<K>& b, typename K::Product& acc) {
+__device__ __forceinline__ void multiply_ahead(const Block<K>& b, typename K::Accumulator& acc) {
   const auto& p = b.p;
   uint32_t base[K::kN];
 #pragma unroll
   for (int j = 0; j < K::kN; ++j) {
-    base[j] = b.patch() + b.header().operands[b.warp() * K::kPixels + 8 * j + b.g()];
+    base[j] = b.window() + b.header().window_offsets[b.warp() * K::kPixels + 8 * j + b.g()];
   }
   for_each<K>([&](int i, int j, int e) { acc[i][j][e] = 0; });
   uint4 w[K::kM];

@@ -21,19 +21,19 @@ __device__ __forceinline__ void store_chunk(typename K::Element* target, const f
 }
 
 template <typename K, typename F>
-__device__ __forceinline__ void write_pixels_by(const Block<K>& b, const typename K::Product& acc, const Tile& tile,
+__device__ __forceinline__ void write_pixels_by(const Block<K>& b, const typename K::Accumulator& acc, const Tile& tile,
                                                 F&& write) {
   using T = typename K::Element;
   const auto& p = b.p;
   unsigned char* const start = reinterpret_cast<unsigned char*>(p.y + b.y_offset(tile) + b.g() * K::kChunk);
-  const int channels = p.K - b.first_channel - b.g() * K::kChunk;
-  const int last_row = b.rows(tile) << 16;
-  const int last_col = b.cols(tile);
+  const int channels = p.c.K - b.first_channel - b.g() * K::kChunk;
+  const int rows_16 = b.tiles().rows(tile, p.c) << 16;
+  const int cols = b.tiles().cols(tile, p.c);
 #pragma unroll
   for (int j = 0; j < K::kOwnPixels; ++j) {
-    const int2 place = b.header().places[b.own_pixel(j, b.t())];
-    if (place.y < last_row && (place.y & 0xffff) < last_col) {
-      T* const target = reinterpret_cast<T*>(start + static_cast<uint32_t>(place.x));
+    const int2 output = b.header().output_offsets[b.own_pixel(j, b.t())];
+    if (is_inside(output.y, rows_16, cols)) {
+      T* const target = reinterpret_cast<T*>(start + static_cast<uint32_t>(output.x));
 #pragma unroll
       for (int chunk = 0; chunk < K::kOwnChannels / K::kChunk; ++chunk) {
         float values[K::kChunk];
@@ -51,7 +51,7 @@ __device__ __forceinline__ void write_pixels_by(const Block<K>& b, const typenam
 
 // A chunk of a pixel's channels at a time; threads of the same t write 128 bytes side by side.
 template <typename K>
-__device__ __forceinline__ void write_pixels(const Block<K>& b, const typename K::Product& acc, const Tile& tile) {
+__device__ __forceinline__ void write_pixels(const Block<K>& b, const typename K::Accumulator& acc, const Tile& tile) {
   using T = typename K::Element;
   const auto& p = b.p;
   if (p.y_vectors) {

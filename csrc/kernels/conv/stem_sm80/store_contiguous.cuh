@@ -5,56 +5,43 @@
 #include <cstdint>
 
 #include "block.cuh"
+#include "kernels/conv/epilogue/staging.cuh"
 
 namespace fused_conv_bn::stem_sm80 {
 
-// Into the stage, as [channel][pixel]: each run of the output starts there where it starts in memory, modulo 16 bytes.
-// kPairs: two neighbours with one store. kWhole: rows are whole, so that one run has them all. kAligned: at a multiple of
-// 16 bytes.
+// Into the staging buffer, as [channel][pixel]: each run of the output starts there where it starts in memory, modulo
+// 16 bytes. kPairs: two neighbours with one store. kWhole: rows are whole, so that one run has them all. kAligned: at a
+// multiple of 16 bytes.
 template <bool kPairs, bool kWhole, bool kAligned = false, typename K>
-__device__ __forceinline__ void stage_planes(const Block<K>& b, const typename K::Product& acc, const Tile& tile) {
+__device__ __forceinline__ void stage_planes(const Block<K>& b, const typename K::Accumulator& acc, const Tile& tile) {
   using T = typename K::Element;
   const auto& p = b.p;
-  int2 places[K::kN];
+  int2 offsets[K::kN];
 #pragma unroll
   for (int j = 0; j < K::kN; ++j) {
-    places[j] = b.header().places[b.own_pixel(2 * j, b.t())];
+    offsets[j] = b.header().output_offsets[b.own_pixel(2 * j, b.t())];
   }
   // 8 planes on.
-  const uint32_t plane = 8 * p.P * p.Q * K::kBytes;
+  const uint32_t plane = 8 * p.c.P * p.c.Q * K::kBytes;
   uint32_t lead = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p.y)) +
-                  static_cast<uint32_t>(b.y_offset(tile) + b.g() * (p.P * p.Q)) * K::kBytes;
-  uint32_t target = b.patch() + b.g() * p.tile.stage_pitch * K::kBytes;
+                  static_cast<uint32_t>(b.y_offset(tile) + b.g() * (p.c.P * p.c.Q)) * K::kBytes;
+  uint32_t target = b.window() + b.g() * p.tile.staging_pitch * K::kBytes;
 #pragma unroll
   for (int i = 0; i < 2 * K::kM; ++i) {
 #pragma unroll
     for (int j = 0; j < K::kN; ++j) {
-      const uint32_t address = target + places[j].x + (kAligned ? 0 : (lead + (kWhole ? 0 : places[j].y)) % kVecBytes);
+      const uint32_t address = target + offsets[j].x +
+                               (kAligned ? 0 : (lead + (kWhole ? 0 : offsets[j].y)) % kVecBytes);
       const float first = acc[i / 2][j][i % 2 * 2];
       const float second = acc[i / 2][j][i % 2 * 2 + 1];
-      if constexpr (K::kFloat) {
-        if constexpr (kPairs) {
-          store_shared(address, make_uint2(__float_as_uint(first), __float_as_uint(second)));
-        } else {
-          store_shared(address, __float_as_uint(first));
-          store_shared(address + 4, __float_as_uint(second));
-        }
-      } else {
-        const uint32_t pair = pack_pair(T(), first, second);
-        if constexpr (kPairs) {
-          store_shared(address, pair);
-        } else {
-          store_shared(address, static_cast<uint16_t>(pair));
-          store_shared(address + 2, static_cast<uint16_t>(pair >> 16));
-        }
-      }
+      stage_two<T, kPairs>(address, address + K::kBytes, first, second);
     }
     lead += plane;
-    target += 8 * p.tile.stage_pitch * K::kBytes;
+    target += 8 * p.tile.staging_pitch * K::kBytes;
   }
 }
 
-// From the stage: `length` bytes in a row, by as many lanes as 2^run_shift.
+// From the staging buffer: `length` bytes in a row, by as many lanes as 2^run_shift.
 template <typename K>
 __device__ __forceinline__ void write_run(const Block<K>& b, unsigned char* target, uint32_t source, int length) {
   const auto& p = b.p;
@@ -65,14 +52,7 @@ __device__ __forceinline__ void write_run(const Block<K>& b, unsigned char* targ
     if (at >= lead && at + kVecBytes <= end) {
       store_words(target + at, load_shared_4(source + at));
     } else {
-      for (int e = max(at, lead); e < min(at + kVecBytes, end); e += K::kBytes) {
-        if constexpr (K::kFloat) {
-          *reinterpret_cast<uint32_t*>(target + e) = load_shared_1(source + e);
-        } else {
-          *reinterpret_cast<uint16_t*>(target + e) = static_cast<uint16_t>(load_shared_1(source + (e & ~3)) >>
-                                                                           (e % 4 * 8));
-        }
-      }
+      write_elements<K::kBytes>(target, source, max(at, lead), min(at + kVecBytes, end));
     }
   }
 }
@@ -84,7 +64,7 @@ __device__ __forceinline__ bool writes_vectors(const Block<K>& b) {
 #if __CUDA_ARCH__ >= 900
   return p.run_vectors;
 #else
-  return K::kPaired && p.run_vectors;
+  return K::kAlternating && p.run_vectors;
 #endif
 }
 
@@ -92,12 +72,12 @@ __device__ __forceinline__ bool writes_vectors(const Block<K>& b) {
 template <typename K>
 __device__ __forceinline__ void write_vectors(const Block<K>& b, const Tile& tile) {
   const auto& p = b.p;
-  const int length = b.rows(tile) * p.Q * K::kBytes;
-  const int channels = min(K::kChannels, p.K - b.first_channel);
-  const int64_t plane = static_cast<int64_t>(p.P * p.Q) * K::kBytes;
-  const int pitch = p.tile.stage_pitch * K::kBytes;
+  const int length = b.tiles().rows(tile, p.c) * p.c.Q * K::kBytes;
+  const int channels = min(K::kChannels, p.c.K - b.first_channel);
+  const int64_t plane = static_cast<int64_t>(p.c.P * p.c.Q) * K::kBytes;
+  const int pitch = p.tile.staging_pitch * K::kBytes;
   unsigned char* target = reinterpret_cast<unsigned char*>(p.y + b.y_offset(tile));
-  uint32_t source = b.patch();
+  uint32_t source = b.window();
 #if __CUDA_ARCH__ >= 900
   // Each by one thread; all warps have as many of them.
   const int channel = b.lane() * K::kWarps + b.warp();
@@ -106,7 +86,7 @@ __device__ __forceinline__ void write_vectors(const Block<K>& b, const Tile& til
     copy_bulk_commit();
   }
 #else
-  constexpr int kVectors = kFewChannelsPixels * K::kBytes / kVecBytes / 32;  // a lane's part of a run, at most
+  constexpr int kVectors = kTilePixels * K::kBytes / kVecBytes / 32;  // a lane's part of a run, at most
   const int first = b.lane() * kVecBytes;
   target += b.warp() * plane + first;
   source += b.warp() * pitch + first;
@@ -131,12 +111,12 @@ __device__ __forceinline__ void write_whole_planes(const Block<K>& b, const Tile
   const auto& p = b.p;
   const int first = b.thread() >> p.run_shift;
   const int parallel = K::kThreads >> p.run_shift;
-  const int64_t plane = static_cast<int64_t>(p.P * p.Q) * K::kBytes;
-  const int pitch = p.tile.stage_pitch * K::kBytes;
-  const int length = b.rows(tile) * p.Q * K::kBytes;
-  const int channels = min(K::kChannels, p.K - b.first_channel);
+  const int64_t plane = static_cast<int64_t>(p.c.P * p.c.Q) * K::kBytes;
+  const int pitch = p.tile.staging_pitch * K::kBytes;
+  const int length = b.tiles().rows(tile, p.c) * p.c.Q * K::kBytes;
+  const int channels = min(K::kChannels, p.c.K - b.first_channel);
   unsigned char* target = reinterpret_cast<unsigned char*>(p.y + b.y_offset(tile)) + first * plane;
-  uint32_t source = b.patch() + first * pitch;
+  uint32_t source = b.window() + first * pitch;
   for (int channel = first; channel < channels; channel += parallel) {
     write_run(b, target, source, length);
     target += parallel * plane;
@@ -148,17 +128,17 @@ __device__ __forceinline__ void write_whole_planes(const Block<K>& b, const Tile
 template <typename K>
 __device__ __forceinline__ void write_rows(const Block<K>& b, const Tile& tile) {
   const auto& p = b.p;
-  const int channels = min(K::kChannels, p.K - b.first_channel);
-  const int last_row = b.rows(tile);
-  const int length = b.cols(tile) * K::kBytes;
+  const int channels = min(K::kChannels, p.c.K - b.first_channel);
+  const int last_row = b.tiles().rows(tile, p.c);
+  const int length = b.tiles().cols(tile, p.c) * K::kBytes;
   unsigned char* const start = reinterpret_cast<unsigned char*>(p.y + b.y_offset(tile));
-  for (int run = b.thread() >> p.run_shift; run < channels * p.tile.p; run += K::kThreads >> p.run_shift) {
+  for (int run = b.thread() >> p.run_shift; run < channels * b.tiles().p; run += K::kThreads >> p.run_shift) {
     const int channel = p.tile_p.div(run);
-    const int row = run - channel * p.tile.p;
+    const int row = run - channel * b.tiles().p;
     if (row < last_row) {
-      const uint32_t offset = channel * (p.P * p.Q) + row * p.Q;
+      const uint32_t offset = channel * (p.c.P * p.c.Q) + row * p.c.Q;
       write_run(b, start + static_cast<uint64_t>(offset) * K::kBytes,
-                b.patch() + (channel * p.tile.stage_pitch + row * p.tile.stage_row) * K::kBytes, length);
+                b.window() + (channel * p.tile.staging_pitch + row * p.tile.staging_row) * K::kBytes, length);
     }
   }
 }

@@ -8,8 +8,7 @@
 
 namespace fused_conv_bn::stem_sm80 {
 
-constexpr int kSparePlaces = 12;      // of the table of offsets
-constexpr int kOutside = 0x7fff0000;  // as a row, below every other
+constexpr int kSpareOffsets = 12;  // of the table of offsets
 
 template <typename K>
 __device__ __forceinline__ float weight(const Block<K>& b, int k, int c, int r, int s) {
@@ -24,55 +23,56 @@ __device__ __forceinline__ void make_tables(const Block<K>& b, int quads) {
     b.header().zeros = make_uint2(0, 0);
     b.header().all_exact = 0;
   }
-  for (int q = threadIdx.x; q < p.tile.k_steps * 4 + kSparePlaces; q += kFewChannelsThreads) {
-    // Past the last quad weights are 0. What is split is finite, so that any value will do: the last quad's, which costs
-    // no access of its own.
+  for (int q = threadIdx.x; q < p.tile.k_steps * 4 + kSpareOffsets; q += kBlockThreads) {
+    // Past the last quad weights are 0. What is split is finite, so that any value will do: the last quad's, which
+    // costs no access of its own.
     const int known = min(q, quads - 1);
     const int tap = known / p.tile.quads_per_tap;
-    const int r = tap / p.S;
-    const int s = tap - r * p.S;
-    const int offset = (r * p.dilation_h * p.tile.x_cols + s * p.dilation_w) * p.tile.x_pitch +
+    const int r = tap / p.c.S;
+    const int s = tap - r * p.c.S;
+    const int offset = (r * p.c.dilation_h * p.tile.x_cols + s * p.c.dilation_w) * p.tile.x_pitch +
                        (known - tap * p.tile.quads_per_tap) * 8;
-    store_shared(b.offsets() + q * 4, static_cast<uint32_t>(K::kFloat || q < quads ? offset : -1));
+    store_shared(b.quad_offsets() + q * 4, static_cast<uint32_t>(K::kFloat || q < quads ? offset : -1));
   }
-  for (int pixel = threadIdx.x; pixel < kFewChannelsPixels; pixel += kFewChannelsThreads) {
-    const int row = p.tile_q.div(pixel);
-    const int col = pixel - row * p.tile.q;
-    const bool inside = row < p.tile.p;
-    b.header().operands[pixel] = inside ? (row * p.stride_h * p.tile.x_cols + col * p.stride_w) * p.tile.x_pitch : 0;
+  for (int pixel = threadIdx.x; pixel < kTilePixels; pixel += kBlockThreads) {
+    const auto [row, col] = locate_pixel(pixel, p.tile_q);
+    const bool inside = row < b.tiles().p;
+    b.header().window_offsets[pixel] = inside
+                                           ? (row * p.c.stride_h * p.tile.x_cols + col * p.c.stride_w) * p.tile.x_pitch
+                                           : 0;
     if constexpr (K::kLast) {
-      b.header().places[pixel] = make_int2((row * p.Q + col) * p.K * K::kBytes, inside ? row << 16 | col : kOutside);
+      b.header().output_offsets[pixel] = make_int2((row * p.c.Q + col) * p.c.K * K::kBytes,
+                                                   inside ? pack_pixel({row, col}) : kOutsideTile);
     } else {
-      const int place = inside ? row * p.tile.stage_row + col : p.tile.stage_end + pixel - p.tile.p * p.tile.q;
-      b.header().places[pixel] = make_int2(place * K::kBytes, p.tile.q == p.Q ? 0 : row * p.Q * K::kBytes);
+      const int offset = inside ? row * p.tile.staging_row + col
+                                : p.tile.staging_end + pixel - b.tiles().p * b.tiles().q;
+      b.header().output_offsets[pixel] = make_int2(offset * K::kBytes,
+                                                   b.tiles().has_whole_rows(p.c) ? 0 : row * p.c.Q * K::kBytes);
     }
   }
 }
 
-// The magnitudes of an output channel's weights, by neighbouring threads.
+// Affines, and in float32 the magnitudes of an output channel's weights, by neighbouring threads.
 template <typename K>
 __device__ __forceinline__ void fold_affines(const Block<K>& b) {
   const auto& p = b.p;
-  constexpr int kSharers = kFewChannelsThreads / K::kChannels;
+  constexpr int kSharers = kBlockThreads / K::kChannels;
   const int channel = threadIdx.x / kSharers;
   const int k = b.first_channel + channel;
-  const Affine<float> affine = k < p.K ? p.affine.pair(k) : Affine<float>{0, 0, 0};
+  const Affine<float> affine = k < p.c.K ? p.affine.pair(k) : Affine<float>{0, 0, 0};
   const float scale = affine.scale;
   bool exact = false;
   float w_scale = 1.0f, unscaled = scale;
   if constexpr (K::kFloat) {
     Magnitudes m;
 #pragma unroll 8
-    for (int e = threadIdx.x % kSharers; e < p.C * p.R * p.S && k < p.K; e += kSharers) {
-      const int c = e / (p.R * p.S);
-      const int tap = e - c * (p.R * p.S);
-      const int r = tap / p.S;
-      m.add(weight(b, k, c, r, tap - r * p.S));
+    for (int e = threadIdx.x % kSharers; e < p.c.C * p.c.R * p.c.S && k < p.c.K; e += kSharers) {
+      const int c = e / (p.c.R * p.c.S);
+      const int tap = e - c * (p.c.R * p.c.S);
+      const int r = tap / p.c.S;
+      m.add(weight(b, k, c, r, tap - r * p.c.S));
     }
-#pragma unroll
-    for (int other = 1; other < kSharers; other *= 2) {
-      m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
-    }
+    m = merge_lanes<kSharers>(m);
     w_scale = m.scale();
     unscaled = scale * m.inverse();
     exact = !m.can_split() || !is_moderate(unscaled);
@@ -96,39 +96,39 @@ __device__ __forceinline__ void pack_weights(const Block<K>& b, int quads) {
   using T = typename K::Element;
   const auto& p = b.p;
 #pragma unroll 2
-  for (int e = threadIdx.x; e < p.tile.k_steps * K::kM * 32; e += kFewChannelsThreads) {
+  for (int e = threadIdx.x; e < p.tile.k_steps * K::kM * 32; e += kBlockThreads) {
     const int e_lane = e % 32;
     const int m = e / 32 % K::kM;
     const int quad = e / (32 * K::kM) * 4 + e_lane % 4;
     const int tap = quad / p.tile.quads_per_tap;
     const int c0 = (quad - tap * p.tile.quads_per_tap) * kQuad;
-    const int r = tap / p.S;
-    const int s = tap - r * p.S;
+    const int r = tap / p.c.S;
+    const int s = tap - r * p.c.S;
     uint32_t high[4], low[4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = b.own_channel(2 * m + half, e_lane / 4);
+    for (int i_row = 0; i_row < 2; ++i_row) {
+      const int row = b.own_channel(2 * m + i_row, e_lane / 4);
       float v[kQuad];
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
         // Read from where there is something, so that no read waits for another.
-        const bool inside = quad < quads && c0 + i < p.C && b.first_channel + row < p.K;
+        const bool inside = quad < quads && c0 + i < p.c.C && b.first_channel + row < p.c.K;
         const float value = weight(b, inside ? b.first_channel + row : 0, inside ? c0 + i : 0, inside ? r : 0,
                                    inside ? s : 0);
         v[i] = inside ? value : 0.0f;
       }
       if constexpr (K::kFloat) {
-        split(v[0], v[1], b.header().w_scales[row], high[half], low[half]);
-        split(v[2], v[3], b.header().w_scales[row], high[half + 2], low[half + 2]);
+        split(v[0], v[1], b.header().w_scales[row], high[i_row], low[i_row]);
+        split(v[2], v[3], b.header().w_scales[row], high[i_row + 2], low[i_row + 2]);
       } else {
-        high[half] = pack_pair(T(), v[0], v[1]);
-        high[half + 2] = pack_pair(T(), v[2], v[3]);
+        high[i_row] = pack_pair(T(), v[0], v[1]);
+        high[i_row + 2] = pack_pair(T(), v[2], v[3]);
       }
     }
     store_shared(b.weights() + e * 16, make_uint4(high[0], high[1], high[2], high[3]));
     if constexpr (K::kFloat) {
       if (p.split) {
-        store_shared(b.weights() + b.w_plane() + e * 16, make_uint4(low[0], low[1], low[2], low[3]));
+        store_shared(b.weights() + b.w_term() + e * 16, make_uint4(low[0], low[1], low[2], low[3]));
       }
     }
   }
@@ -136,7 +136,7 @@ __device__ __forceinline__ void pack_weights(const Block<K>& b, int quads) {
 
 template <typename K>
 __device__ __forceinline__ void set_up(const Block<K>& b) {
-  const int quads = b.p.R * b.p.S * b.p.tile.quads_per_tap;
+  const int quads = b.p.c.R * b.p.c.S * b.p.tile.quads_per_tap;
   make_tables(b, quads);
   fold_affines(b);
   pack_weights(b, quads);

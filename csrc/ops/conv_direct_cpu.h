@@ -1,4 +1,4 @@
-// How the ops with a convolution in them reach the CPU kernel for first layers, and for which layers they do.
+// How the ops with a convolution in them reach the CPU kernel for first layers.
 #pragma once
 
 #include "kernels/conv/direct_cpu/kernel.h"
@@ -8,38 +8,27 @@ namespace fused_conv_bn {
 
 #if defined(__x86_64__)
 
-// Whether the kernel of conv_direct_cpu.h is to run. oneDNN puts out the result of contiguous tensors in a layout of its own,
-// takes memory as large as the output for it, and reorders: that is what the kernel saves. Its arithmetic is at most as
-// fast as oneDNN's, and it copies its input, so that it wins where a sum has few terms, and an input element many uses.
-// Measured over some hundred random problems, against oneDNN with folded weights: 1.9 times as fast in the median with
-// AVX-512, 1.6 times with AVX2, and up to 20 times where PyTorch has to get new memory for each result; problem 73 four
-// times. Beyond these bounds, 0.6 to 1.2 times.
-inline bool prefers_direct(const PlainConv& c) {
-  if (c.input.dim != 4 || c.input.dtype != ScalarType::Float || c.groups != 1 || c.numel == 0 || !use_v3() ||
-      computes_channels_last(c)) {
-    return false;
-  }
-  const int64_t channels = c.sizes[1];
-  const int64_t taps = c.weight.sizes[2] * c.weight.sizes[3];
-  const int64_t terms = c.input.sizes[1] * taps;
-  const int64_t stride = c.stride[1];
-  const bool few_terms = stride == 1 ? terms <= 75 : stride == 2 && c.dilation[1] == 1 && terms <= 49;
-  const bool many_uses = taps > 1 && channels >= 8 && channels * taps >= 48 * stride;
-  const bool large = c.sizes[3] >= 2 * kDirectLeastColumns && c.numel / channels >= 4096;
-  if (!few_terms || !many_uses || !large) {
-    return false;
-  }
-  // The input rows of one row of the result are to fit into a cache of the second level.
-  const int64_t rows = c.dilation[0] * (c.weight.sizes[2] - 1) + 1;
-  const int64_t columns = c.input.sizes[3] + 2 * c.padding[1];
-  return c.input.sizes[1] * rows * columns * static_cast<int64_t>(sizeof(float)) <= 256 << 10;
+// Of four dimensions.
+inline Conv2d direct_problem(const ConvArguments& c) {
+  Conv2d p{};
+  p.N = c.input.sizes[0], p.C = c.input.sizes[1], p.H = c.input.sizes[2], p.W = c.input.sizes[3];
+  p.K = c.weight.sizes[0], p.R = c.weight.sizes[2], p.S = c.weight.sizes[3];
+  p.P = c.sizes[2], p.Q = c.sizes[3];
+  p.stride_h = c.stride[0], p.stride_w = c.stride[1];
+  p.pad_h = c.padding[0], p.pad_w = c.padding[1];
+  p.dilation_h = c.dilation[0], p.dilation_w = c.dilation[1];
+  p.groups = c.groups;
+  p.element_bytes = static_cast<int>(c.input.tensor->element_size());
+  p.channels_last = computes_channels_last(c);
+  p.has_residual = c.residual.has_value();
+  return p;
 }
 
-inline Tensor convolve_direct(const ConvArguments& c) {
+inline Tensor convolve_direct(const ConvArguments& c, const Conv2d& problem) {
   Copies copies;
   const AffineSource<float> source(affine_tensors(c.affine, c.input.dtype, copies));
   std::vector<float> scale, shift;
-  for (int64_t k = 0; k < c.sizes[1]; ++k) {
+  for (int64_t k = 0; k < problem.K; ++k) {
     const Affine<float> affine = source.pair(static_cast<uint32_t>(k));
     scale.push_back(affine.scale);
     shift.push_back(affine.shift);
@@ -54,42 +43,22 @@ inline Tensor convolve_direct(const ConvArguments& c) {
     copy = torch::stable::contiguous(*x.tensor);
     return copy->data_ptr();
   };
-  const int64_t* w = c.weight.strides;
-  const ConvOperands operands{contiguous_data(c.input, x_copy),
-                              c.weight.tensor->data_ptr(),
-                              w[0],
-                              w[1],
-                              w[2],
-                              w[3],
-                              {},
-                              false,
-                              c.residual.has_value() ? contiguous_data(*c.residual, residual_copy) : nullptr,
-                              y.data_ptr()};
-  const int64_t *x = c.input.sizes, *taps = c.weight.sizes + 2;
-  const Conv2d problem{x[0],
-                       x[1],
-                       x[2],
-                       x[3],
-                       c.sizes[1],
-                       taps[0],
-                       taps[1],
-                       c.sizes[2],
-                       c.sizes[3],
-                       c.stride[0],
-                       c.stride[1],
-                       c.padding[0],
-                       c.padding[1],
-                       c.dilation[0],
-                       c.dilation[1],
-                       c.groups,
-                       sizeof(float),
-                       false,
-                       c.residual.has_value(),
-                       false};
-  launch_conv_direct(problem, operands, scale.data(), shift.data(), c.epilogue, torch::stable::get_num_threads(),
-                     [](int64_t begin, int64_t end, int64_t grain, const auto& body) {
-                       torch::stable::parallel_for(begin, end, grain, body);
-                     });
+  ConvOperands operands{};
+  operands.x = contiguous_data(c.input, x_copy);
+  operands.w = c.weight.tensor->data_ptr();
+  operands.w_stride_k = c.weight.strides[0], operands.w_stride_c = c.weight.strides[1];
+  operands.w_stride_r = c.weight.strides[2], operands.w_stride_s = c.weight.strides[3];
+  operands.residual = c.residual.has_value() ? contiguous_data(*c.residual, residual_copy) : nullptr;
+  operands.y = y.data_ptr();
+  const DirectCall call{.problem = problem,
+                        .operands = operands,
+                        .scale = scale.data(),
+                        .shift = shift.data(),
+                        .epilogue = c.epilogue,
+                        .threads = torch::stable::get_num_threads()};
+  launch_conv_direct(call, [](int64_t begin, int64_t end, int64_t grain, const auto& body) {
+    torch::stable::parallel_for(begin, end, grain, body);
+  });
   return y;
 }
 
@@ -98,8 +67,11 @@ inline Tensor convolve_direct(const ConvArguments& c) {
 // Nothing where PyTorch's convolution is to run.
 inline std::optional<Tensor> direct_convolution([[maybe_unused]] const ConvArguments& c) {
 #if defined(__x86_64__)
-  if (prefers_direct(c)) {
-    return convolve_direct(c);
+  if (c.input.dim == 4) {
+    const Conv2d problem = direct_problem(c);
+    if (prefers_direct(problem, use_v3())) {
+      return convolve_direct(c, problem);
+    }
   }
 #endif
   return std::nullopt;

@@ -1,24 +1,25 @@
 // A float32 convolution of contiguous tensors with few input channels on the CPU, with its epilogue.
 //
-// A thread takes some rows of an image's result at a time. It copies the input rows that these need, with their padding, to
-// a buffer where each tap of the filter is one offset for all pixels of a row. A tile of output channels and pixels is then
-// summed up in registers, from shifted rows and weights, and written once. No memory but the output is as large as it:
-// new pages cost more than the arithmetic.
+// A thread takes some rows of an image's result at a time. It copies the input rows that these need, with their
+// padding, to a buffer where each tap of the filter is one offset for all pixels of a row. A tile of output channels
+// and pixels is then summed up in registers, from shifted rows and weights, and written once. No memory but the output
+// is as large as it: new pages cost more than the arithmetic.
 #pragma once
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "kernels/conv/problem.h"
 #include "kernels/elementwise/scale_shift_cpu.h"
+#include "plan.h"
 
 namespace fused_conv_bn {
 
-// How many pixels a row of the result has at least.
-constexpr int64_t kDirectLeastColumns = 32;
-
 #if defined(__x86_64__)
 
-// Values in a vector, and the output channels and vectors of pixels whose sums, with a few operands, fill the registers.
+// Values in a vector, and the output channels and vectors of pixels whose sums, with a few operands, fill the
+// registers.
 struct DirectV3 {
   static constexpr int kLanes = 8, kChannels = 6, kVectors = 2;
 };
@@ -39,7 +40,8 @@ struct DirectOutput {
 };
 
 // For the output channels k and pixels q of a tile, q from `begin` on:
-// y[k][q] = activation((the sum over taps t of weight[t][k] * x[offset[t] + q]) * scale[k] + shift[k] + residual[k][q]).
+// y[k][q] = activation((the sum over taps t of weight[t][k] * x[offset[t] + q]) * scale[k] + shift[k] +
+// residual[k][q]).
 template <typename Isa, int kVectors>
 FCB_HD void direct_tile(const float* x, const int64_t* offset, int64_t taps, const float* weight,
                         const DirectOutput& out, int64_t begin) {
@@ -136,26 +138,26 @@ inline DirectKernel direct_kernel() {
   return use_v4() ? DirectKernel{DirectV4::kChannels, direct_row_v4} : DirectKernel{DirectV3::kChannels, direct_row_v3};
 }
 
-// The padded input rows that a band of rows of the result needs, channel by channel. Where columns are strided, those of
-// one remainder lie side by side.
+// The padded input rows that a band of rows of the result needs, channel by channel. Where columns are strided, those
+// of one remainder lie side by side.
 struct DirectBuffer {
   int64_t band;   // rows of the result
   int64_t rows;   // of the input, for each channel
-  int64_t group;  // columns of one remainder
+  int64_t phase;  // columns of one remainder
   int64_t pitch;  // of a row
 };
 
 inline DirectBuffer direct_buffer(const Conv2d& p, int64_t threads) {
   constexpr int64_t kBytes = 64 << 10;     // leaves room for weights and results in a cache of the second level
   constexpr int64_t kBandsForAThread = 4;  // at least, so that all threads have their share
-  const int64_t group = ceil_div(p.W + 2 * p.pad_w, p.stride_w);
-  const int64_t pitch = group * p.stride_w;
+  const int64_t phase = ceil_div(p.W + 2 * p.pad_w, p.stride_w);
+  const int64_t pitch = phase * p.stride_w;
   const int64_t taps = (p.R - 1) * p.dilation_h + 1;
   const int64_t rows = kBytes / (p.C * pitch * static_cast<int64_t>(sizeof(float)));
   const int64_t fits = std::max<int64_t>(1, (rows - taps) / p.stride_h + 1);
   const int64_t shared = ceil_div(p.N * p.P, threads * kBandsForAThread);
   const int64_t band = ceil_div(p.P, ceil_div(p.P, std::min(fits, shared)));
-  return {band, (band - 1) * p.stride_h + taps, group, pitch};
+  return {band, (band - 1) * p.stride_h + taps, phase, pitch};
 }
 
 // Fills `to` from an image, from its row `first` on.
@@ -168,39 +170,52 @@ inline void direct_fill(const Conv2d& p, const DirectBuffer& b, const float* ima
       }
       const float* const row = image + (c * p.H + h) * p.W;
       for (int64_t remainder = 0; remainder < p.stride_w; ++remainder) {
-        // Column j of the group is column j * stride_w + lead of the input.
-        float* const group = to + remainder * b.group;
+        // Column j of the phase is column j * stride_w + lead of the input.
+        float* const phase = to + remainder * b.phase;
         const int64_t lead = remainder - p.pad_w;
-        const int64_t begin = std::min(b.group, ceil_div(std::max<int64_t>(0, -lead), p.stride_w));
-        const int64_t end = std::clamp(ceil_div(p.W - lead, p.stride_w), begin, b.group);
-        std::fill(group, group + begin, 0.0f);
+        const int64_t begin = std::min(b.phase, ceil_div(std::max<int64_t>(0, -lead), p.stride_w));
+        const int64_t end = std::clamp(ceil_div(p.W - lead, p.stride_w), begin, b.phase);
+        std::fill(phase, phase + begin, 0.0f);
         if (p.stride_w == 1) {
-          std::copy(row + begin + lead, row + end + lead, group + begin);
+          std::copy(row + begin + lead, row + end + lead, phase + begin);
         } else {
           for (int64_t j = begin; j < end; ++j) {
-            group[j] = row[2 * j + lead];  // a stride that the compiler knows becomes shuffles of vectors
+            phase[j] = row[2 * j + lead];  // a stride that the compiler knows becomes shuffles of vectors
           }
         }
-        std::fill(group + end, group + b.group, 0.0f);
+        std::fill(phase + end, phase + b.phase, 0.0f);
       }
     }
   }
 }
 
-// p.groups is 1, p.stride_w 1 or 2, p.Q at least kDirectLeastColumns. o.affine is not looked at: scale and shift have K values.
-template <typename ParallelFor>
-void launch_conv_direct(const Conv2d& p, const ConvOperands& o, const float* scale, const float* shift,
-                        const Epilogue& epilogue, int64_t threads, const ParallelFor& parallel_for) {
-  const DirectKernel kernel = direct_kernel();
-  const DirectBuffer b = direct_buffer(p, threads);
+// What the kernel is launched for: a problem that prefers_direct() says yes to. operands.affine is not looked at: scale
+// and shift have K values.
+struct DirectCall {
+  const Conv2d& problem;
+  const ConvOperands& operands;
+  const float* scale;
+  const float* shift;
+  const Epilogue& epilogue;
+  int64_t threads;
+};
+
+// Where each tap's row is in the buffer, and the weights tile by tile, tap by tap.
+struct DirectFilter {
+  std::vector<int64_t> offset;
+  std::vector<float> weight;
+};
+
+inline DirectFilter pack_filter(const Conv2d& p, const ConvOperands& o, const DirectKernel& kernel,
+                                const DirectBuffer& b) {
   const int64_t taps = p.C * p.R * p.S;
   std::vector<int64_t> offset(taps);
-  std::vector<float> weight(round_up(p.K, kernel.channels) * taps);  // tile by tile, tap by tap
+  std::vector<float> weight(round_up(p.K, kernel.channels) * taps);
   for (int64_t c = 0, t = 0; c < p.C; ++c) {
     for (int64_t r = 0; r < p.R; ++r) {
       for (int64_t s = 0; s < p.S; ++s, ++t) {
         const int64_t column = s * p.dilation_w;
-        offset[t] = (c * b.rows + r * p.dilation_h) * b.pitch + column % p.stride_w * b.group + column / p.stride_w;
+        offset[t] = (c * b.rows + r * p.dilation_h) * b.pitch + column % p.stride_w * b.phase + column / p.stride_w;
         const float* from = static_cast<const float*>(o.w) + c * o.w_stride_c + r * o.w_stride_r + s * o.w_stride_s;
         for (int64_t k = 0; k < p.K; ++k) {
           weight[(k / kernel.channels * taps + t) * kernel.channels + k % kernel.channels] = from[k * o.w_stride_k];
@@ -208,6 +223,17 @@ void launch_conv_direct(const Conv2d& p, const ConvOperands& o, const float* sca
       }
     }
   }
+  return {std::move(offset), std::move(weight)};
+}
+
+template <typename ParallelFor>
+void launch_conv_direct(const DirectCall& call, const ParallelFor& parallel_for) {
+  const Conv2d& p = call.problem;
+  const ConvOperands& o = call.operands;
+  const DirectKernel kernel = direct_kernel();
+  const DirectBuffer b = direct_buffer(p, call.threads);
+  const DirectFilter filter = pack_filter(p, o, kernel, b);
+  const int64_t taps = p.C * p.R * p.S;
   const auto* const x = static_cast<const float*>(o.x);
   const auto* const residual = static_cast<const float*>(o.residual);
   auto* const y = static_cast<float*>(o.y);
@@ -224,9 +250,15 @@ void launch_conv_direct(const Conv2d& p, const ConvOperands& o, const float* sca
         const float* from = buffer.data() + (row - first) * p.stride_h * b.pitch;
         for (int64_t k = 0; k < p.K; k += kernel.channels) {
           const int64_t to = ((n * p.K + k) * p.P + row) * p.Q;
-          kernel.row(from, offset.data(), taps, &weight[k * taps],
-                     {scale + k, shift + k, residual == nullptr ? nullptr : residual + to, y + to, p.P * p.Q,
-                      std::min(kernel.channels, p.K - k), p.Q, &epilogue});
+          const DirectOutput out{.scale = call.scale + k,
+                                 .shift = call.shift + k,
+                                 .residual = residual == nullptr ? nullptr : residual + to,
+                                 .y = y + to,
+                                 .plane = p.P * p.Q,
+                                 .channels = std::min(kernel.channels, p.K - k),
+                                 .columns = p.Q,
+                                 .epilogue = &call.epilogue};
+          kernel.row(from, filter.offset.data(), taps, &filter.weight[k * taps], out);
         }
       }
     }

@@ -31,4 +31,11 @@ struct FastDiv {
   }
 };
 
+// The quotient; n becomes the remainder.
+FCB_HD uint32_t div_mod(const FastDiv& d, uint32_t& n) {
+  const uint32_t q = d.div(n);
+  n -= q * d.divisor;
+  return q;
+}
+
 }  // namespace fused_conv_bn

@@ -66,10 +66,10 @@ struct DepthwiseWalk {
   __device__ __forceinline__ uint32_t next_image(const DepthwiseParams<T>& p) {
     const uint32_t n = p.image_rows.div(row);
     const int p0 = static_cast<int>(row - n * p.image_rows.divisor);
-    rows = min(static_cast<int>(end - row), p.P - p0);
+    rows = min(static_cast<int>(end - row), p.c.P - p0);
     row += rows;
     left = rows + kBefore;
-    h = p0 * kStride - p.pad_h;
+    h = p0 * kStride - p.c.pad_h;
     return n;
   }
   __device__ __forceinline__ void next_step() {
@@ -77,122 +77,132 @@ struct DepthwiseWalk {
     h += kStride;
   }
   // Whether row i of the step exists and is needed: the last step only finishes an output.
-  __device__ __forceinline__ bool has_row(int i, int H) const {
-    return static_cast<unsigned>(h + i) < static_cast<unsigned>(H) && (i == 0 || left > 1);
-  }
+  __device__ __forceinline__ bool has_row(int i, int H) const { return exists(h + i, H) && (i == 0 || left > 1); }
   __device__ __forceinline__ bool finishes() const { return left <= rows; }
 };
 
-// kBounds: the activation is a bound. gridDim.x: the chunks of channels, so that the blocks which share lines of x run together, of all tiles across the
-// image. gridDim.y: the ranges of rows.
-template <typename T, int R, int kStride, bool kBounds>
-__global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_blocks(R))
-    conv_depthwise_lanes_kernel(const DepthwiseParams<T> p) {
-#if __CUDA_ARCH__ >= 800  // select_plan() leaves older GPUs to PyTorch
-  constexpr int V = kDepthwiseLaneChannels;
-  constexpr int kCols = kDepthwiseCols;
-  constexpr int kIn = (kCols - 1) * kStride + R;
-  constexpr int kSteps = kDepthwiseSteps<R, kStride>;
-  constexpr int kStages = depthwise_stages(kStride);
-  constexpr int kPiece = Vec<T>::kSize;
-  constexpr int kPieces = (kIn * V + kPiece - 1) / kPiece;  // of a row, for a thread, at most
-  constexpr int kBytes = static_cast<int>(sizeof(T));
-  constexpr int kWords = V * kBytes / 4;
-  extern __shared__ uint4 shared[];
-  float2* const affine = reinterpret_cast<float2*>(shared);  // scale and shift of a channel
-  unsigned char* const ring = reinterpret_cast<unsigned char*>(affine + p.channels);
-  const int ring_bytes = kStages * p.stage_bytes;
+// Sizes that all parts of a kernel have in common.
+template <typename T, int R, int kStride>
+struct DepthwiseLaneSizes {
+  static constexpr int V = kDepthwiseLaneChannels;
+  static constexpr int kCols = kDepthwiseCols;
+  static constexpr int kIn = (kCols - 1) * kStride + R;
+  static constexpr int kSteps = kDepthwiseSteps<R, kStride>;
+  static constexpr int kStages = depthwise_stages(kStride);
+  static constexpr int kPiece = Vec<T>::kSize;
+  static constexpr int kPieces = (kIn * V + kPiece - 1) / kPiece;  // of a row, for a thread, at most
+  static constexpr int kBytes = static_cast<int>(sizeof(T));
+  static constexpr int kWords = V * kBytes / 4;
+};
+
+// What a thread computes: the channels of its lane, in its columns.
+struct DepthwiseLane {
+  int q0;             // the block's first column
+  int first_channel;  // of the block
+  int col_thread;
+  int channel;  // the lane's first one, from the block's on
+  bool works;   // else there are no columns for it
+
+  __device__ __forceinline__ int c0() const { return first_channel + channel; }
+  __device__ __forceinline__ int q() const { return q0 + col_thread * kDepthwiseCols; }
+};
+
+template <typename T>
+__device__ __forceinline__ DepthwiseLane find_lane(const DepthwiseParams<T>& p) {
   uint32_t chunk = blockIdx.x;
   const int q0 = static_cast<int>(div_mod(p.chunks, chunk)) * p.tile_cols;
   const int first_channel = static_cast<int>(chunk) * p.channels;
   uint32_t lane = threadIdx.x;
   const int col_thread = static_cast<int>(div_mod(p.lanes, lane));
-  const int lane_channel = static_cast<int>(lane) * V;
-  const int c0 = first_channel + lane_channel;
-  const bool works = col_thread < static_cast<int>(p.col_threads.divisor);
-  const int q = q0 + col_thread * kCols;
-  const int cols = works && c0 < p.C ? p.Q - q : 0;  // that the thread has to compute, or more
-  DepthwiseWalk<R, kStride> walk;
-  walk.row = blockIdx.y * p.range_rows + min(blockIdx.y, p.longer_ranges);
-  walk.end = walk.row + p.range_rows + (blockIdx.y < p.longer_ranges ? 1 : 0);
+  return {q0, first_channel, col_thread, static_cast<int>(lane) * kDepthwiseLaneChannels,
+          col_thread < static_cast<int>(p.col_threads.divisor)};
+}
 
-  // What the thread copies of a row: 16 bytes of channels of every pixel_step-th pixel. Where a pixel does not exist, the
-  // ring has zeros from the start.
-  const int pixel_bytes = p.channels * kBytes;
-  const int row_bytes = p.in_cols * pixel_bytes;
-  const int row_pieces = p.channels / kPiece;
-  const int pixel_step = static_cast<int>(p.col_threads.divisor) * kPiece / V;
-  const int pixel = static_cast<int>(threadIdx.x) / row_pieces;
-  const int piece = (static_cast<int>(threadIdx.x) - pixel * row_pieces) * kPiece;
-  const int w = q0 * kStride - p.pad_w + pixel;
-  const int from_offset = w * p.C + first_channel + piece, from_step = pixel_step * p.C;
-  const int to_offset = pixel * pixel_bytes + piece * kBytes, to_step = pixel_step * pixel_bytes;
+// A thread's copies of inputs into the ring: 16 bytes of channels of every pixel_step-th pixel. They run kStages - 1
+// steps ahead of the sums, into the next image too.
+template <typename T, int R, int kStride>
+struct DepthwiseCopies {
+  using Sizes = DepthwiseLaneSizes<T, R, kStride>;
+
+  const DepthwiseParams<T>& p;
+  DepthwiseWalk<R, kStride> ahead;
+  int row_bytes, ring_bytes;
+  int from_offset, from_step, to_offset, to_step;
   uint32_t copies = 0;  // bit i: piece i is one to copy
+  const T* from_row = nullptr;
+  uint32_t ring_start;
+  uint32_t stage;  // where the next step is copied to; behind that, where the present one is
+
+  // Where a pixel does not exist, the ring has zeros from the start.
+  __device__ __forceinline__ DepthwiseCopies(const DepthwiseParams<T>& params, const DepthwiseLane& lane,
+                                             const DepthwiseWalk<R, kStride>& walk, unsigned char* ring)
+      : p(params), ahead(walk) {
+    ring_bytes = Sizes::kStages * p.stage_bytes;
+    const int pixel_bytes = p.channels * Sizes::kBytes;
+    row_bytes = p.in_cols * pixel_bytes;
+    const int row_pieces = p.channels / Sizes::kPiece;
+    const int pixel_step = static_cast<int>(p.col_threads.divisor) * Sizes::kPiece / Sizes::V;
+    const int pixel = static_cast<int>(threadIdx.x) / row_pieces;
+    const int piece = (static_cast<int>(threadIdx.x) - pixel * row_pieces) * Sizes::kPiece;
+    const int w = lane.q0 * kStride - p.c.pad_w + pixel;
+    from_offset = w * p.c.C + lane.first_channel + piece, from_step = pixel_step * p.c.C;
+    to_offset = pixel * pixel_bytes + piece * Sizes::kBytes, to_step = pixel_step * pixel_bytes;
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    if (works && pixel + i * pixel_step < p.in_cols) {
-      if (static_cast<unsigned>(w + i * pixel_step) < static_cast<unsigned>(p.W) && first_channel + piece < p.C) {
-        copies |= 1u << i;
-      } else {
+    for (int i = 0; i < Sizes::kPieces; ++i) {
+      if (lane.works && pixel + i * pixel_step < p.in_cols) {
+        if (exists(w + i * pixel_step, p.c.W) && lane.first_channel + piece < p.c.C) {
+          copies |= 1u << i;
+        } else {
 #pragma unroll 1
-        for (int to = to_offset + i * to_step; to < ring_bytes; to += row_bytes) {
-          *reinterpret_cast<uint4*>(ring + to) = uint4{0, 0, 0, 0};
+          for (int to = to_offset + i * to_step; to < ring_bytes; to += row_bytes) {
+            *reinterpret_cast<uint4*>(ring + to) = uint4{0, 0, 0, 0};
+          }
         }
       }
     }
+    ring_start = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+    stage = ring_start;
   }
 
-  // Copies run kStages - 1 steps ahead, into the next image too.
-  DepthwiseWalk<R, kStride> ahead = walk;
-  const T* from_row = nullptr;
-  const auto ring_start = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
-  uint32_t stage = ring_start;  // where the next step is copied to; behind that, where the present one is
-  const auto copy_step = [&] {
+  __device__ __forceinline__ void copy_step() {
     if (ahead.left == 0 && ahead.row < ahead.end) {
       const int64_t n = ahead.next_image(p);
-      from_row = p.x + (n * p.H + ahead.h) * p.W * p.C + from_offset;
+      from_row = p.x + (n * p.c.H + ahead.h) * p.c.W * p.c.C + from_offset;
     }
     if (ahead.left > 0) {
 #pragma unroll
       for (int i = 0; i < kStride; ++i) {
-        const bool exists = ahead.has_row(i, p.H);
+        const bool has_row = ahead.has_row(i, p.c.H);
         const T* from = p.x + from_offset;  // of a row that is there
-        if (exists) {
+        if (has_row) {
           from = from_row;
         }
 #pragma unroll
-        for (int k = 0; k < kPieces; ++k) {
+        for (int k = 0; k < Sizes::kPieces; ++k) {
           if (copies & 1u << k) {
-            copy_async(stage + i * row_bytes + to_offset + k * to_step, from + k * from_step, exists);
+            copy_async(stage + i * row_bytes + to_offset + k * to_step, from + k * from_step, has_row);
           }
         }
-        from_row += p.W * p.C;
+        from_row += p.c.W * p.c.C;
       }
       ahead.next_step();
     }
     copy_async_commit();
     stage += p.stage_bytes;
     stage = stage == ring_start + ring_bytes ? ring_start : stage;
-  };
+  }
+};
 
-  // What is above reads parameters alone. From here on all that the block needs first is under way at once: its filters, one
-  // behind the other, scale and shift, and inputs.
-  wait_for_previous();
-  if (p.next_begins) {
-    let_next_begin();
-  }
-  T* const taps = reinterpret_cast<T*>(ring + ring_bytes);
-  const int filters = min(p.channels, p.C - first_channel);
-  const int own_filter = static_cast<int>(threadIdx.x);
-  typename AffineSource<T>::Values values{};  // they arrive while copies are started
-  if (own_filter < filters) {
-    values = p.affine.values(first_channel + own_filter);
-  }
+// The block's filters to shared memory, one behind the other.
+template <typename T, int R>
+__device__ __forceinline__ void start_filters(const DepthwiseParams<T>& p, int first_channel, int filters,
+                                              uint32_t taps_start, T* taps) {
+  constexpr int kPiece = Vec<T>::kSize;
   if (p.dense_filters) {
     const T* const from = p.w + first_channel * (R * R);
 #pragma unroll 1
     for (int i = threadIdx.x * kPiece; i < filters * (R * R); i += blockDim.x * kPiece) {
-      copy_async(ring_start + ring_bytes + i * kBytes, from + i, true);
+      copy_async(taps_start + i * static_cast<int>(sizeof(T)), from + i, true);
     }
   } else {
 #pragma unroll 1
@@ -201,122 +211,171 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
       taps[i] = p.w[(first_channel + k) * p.w_stride_k + tap / R * p.w_stride_r + tap % R * p.w_stride_s];
     }
   }
-#pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) {
-    copy_step();
-  }
-#pragma unroll 1
-  for (int k = own_filter; k < filters; k += blockDim.x) {
-    if (k != own_filter) {
-      values = p.affine.values(first_channel + k);
-    }
-    const Affine<float> of_channel = p.affine.pair_of(values);
-    affine[k] = {of_channel.scale, of_channel.shift};
-  }
+}
 
-  // A lane's taps lie an odd number of words behind the one before, which spreads them over the banks.
-  copy_async_wait_all_but<kStages - 2>();
-  __syncthreads();
-  acc_t<T> weights[R][R][V];
+// A lane's taps lie an odd number of words behind the one before, which spreads them over the banks.
+template <typename T, int R, int V>
+__device__ __forceinline__ void load_taps(const T* taps, acc_t<T> (&weights)[R][R][V]) {
 #pragma unroll
   for (int i = 0; i < R * R; ++i) {
     acc_t<T> two[V];
-    load_lane(taps + lane_channel * (R * R) + i * V, two);
+    load_lane(taps + i * V, two);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const int tap = (i * V + k) % (R * R);
       weights[tap / R][tap % R][(i * V + k) / (R * R)] = two[k];
     }
   }
+}
 
-  // ReLU and ReLU6 bound the results. Rounding keeps the order of numbers, and these bounds as they are, so they may come
-  // behind it, for two channels at a time. Not where a residual is added behind them.
-  const bool residual_last = p.residual != nullptr && p.residual_last;
-  const Activation bound = kBounds && !residual_last ? p.activation : Activation::none;
-  const float least = bound == Activation::none ? -INFINITY : 0.0f, most = bound == Activation::relu6 ? 6.0f : INFINITY;
-  const uint32_t low = pack_word(T(), least, least), high = pack_word(T(), most, most);
+// ReLU and ReLU6 bound the results. Rounding keeps the order of numbers, and these bounds as they are, so they may come
+// behind it, for two channels at a time. Not where a residual is added behind them.
+template <typename T, bool kBounds>
+struct DepthwiseBounds {
+  bool residual_last;
+  uint32_t low, high;
+
+  __device__ __forceinline__ explicit DepthwiseBounds(const DepthwiseParams<T>& p) {
+    residual_last = p.residual != nullptr && p.residual_last;
+    const Activation bound = kBounds && !residual_last ? p.activation : Activation::none;
+    const float least = bound == Activation::none ? -INFINITY : 0.0f;
+    const float most = bound == Activation::relu6 ? 6.0f : INFINITY;
+    low = pack_word(T(), least, least);
+    high = pack_word(T(), most, most);
+  }
+};
+
+// A row of a thread's results. affine: of its channels; to: the first one in y; cols: how many columns exist, or more.
+template <typename T, bool kBounds, int kCols, int V>
+__device__ __forceinline__ void write_lane(const DepthwiseParams<T>& p, const acc_t<T> (&sum)[kCols][V],
+                                           const float2* affine, const DepthwiseBounds<T, kBounds>& bounds, T* to,
+                                           int cols) {
+  constexpr int kWords = V * static_cast<int>(sizeof(T)) / 4;
+  const float4 of_lane = *reinterpret_cast<const float4*>(affine);
+  const Affine<float> of_channel[V] = {{0, of_lane.x, of_lane.y}, {0, of_lane.z, of_lane.w}};
+  acc_t<T> z[kCols * V];
+#pragma unroll
+  for (int k = 0; k < kCols * V; ++k) {
+    z[k] = apply_affine(sum[k / V][k % V], of_channel[k % V]);
+  }
+  const auto add_residual = [&] {
+    const T* from = p.residual + (to - p.y);
+#pragma unroll
+    for (int col = 0; col < kCols; ++col) {
+      if (col < cols) {
+        acc_t<T> residual[V];
+        load_lane(from + col * p.c.C, residual);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          z[col * V + k] += residual[k];
+        }
+      }
+    }
+  };
+  finish_sums(p.residual != nullptr, p.residual_last, add_residual, [&] {
+    if (!kBounds || bounds.residual_last) {
+      activate_all<T, kBounds>(p.activation, p.negative_slope, z);
+    }
+  });
+#pragma unroll
+  for (int col = 0; col < kCols; ++col) {
+    uint32_t words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const float* of_word = z + col * V + i * (V / kWords);
+      words[i] = pack_word(T(), of_word[0], of_word[V / kWords - 1]);
+      if constexpr (kBounds) {
+        words[i] = bound_word<T>(words[i], bounds.low, bounds.high);
+      }
+    }
+    if (col < cols) {
+      store_words(to, words);
+    }
+    to += p.c.C;
+  }
+}
+
+// kBounds: the activation is a bound. gridDim.x: the chunks of channels, so that the blocks which share lines of x run
+// together, of all tiles across the image. gridDim.y: the ranges of rows.
+template <typename T, int R, int kStride, bool kBounds>
+__global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_blocks(R))
+    conv_depthwise_lanes_kernel(const DepthwiseParams<T> p) {
+#if __CUDA_ARCH__ >= 800  // select_plan() leaves older GPUs to PyTorch
+  using Sizes = DepthwiseLaneSizes<T, R, kStride>;
+  constexpr int V = Sizes::V, kCols = Sizes::kCols, kIn = Sizes::kIn, kSteps = Sizes::kSteps;
+  extern __shared__ uint4 shared[];
+  float2* const affine = reinterpret_cast<float2*>(shared);  // scale and shift of a channel
+  unsigned char* const ring = reinterpret_cast<unsigned char*>(affine + p.channels);
+  const DepthwiseLane lane = find_lane(p);
+  const int cols = lane.works && lane.c0() < p.c.C ? p.c.Q - lane.q() : 0;  // that the thread has to compute, or more
+  DepthwiseWalk<R, kStride> walk;
+  walk.row = blockIdx.y * p.range_rows + min(blockIdx.y, p.longer_ranges);
+  walk.end = walk.row + p.range_rows + (blockIdx.y < p.longer_ranges ? 1 : 0);
+  DepthwiseCopies<T, R, kStride> copies(p, lane, walk, ring);
+
+  // What is above reads parameters alone. From here on all that the block needs first is under way at once: its
+  // filters, one behind the other, scale and shift, and inputs.
+  wait_for_previous();
+  if (p.next_begins) {
+    let_next_begin();
+  }
+  T* const taps = reinterpret_cast<T*>(ring + copies.ring_bytes);
+  const int filters = min(p.channels, p.c.C - lane.first_channel);
+  const int own_filter = static_cast<int>(threadIdx.x);
+  typename AffineSource<T>::Values values{};  // they arrive while copies are started
+  if (own_filter < filters) {
+    values = p.affine.values(lane.first_channel + own_filter);
+  }
+  start_filters<T, R>(p, lane.first_channel, filters, copies.ring_start + copies.ring_bytes, taps);
+#pragma unroll 1
+  for (int i = 0; i < Sizes::kStages - 1; ++i) {
+    copies.copy_step();
+  }
+#pragma unroll 1
+  for (int k = own_filter; k < filters; k += blockDim.x) {
+    if (k != own_filter) {
+      values = p.affine.values(lane.first_channel + k);
+    }
+    const Affine<float> of_channel = p.affine.pair_of(values);
+    affine[k] = {of_channel.scale, of_channel.shift};
+  }
+  copy_async_wait_all_but<Sizes::kStages - 2>();
+  __syncthreads();
+  acc_t<T> weights[R][R][V];
+  load_taps<T, R, V>(taps + lane.channel * (R * R), weights);
+  const DepthwiseBounds<T, kBounds> bounds(p);
 
   acc_t<T> sums[kSteps - 1][kCols][V];  // its first values are not used
 #pragma unroll
   for (int i = 0; i < (kSteps - 1) * kCols * V; ++i) {
     sums[i / (kCols * V)][i / V % kCols][i % V] = 0;
   }
-  const int in_offset = (col_thread * kCols * kStride * p.channels + lane_channel) * kBytes;
-  T* out = p.y + (static_cast<int64_t>(walk.row) * p.Q + q) * p.C + c0;
+  const int in_offset = (lane.col_thread * kCols * kStride * p.channels + lane.channel) * Sizes::kBytes;
+  T* out = p.y + (static_cast<int64_t>(walk.row) * p.c.Q + lane.q()) * p.c.C + lane.c0();
 #pragma unroll 1
   while (walk.left > 0 || walk.row < walk.end) {
     if (walk.left == 0) {
       walk.next_image(p);
     }
-    copy_async_wait_all_but<kStages - 2>();
+    copy_async_wait_all_but<Sizes::kStages - 2>();
     __syncthreads();
-    copy_step();
+    copies.copy_step();
     if (cols > 0) {
       step_down<R, kStride, kCols, V>(
           weights, sums,
           [&](int i, acc_t<T>(&in)[kIn][V]) {
-            const unsigned char* from = ring + (stage - ring_start) + i * row_bytes + in_offset;
+            const unsigned char* from = ring + (copies.stage - copies.ring_start) + i * copies.row_bytes + in_offset;
 #pragma unroll
             for (int col = 0; col < kIn; ++col) {
               load_lane(reinterpret_cast<const T*>(from), in[col]);
-              from += pixel_bytes;
+              from += p.channels * Sizes::kBytes;
             }
           },
           [&](const acc_t<T>(&sum)[kCols][V]) {
-            if (!walk.finishes()) {
-              return;
+            if (walk.finishes()) {
+              write_lane<T, kBounds>(p, sum, affine + lane.channel, bounds, out, cols);
+              out += p.c.Q * p.c.C;
             }
-            const float4 of_lane = *reinterpret_cast<const float4*>(affine + lane_channel);
-            const Affine<float> of_channel[V] = {{0, of_lane.x, of_lane.y}, {0, of_lane.z, of_lane.w}};
-            acc_t<T> z[kCols * V];
-#pragma unroll
-            for (int k = 0; k < kCols * V; ++k) {
-              z[k] = apply_affine(sum[k / V][k % V], of_channel[k % V]);
-            }
-            const auto add_residual = [&] {
-              const T* from = p.residual + (out - p.y);
-#pragma unroll
-              for (int col = 0; col < kCols; ++col) {
-                if (col < cols) {
-                  acc_t<T> residual[V];
-                  load_lane(from + col * p.C, residual);
-#pragma unroll
-                  for (int k = 0; k < V; ++k) {
-                    z[col * V + k] += residual[k];
-                  }
-                }
-              }
-            };
-            if (p.residual != nullptr && !residual_last) {
-              add_residual();
-            }
-            if constexpr (!kBounds) {
-              activate_all<T, false>(p.activation, p.negative_slope, z);
-            }
-            if (residual_last) [[unlikely]] {
-              if constexpr (kBounds) {
-                activate_all<T, true>(p.activation, p.negative_slope, z);
-              }
-              add_residual();
-            }
-            T* to = out;
-#pragma unroll
-            for (int col = 0; col < kCols; ++col) {
-              uint32_t words[kWords];
-#pragma unroll
-              for (int i = 0; i < kWords; ++i) {
-                const float* of_word = z + col * V + i * (V / kWords);
-                words[i] = pack_word(T(), of_word[0], of_word[V / kWords - 1]);
-                if constexpr (kBounds) {
-                  words[i] = bound_word<T>(words[i], low, high);
-                }
-              }
-              if (col < cols) {
-                store_words(to, words);
-              }
-              to += p.C;
-            }
-            out += p.Q * p.C;
           },
           walk.left == 1);
     }

@@ -8,6 +8,7 @@
 #include "kernels/common/epilogue.h"
 #include "kernels/common/fast_div.h"
 #include "kernels/common/vec.cuh"
+#include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/conv/problem.h"
 #include "kernels/elementwise/memory_format.h"
 #include "kernels/ptx/launch.cuh"
@@ -24,8 +25,7 @@ struct DepthwiseParams {
   AffineSource<T> affine;
   int64_t w_stride_k, w_stride_r, w_stride_s;
   bool dense_filters;  // one behind the other, and aligned for vectors
-  int C, H, W, P, Q;
-  int pad_h, pad_w;
+  Extents c;
   Activation activation;
   bool residual_last;
   acc_t<T> negative_slope;
@@ -36,7 +36,7 @@ struct DepthwiseParams {
   int rows, tile_rows;
   int planes, all_planes;
   uint32_t tiles;
-  FastDiv tile_groups;
+  FastDiv row_threads;
   FastDiv tiles_p;
   FastDiv all_channels;
   // channels_last; range i has range_rows rows of all images, one more if i < longer_ranges
@@ -47,13 +47,6 @@ struct DepthwiseParams {
   FastDiv chunks;
   FastDiv image_rows;
 };
-
-// The quotient; n becomes the remainder.
-__device__ __forceinline__ uint32_t div_mod(const FastDiv& d, uint32_t& n) {
-  const uint32_t q = d.div(n);
-  n -= q * d.divisor;
-  return q;
-}
 
 // The filter of channel c, as the thread's channel k.
 template <typename T, int R, int V>
@@ -92,8 +85,8 @@ __device__ __forceinline__ void add_row(const Acc (&in)[kIn][V], const Acc (&w)[
   }
 }
 
-// One step. load(i, in): input row i of the step; finish(sum): a row of outputs. The last step only finishes one, which takes
-// its first row. The sums move on by one as they grow, in an order that needs no copies.
+// One step. load(i, in): input row i of the step; finish(sum): a row of outputs. The last step only finishes one, which
+// takes its first row. The sums move on by one as they grow, in an order that needs no copies.
 template <int R, int kStride, int kCols, int V, typename Acc, typename Load, typename Finish>
 __device__ __forceinline__ void step_down(const Acc (&w)[R][R][V],
                                           Acc (&sums)[kDepthwiseSteps<R, kStride> - 1][kCols][V], Load load,

@@ -31,15 +31,8 @@ DepthwiseParams<T> make_depthwise_params(const Conv2d& c, const ConvOperands& op
   p.w_stride_k = operands.w_stride_k;
   p.w_stride_r = operands.w_stride_r;
   p.w_stride_s = operands.w_stride_s;
-  p.dense_filters = p.w_stride_s == 1 && p.w_stride_r == c.S && p.w_stride_k == c.R * c.S &&
-                    reinterpret_cast<uintptr_t>(operands.w) % kVecBytes == 0;
-  p.C = static_cast<int>(c.C);
-  p.H = static_cast<int>(c.H);
-  p.W = static_cast<int>(c.W);
-  p.P = static_cast<int>(c.P);
-  p.Q = static_cast<int>(c.Q);
-  p.pad_h = static_cast<int>(c.pad_h);
-  p.pad_w = static_cast<int>(c.pad_w);
+  p.dense_filters = p.w_stride_s == 1 && p.w_stride_r == c.S && p.w_stride_k == c.R * c.S && is_aligned(p.w);
+  p.c = narrow(c);
   p.activation = epilogue.activation;
   p.residual_last = epilogue.residual_last;
   p.negative_slope = static_cast<acc_t<T>>(epilogue.negative_slope);
@@ -58,7 +51,7 @@ DepthwiseParams<T> make_depthwise_params(const Conv2d& c, const ConvOperands& op
     p.planes = plan.planes;
     p.all_planes = static_cast<int>(c.N * c.C);
     p.tiles = static_cast<uint32_t>(plan.tiles);
-    p.tile_groups = FastDiv(static_cast<uint32_t>(plan.groups));
+    p.row_threads = FastDiv(static_cast<uint32_t>(plan.row_threads));
     p.tiles_p = FastDiv(static_cast<uint32_t>(plan.tiles_p));
     p.all_channels = FastDiv(static_cast<uint32_t>(c.C));
   }
@@ -90,6 +83,28 @@ cudaError_t dispatch_depthwise(const Conv2d& c, bool bounds, F&& f) {
   return cudaErrorInvalidValue;
 }
 
+// The rows of all images, cut into ranges for the blocks below one another. Returns the shared memory of a block.
+template <typename T>
+int cut_into_ranges(const Conv2d& c, const DepthwisePlan& plan, const GpuTraits& gpu, int64_t most_blocks,
+                    DepthwiseParams<T>& p, dim3& grid) {
+  const int64_t columns = int64_t{plan.tiles_q} * plan.chunks;
+  const int64_t rows = c.N * c.P;
+  const int64_t ranges = depthwise_ranges(c, plan, most_blocks);
+  p.range_rows = static_cast<uint32_t>(rows / ranges);
+  p.longer_ranges = static_cast<uint32_t>(rows % ranges);
+  grid = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(ranges));
+  // The next kernel's blocks come where there is room. So that those of a next one like this do not crowd on some of
+  // the multiprocessors, none has room for more than its share: 384 channels of 14x14 took 10.5 us without this, 7.3
+  // with it, 7.7 where none come. Blocks of many rows gain nothing, and lose up to 1%.
+  constexpr uint32_t kMostRows = 16;
+  const int64_t share = ceil_div(columns * ranges, gpu.multiprocessors);
+  if (launches_dependents() && share > 1 && p.range_rows <= kMostRows) {
+    p.next_begins = true;
+    return std::max(plan.shared_bytes, depthwise_bytes_of_share(share));
+  }
+  return plan.shared_bytes;
+}
+
 template <typename T>
 cudaError_t Depthwise::launch(const ConvCall& call, cudaStream_t stream) const {
   const auto& [c, operands, gpu, epilogue] = call;
@@ -112,21 +127,7 @@ cudaError_t Depthwise::launch(const ConvCall& call, cudaStream_t stream) const {
     dim3 grid;
     int shared_bytes = plan.shared_bytes;
     if (c.channels_last) {
-      const int64_t columns = int64_t{plan.tiles_q} * plan.chunks;
-      const int64_t rows = c.N * c.P;
-      const int64_t ranges = depthwise_ranges(c, plan, most);
-      p.range_rows = static_cast<uint32_t>(rows / ranges);
-      p.longer_ranges = static_cast<uint32_t>(rows % ranges);
-      grid = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(ranges));
-      // The next kernel's blocks come where there is room. So that those of a next one like this do not crowd on some of the
-      // multiprocessors, none has room for more than its share: 384 channels of 14x14 took 10.5 us without this, 7.3 with it,
-      // 7.7 where none come. Blocks of many rows gain nothing, and lose up to 1%.
-      constexpr uint32_t kMostRows = 16;
-      const int64_t share = ceil_div(columns * ranges, gpu.multiprocessors);
-      if (launches_dependents() && share > 1 && p.range_rows <= kMostRows) {
-        p.next_begins = true;
-        shared_bytes = std::max(shared_bytes, depthwise_bytes_of_share(share));
-      }
+      shared_bytes = cut_into_ranges(c, plan, gpu, most, p, grid);
     } else {  // the tiles are shared out evenly to no more blocks than run at a time
       grid = dim3(static_cast<unsigned>(ceil_div(plan.tiles, ceil_div(plan.tiles, most))));
     }

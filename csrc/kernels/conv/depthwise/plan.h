@@ -34,7 +34,7 @@ constexpr int depthwise_lane_blocks(int r) { return r == 3 ? 4 : 3; }
 constexpr int depthwise_stages(int stride) { return stride == 1 ? 4 : 3; }
 
 // Contiguous: a block computes tiles of `planes` planes, tile_rows rows of each in full width. Its threads walk down
-// `rows` rows each; `groups` of them lie below one another.
+// `rows` rows each; row_threads of them lie below one another.
 //
 // channels_last: a block computes `channels` channels of tile_cols columns, and walks down a range of at least
 // tile_rows rows: a launch cuts the rows of all images, one after the other, into as many even ranges as run at a time.
@@ -47,7 +47,7 @@ struct DepthwisePlan {
   int shared_bytes;
   int tile_rows;
   // contiguous
-  int rows, groups, planes;
+  int rows, row_threads, planes;
   int in_rows;
   int tiles_p;  // tiles of a plane
   int64_t tiles;
@@ -75,17 +75,18 @@ inline int64_t depthwise_ranges(const Conv2d& c, const DepthwisePlan& p, int64_t
   return std::clamp<int64_t>(std::min(blocks / (int64_t{p.tiles_q} * p.chunks), c.N * c.P / p.tile_rows), 1, kMost);
 }
 
-// Shared memory that a block asks for so that no more than so many find room on a multiprocessor of compute capability 9.0,
-// the only one where kernels begin early.
+// Shared memory that a block asks for so that no more than so many find room on a multiprocessor of compute capability
+// 9.0, the only one where kernels begin early.
 inline int depthwise_bytes_of_share(int64_t blocks) {
   constexpr int64_t kAll = 228 * 1024, kReserved = 1024, kUnit = 128;  // of a multiprocessor; of a block, by the system
   return static_cast<int>(std::min<int64_t>(kDepthwiseMaxSharedBytes, (kAll / blocks - kReserved) / kUnit * kUnit));
 }
 
-// How long a channels_last plan takes, in steps of a warp. All warps of a multiprocessor take their turns; a block takes two
-// steps' time to begin, and waits for four turns at each step. Inputs that tiles share are copied by each. Pieces of pixels
-// move more slowly where they are not whole lines. Of all plans for 29 layers (3x3 and 5x5, 16 bits and float32, batches of
-// 8 and 64), measured on an H200, this finds one that takes 1.03 times the fastest one's time in the mean, 1.16 at worst.
+// How long a channels_last plan takes, in steps of a warp. All warps of a multiprocessor take their turns; a block
+// takes two steps' time to begin, and waits for four turns at each step. Inputs that tiles share are copied by each.
+// Pieces of pixels move more slowly where they are not whole lines. Of all plans for 29 layers (3x3 and 5x5, 16 bits
+// and float32, batches of 8 and 64), measured on an H200, this finds one that takes 1.03 times the fastest one's time
+// in the mean, 1.16 at worst.
 inline int64_t channels_last_cost(const Conv2d& c, const DepthwisePlan& p, int multiprocessors) {
   constexpr int kLineBytes = 128, kStartSteps = 2, kWaitTurns = 4;
   constexpr int64_t kSharedBytes = 220 * 1024;  // of a multiprocessor
@@ -153,14 +154,14 @@ inline DepthwisePlan plan_channels_last(const Conv2d& c, int multiprocessors) {
 inline void finish_contiguous(const Conv2d& c, DepthwisePlan& p) {
   const int row_bytes = static_cast<int>(c.W) * c.element_bytes;
   const int out_row_bytes = static_cast<int>(c.Q) * c.element_bytes;
-  p.tile_rows = p.rows * p.groups;
+  p.tile_rows = p.rows * p.row_threads;
   p.in_rows = p.planes > 1 ? p.planes * static_cast<int>(c.H)
                            : std::min(static_cast<int>(c.H),
                                       inputs_of(p.tile_rows, static_cast<int>(c.stride_h), static_cast<int>(c.R)));
   p.tiles_p = static_cast<int>(ceil_div(c.P, p.tile_rows));
   p.tiles = ceil_div(c.N * c.C, p.planes) * p.tiles_p;
   p.threads = static_cast<int>(
-      std::min<int64_t>(ceil_div(int64_t{p.col_threads} * p.groups * p.planes, 32) * 32, kDepthwiseThreads));
+      std::min<int64_t>(ceil_div(int64_t{p.col_threads} * p.row_threads * p.planes, 32) * 32, kDepthwiseThreads));
   // Each buffer begins with the phase of its tensor in 16 bytes.
   const auto buffer = [](int64_t bytes) { return static_cast<int>(ceil_div(bytes, 16) * 16 + 16); };
   const int64_t out_rows = p.planes > 1 ? p.planes * c.P : p.tile_rows;
@@ -176,18 +177,18 @@ inline DepthwisePlan plan_contiguous(const Conv2d& c, int multiprocessors) {
   p.col_threads = static_cast<int>(ceil_div(c.Q, kDepthwiseCols));
   p.rows = depthwise_rows(c);
   // Wide images: fewer rows at a time, so that they fit.
-  for (p.groups = 1, finish_contiguous(c, p); p.shared_bytes > kDepthwiseSharedBytes && p.rows > 1;) {
+  for (p.row_threads = 1, finish_contiguous(c, p); p.shared_bytes > kDepthwiseSharedBytes && p.rows > 1;) {
     p.rows = (p.rows + 1) / 2;
     finish_contiguous(c, p);
   }
-  const int64_t all_groups = ceil_div(c.P, p.rows);
+  const int64_t all_row_threads = ceil_div(c.P, p.rows);
   // Doubles the size while the tile stays small enough; a warp has work first, then every multiprocessor.
   const auto grow = [&](int& size, int64_t most) {
     while (size < most) {
       const int before = size;
       size = static_cast<int>(std::min<int64_t>(2 * size, most));
       finish_contiguous(c, p);
-      const int used = p.col_threads * p.groups * p.planes;
+      const int used = p.col_threads * p.row_threads * p.planes;
       if (used > kDepthwiseThreads || p.shared_bytes > kDepthwiseSharedBytes / 2 ||
           (used > 32 && p.tiles < 4 * multiprocessors)) {
         size = before;
@@ -195,9 +196,9 @@ inline DepthwisePlan plan_contiguous(const Conv2d& c, int multiprocessors) {
       }
     }
   };
-  grow(p.groups, all_groups);
-  p.groups = even_piece(all_groups, p.groups);
-  if (p.groups == all_groups) {  // whole planes, which lie one behind the other
+  grow(p.row_threads, all_row_threads);
+  p.row_threads = even_piece(all_row_threads, p.row_threads);
+  if (p.row_threads == all_row_threads) {  // whole planes, which lie one behind the other
     grow(p.planes, std::min<int64_t>(c.N * c.C, kDepthwiseThreads));
   }
   finish_contiguous(c, p);

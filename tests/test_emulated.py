@@ -113,10 +113,17 @@ def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return "cpu"
 
 
-@pytest.fixture(params=CONV_STATISTICS)
+TRAIN_WAYS = [
+    *(("stem_sm90", statistics) for statistics in CONV_STATISTICS),
+    *((a, "from_output") for a in ("stem_sm80", "depthwise")),
+]
+
+
+@pytest.fixture(params=TRAIN_WAYS, ids="-".join)
 def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
-    function = functools.partial(emulated.conv_bn_scale_train, statistics=request.param)
+    algorithm, statistics = request.param
+    function = functools.partial(emulated.conv_bn_scale_train, algorithm=algorithm, statistics=statistics)
     monkeypatch.setattr(fcb, "conv_bn_scale_train", function)
     return "cpu"
 
@@ -126,7 +133,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
     for name in ("scale_shift", "bn_scale_train"):
         monkeypatch.setattr(fcb, name, getattr(emulated, name))
-    function = functools.partial(emulated.conv_bn_scale_train, statistics="from_input")
+    function = functools.partial(emulated.conv_bn_scale_train, algorithm="stem_sm90", statistics="from_input")
     monkeypatch.setattr(fcb, "conv_bn_scale_train", function)
     return "cpu"
 
@@ -167,6 +174,31 @@ def test_elementwise(shape, layout, dtype, capability, generator):
             norm = np.sqrt((truth**2).sum()) or 1
             bound *= max(1, float(np.sqrt((sizes**2).sum()) / norm))
         assert got <= bound, (i, kwargs["activation"], got, eagers_error)
+
+
+# What each way takes: statistics, their merge and the convolution; two merges for sums over the input, of pairs of taps and of
+# channels; a pass in place behind a convolution that gathers nothing.
+TRAIN_LAUNCHES = dict(zip(TRAIN_WAYS, (3, 4, 4, 4), strict=True))
+
+
+@pytest.mark.parametrize("way", TRAIN_WAYS, ids="-".join)
+def test_training_launches_its_own_passes_alone(way, generator):
+    """Whatever the epilogue is, and whatever is missing."""
+    algorithm, statistics = way
+    channels, groups = (12, 12) if algorithm == "depthwise" else (4, 1)
+    x = torch.randn(2, channels, 9, 8, generator=generator)
+    w = torch.randn(12, channels // groups, 3, 3, generator=generator)
+    bn = random_bn(12, torch.float32, "cpu", generator)
+    for given in (bn, (None,) * 4):
+        for activation, residual in (("none", "none"), ("silu", "first"), ("relu", "last")):
+            kwargs = epilogue_of(torch.randn(2, 12, 7, 6, generator=generator), activation, residual, generator)
+            tensors = [None if t is None else t.clone() for t in given]
+            emulated.conv_bn_scale_train(
+                x, w, None, *tensors, groups=groups, **kwargs, algorithm=algorithm, statistics=statistics
+            )
+            assert emulated.launches() == TRAIN_LAUNCHES[way]
+            emulated.bn_scale_train(torch.randn(2, 12, 7, 6, generator=generator), *tensors)
+            assert emulated.launches() == 3
 
 
 # ---- GPUs other than the H200 ------------------------------------------------------------------------------------------

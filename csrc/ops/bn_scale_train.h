@@ -29,6 +29,12 @@ Tensor apply_bn_scale_train(const char* op, const Operand& x, const TrainOperand
   return e.output;
 }
 
+// What a sequence of kernels passes its results through, for each launch of it.
+inline Tensor make_workspace(int64_t doubles, const Device& device) {
+  const int64_t stride = 1;
+  return empty_strided(1, &doubles, &stride, ScalarType::Double, device);
+}
+
 using Stats = std::tuple<Tensor, Tensor, Tensor>;
 using FunctionalStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -96,10 +102,5 @@ struct BnScaleTrain {
     return apply_bn_scale_train<kRun>(op, x, bn, saves ? &*saved : nullptr, residual, epilogue, nullptr);
   }
 };
-
-// The affines of a convolution's channels whose moments a kernel has gathered, [count][channels], and their running
-// statistics. affines: centers, then scales, then shifts. dtype: of the input; not float64.
-void finish_bn_cuda(const char* op, const TrainParams& params, ScalarType dtype, const Device& device,
-                    const Moments* moments, int64_t count, int64_t channels, float* affines);
 
 }  // namespace fused_conv_bn

@@ -1,6 +1,6 @@
 // bn_scale_train on the CPU: the statistics, then the elementwise kernel.
 #include "bn_scale_train.h"
-#include "kernels/batch_norm/stats_cpu.h"
+#include "kernels/batch_norm/train_cpu.h"
 
 namespace fused_conv_bn {
 

@@ -1,6 +1,6 @@
-// bn_scale_train on CUDA: the statistics, their merge, then the elementwise kernel.
+// bn_scale_train on CUDA (kernels/batch_norm/train.cuh).
 #include "bn_scale_train.h"
-#include "bn_stats_cuda.h"
+#include "kernels/batch_norm/train.cuh"
 
 namespace fused_conv_bn {
 
@@ -10,20 +10,10 @@ void run_bn_scale_train_cuda(const char* op, const Elementwise& e, ScalarType dt
   dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* x = static_cast<const T*>(e.input);
-    const StatsPlan plan = plan_stats<T>(x, e.shape, multiprocessors(e.device.index));
-    const StatsWorkspace w = make_stats_workspace(plan.partials(e.shape), e.shape.channels, kElement<T>, e.device);
-    cuda.check_launch(op, launch_bn_stats(x, e.shape, plan, w.partials, cuda.stream()));
-    cuda.check_launch(op, launch_bn_finish(params, w.partials, plan.splits, plan.inner, w.affines, cuda.stream()));
-    run_elementwise_cuda(op, e, dtype, affine_of_buffer<T>(w.affines.data, e.shape.channels), epilogue);
-  });
-}
-
-void finish_bn_cuda(const char* op, const TrainParams& params, ScalarType dtype, const Device& device,
-                    const Moments* moments, int64_t count, int64_t channels, float* affines) {
-  const CudaScope cuda(device);
-  dispatch_dtype(dtype, [&](auto tag) {
-    const AffineBuffer buffer{affines, static_cast<uint32_t>(channels), kElement<typename decltype(tag)::type>};
-    cuda.check_launch(op, launch_bn_finish(params, moments, count, 1, buffer, cuda.stream()));
+    const auto plan = BnTrainPlan<T>::make(x, e.shape, multiprocessors(e.device.index));
+    const Tensor workspace = make_workspace(plan.workspace(), e.device);
+    cuda.check_launch(op, plan.launch(x, static_cast<const T*>(e.residual), static_cast<T*>(e.output.data_ptr()),
+                                      params, epilogue, static_cast<double*>(workspace.data_ptr()), cuda.stream()));
   });
 }
 

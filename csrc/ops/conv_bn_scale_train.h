@@ -6,6 +6,19 @@
 
 namespace fused_conv_bn {
 
+// What follows PyTorch's convolution: in place, or in a dense copy where its result is not dense. (Eager's conv1d keeps a permuted
+// weight's layout, and its BatchNorm does not.)
+template <RunBnScaleTrain* kRun>
+Tensor normalise_convolution(const char* op, const Tensor& y, const TrainOperands& bn, const SavedStatistics* saved,
+                             const OptionalOperand& residual, const Epilogue& epilogue) {
+  const Operand written("output", y);
+  const bool channels_last = computes_channels_last(written);
+  const bool dense = has_strides(written, dense_strides(written, channels_last));
+  const Tensor target = dense ? y : torch::stable::contiguous(y, memory_format(written.dim, channels_last));
+  const Operand result("output", target);
+  return apply_bn_scale_train<kRun>(op, result, bn, saved, residual, epilogue, &result);
+}
+
 // Kernel::run(op, PlainConv, TrainOperands, SavedStatistics*, residual, Epilogue, allow_tf32) computes.
 template <typename Kernel>
 struct ConvBnScaleTrain {

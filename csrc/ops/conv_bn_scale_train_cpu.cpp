@@ -10,8 +10,7 @@ struct CpuKernel {
                     const OptionalOperand& residual, const Epilogue& epilogue, bool) {
     const std::optional<Tensor> direct = direct_convolution({c, {}, std::nullopt, {}});
     const Tensor y = direct.has_value() ? *direct : plain_convolution(c);
-    const Operand result("output", y);
-    return apply_bn_scale_train<run_bn_scale_train_cpu>(op, result, bn, saved, residual, epilogue, &result);
+    return normalise_convolution<run_bn_scale_train_cpu>(op, y, bn, saved, residual, epilogue);
   }
 };
 

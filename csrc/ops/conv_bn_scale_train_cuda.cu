@@ -1,10 +1,8 @@
-// conv_bn_scale_train on CUDA, by the algorithm that conv_scale_shift would choose. With an algorithm that gathers moments
-// the statistics come first, from
-// sums over the input, or from a pass that computes the convolution and writes nothing; then comes the convolution with
-// the affine that they make. With the others the convolution is written, its statistics read, and then there is
-// one pass in place.
+// conv_bn_scale_train on CUDA, by the algorithm that conv_scale_shift would choose (kernels/conv/train.cuh). Behind PyTorch's
+// convolution its statistics are read, and then there is one pass in place.
 #include "conv_bn_scale_train.h"
 #include "conv_cuda.h"
+#include "kernels/conv/train.cuh"
 
 namespace fused_conv_bn {
 namespace {
@@ -13,56 +11,29 @@ struct CudaKernel {
   static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, const SavedStatistics* saved,
                     const OptionalOperand& residual, const Epilogue& epilogue, bool allow_tf32) {
     const CudaConvChoice choice = choose_conv_cuda(op, c, residual.has_value(), true, allow_tf32);
-    return std::visit(
-        [&]<typename Plan>(const Plan& plan) {
-          if constexpr (Plan::kGathersMoments) {
-            return statistics_first(op, c, bn, saved, residual, epilogue, choice, plan);
-          } else {
-            const Tensor y = run_conv_cuda(op, {c, {}, std::nullopt, {}}, choice);
-            const Operand result("output", y);
-            return apply_bn_scale_train<run_bn_scale_train_cuda>(op, result, bn, saved, residual, epilogue, &result);
-          }
-        },
-        choice.choice.plan);
+    if (std::holds_alternative<Aten>(choice.choice.plan)) {
+      return normalise_convolution<run_bn_scale_train_cuda>(op, plain_convolution(c), bn, saved, residual, epilogue);
+    }
+    return run_plan(op, c, bn, saved, residual, epilogue, choice);
   }
 
-  template <typename Plan>
-  static Tensor statistics_first(const char* op, const PlainConv& c, const TrainOperands& bn,
-                                 const SavedStatistics* saved, const OptionalOperand& residual,
-                                 const Epilogue& epilogue, const CudaConvChoice& choice, const Plan& plan) {
+  // An algorithm of this package.
+  static Tensor run_plan(const char* op, const PlainConv& c, const TrainOperands& bn, const SavedStatistics* saved,
+                         const OptionalOperand& residual, const Epilogue& epilogue, const CudaConvChoice& choice) {
     const CudaScope cuda(c.input.device);
     const Conv2d& problem = choice.problem;
-    const bool from_input = choice.choice.statistics == ConvStatistics::from_input;
-    const PatchPlan sums = from_input ? plan_patches(problem, choice.gpu) : PatchPlan{};
-    const int64_t partials = from_input ? 0 : plan.partials(problem, choice.gpu);
-    // The affines, then sums or moments.
-    constexpr auto kDoubles = static_cast<int64_t>(sizeof(Moments) / sizeof(double));
-    const int64_t affine_doubles = 2 * problem.K, stride = 1;
-    const int64_t doubles = affine_doubles + (from_input ? patches_workspace(sums) : partials * problem.K * kDoubles);
-    const Tensor memory = empty_strided(1, &doubles, &stride, ScalarType::Double, c.input.device);
-    auto* const affines = static_cast<float*>(memory.data_ptr());
-    auto* const workspace = static_cast<double*>(memory.data_ptr()) + affine_doubles;
-    auto* const moments = reinterpret_cast<Moments*>(workspace);
-    KernelConv conv(c, plan.requirements(problem));
-    const TrainParams params = train_params(bn, saved, true);
+    KernelConv conv(c, std::visit([&](const auto& plan) { return plan.requirements(problem); }, choice.choice.plan));
     dispatch_dtype(c.input.dtype, [&]<typename T>(TypeTag<T>) {
-      if constexpr (sizeof(T) <= 4) {
-        if (from_input) {
-          const AffineBuffer buffer{affines, static_cast<uint32_t>(problem.K), kElement<T>};
-          cuda.check_launch(
-              op, launch_conv_patches<T>(problem, conv.operands, sums, workspace, params, buffer, cuda.stream()));
-        } else {
-          const ConvCall call{problem, conv.operands, choice.gpu, Epilogue{}};
-          cuda.check_launch(op, plan.template launch_moments<T>(call, moments, cuda.stream()));
-          finish_bn_cuda(op, params, c.input.dtype, c.input.device, moments, partials, problem.K, affines);
-        }
-        conv.operands.affine.mean = affines;
-        conv.operands.affine.weight = affines + problem.K;
-        conv.operands.affine.bias = affines + 2 * problem.K;
-        conv.operands.late_affine = true;
-        conv.operands.residual = residual.has_value() ? conv.copies.data(*residual, conv.channels_last) : nullptr;
+      if constexpr (sizeof(T) <= 4) {  // none is for float64
+        const auto plan = ConvTrainPlan<T>::make(choice.choice, problem, choice.gpu, static_cast<T*>(conv.operands.y));
+        const Tensor workspace = make_workspace(plan.workspace(problem), c.input.device);
+        // Elementwise kernels take any alignment.
+        DenseCopies any(1);
+        DenseCopies& copies = plan.from_output.has_value() ? any : conv.copies;
+        conv.operands.residual = residual.has_value() ? copies.data(*residual, conv.channels_last) : nullptr;
         const ConvCall call{problem, conv.operands, choice.gpu, epilogue};
-        cuda.check_launch(op, plan.template launch<T>(call, cuda.stream()));
+        cuda.check_launch(
+            op, plan.launch(call, train_params(bn, saved), static_cast<double*>(workspace.data_ptr()), cuda.stream()));
       }
     });
     return conv.y;

@@ -1,6 +1,6 @@
 // How the ops reach the elementwise kernels on CUDA.
 #include "elementwise.h"
-#include "kernels/elementwise/scale_shift.cuh"
+#include "kernels/elementwise/launch.cuh"
 
 namespace fused_conv_bn {
 

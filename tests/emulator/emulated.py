@@ -122,6 +122,13 @@ def _call(capability: int, name: str, *arguments: Any) -> None:
     raise RuleBroken(message)
 
 
+def launches(capability: int = 90) -> int:
+    """How many kernels the last call started."""
+    compiled = _library(capability)
+    assert not isinstance(compiled, RuntimeError)
+    return compiled[1].emulated_launches()
+
+
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
@@ -309,21 +316,22 @@ def conv_bn_scale_train(
     activation: str = "none",
     negative_slope: float = 0.01,
     residual_last: bool = False,
+    algorithm: str,
     statistics: str,
+    capability: int = 90,
 ) -> Tensor:
-    """By stem_sm90, with statistics of this source."""
     pairs = _pairs(input, stride, padding, dilation)
     bn = (running_mean, running_var, weight, bias)
     numbers = (scaling_factor, momentum, eps)
     y = _result("conv_bn_scale_train", input, conv_weight, conv_bias, *bn, *numbers, *pairs, groups)
-    conv = _Conv(y, input, conv_weight, _AffineTensors(input.dtype), pairs, groups, residual, "stem_sm90")
-    train = _Train(*(_buffer(t) for t in (*bn, conv_bias)), *numbers, True)
+    conv = _Conv(y, input, conv_weight, _AffineTensors(input.dtype), pairs, groups, residual, algorithm)
+    train = _Train(*(_buffer(t) for t in (*bn, conv_bias)), *numbers)
     epilogue = _epilogue(activation, negative_slope, residual_last)
     _call(
-        90,
+        capability,
         "emulated_conv_train",
         *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), ctypes.byref(train), ctypes.byref(epilogue)),
-        *(_element(input), statistics.encode()),
+        *(_element(input), algorithm.encode(), statistics.encode()),
     )
     return y
 
@@ -355,7 +363,7 @@ def bn_scale_train(
     y = _result("bn_scale_train", input, *statistics, scaling_factor, momentum, eps)
     x = y.clone().copy_(input)
     added = None if residual is None else y.clone().copy_(residual)
-    bn = _Train(*(_buffer(t) for t in (*statistics, None)), scaling_factor, momentum, eps, False)
+    bn = _Train(*(_buffer(t) for t in (*statistics, None)), scaling_factor, momentum, eps)
     epilogue = _epilogue(activation, negative_slope, residual_last)
     _call(
         *(capability, "emulated_bn_scale_train"),

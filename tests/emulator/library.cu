@@ -1,11 +1,11 @@
-// What tests call of the emulated kernels (emulated.py), and what lies between an op's checks and its launches.
+// What tests call of the emulated kernels (emulated.py): the ops' own sequences of launches, with memory from here.
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "kernels/batch_norm/stats.cuh"
-#include "kernels/conv/select.h"
-#include "kernels/elementwise/scale_shift.cuh"
+#include "kernels/conv/train.cuh"
 #include "machine.h"
 
 namespace fused_conv_bn {
@@ -61,30 +61,18 @@ void allow_saved(const TrainParams& bn, int64_t channels, size_t bytes) {
   }
 }
 
-template <typename T>
-cudaError_t bn_scale_train(const T* x, const T* residual, T* y, const Shape& shape, const TrainParams& bn,
-                           const Epilogue& epilogue) {
-  const StatsPlan plan = plan_stats<T>(x, shape, kMultiprocessors);
-  std::vector<Moments> partials(static_cast<size_t>(plan.partials(shape)));
-  std::vector<acc_t<T>> affines(static_cast<size_t>(3 * shape.channels));
-  emulated::allow(partials.data(), partials.size() * sizeof(Moments));
-  emulated::allow(affines.data(), affines.size() * sizeof(acc_t<T>));
-  cudaError_t status = launch_bn_stats(x, shape, plan, partials.data(), nullptr);
-  if (status != cudaSuccess) {
-    return status;
-  }
-  status = launch_bn_finish(bn, partials.data(), plan.splits, plan.inner,
-                            {affines.data(), static_cast<uint32_t>(shape.channels), kElement<T>}, nullptr);
-  if (status != cudaSuccess) {
-    return status;
-  }
-  return launch_scale_shift(x, residual, y, shape, affine_of_buffer<T>(affines.data(), shape.channels), epilogue,
-                            nullptr);
+std::vector<double> make_workspace(int64_t doubles) {
+  std::vector<double> workspace(static_cast<size_t>(doubles));
+  emulated::allow(workspace.data(), workspace.size() * sizeof(double));
+  return workspace;
 }
 
 }  // namespace
 
 extern "C" {
+
+// Of the last call.
+int emulated_launches() { return static_cast<int>(emulated::launches()); }
 
 const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, int element, const Epilogue* epilogue,
                           const char* algorithm, uint64_t seed) {
@@ -95,55 +83,30 @@ const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, i
   emulated::begin(seed);
   allow_operands(*problem, *operands);
   const ConvCall call{*problem, *operands, kGpu, *epilogue};
-  return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
-    return std::visit(
-        [&]<typename Plan>(const Plan& p) {
-          if constexpr (std::is_same_v<Plan, Aten>) {
-            return cudaErrorInvalidValue;
-          } else {
-            return p.template launch<decltype(tag)>(call, nullptr);
-          }
-        },
-        *plan);
-  }));
+  return answer(dispatch_element(static_cast<Element>(element),
+                                 [&](auto tag) { return launch_conv<decltype(tag)>(*plan, call, nullptr); }));
 }
 
-// As ops/conv_bn_scale_train_cuda.cu does with stem_sm90.
+// statistics: a name of kConvStatistics.
 const char* emulated_conv_train(const Conv2d* problem, const ConvOperands* operands, const TrainParams* bn,
-                                const Epilogue* epilogue, int element, const char* statistics, uint64_t seed) {
+                                const Epilogue* epilogue, int element, const char* algorithm, const char* statistics,
+                                uint64_t seed) {
   const Conv2d& c = *problem;
-  const bool from_input = statistics == std::string("from_input");
-  const std::optional<StemSm90> plan = StemSm90::make(c, kGpu);
-  if (!plan.has_value() || (from_input && !has_statistics(ConvStatistics::from_input, *plan, c, kGpu))) {
+  const std::optional<ConvPlan> plan = make_plan(algorithm, c, kGpu);
+  const auto source = std::find_if(std::begin(kConvStatistics), std::end(kConvStatistics),
+                                   [&](const auto& known) { return known.first == std::string(statistics); });
+  if (!plan.has_value() || !has_statistics(source->second, *plan, c, kGpu)) {
     return "not covered";
   }
-  ConvOperands o = *operands;
-  std::vector<float> affines(static_cast<size_t>(3 * c.K));
-  o.affine = {affines.data(), nullptr, affines.data() + c.K, affines.data() + 2 * c.K};
-  o.late_affine = true;
   emulated::begin(seed);
-  allow_operands(c, o);
+  allow_operands(c, *operands);
   allow_channels(*bn, c.K);
   allow_saved(*bn, c.K, sizeof(float));
   return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
     using T = decltype(tag);
-    const AffineBuffer buffer{affines.data(), static_cast<uint32_t>(c.K), kElement<T>};
-    cudaError_t status;
-    if (from_input) {
-      const PatchPlan sums = plan_patches(c, kGpu);
-      std::vector<double> workspace(static_cast<size_t>(patches_workspace(sums)));
-      emulated::allow(workspace.data(), workspace.size() * sizeof(double));
-      status = launch_conv_patches<T>(c, *operands, sums, workspace.data(), *bn, buffer, nullptr);
-    } else {
-      const int64_t partials = plan->partials(c, kGpu);
-      std::vector<Moments> moments(static_cast<size_t>(partials * c.K));
-      emulated::allow(moments.data(), moments.size() * sizeof(Moments));
-      status = plan->launch_moments<T>({c, *operands, kGpu, Epilogue{}}, moments.data(), nullptr);
-      if (status == cudaSuccess) {
-        status = launch_bn_finish(*bn, moments.data(), partials, 1, buffer, nullptr);
-      }
-    }
-    return status != cudaSuccess ? status : plan->launch<T>({c, o, kGpu, *epilogue}, nullptr);
+    const auto train = ConvTrainPlan<T>::make({*plan, source->second}, c, kGpu, static_cast<T*>(operands->y));
+    std::vector<double> workspace = make_workspace(train.workspace(c));
+    return train.launch({c, *operands, kGpu, *epilogue}, *bn, workspace.data(), nullptr);
   }));
 }
 
@@ -159,8 +122,10 @@ const char* emulated_bn_scale_train(const void* x, const void* residual, void* y
   allow_saved(*bn, shape->channels, type == Element::float64 ? 8 : 4);
   const auto run = [&](auto tag) {
     using T = decltype(tag);
-    return bn_scale_train(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), *shape, *bn,
-                          *epilogue);
+    const auto plan = BnTrainPlan<T>::make(static_cast<const T*>(x), *shape, kMultiprocessors);
+    std::vector<double> workspace = make_workspace(plan.workspace());
+    return plan.launch(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), *bn, *epilogue,
+                       workspace.data(), nullptr);
   };
   return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
 }

@@ -46,6 +46,8 @@ void allow(const void* start, size_t bytes);
 // may have made anything. False if a rule was broken: then problem() says which.
 bool launch(Index grid, unsigned threads, size_t shared_bytes, bool early, const std::function<void()>& kernel);
 const std::string& problem();
+// Since begin().
+uint64_t launches();
 
 // ---- what threads do ----
 

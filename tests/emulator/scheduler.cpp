@@ -53,8 +53,9 @@ Index block, grid_of_launch;
 unsigned threads_of_block = 0;
 const std::function<void()>* kernel_of_launch = nullptr;
 std::mt19937_64 random_numbers;
-uint64_t seed_of_launch = 0;
-bool favourites = false;  // some warps run whenever they can
+uint64_t first_seed = 0;      // since begin()
+uint64_t seed_of_launch = 0;  // of the next one
+bool favourites = false;      // some warps run whenever they can
 std::array<unsigned, kMostThreads / kWarp> priorities;
 std::string broken_rule;
 
@@ -227,6 +228,8 @@ Index block_size() { return {threads_of_block, 1, 1}; }
 
 const std::string& problem() { return broken_rule; }
 
+uint64_t launches() { return seed_of_launch - first_seed; }
+
 bool launch(Index grid, unsigned count, size_t shared_bytes, bool early, const std::function<void()>& kernel) {
   broken_rule.clear();
   if (count == 0 || count > kMostThreads || shared_bytes > kSharedBytes) {
@@ -338,7 +341,7 @@ bool any_in_block(bool condition) {
 
 void set_seed(uint64_t seed) {
   broken_rule.clear();
-  seed_of_launch = seed;
+  first_seed = seed_of_launch = seed;
 }
 
 }  // namespace emulated

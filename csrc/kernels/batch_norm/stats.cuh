@@ -1,16 +1,10 @@
 // BatchNorm in training mode on the GPU: the batch's statistics, in one pass over the input.
 //
-// Each block leaves the Moments of its share of a channel (moments.h), bn_finish_kernel merges them, and the
-// elementwise kernels apply what comes of it. No atomics: results are the same bits in every run on the same GPU.
+// Each block leaves the Moments of its share of a channel (moments.h), which bn_finish_kernel merges (finish.cuh). No
+// atomics: results are the same bits in every run on the same GPU.
 //
 // Within a block sums are taken about a pivot, the mean of the first few elements: in acc_t<T> over what a thread has
 // loaded at a time, then in double. So they are as good for a mean of 1e4 and a deviation of 1 as for a mean of 0.
-//
-// Kernels by how channels lie in memory:
-//   planes    planes of at least 128 bytes: a block takes one channel, whole planes by groups of threads if they are
-//             short.
-//   columns   everything else, seen as a matrix whose columns have one channel each: channels_last, (N, C), and planes
-//             of a few elements, all of which are columns of their own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,35 +14,15 @@
 
 #include "kernels/common/fast_div.h"
 #include "kernels/common/vec.cuh"
-#include "kernels/elementwise/memory_format.h"
-#include "kernels/elementwise/scale_shift.cuh"
 #include "kernels/ptx/launch.cuh"
+#include "launch.cuh"
 #include "moments.h"
+#include "stats_plan.cuh"
+#include "warp_sum.cuh"
 
 namespace fused_conv_bn {
 
-// Measured on an H200, where the pass then reads at 3.6 to 4.1 TB/s, a copy moving 4.2. Loading the next elements
-// before those at hand are added up gained nothing.
-constexpr int kStatsThreads = 256;
-constexpr int kPlaneLoads = 4;         // that a thread has under way
-constexpr int kPlaneBlocks = 4;        // a multiprocessor's, at a time
-constexpr int kPlaneWaves = 4;         // of such blocks that are launched, if there is work for them
-constexpr int kColumnLoads = 8;        // of 16 bytes; twice as many smaller ones
-constexpr int kStatsColumnBlocks = 3;  // as kPlaneBlocks
-constexpr int kColumnWaves = 1;        // as kPlaneWaves
-constexpr int kLeastSteps = 4;         // that a block is worth, unless multiprocessors would be left without one
-
 // ---- sums over threads -----------------------------------------------------------------------------------------------
-
-// Each value's sum over a warp, in every lane. A loop, because where the compiler cannot tell that a warp's lanes are
-// together it writes each shuffle twice.
-template <typename... Values>
-__device__ __forceinline__ void warp_sum(Values&... values) {
-#pragma unroll 1
-  for (int mask = 16; mask > 0; mask /= 2) {
-    ((values += __shfl_xor_sync(0xffffffffu, values, mask)), ...);
-  }
-}
 
 // Of the Moments of all of a warp's lanes, in every lane. As merge(), in three sums.
 __device__ __forceinline__ Moments warp_merge(const Moments& m) {
@@ -219,14 +193,6 @@ __global__ void __launch_bounds__(kStatsThreads, kPlaneBlocks) bn_stats_planes_k
 
 // ---- columns ---------------------------------------------------------------------------------------------------------
 
-// Elements that a thread takes of a row at a time: 8 bytes of 16-bit ones, as each has sums of its own in registers.
-template <typename T>
-constexpr int kColumnVec = sizeof(T) == 8 ? 2 : 4;
-
-// And how many such loads it has under way.
-template <typename T, int W>
-constexpr int kColumnBatch = W * sizeof(T) == kVecBytes ? kColumnLoads : 2 * kColumnLoads;
-
 template <typename T>
 struct ColumnsParams {
   const T* x;
@@ -381,141 +347,7 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
   }
 }
 
-// ---- the merge -------------------------------------------------------------------------------------------------------
-
-constexpr uint32_t kFinishWarps = 4;  // of a block
-
-// Over the warp, or over the block, in each of the threads.
-__device__ __forceinline__ double channel_sum(double value, bool whole_block) {
-  warp_sum(value);
-  if (whole_block) {
-    __shared__ double warps[kFinishWarps];
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) {
-      warps[threadIdx.x / 32] = value;
-    }
-    __syncthreads();
-    value = warps[0];
-#pragma unroll
-    for (uint32_t i = 1; i < kFinishWarps; ++i) {
-      value += warps[i];
-    }
-  }
-  return value;
-}
-
-// A channel's partials, of which there are `count`, are [splits][channels][inner]; a block takes one channel, or each of
-// its warps does. As merge(), of all at once: first the mean, by distances from that of the first partial, then the
-// squared distances from it. One kernel for all element types: it is long and takes next to no time.
-__global__ void __launch_bounds__(32 * kFinishWarps)
-    bn_finish_kernel(const TrainParams params, const Moments* partials, uint32_t count, FastDiv inner, bool whole_block,
-                     AffineBuffer affines) {
-  const uint32_t threads = whole_block ? 32 * kFinishWarps : 32;
-  const uint32_t c = whole_block ? blockIdx.x : blockIdx.x * kFinishWarps + threadIdx.x / 32;
-  if (c >= affines.channels) {
-    return;
-  }
-  const auto each = [&](const auto& f) {
-    for (uint32_t i = threadIdx.x % threads; i < count; i += threads) {
-      const uint32_t split = inner.div(i);
-      f(partials[(static_cast<int64_t>(split) * affines.channels + c) * inner.divisor + (i - split * inner.divisor)]);
-    }
-  };
-  const ChannelValues channel = channel_values(params, c);
-  wait_for_previous();
-  const double pivot = partials[static_cast<int64_t>(c) * inner.divisor].mean;
-  double values = 0, sum = 0, m2 = 0;
-  each([&](const Moments& m) {
-    values += m.count;
-    sum += m.count * (m.mean - pivot);
-  });
-  values = channel_sum(values, whole_block);
-  const double mean = pivot + divide_by_count(channel_sum(sum, whole_block), values);
-  each([&](const Moments& m) {
-    const double distance = m.mean - mean;
-    m2 += m.m2 + m.count * (distance * distance);
-  });
-  m2 = channel_sum(m2, whole_block);
-  if (threadIdx.x % threads == 0) {
-    affines.set(c, finish_channel(params, channel, {values, mean, m2}, c, affines.element));
-  }
-}
-
-inline cudaError_t launch_bn_finish(const TrainParams& params, const Moments* partials, int64_t splits, int64_t inner,
-                                    const AffineBuffer& affines, cudaStream_t stream) {
-  const auto count = static_cast<uint32_t>(splits * inner);
-  const bool whole_block = count > 64;
-  const uint32_t blocks = whole_block ? affines.channels : (affines.channels + kFinishWarps - 1) / kFinishWarps;
-  return launch_kernel(bn_finish_kernel, blocks, 32 * kFinishWarps, 0, true, stream, params, partials, count,
-                       FastDiv(static_cast<uint32_t>(inner)), whole_block, affines);
-}
-
 // ---- launches --------------------------------------------------------------------------------------------------------
-
-// How the statistics of a tensor are gathered, and how large a workspace they need.
-struct StatsPlan {
-  bool planes;
-  bool packed;     // of planes: several of them side by side in a block
-  bool vectors;    // of columns: loads of kColumnVec<T> elements
-  int64_t images;  // of planes, or rows of columns
-  int64_t inner;   // of the partials, which are [splits][channels][inner]
-  int64_t splits;
-  int64_t share;  // of a split: parts of planes, or rows
-  uint32_t lanes;
-  uint32_t parts;         // of a plane
-  uint32_t part_vectors;  // of these, at most
-  uint32_t chunks;        // of the columns
-  uint32_t row_vectors;   // of the columns
-
-  int64_t partials(const Shape& shape) const { return splits * shape.channels * inner; }
-};
-
-// For an x that is dense with the given shape and not empty.
-template <typename T>
-StatsPlan plan_stats(const T* x, const Shape& shape, int multiprocessors) {
-  constexpr int64_t V = Vec<T>::kSize, W = kColumnVec<T>;
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const auto address = reinterpret_cast<uintptr_t>(x);
-  StatsPlan plan{};
-  plan.images = shape.numel / (shape.channels * shape.inner);
-  plan.planes = shape.inner * static_cast<int64_t>(sizeof(T)) >= 128;
-  // `units` in steps of so many, split for as many blocks as `most`, with `beside` others for each split.
-  const auto set_splits = [&](int64_t units, int64_t step, int64_t beside, int64_t most) {
-    const int64_t steps = ceil_div(units, step);
-    const int64_t least = std::min<int64_t>(kLeastSteps, steps * beside / (2 * multiprocessors));
-    const int64_t share = std::max({int64_t{1}, ceil_div(steps, std::max<int64_t>(1, most / beside)), least});
-    plan.splits = ceil_div(steps, share);
-    plan.share = share * step;
-  };
-  if (plan.planes) {
-    // A plane that does not begin on a 16-byte boundary has one vector more.
-    const bool aligned = address % kVecBytes == 0 && shape.inner % V == 0;
-    const int64_t vectors = ceil_div(shape.inner, V) + (aligned ? 0 : 1);
-    const int64_t parts = ceil_div(vectors, kStatsThreads * kPlaneLoads);
-    plan.inner = 1;
-    plan.parts = static_cast<uint32_t>(parts);
-    plan.part_vectors = static_cast<uint32_t>(ceil_div(vectors, parts));
-    plan.packed = plan.part_vectors <= kStatsThreads;
-    plan.lanes = 8;
-    while (plan.lanes < plan.part_vectors && plan.lanes < kStatsThreads) {
-      plan.lanes *= 2;
-    }
-    const int64_t step = plan.packed ? kStatsThreads / plan.lanes * kPlaneLoads : 1;
-    const int64_t blocks = int64_t{multiprocessors} * kPlaneBlocks;
-    set_splits(plan.images * parts, step, shape.channels, blocks * kPlaneWaves);
-    return plan;
-  }
-  const int64_t columns = shape.channels * shape.inner;
-  plan.inner = shape.inner;
-  plan.vectors = columns % W == 0 && address % (W * sizeof(T)) == 0;
-  plan.row_vectors = static_cast<uint32_t>(plan.vectors ? columns / W : columns);
-  plan.chunks = static_cast<uint32_t>(ceil_div(plan.row_vectors, plan.vectors ? 32 : 64));
-  plan.lanes = static_cast<uint32_t>(ceil_div(plan.row_vectors, plan.chunks));
-  const int64_t batch = plan.vectors ? kColumnBatch<T, W> : kColumnBatch<T, 1>;
-  set_splits(plan.images, kStatsThreads / plan.lanes * batch, plan.chunks,
-             int64_t{multiprocessors} * kStatsColumnBlocks * kColumnWaves);
-  return plan;
-}
 
 template <typename T>
 PlanesParams<T> planes_params(const T* x, const Shape& shape, const StatsPlan& plan, Moments* partials) {
@@ -534,7 +366,6 @@ PlanesParams<T> planes_params(const T* x, const Shape& shape, const StatsPlan& p
   return p;
 }
 
-// Leaves the partials. Asynchronous on `stream`, as everything here.
 template <typename T>
 cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& plan, Moments* partials,
                             cudaStream_t stream) {

@@ -88,18 +88,12 @@ inline ConvPlan select_plan(const Conv2d& problem, const GpuTraits& gpu) {
 inline bool has_statistics(ConvStatistics statistics, const ConvPlan& plan, const Conv2d& problem,
                            const GpuTraits& gpu) {
   return statistics == ConvStatistics::from_output ||
-         (std::visit([](const auto& p) { return p.kGathersMoments; }, plan) && patches_support(problem, gpu));
-}
-
-// Whether sums over the input take less time than the convolution. Measured on an H200 for 3x3 with 64 output channels, which
-// make no difference to them: 8 channels 267 us of 313 in float32, 276 of 272 and 180 of 166 in 16 bits; 3 channels 266
-// of 315 and 138 of 151. (That is for both passes.)
-inline bool input_is_faster(const Conv2d& c) {
-  return c.R == 3 && c.S == 3 && (c.element_bytes == 4 || c.C <= 4 || c.K > stem_sm90::kBlockChannels);
+         (std::visit([](const auto& p) { return p.kGathersMoments; }, plan) && FromInputSm90::supports(problem, gpu));
 }
 
 inline ConvStatistics select_statistics(const ConvPlan& plan, const Conv2d& problem, const GpuTraits& gpu) {
-  const bool input = input_is_faster(problem) && has_statistics(ConvStatistics::from_input, plan, problem, gpu);
+  const bool input = FromInputSm90::is_faster(problem) &&
+                     has_statistics(ConvStatistics::from_input, plan, problem, gpu);
   return input ? ConvStatistics::from_input : ConvStatistics::from_output;
 }
 

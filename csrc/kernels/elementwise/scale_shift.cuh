@@ -28,6 +28,7 @@
 #include "kernels/common/fast_div.h"
 #include "kernels/common/vec.cuh"
 #include "kernels/ptx/launch.cuh"
+#include "launch.cuh"
 #include "memory_format.h"
 
 namespace fused_conv_bn {
@@ -257,7 +258,6 @@ uint32_t set_periodic(ScaleShiftParams<T>& p, const Shape& shape, int rows) {
   return static_cast<uint32_t>((p.vectors + row * rows - 1) / (row * rows) * row);
 }
 
-// input, residual and output are dense with the given shape; output may be input. Asynchronous on `stream`.
 template <bool kResidual, bool kBounds, bool kFolds, typename T>
 cudaError_t launch_scale_shift_with(const T* input, const T* residual, T* output, const Shape& shape,
                                     const AffineSource<T>& source, const Epilogue& epilogue, cudaStream_t stream) {
@@ -302,7 +302,6 @@ cudaError_t launch_scale_shift_with(const T* input, const T* residual, T* output
   return cudaSuccess;
 }
 
-// residual: nullptr for none.
 template <typename T>
 cudaError_t launch_scale_shift(const T* input, const T* residual, T* output, const Shape& shape,
                                const AffineTensors& affine, const Epilogue& epilogue, cudaStream_t stream) {

@@ -3,11 +3,12 @@
 
 namespace fused_conv_bn {
 
-template cudaError_t launch_conv_patches<float>(const Conv2d&, const ConvOperands&, const PatchPlan&, double*,
-                                                const TrainParams&, const AffineBuffer&, cudaStream_t);
-template cudaError_t launch_conv_patches<float16>(const Conv2d&, const ConvOperands&, const PatchPlan&, double*,
-                                                  const TrainParams&, const AffineBuffer&, cudaStream_t);
-template cudaError_t launch_conv_patches<bfloat16>(const Conv2d&, const ConvOperands&, const PatchPlan&, double*,
-                                                   const TrainParams&, const AffineBuffer&, cudaStream_t);
+#define FCB_INSTANTIATE(T)                                                                                       \
+  template cudaError_t FromInputSm90::launch<T>(const Conv2d&, const ConvOperands&, double*, const TrainParams&, \
+                                                const AffineBuffer&, cudaStream_t) const;
+FCB_INSTANTIATE(float)
+FCB_INSTANTIATE(float16)
+FCB_INSTANTIATE(bfloat16)
+#undef FCB_INSTANTIATE
 
 }  // namespace fused_conv_bn

@@ -1,10 +1,10 @@
-// The statistics of a convolution's results from sums over its input (conv_patches.h), in float64 throughout: products of
+// The statistics of a convolution's results from sums over its input (plan.h), in float64 throughout: products of
 // two float32 are exact there, and Hopper's tensor cores multiply and add float64 as fast as anything else could
 // (compute capability 9.0). Whatever the number of output channels, the convolution itself need not be computed.
 //
-//   conv_patches_kernel         sums for each lag, pair of channels and class
-//   conv_patches_pairs_kernel   for each pair of taps and pair of channels: all classes that it has
-//   conv_patches_finish_kernel  for each output channel: its moments, by its weights, and what BatchNorm makes of them
+//   statistics_from_input_kernel         sums for each lag, pair of channels and class
+//   statistics_from_input_pairs_kernel   for each pair of taps and pair of channels: all classes that it has
+//   statistics_from_input_finish_kernel  for each output channel: its moments, by its weights, and what BatchNorm makes of them
 //
 // A product of 16x4 by 4x8 adds four positions at a time, one of each lane of four that share a channel. Its rows are the
 // channels at an anchor and at a neighbour of it, its columns the channels at a third position, so that it serves two
@@ -29,40 +29,41 @@
 #include "plan.h"
 
 namespace fused_conv_bn {
+namespace from_input {
 
 template <typename T>
-struct PatchParams {
+struct LagParams {
   const T* x;
   int64_t image;  // elements
   int C, H, W;
   int x_stride_c, x_stride_h, x_stride_w;
   uint32_t N;
-  double* records;  // [records][kPatchRecord]
-  PatchPlan plan;
+  double* records;  // [records][kRecordSums]
+  FromInputSm90 plan;
 };
 
 template <typename T, bool kVectors>
-class Patches {
+class LagSums {
  public:
-  __device__ __forceinline__ explicit Patches(const PatchParams<T>& params) : p(params) {}
+  __device__ __forceinline__ explicit LagSums(const LagParams<T>& params) : p(params) {}
 
   // slots: a record for each warp of the block.
-  __device__ __forceinline__ void run(double (*slots)[kPatchRecord]) {
+  __device__ __forceinline__ void run(double (*slots)[kRecordSums]) {
     const uint32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;  // costly ends of the list go to all blocks
-    const uint32_t warps = kPatchWarps * gridDim.x;
-    const uint32_t begin = patch_share(p.plan.cost, warp, warps);
-    const uint32_t end = patch_share(p.plan.cost, warp + 1, warps);
+    const uint32_t warps = kWarps * gridDim.x;
+    const uint32_t begin = share_begin(p.plan.cost, warp, warps);
+    const uint32_t end = share_begin(p.plan.cost, warp + 1, warps);
     Sums own;
     clear(own);
     int class_index = 0;
     const auto leave = [&] {
-      const PatchClass& of = p.plan.of[class_index];
+      const ClassRecords& of = p.plan.of[class_index];
       write(own, class_index == 0 ? slots[threadIdx.x / 32]
-                                  : p.records + (of.record + warp - of.first_warp) * int64_t{kPatchRecord});
+                                  : p.records + (of.record + warp - of.first_warp) * int64_t{kRecordSums});
     };
 #pragma unroll 1
     for (int j = 0; j < p.plan.jobs; ++j) {
-      const PatchJob& job = p.plan.job[j];
+      const Job& job = p.plan.job[j];
       const uint32_t all = job.tasks * job.cost;
       if (job.start + all <= begin || job.start >= end) {
         continue;
@@ -89,18 +90,18 @@ class Patches {
     }
     leave();
     __syncthreads();
-    for (int e = threadIdx.x; e < kPatchRecord; e += 32 * kPatchWarps) {
+    for (int e = threadIdx.x; e < kRecordSums; e += 32 * kWarps) {
       double sum = 0;
 #pragma unroll
-      for (int i = 0; i < kPatchWarps; ++i) {
+      for (int i = 0; i < kWarps; ++i) {
         sum += slots[i][e];
       }
-      p.records[blockIdx.x * int64_t{kPatchRecord} + e] = sum;
+      p.records[blockIdx.x * int64_t{kRecordSums} + e] = sum;
     }
   }
 
  private:
-  using Sums = double[kPatchProducts][4];
+  using Sums = double[kProducts][4];
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int channel() { return threadIdx.x % 32 / 4; }
@@ -115,7 +116,7 @@ class Patches {
 
   static __device__ __forceinline__ void clear(Sums& own) {
 #pragma unroll
-    for (int i = 0; i < kPatchProducts; ++i) {
+    for (int i = 0; i < kProducts; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         own[i][e] = 0;
@@ -140,7 +141,7 @@ class Patches {
     int index;  // in the image
     bool there;
   };
-  __device__ __forceinline__ Unit find(const PatchJob& job, uint32_t task) const {
+  __device__ __forceinline__ Unit find(const Job& job, uint32_t task) const {
     const uint32_t unit = task * 4 + lane() % 4;
     const uint32_t image = job.units.div(unit);
     return {p.x + image * p.image + channel() * p.x_stride_c, static_cast<int>(unit - image * job.units.divisor),
@@ -163,7 +164,7 @@ class Patches {
 
   // Along the rows of a unit, with the one before and the one behind it; anchors are in columns [first, last).
   template <int kRows>
-  __device__ __forceinline__ void walk_along(const PatchJob& job, uint32_t task, int first, int last, Sums& own) const {
+  __device__ __forceinline__ void walk_along(const Job& job, uint32_t task, int first, int last, Sums& own) const {
     // Four values of a row, as loaded.
     constexpr int kWords = kVectors ? static_cast<int>(sizeof(T)) : 4;
     const Unit unit = find(job, task);
@@ -239,7 +240,7 @@ class Patches {
   }
 
   // Down a column; anchors are in rows [first, last).
-  __device__ __forceinline__ void walk_down(const PatchJob& job, uint32_t task, int first, int last, Sums& own) const {
+  __device__ __forceinline__ void walk_down(const Job& job, uint32_t task, int first, int last, Sums& own) const {
     constexpr int kRows = 4;  // at a time
     const Unit unit = find(job, task);
     const int col = job.col_begin - 2;
@@ -296,7 +297,7 @@ class Patches {
 
   static __device__ __forceinline__ void write(const Sums& own, double* record) {
 #pragma unroll
-    for (int i = 0; i < kPatchProducts; ++i) {
+    for (int i = 0; i < kProducts; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         record[(i * 4 + e) * 32 + lane()] = own[i][e];
@@ -304,80 +305,80 @@ class Patches {
     }
   }
 
-  const PatchParams<T>& p;
+  const LagParams<T>& p;
 };
 
-extern __shared__ double patch_slots[][kPatchRecord];
+extern __shared__ double warp_records[][kRecordSums];
 
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(32 * kPatchWarps, 1)
-    conv_patches_kernel(const __grid_constant__ PatchParams<T> params) {
+__global__ void __launch_bounds__(32 * kWarps, 1)
+    statistics_from_input_kernel(const __grid_constant__ LagParams<T> params) {
 #if defined(FCB_SM90A)
   wait_for_previous();
   let_next_begin();
-  Patches<T, kVectors>(params).run(patch_slots);
+  LagSums<T, kVectors>(params).run(warp_records);
 #endif
 }
 
 // ---- pairs of taps ---------------------------------------------------------------------------------------------------
 
 // Two taps, the second not before the first in the filter's order.
-struct PatchPair {
+struct TapPair {
   int a, b;
 };
-FCB_HD PatchPair patch_pair(int index) {
-  constexpr int kTaps = kPatchTaps * kPatchTaps;
+FCB_HD TapPair tap_pair(int index) {
+  constexpr int kAllTaps = kTaps * kTaps;
   int a = 0;
-  while (index >= kTaps - a) {
-    index -= kTaps - a;
+  while (index >= kAllTaps - a) {
+    index -= kAllTaps - a;
     ++a;
   }
   return {a, a + index};
 }
 // Where channels are among a product's sums of one lag: those of its rows, and of its columns.
-__device__ __forceinline__ int patch_row_channel(int e) { return e % 32 / 4; }
-__device__ __forceinline__ int patch_col_channel(int e) { return e % 4 * 2 + e / 32; }
+__device__ __forceinline__ int row_channel(int e) { return e % 32 / 4; }
+__device__ __forceinline__ int col_channel(int e) { return e % 4 * 2 + e / 32; }
 
-struct PatchPairParams {
+struct PairParams {
   const double* records;
-  double* sums;                                  // [kPatchSums]
-  PatchClass of[kPatchClasses * kPatchClasses];  // by row and column
+  double* sums;                          // [kAllSums]
+  ClassRecords of[kClasses * kClasses];  // by row and column
 };
-constexpr int kPatchPairWarps = 16;
-constexpr int kPatchPairBlocks = kPatchPairs * kPatchPairSums / 32;
-constexpr int kPatchBlocks = kPatchPairBlocks + kPatchTaps * kPatchTaps;
+constexpr int kPairWarps = 16;
+constexpr int kPairBlocks = kTapPairs * kPairSums / 32;
+constexpr int kPairGrid = kPairBlocks + kTaps * kTaps;
 
 // A block has half a pair's sums, or a tap's; its warps share the records of all classes that these have.
-static __global__ void __launch_bounds__(32 * kPatchPairWarps)
-    conv_patches_pairs_kernel(const __grid_constant__ PatchPairParams p) {
+static __global__ void __launch_bounds__(32 * kPairWarps)
+    statistics_from_input_pairs_kernel(const __grid_constant__ PairParams p) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   // Where the sums are in a record, and the first of the classes in each direction.
   int entry, row_class, col_class, lanes = 32;
-  const int tap = static_cast<int>(blockIdx.x) - kPatchPairBlocks;
+  const int tap = static_cast<int>(blockIdx.x) - kPairBlocks;
   if (tap < 0) {
-    const PatchPair pair = patch_pair(blockIdx.x * 32 / kPatchPairSums);
-    const int r = pair.a / kPatchTaps, s = pair.a % kPatchTaps;
-    const int dr = pair.b / kPatchTaps - r, ds = pair.b % kPatchTaps - s;
+    const TapPair pair = tap_pair(blockIdx.x * 32 / kPairSums);
+    const int r = pair.a / kTaps, s = pair.a % kTaps;
+    const int dr = pair.b / kTaps - r, ds = pair.b % kTaps - s;
     // Of a product's two lags the second's anchor lies one on from the first tap.
     const bool down = dr == 2, right = dr == 0 && ds == 2;
     const int product = dr > 0 ? ds + 2 : (ds > 0 ? 5 : 6);
-    entry = product * 128 + (down || right ? 64 : 0) + blockIdx.x * 32 % kPatchPairSums;
+    entry = product * 128 + (down || right ? 64 : 0) + blockIdx.x * 32 % kPairSums;
     row_class = r + (down ? 1 : 0);
     col_class = s + (right ? 1 : 0);
   } else {
     entry = 6 * 128 + 64;
-    row_class = tap / kPatchTaps;
-    col_class = tap % kPatchTaps;
-    lanes = kPatchChannels;
+    row_class = tap / kTaps;
+    col_class = tap % kTaps;
+    lanes = kChannels;
   }
-  __shared__ uint32_t records[kPatchMostRecords];
-  __shared__ double parts[kPatchPairWarps][32];
+  __shared__ uint32_t records[kMostRecords];
+  __shared__ double parts[kPairWarps][32];
   uint32_t count = 0;
 #pragma unroll 1
-  for (int i = 0; i < kPatchTaps * kPatchTaps; ++i) {
-    const PatchClass& of = p.of[(row_class + i / kPatchTaps) * kPatchClasses + col_class + i % kPatchTaps];
-    for (uint32_t record = threadIdx.x; record < of.records; record += 32 * kPatchPairWarps) {
+  for (int i = 0; i < kTaps * kTaps; ++i) {
+    const ClassRecords& of = p.of[(row_class + i / kTaps) * kClasses + col_class + i % kTaps];
+    for (uint32_t record = threadIdx.x; record < of.records; record += 32 * kPairWarps) {
       records[count + record] = of.record + record;
     }
     count += of.records;
@@ -390,8 +391,8 @@ static __global__ void __launch_bounds__(32 * kPatchPairWarps)
     // The sum of a channel is in the first row, in every column's place.
     const double* const source = p.records + entry + (tap < 0 ? lane : lane % 2 * 32 + lane / 2);
 #pragma unroll 8
-    for (uint32_t i = warp; i < count; i += kPatchPairWarps) {
-      sum += source[records[i] * int64_t{kPatchRecord}];
+    for (uint32_t i = warp; i < count; i += kPairWarps) {
+      sum += source[records[i] * int64_t{kRecordSums}];
     }
   }
   parts[warp][lane] = sum;
@@ -399,17 +400,17 @@ static __global__ void __launch_bounds__(32 * kPatchPairWarps)
   if (warp == 0 && lane < lanes) {
     sum = 0;
 #pragma unroll
-    for (int i = 0; i < kPatchPairWarps; ++i) {
+    for (int i = 0; i < kPairWarps; ++i) {
       sum += parts[i][lane];
     }
-    p.sums[tap < 0 ? blockIdx.x * 32 + lane : kPatchPairs * kPatchPairSums + tap * kPatchChannels + lane] = sum;
+    p.sums[tap < 0 ? blockIdx.x * 32 + lane : kTapPairs * kPairSums + tap * kChannels + lane] = sum;
   }
 }
 
 // ---- output channels -------------------------------------------------------------------------------------------------
 
 template <typename T>
-struct PatchFinishParams {
+struct FinishParams {
   const double* sums;
   const T* w;
   int64_t w_stride_k, w_stride_c, w_stride_r, w_stride_s;
@@ -418,50 +419,50 @@ struct PatchFinishParams {
   TrainParams bn;
   AffineBuffer affines;
 };
-constexpr int kPatchFinishThreads = 288;
-constexpr int kPatchFinishSums = kPatchPairs * kPatchPairSums / kPatchFinishThreads;  // a thread's
-static_assert(kPatchFinishSums * kPatchFinishThreads == kPatchPairs * kPatchPairSums);
+constexpr int kFinishThreads = 288;
+constexpr int kFinishSums = kTapPairs * kPairSums / kFinishThreads;  // a thread's
+static_assert(kFinishSums * kFinishThreads == kTapPairs * kPairSums);
 
 template <typename T>
-__global__ void __launch_bounds__(kPatchFinishThreads)
-    conv_patches_finish_kernel(const __grid_constant__ PatchFinishParams<T> p) {
-  __shared__ double weights[kPatchTaps * kPatchTaps * kPatchChannels];
-  __shared__ PatchPair pairs[kPatchPairs];
-  __shared__ double parts[2][kPatchFinishThreads / 32];
+__global__ void __launch_bounds__(kFinishThreads)
+    statistics_from_input_finish_kernel(const __grid_constant__ FinishParams<T> p) {
+  __shared__ double weights[kTaps * kTaps * kChannels];
+  __shared__ TapPair pairs[kTapPairs];
+  __shared__ double parts[2][kFinishThreads / 32];
   const int thread = threadIdx.x;
-  const auto exists = [&](int tap, int c) { return tap / kPatchTaps < p.R && tap % kPatchTaps < p.S && c < p.C; };
+  const auto exists = [&](int tap, int c) { return tap / kTaps < p.R && tap % kTaps < p.S && c < p.C; };
   double w = 0;
-  if (thread < kPatchTaps * kPatchTaps * kPatchChannels) {
-    const int tap = thread / kPatchChannels, c = thread % kPatchChannels;
+  if (thread < kTaps * kTaps * kChannels) {
+    const int tap = thread / kChannels, c = thread % kChannels;
     if (exists(tap, c)) {
-      w = static_cast<double>(to_acc(p.w[blockIdx.x * p.w_stride_k + c * p.w_stride_c +
-                                         tap / kPatchTaps * p.w_stride_r + tap % kPatchTaps * p.w_stride_s]));
+      w = static_cast<double>(to_acc(
+          p.w[blockIdx.x * p.w_stride_k + c * p.w_stride_c + tap / kTaps * p.w_stride_r + tap % kTaps * p.w_stride_s]));
     }
     weights[thread] = w;
   }
-  if (thread < kPatchPairs) {
-    pairs[thread] = patch_pair(thread);
+  if (thread < kTapPairs) {
+    pairs[thread] = tap_pair(thread);
   }
   const ChannelValues channel = thread == 0 ? channel_values(p.bn, blockIdx.x) : ChannelValues{};
   __syncthreads();
   let_next_begin();
   wait_for_previous();
-  double own[kPatchFinishSums];
+  double own[kFinishSums];
 #pragma unroll
-  for (int i = 0; i < kPatchFinishSums; ++i) {
-    own[i] = p.sums[thread + i * kPatchFinishThreads];
+  for (int i = 0; i < kFinishSums; ++i) {
+    own[i] = p.sums[thread + i * kFinishThreads];
   }
   double sum = 0, squares = 0;
-  if (thread < kPatchTaps * kPatchTaps * kPatchChannels && exists(thread / kPatchChannels, thread % kPatchChannels)) {
-    sum = w * p.sums[kPatchPairs * kPatchPairSums + thread];
+  if (thread < kTaps * kTaps * kChannels && exists(thread / kChannels, thread % kChannels)) {
+    sum = w * p.sums[kTapPairs * kPairSums + thread];
   }
 #pragma unroll
-  for (int i = 0; i < kPatchFinishSums; ++i) {
-    const int index = thread + i * kPatchFinishThreads;
-    const PatchPair pair = pairs[index / kPatchPairSums];
-    const int c = patch_row_channel(index % kPatchPairSums), d = patch_col_channel(index % kPatchPairSums);
+  for (int i = 0; i < kFinishSums; ++i) {
+    const int index = thread + i * kFinishThreads;
+    const TapPair pair = pairs[index / kPairSums];
+    const int c = row_channel(index % kPairSums), d = col_channel(index % kPairSums);
     if (exists(pair.a, c) && exists(pair.b, d)) {  // what is not there may be Inf or NaN times 0
-      const double both = weights[pair.a * kPatchChannels + c] * weights[pair.b * kPatchChannels + d] * own[i];
+      const double both = weights[pair.a * kChannels + c] * weights[pair.b * kChannels + d] * own[i];
       squares += pair.a == pair.b ? both : 2 * both;
     }
   }
@@ -478,7 +479,7 @@ __global__ void __launch_bounds__(kPatchFinishThreads)
   if (thread == 0) {
     sum = squares = 0;
 #pragma unroll
-    for (int i = 0; i < kPatchFinishThreads / 32; ++i) {
+    for (int i = 0; i < kFinishThreads / 32; ++i) {
       sum += parts[0][i];
       squares += parts[1][i];
     }
@@ -487,13 +488,9 @@ __global__ void __launch_bounds__(kPatchFinishThreads)
   }
 }
 
-// ---- launches --------------------------------------------------------------------------------------------------------
-
-// The problem is in patches_support(), and the plan was made for it.
 template <typename T>
-cudaError_t launch_conv_patches(const Conv2d& c, const ConvOperands& operands, const PatchPlan& plan, double* workspace,
-                                const TrainParams& bn, const AffineBuffer& affines, cudaStream_t stream) {
-  PatchParams<T> p{};
+LagParams<T> lag_params(const FromInputSm90& plan, const Conv2d& c, const ConvOperands& operands, double* records) {
+  LagParams<T> p{};
   p.x = static_cast<const T*>(operands.x);
   p.image = c.C * c.H * c.W;
   p.C = static_cast<int>(c.C), p.H = static_cast<int>(c.H), p.W = static_cast<int>(c.W);
@@ -501,42 +498,64 @@ cudaError_t launch_conv_patches(const Conv2d& c, const ConvOperands& operands, c
   p.x_stride_h = static_cast<int>(c.channels_last ? c.W * c.C : c.W);
   p.x_stride_w = static_cast<int>(c.channels_last ? c.C : 1);
   p.N = static_cast<uint32_t>(c.N);
-  p.records = workspace;
+  p.records = records;
   p.plan = plan;
-  const bool vectors = !c.channels_last && c.W % 4 == 0 && reinterpret_cast<uintptr_t>(p.x) % (4 * sizeof(T)) == 0;
-  const auto kernel = vectors ? conv_patches_kernel<T, true> : conv_patches_kernel<T, false>;
-  constexpr int kShared = kPatchWarps * kPatchRecord * static_cast<int>(sizeof(double));
+  return p;
+}
+
+inline PairParams pair_params(const FromInputSm90& plan, const double* records, double* sums) {
+  PairParams p{};
+  p.records = records;
+  p.sums = sums;
+  for (int i = 0; i < kClasses * kClasses; ++i) {
+    p.of[i] = plan.class_index[i] < 0 ? ClassRecords{} : plan.of[plan.class_index[i]];
+  }
+  return p;
+}
+
+template <typename T>
+FinishParams<T> finish_params(const Conv2d& c, const ConvOperands& operands, const double* sums, const TrainParams& bn,
+                              const AffineBuffer& affines) {
+  FinishParams<T> p{};
+  p.sums = sums;
+  p.w = static_cast<const T*>(operands.w);
+  p.w_stride_k = operands.w_stride_k;
+  p.w_stride_c = operands.w_stride_c;
+  p.w_stride_r = operands.w_stride_r;
+  p.w_stride_s = operands.w_stride_s;
+  p.C = static_cast<int>(c.C), p.R = static_cast<int>(c.R), p.S = static_cast<int>(c.S);
+  p.count = static_cast<double>(c.N * c.P * c.Q);
+  p.bn = bn;
+  p.affines = affines;
+  return p;
+}
+
+}  // namespace from_input
+
+template <typename T>
+cudaError_t FromInputSm90::launch(const Conv2d& c, const ConvOperands& operands, double* workspace,
+                                  const TrainParams& bn, const AffineBuffer& affines, cudaStream_t stream) const {
+  using namespace from_input;
+  const LagParams<T> lags = lag_params<T>(*this, c, operands, workspace);
+  const bool vectors = !c.channels_last && c.W % 4 == 0 && reinterpret_cast<uintptr_t>(lags.x) % (4 * sizeof(T)) == 0;
+  const auto kernel = vectors ? statistics_from_input_kernel<T, true> : statistics_from_input_kernel<T, false>;
+  constexpr int kShared = kWarps * kRecordSums * static_cast<int>(sizeof(double));
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (status != cudaSuccess) {
     return status;
   }
-  status = launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * kPatchWarps, kShared, true, stream, p);
+  status = launch_kernel(kernel, static_cast<unsigned>(blocks), 32 * kWarps, kShared, true, stream, lags);
   if (status != cudaSuccess) {
     return status;
   }
-  PatchPairParams pairs{};
-  pairs.records = workspace;
-  pairs.sums = workspace + plan.records * int64_t{kPatchRecord};
-  for (int i = 0; i < kPatchClasses * kPatchClasses; ++i) {
-    pairs.of[i] = plan.class_index[i] < 0 ? PatchClass{} : plan.of[plan.class_index[i]];
-  }
-  status = launch_kernel(conv_patches_pairs_kernel, kPatchBlocks, 32 * kPatchPairWarps, 0, true, stream, pairs);
+  double* const sums = workspace + records * int64_t{kRecordSums};
+  status = launch_kernel(statistics_from_input_pairs_kernel, kPairGrid, 32 * kPairWarps, 0, true, stream,
+                         pair_params(*this, workspace, sums));
   if (status != cudaSuccess) {
     return status;
   }
-  PatchFinishParams<T> finish{};
-  finish.sums = pairs.sums;
-  finish.w = static_cast<const T*>(operands.w);
-  finish.w_stride_k = operands.w_stride_k;
-  finish.w_stride_c = operands.w_stride_c;
-  finish.w_stride_r = operands.w_stride_r;
-  finish.w_stride_s = operands.w_stride_s;
-  finish.C = p.C, finish.R = static_cast<int>(c.R), finish.S = static_cast<int>(c.S);
-  finish.count = static_cast<double>(c.N * c.P * c.Q);
-  finish.bn = bn;
-  finish.affines = affines;
-  return launch_kernel(conv_patches_finish_kernel<T>, static_cast<unsigned>(c.K), kPatchFinishThreads, 0, true, stream,
-                       finish);
+  return launch_kernel(statistics_from_input_finish_kernel<T>, static_cast<unsigned>(c.K), kFinishThreads, 0, true,
+                       stream, finish_params<T>(c, operands, sums, bn, affines));
 }
 
 }  // namespace fused_conv_bn

@@ -115,17 +115,67 @@ __device__ __forceinline__ void load_batch(const PlanesParams<T>& p, uint32_t c,
   }
 }
 
+// Adds the mean of what a warp has loaded to `mean`, which is 0. Elements that do not exist are 0.
 template <typename T>
-__global__ void __launch_bounds__(kStatsThreads, kPlaneBlocks) bn_stats_planes_kernel(const PlanesParams<T> p) {
+__device__ __forceinline__ void warp_mean(const PlaneBatch<T>& batch, acc_t<T>& mean) {
   using Acc = acc_t<T>;
   constexpr int V = Vec<T>::kSize;
-  constexpr int kWarps = kStatsThreads / 32;
   constexpr int kWarpElements = 32 * kPlaneLoads * V;
+#pragma unroll
+  for (int j = 0; j < kPlaneLoads; ++j) {
+    Acc value[V];
+    unpack(batch.x[j], value);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      mean += value[k] * Acc(1.0 / kWarpElements);
+    }
+  }
+  uint32_t number = 0;
+#pragma unroll
+  for (int j = 0; j < kPlaneLoads; ++j) {
+    number += __popc(batch.valid[j]);
+  }
+  warp_sum(number, mean);
+  mean = number > 0 ? mean * static_cast<Acc>(divide_by_count(kWarpElements, number)) : Acc(0);
+}
+
+// Adds a batch's elements, as distances from the pivot.
+template <typename T>
+__device__ __forceinline__ void add_batch(const PlaneBatch<T>& batch, acc_t<T> pivot, double& sum, double& squares,
+                                          uint32_t& count) {
+  using Acc = acc_t<T>;
+  constexpr int V = Vec<T>::kSize;
+  Acc batch_sum = 0, batch_squares = 0;
+#pragma unroll
+  for (int j = 0; j < kPlaneLoads; ++j) {
+    Acc value[V];
+    unpack(batch.x[j], value);
+    if (batch.valid[j] != PlaneBatch<T>::kAll) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        value[k] = batch.valid[j] >> k & 1 ? value[k] : pivot;  // which adds 0
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const Acc d = value[k] - pivot;
+      batch_sum += d;
+      batch_squares += d * d;
+    }
+    count += __popc(batch.valid[j]);
+  }
+  sum += batch_sum;
+  squares += batch_squares;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kStatsThreads, kPlaneBlocks) bn_stats_planes_kernel(const PlanesParams<T> p) {
+  constexpr int kWarps = kStatsThreads / 32;
   const uint32_t split = p.channels.div(blockIdx.x);
   const uint32_t c = blockIdx.x - split * p.channels.divisor;
   const int64_t step = p.packed ? int64_t{kStatsThreads / p.lanes} * kPlaneLoads : 1;
   const int64_t end = min((split + int64_t{1}) * p.share, p.units);
-  Acc pivot = 0;
+  acc_t<T> pivot = 0;
   double sum = 0, squares = 0;
   uint32_t count = 0;
   bool first = true;
@@ -134,48 +184,10 @@ __global__ void __launch_bounds__(kStatsThreads, kPlaneBlocks) bn_stats_planes_k
     PlaneBatch<T> batch;
     load_batch(p, c, unit, batch);
     if (first) {
-      // The mean of what the warp has loaded first. Elements that do not exist are 0.
       first = false;
-#pragma unroll
-      for (int j = 0; j < kPlaneLoads; ++j) {
-        Acc value[V];
-        unpack(batch.x[j], value);
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-          pivot += value[k] * Acc(1.0 / kWarpElements);
-        }
-      }
-      uint32_t number = 0;
-#pragma unroll
-      for (int j = 0; j < kPlaneLoads; ++j) {
-        number += __popc(batch.valid[j]);
-      }
-      warp_sum(number, pivot);
-      pivot = number > 0 ? pivot * static_cast<Acc>(divide_by_count(kWarpElements, number)) : Acc(0);
+      warp_mean(batch, pivot);
     }
-    Acc batch_sum = 0, batch_squares = 0;
-    const auto add = [&](Acc d) {
-      batch_sum += d;
-      batch_squares += d * d;
-    };
-#pragma unroll
-    for (int j = 0; j < kPlaneLoads; ++j) {
-      Acc value[V];
-      unpack(batch.x[j], value);
-      if (batch.valid[j] != PlaneBatch<T>::kAll) {
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-          value[k] = batch.valid[j] >> k & 1 ? value[k] : pivot;  // which adds 0
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        add(value[k] - pivot);
-      }
-      count += __popc(batch.valid[j]);
-    }
-    sum += batch_sum;
-    squares += batch_squares;
+    add_batch(batch, pivot, sum, squares, count);
   }
   warp_sum(sum, squares, count);
   __shared__ Moments warps[kWarps];
@@ -232,19 +244,115 @@ struct ColumnItem {
   }
 };
 
+// What a thread has of a block's rows: one in each `rows` of them, W columns wide.
+struct ColumnThread {
+  uint32_t row;   // of the first one, within the block
+  uint32_t lane;  // of the columns
+  bool active;    // these columns exist
+};
+
+// Of each of a thread's columns the mean over the block's first rows, by a few of its threads; rows that do not exist are 0.
+// totals: shared memory, W elements a thread. rows: of the matrix, for this block.
+template <typename T, int W, int U>
+__device__ __forceinline__ void column_means(const ColumnsParams<T>& p, const ColumnThread& thread,
+                                             const ColumnItem<T, W> (&items)[U], uint32_t rows, acc_t<T>* totals,
+                                             acc_t<T> (&means)[W]) {
+  using Acc = acc_t<T>;
+  constexpr uint32_t kPivotRows = 16;
+  const uint32_t pivot_rows = min(p.rows, kPivotRows);
+  if (thread.row < pivot_rows) {
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      Acc total = 0;
+#pragma unroll
+      for (int j = 0; j < U; ++j) {
+        total += items[j].at(k) * Acc(1.0 / (kPivotRows * U));
+      }
+      totals[(thread.row * p.lanes + thread.lane) * W + k] = total;
+    }
+  }
+  __syncthreads();
+  if (thread.active) {
+    uint32_t number = 0;
+#pragma unroll 1
+    for (uint32_t r = 0; r < min(p.rows * U, rows); r += p.rows) {
+      number += min(rows - r, pivot_rows);
+    }
+    const auto factor = static_cast<Acc>(divide_by_count(kPivotRows * U, number));
+#pragma unroll 1
+    for (uint32_t i = 0; i < pivot_rows; ++i) {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        means[k] += totals[(i * p.lanes + thread.lane) * W + k];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      means[k] *= factor;
+    }
+  }
+  __syncthreads();
+}
+
+// Adds the elements of a thread's columns in U rows, from row `first` on, as distances from the pivots.
+template <typename T, int W, int U>
+__device__ __forceinline__ void add_items(const ColumnsParams<T>& p, const ColumnThread& thread,
+                                          const ColumnItem<T, W> (&items)[U], uint32_t first, uint32_t rows,
+                                          const acc_t<T> (&pivot)[W], double (&sum)[W], double (&square)[W]) {
+  using Acc = acc_t<T>;
+  Acc batch_sum[W] = {}, batch_squares[W] = {};
+  const bool all = first + p.rows * U <= rows;
+#pragma unroll
+  for (int j = 0; j < U; ++j) {
+    if (all || first + j * p.rows + thread.row < rows) {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        const Acc d = items[j].at(k) - pivot[k];
+        batch_sum[k] += d;
+        batch_squares[k] += d * d;
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < W; ++k) {
+    sum[k] += batch_sum[k];
+    square[k] += batch_squares[k];
+  }
+}
+
+// Adds up the sums of a block's threads over its rows, into those of row 0. Both are shared memory, W elements a thread.
+template <int W, typename T>
+__device__ __forceinline__ void add_up_rows(const ColumnsParams<T>& p, const ColumnThread& thread, double* sums,
+                                            double* squares) {
+  const uint32_t slot = threadIdx.x * W;
+  uint32_t half = 1;
+  while (half < p.rows) {
+    half *= 2;
+  }
+  for (half /= 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread.row < half && thread.row + half < p.rows) {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        sums[slot + k] += sums[slot + half * p.lanes * W + k];
+        squares[slot + k] += squares[slot + half * p.lanes * W + k];
+      }
+    }
+  }
+}
+
 // W: elements that a thread loads at a time, kColumnVec<T>, or 1 where rows do not allow for that.
 template <typename T, int W>
 __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_columns_kernel(const ColumnsParams<T> p) {
   using Acc = acc_t<T>;
   constexpr int U = kColumnBatch<T, W>;
-  constexpr uint32_t kPivotRows = 16;
   __shared__ double sums[kStatsThreads * W];
   __shared__ double squares[kStatsThreads * W];
   const uint32_t split = p.chunks.div(blockIdx.x);
   const uint32_t first_lane = (blockIdx.x - split * p.chunks.divisor) * p.lanes;
   const uint32_t row = threadIdx.x / p.lanes;
   const uint32_t lane = threadIdx.x - row * p.lanes;
-  const bool active = row < p.rows && first_lane + lane < p.row_vectors;
+  const ColumnThread thread{row, lane, row < p.rows && first_lane + lane < p.row_vectors};
   const int64_t begin = split * p.share;
   const auto rows = static_cast<uint32_t>(min(p.share, p.matrix_rows - begin));  // of the matrix, for this block
   const uint32_t step = p.rows * U;
@@ -258,65 +366,14 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
     for (int j = 0; j < U; ++j) {
       const uint32_t r = first + j * p.rows;
       items[j] = {};
-      if (active && r + row < rows) {
+      if (thread.active && r + row < rows) {
         items[j].load(x + r * p.columns);
       }
     }
-    if (first == 0) {
-      // The mean of the first rows, of a few threads; those that do not exist are 0. `sums` is still free.
-      auto* totals = reinterpret_cast<Acc*>(sums);
-      const uint32_t pivot_rows = min(p.rows, kPivotRows);
-      if (row < pivot_rows) {
-#pragma unroll
-        for (int k = 0; k < W; ++k) {
-          Acc total = 0;
-#pragma unroll
-          for (int j = 0; j < U; ++j) {
-            total += items[j].at(k) * Acc(1.0 / (kPivotRows * U));
-          }
-          totals[(row * p.lanes + lane) * W + k] = total;
-        }
-      }
-      __syncthreads();
-      if (active) {
-        uint32_t number = 0;
-#pragma unroll 1
-        for (uint32_t r = 0; r < min(step, rows); r += p.rows) {
-          number += min(rows - r, pivot_rows);
-        }
-        const auto factor = static_cast<Acc>(divide_by_count(kPivotRows * U, number));
-#pragma unroll 1
-        for (uint32_t i = 0; i < pivot_rows; ++i) {
-#pragma unroll
-          for (int k = 0; k < W; ++k) {
-            pivot[k] += totals[(i * p.lanes + lane) * W + k];
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < W; ++k) {
-          pivot[k] *= factor;
-        }
-      }
-      __syncthreads();
+    if (first == 0) {  // `sums` is still free
+      column_means(p, thread, items, rows, reinterpret_cast<Acc*>(sums), pivot);
     }
-    Acc batch_sum[W] = {}, batch_squares[W] = {};
-    const bool all = first + step <= rows;
-#pragma unroll
-    for (int j = 0; j < U; ++j) {
-      if (all || first + j * p.rows + row < rows) {
-#pragma unroll
-        for (int k = 0; k < W; ++k) {
-          const Acc d = items[j].at(k) - pivot[k];
-          batch_sum[k] += d;
-          batch_squares[k] += d * d;
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < W; ++k) {
-      sum[k] += batch_sum[k];
-      square[k] += batch_squares[k];
-    }
+    add_items(p, thread, items, first, rows, pivot, sum, square);
   }
   const uint32_t slot = threadIdx.x * W;
 #pragma unroll
@@ -324,21 +381,8 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsColumnBlocks) bn_stats_co
     sums[slot + k] = sum[k];
     squares[slot + k] = square[k];
   }
-  uint32_t half = 1;
-  while (half < p.rows) {
-    half *= 2;
-  }
-  for (half /= 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (row < half && row + half < p.rows) {
-#pragma unroll
-      for (int k = 0; k < W; ++k) {
-        sums[slot + k] += sums[slot + half * p.lanes * W + k];
-        squares[slot + k] += squares[slot + half * p.lanes * W + k];
-      }
-    }
-  }
-  if (row == 0 && active) {  // what is left is this thread's own
+  add_up_rows<W>(p, thread, sums, squares);
+  if (row == 0 && thread.active) {  // what is left is this thread's own
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       p.partials[split * p.columns + static_cast<int64_t>(first_lane + lane) * W + k] = from_sums(

@@ -3,6 +3,7 @@
 
 #include "elementwise.h"
 #include "kernels/conv/select.h"
+#include "torch/conv_checks.h"
 
 namespace fused_conv_bn {
 

@@ -69,7 +69,7 @@ ConvPlan remembered_plan(const Conv2d& problem, int32_t device, const GpuTraits&
 void print_config(const char* op, const PlainConv& c, bool has_residual, bool allow_tf32, const ConvChoice& choice) {
   static std::mutex mutex;
   static std::set<std::string> printed;
-  const auto window = [&](const Window& values) { return list_text(values.data(), c.space()); };
+  const auto window = [&](const Spatial& values) { return list_text(values.data(), c.space()); };
   std::ostringstream text;
   text << "fused_conv_bn: " << op << " of " << c.input.shape() << " with " << c.weight.shape() << ", stride "
        << window(c.stride) << ", padding " << window(c.padding) << ", dilation " << window(c.dilation) << ", groups "

@@ -53,8 +53,10 @@ struct Device {
   bool operator==(const Device& other) const { return type == other.type && index == other.index; }
   bool operator!=(const Device& other) const { return !(*this == other); }
 
+  bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
+
   std::string name() const {
-    if (type == aoti_torch_device_type_cpu()) {
+    if (is_cpu()) {
       return "cpu";
     }
     const std::string kind = type == aoti_torch_device_type_cuda() ? "cuda" : "device type " + std::to_string(type);

@@ -1,14 +1,31 @@
-// A 2-D convolution as kernels see it, in cuDNN's letters: x (N, C, H, W) with w (K, C / groups, R, S) gives y (N, K, P, Q).
+// A convolution as algorithms see it, in cuDNN's letters: x (N, C, H, W) with w (K, C / groups, R, S) gives y (N, K, P, Q).
 #pragma once
 
+#include <array>
 #include <compare>
 #include <cstdint>
+#include <optional>
 
 #include "kernels/batch_norm/fold.h"
 
 namespace fused_conv_bn {
 
-// What there is to compute, and how the tensors lie. select_plan() looks at this alone.
+constexpr int kMaxSpace = 3;
+using Spatial = std::array<int64_t, kMaxSpace>;  // a value for each spatial dimension
+
+// What there is to compute, and how the tensors lie, in 1 to 3 spatial dimensions.
+struct ConvProblem {
+  int space;  // how many spatial dimensions there are
+  int64_t N, C, K, groups;
+  Spatial input, filter, output;  // extents
+  Spatial stride, padding, dilation;
+  int element_bytes;   // of x, w, y and the residual: 2, 4 or 8
+  bool channels_last;  // x, y and the residual; else they are contiguous
+  bool has_residual;
+  bool allow_tf32;
+};
+
+// The same in two dimensions. select_plan() looks at this alone.
 struct Conv2d {
   int64_t N;
   int64_t C, H, W;
@@ -18,13 +35,40 @@ struct Conv2d {
   int64_t pad_h, pad_w;
   int64_t dilation_h, dilation_w;
   int64_t groups;
-  int element_bytes;   // of x, w, y and the residual: 2, 4 or 8
-  bool channels_last;  // x, y and the residual; else they are contiguous
+  int element_bytes;
+  bool channels_last;
   bool has_residual;
   bool allow_tf32;
 
   auto operator<=>(const Conv2d&) const = default;
 };
+
+// What the algorithms of this package take: a problem of two dimensions, with a result that is not empty.
+inline std::optional<Conv2d> narrow_to_2d(const ConvProblem& c) {
+  if (c.space != 2 || c.N == 0) {
+    return std::nullopt;
+  }
+  return Conv2d{.N = c.N,
+                .C = c.C,
+                .H = c.input[0],
+                .W = c.input[1],
+                .K = c.K,
+                .R = c.filter[0],
+                .S = c.filter[1],
+                .P = c.output[0],
+                .Q = c.output[1],
+                .stride_h = c.stride[0],
+                .stride_w = c.stride[1],
+                .pad_h = c.padding[0],
+                .pad_w = c.padding[1],
+                .dilation_h = c.dilation[0],
+                .dilation_w = c.dilation[1],
+                .groups = c.groups,
+                .element_bytes = c.element_bytes,
+                .channels_last = c.channels_last,
+                .has_residual = c.has_residual,
+                .allow_tf32 = c.allow_tf32};
+}
 
 // A problem's extents as kernels take them, in 32 bits: a plan's domain has looked at their products. The batch is not among
 // them.

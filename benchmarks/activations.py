@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+import fused_conv_bn as fcb
 from fused_conv_bn import reference
 
-from .common import check, dtype_name, environment, progress
-from .conv import FORCE, Calls, Problem, activated, activated_truth, algorithm, compare, forced, usable
+from .common import check, dtype_name, progress
+from .conv import Calls, Problem, activated, activated_truth, algorithm, compare, forced, usable
 from .layers import ConvCase
 from .stopwatch import Stopwatch
 
@@ -21,7 +22,7 @@ RELU = "relu"  # what the others are measured by
 
 NOTES = {
     "ours": "conv_bn_scale with the row's activation. ours/relu: over the same layer's time with relu.",
-    "aten": "the same with FUSED_CONV_BN_CONV=aten: PyTorch's convolution and one pass behind it. On CUDA alone.",
+    "aten": "the same with the algorithm aten: PyTorch's convolution and one pass behind it. On CUDA alone.",
     "conv": "F.conv2d without bias and with nothing behind it.",
     "pair": "of relu's row: conv_scale_shift on a scale and a shift that fold_bn made before.",
     "turns": "all of a layer's activations take turns in one comparison, so that its rows share copy and conv.",
@@ -38,11 +39,11 @@ class ActivationBench:
     watch: Stopwatch
 
     def check(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with environment(FORCE, ""):
+        with fcb.use_algorithm("by rule"):
             return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
 
     def time(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with environment(FORCE, ""):
+        with fcb.use_algorithm("by rule"):
             return [r for case in progress(cases, "activations") for r in self.rows(Problem(case, self.device))]
 
     def calls(self, problem: Problem) -> tuple[dict[str, Calls], dict[str, str]]:

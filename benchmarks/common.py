@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +16,6 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 SCALING_FACTOR = 2.0
 EPS = 1e-5
 MOMENTUM = 0.1
-
-
-@contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,10 +3,7 @@ with its rivals, and its floor."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fused_conv_bn as fcb
 from fused_conv_bn import modules, ops, reference
 
 from .common import (
@@ -27,7 +25,6 @@ from .common import (
     batch_moments,
     check,
     dtype_name,
-    environment,
     first_line,
     progress,
     random_bn,
@@ -37,8 +34,6 @@ from .common import (
 from .layers import ConvCase, Layer
 from .stopwatch import Rivals, Stopwatch, pairs_of
 
-FORCE = "FUSED_CONV_BN_CONV"
-PRINT = "FUSED_CONV_BN_PRINT_CONFIG"
 Calls = dict[str, Callable[..., Tensor]]  # by name: what takes the input, and the residual if there is one
 Fold = Callable[..., tuple[Tensor, Tensor]]
 TF32_UNIT = 2.0**-11  # rounding to TF32's significand
@@ -46,7 +41,7 @@ TF32_UNIT = 2.0**-11  # rounding to TF32's significand
 NOTES = {
     "ours": "ConvBnScale2d in eval. op: conv_bn_scale, which folds BN inside. With TF32 ours is the op, with "
     "allow_tf32=True. pair: conv_scale_shift on a scale and a shift that fold_bn made before. algorithm: what ours "
-    "ran. aten, stem_sm80: the module with FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution and one "
+    "ran. aten, stem_sm80: the module under use_algorithm() of that; aten is PyTorch's convolution and one "
     "pass behind it.",
     "eager": "bn(conv(x)), then * factor and += residual where the layer has them, and the activation in place. "
     "float32 may be TF32 in cuDNN (flags); errors tell.",
@@ -73,7 +68,7 @@ NOTES = {
 TRAIN_NOTES = {
     "ours": "ConvBnScale2d in training mode, under no_grad: batch statistics, and the running ones updated. op: "
     "conv_bn_scale_train, which leaves num_batches_tracked to the module. algorithm: what computes the convolution. "
-    "aten, stem_sm80: the module with FUSED_CONV_BN_CONV set to that; aten is PyTorch's convolution, one read of it "
+    "aten, stem_sm80: the module under use_algorithm() of that; aten is PyTorch's convolution, one read of it "
     "for the statistics and one pass.",
     "eager": "the same modules in training mode, under no_grad; what is behind bn as in evaluation.",
     "compile": "torch.compile(eager, dynamic=False), in float32 NCHW also in mode max-autotune-no-cudagraphs. Freezing "
@@ -138,7 +133,7 @@ def activated_truth(total: Tensor, sizes: Tensor, activation: str) -> tuple[Tens
 
 def forced(call: Callable[..., Tensor], algorithm: str) -> Callable[..., Tensor]:
     def run(*inputs: Tensor) -> Tensor:
-        with environment(FORCE, algorithm):
+        with fcb.use_algorithm(algorithm):
             return call(*inputs)
 
     return run
@@ -321,28 +316,24 @@ def measure_rates(watch: Stopwatch, device: str, dtypes: Sequence[torch.dtype], 
     return {**rates, "matrix_tflop_per_s": tflops}
 
 
-_algorithms: dict[ConvCase, str] = {}  # by kind. An op prints its choice once in a process.
-
-
 def algorithm(problem: Problem) -> str:
-    """What the rule chooses for ours, which prints it once for each kind of call."""
-    kind = problem.case.kind
-    if kind in _algorithms:
-        return _algorithms[kind]
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile("w+") as file:
-        try:
-            os.dup2(file.fileno(), 2)
-            with environment(PRINT, "1"):
-                problem.ours()["ours"](*problem.inputs())
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-        file.seek(0)
-        lines = [line for line in file.read().splitlines() if line.startswith("fused_conv_bn: ")]
-    _algorithms[kind] = lines[-1].rpartition(": ")[2] if lines else ""
-    return _algorithms[kind]
+    """What the rule chooses for ours; nothing on the CPU."""
+    case = problem.case
+    if problem.x.device.type != "cuda":
+        return ""
+    conv = problem.plain.conv
+    assert not isinstance(conv.padding, str)
+    return fcb.explain(
+        problem.x,
+        conv.weight,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        residual=case.layer.residual,
+        allow_tf32=case.allow_tf32,
+        training=case.train,
+    )
 
 
 def compare(problem: Problem, calls: Calls, watch: Stopwatch, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -374,11 +365,11 @@ class ConvBench:
     watch: Stopwatch
 
     def check(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with environment(FORCE, ""):
+        with fcb.use_algorithm("by rule"):
             return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
 
     def time(self, cases: Sequence[ConvCase], rates: dict[str, Any]) -> list[dict[str, Any]]:
-        with environment(FORCE, ""):
+        with fcb.use_algorithm("by rule"):
             return [self.row(Problem(case, self.device), rates) for case in progress(cases, "convolutions")]
 
     def check_case(self, problem: Problem) -> list[dict[str, Any]]:

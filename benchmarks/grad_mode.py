@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import MB, Compiler, check, dtype_name, environment, progress
-from .conv import FORCE, Calls, Problem, compare
+import fused_conv_bn as fcb
+
+from .common import MB, Compiler, check, dtype_name, progress
+from .conv import Calls, Problem, compare
 from .layers import ConvCase
 from .stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, KERNELBENCH_WARM_UPS, Stopwatch, cuda, kernelbench_us
 
@@ -66,11 +68,11 @@ class GradBench:
     trials: int = KERNELBENCH_TRIALS
 
     def check(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with environment(FORCE, ""):
+        with fcb.use_algorithm("by rule"):
             return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
 
     def time(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with environment(FORCE, ""):
+        with fcb.use_algorithm("by rule"):
             return [self.row(Problem(case, self.device)) for case in progress(cases, "grad mode")]
 
     def check_case(self, problem: Problem) -> list[dict[str, Any]]:

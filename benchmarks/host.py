@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import fused_conv_bn
 from fused_conv_bn import ops
 
-from .common import EPS, MOMENTUM, SCALING_FACTOR, environment, progress, random_bn
-from .conv import FORCE, Problem
+from .common import EPS, MOMENTUM, SCALING_FACTOR, progress, random_bn
+from .conv import Problem
 from .layers import ConvCase, Layer
 from .stopwatch import Stopwatch, spread
 
@@ -106,7 +106,7 @@ def conv_calls(device: str, train: bool) -> Calls:
 
 def time_host(watch: Stopwatch, device: str, rounds: int = 300, calls: int = 20) -> list[dict[str, Any]]:
     """A row a call, see the note."""
-    with environment(FORCE, ""):
+    with fused_conv_bn.use_algorithm("by rule"):
         rivals = {**bn_calls(device), **conv_calls(device, False), **conv_calls(device, True)}
         times: dict[str, list[float]] = {name: [] for name in rivals}
         for _ in progress(range(rounds), "host"):

@@ -35,9 +35,16 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
         ", bool allow_tf32=False) -> Tensor");
   m.def("conv_bn_scale(Tensor input, Tensor conv_weight, Tensor? conv_bias, " FCB_BN ", " FCB_WINDOW
         ", *, " FCB_EPILOGUE ", bool allow_tf32=False) -> Tensor");
-  // What a convolution op would run on CUDA for a problem and a GPU, both as the numbers of kernels/conv/problem.h
-  // in their order; `algorithm` forces one.
-  m.def("_conv_config(int[] problem, int[] gpu, str algorithm='', str statistics='none') -> str");
+  // What a convolution op would run, in words. _explain_problem: on CUDA, for a problem and a GPU, both as the numbers of
+  // Conv2d and GpuTraits (kernels/conv/problem.h) in their order.
+  m.def("_explain(Tensor input, Tensor weight, " FCB_WINDOW
+        ", *, bool has_residual=False, bool has_statistics=False, bool allow_tf32=False) -> str");
+  m.def("_explain_problem(int[] problem, int[] gpu, str algorithm='', str statistics='none') -> str");
+
+  // What the calling thread's convolutions run on CUDA from now on; returns what it was. Names, 'by rule', 'default' for what
+  // the environment says, and '' to leave it as it is. No kernel without a CUDA library: _check_algorithm checks the names.
+  m.def("_use_algorithm(str algorithm, str statistics) -> (str algorithm, str statistics)");
+  m.def("_check_algorithm(str algorithm, str statistics) -> ()");
 
   // Batch statistics, in three forms. The first returns the result alone; _stats the batch's mean and the inverse of its
   // deviation as well, for a backward; _functional writes to no argument, and returns the updated running statistics, which are

@@ -26,6 +26,9 @@ CONV_ALGORITHMS = ("stem_sm90", "stem_sm80", "depthwise", "aten")
 CONV_STATISTICS = ("from_output", "from_input")
 """Where conv_bn_scale_train can take a batch's statistics from on CUDA (conftest.py's ``train_device``)."""
 
+forced_algorithm = "by rule"
+"""The one that the fixtures force (conftest.py)."""
+
 RESIDUALS = ("none", "first", "last")
 """Without a residual; with one before the activation; with one behind it."""
 

@@ -7,10 +7,12 @@ with fewer than two. FUSED_CONV_BN_REQUIRE_CUDA=1 (or 2) demands that many GPUs:
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+import common
 from common import CONV_ALGORITHMS, CONV_STATISTICS, DEVICES
 
 REQUIRED_GPUS = int(os.environ.get("FUSED_CONV_BN_REQUIRE_CUDA") or 0)
@@ -50,24 +52,26 @@ CONV_DEVICES = [("cpu", "by rule"), *(("cuda", name) for name in ("by rule", *CO
 TRAIN_DEVICES = [*((*pair, "by rule") for pair in CONV_DEVICES), *(("cuda", "stem_sm90", s) for s in CONV_STATISTICS)]
 
 
-def _force(monkeypatch: pytest.MonkeyPatch, device: str, algorithm: str, statistics: str = "by rule") -> str:
+def _forced(monkeypatch: pytest.MonkeyPatch, device: str, algorithm: str, statistics: str = "by rule") -> Iterator[str]:
+    import fused_conv_bn as fcb  # most tests of what builds the libraries run without them
+
     if device == "cuda":
         _need_gpus(1)
-    for variable, value in (("FUSED_CONV_BN_CONV", algorithm), ("FUSED_CONV_BN_STATISTICS", statistics)):
-        monkeypatch.setenv(variable, "" if value == "by rule" else value)
-    return device
+    monkeypatch.setattr(common, "forced_algorithm", algorithm)
+    with fcb.use_algorithm(algorithm, statistics):
+        yield device
 
 
 @pytest.fixture(params=CONV_DEVICES, ids="-".join)
-def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A device for conv_scale_shift, with each of its algorithms forced there in turn."""
-    return _force(monkeypatch, *request.param)
+    yield from _forced(monkeypatch, *request.param)
 
 
 @pytest.fixture(params=TRAIN_DEVICES, ids="-".join)
-def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The same for conv_bn_scale_train, and each source of statistics."""
-    return _force(monkeypatch, *request.param)
+    yield from _forced(monkeypatch, *request.param)
 
 
 @pytest.fixture

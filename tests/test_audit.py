@@ -182,7 +182,7 @@ class Draft:
         self.extra_members: list[str] = []
         self.spoil_record: Callable[[str], str] = str
         package = audit.ROOT / "src" / "fused_conv_bn"
-        self.files = {f"fused_conv_bn/{path.name}": path.read_bytes() for path in package.glob("*.py")}
+        self.files = {str(path.relative_to(package.parent)): path.read_bytes() for path in package.rglob("*.py")}
         self.files[f"{self.dist_info}/METADATA"] = METADATA.format(version=self.version).encode()
         self.files[f"{self.dist_info}/WHEEL"] = WHEEL.format(tag=self.tag).encode()
         self.files[f"{self.dist_info}/licenses/LICENSE"] = (audit.ROOT / "LICENSE").read_bytes()

@@ -712,7 +712,7 @@ def test_complete_wheels(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp
             }
         files = [MATRIX["libraries"][library]["file"] for library in MATRIX["wheels"][name]["libraries"]]
         assert sorted(n for n in names if n.endswith(".so")) == sorted(f"fused_conv_bn/{file}" for file in files)
-        assert sorted(path.name for path in (ROOT / "src" / "fused_conv_bn").glob("*.py")) == sorted(
+        assert sorted(path.name for path in (ROOT / "src" / "fused_conv_bn").rglob("*.py")) == sorted(
             Path(n).name for n in names if n.endswith(".py")
         )
         assert f"\nVersion: {full}\n" in metadata and "\nRequires-Dist: torch>=2.10\n" in metadata

@@ -176,7 +176,10 @@ def test_every_overload_is_opchecked() -> None:
     checked = {op for op, _ in (*CALLS.values(), *MORE_CALLS.values())} | {OPS.fold_bn.default, OPS.cuda_archs.default}
     checked |= {OPS.conv_scale_shift.default}  # in test_conv.py
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in test_train.py
-    checked |= {OPS._conv_config.default}  # takes no tensor
+    # What takes no tensor or returns none.
+    checked |= {
+        getattr(OPS, name).default for name in ("_explain", "_explain_problem", "_use_algorithm", "_check_algorithm")
+    }
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_conv_bn::")}
     assert {op.name() for op in checked} == defined
 

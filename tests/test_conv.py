@@ -33,6 +33,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import common
 import fused_conv_bn as fcb
 from common import DTYPES, RESIDUALS, SLOPE, long, long_epilogue, random_bn
 from fused_conv_bn import reference
@@ -313,7 +314,7 @@ def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:
         "stem_sm80": dtype != torch.float64,
         "depthwise": depthwise and dtype != torch.float64,
     }
-    return covers.get(os.environ.get("FUSED_CONV_BN_CONV", ""), True)
+    return covers.get(common.forced_algorithm, True)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def test_random_depthwise_problems(conv_device, dtype, generator):
                 bn=bool(draw(0, 2)),
             )
         )
-    if os.environ.get("FUSED_CONV_BN_CONV") == "depthwise":  # the others have few of these in their domains, or none
+    if common.forced_algorithm == "depthwise":  # the others have few of these in their domains, or none
         assert covered or not is_covered(dtype, depthwise=True)
 
 
@@ -639,7 +640,7 @@ def test_depthwise_rows_of_many_images(conv_device, dtype, generator):
             *(generator, conv_device, dtype, (batch, 64, 3, 1), (64, 1, kernel, kernel), stride, kernel // 2, 1, 64),
             formats="ll",
         )
-        assert check(call) or os.environ.get("FUSED_CONV_BN_CONV") != "depthwise"
+        assert check(call) or common.forced_algorithm != "depthwise"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -1147,30 +1148,6 @@ def test_list_and_string_arguments_do_not_leak():
             OPS.conv_scale_shift(x, x, one, one, [1, 1], [0, 0], [1, 1], 1, activation="hardswish")
             OPS.conv_bn_scale(x, x, one, one, one, stride=[1, 1], padding=[0, 0], activation="hardsigmoid")
     assert resident() - before < 100_000 * 16
-
-
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
-def test_choices_are_printed_once(device, generator, monkeypatch, capfd):
-    call = make(generator, device, torch.float16, (3, 4, 9, 11), (6, 4, 3, 3), (1, 2), formats="ll")
-    monkeypatch.setenv("FUSED_CONV_BN_PRINT_CONFIG", "1")
-    for _ in range(3):
-        call.ours()
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith(
-        "fused_conv_bn: conv_scale_shift of [3, 4, 9, 11] with [6, 4, 3, 3], stride [1, 2], padding [0, 0], "
-        "dilation [1, 1], groups 1, float16 channels_last: "
-    )
-    monkeypatch.setenv("FUSED_CONV_BN_PRINT_CONFIG", "0")
-    make(generator, device, torch.float16, (3, 4, 9, 12), (6, 4, 3, 3)).ours()
-    assert not capfd.readouterr().err
-
-
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
-def test_unknown_algorithm(device, generator, monkeypatch):
-    monkeypatch.setenv("FUSED_CONV_BN_CONV", "fastest")
-    with pytest.raises(RuntimeError, match="conv_scale_shift: FUSED_CONV_BN_CONV is 'fastest', expected one of 'aten'"):
-        make(generator, device, torch.float32, (2, 4, 9, 8), (6, 4, 3, 3)).ours()
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

@@ -17,7 +17,7 @@ import torch
 import fused_conv_bn  # noqa: F401  # registers the ops
 from common import CONV_ALGORITHMS, CONV_STATISTICS
 
-conv_config = torch.ops.fused_conv_bn._conv_config
+explain_problem = torch.ops.fused_conv_bn._explain_problem
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,11 @@ def random_problem(rng: random.Random) -> Problem:
 
 
 def configuration(problem: Problem, gpu: Gpu, algorithm: str = "", statistics: str = "none") -> str:
-    return conv_config([int(value) for value in astuple(problem)], list(astuple(gpu)), algorithm, statistics)
+    return explain_problem([int(value) for value in astuple(problem)], list(astuple(gpu)), algorithm, statistics)
 
 
 def test_every_algorithm_has_a_domain() -> None:
-    with pytest.raises(RuntimeError, match="FUSED_CONV_BN_CONV is 'no such'") as caught:
+    with pytest.raises(RuntimeError, match="_explain_problem: algorithm is 'no such'") as caught:
         configuration(random_problem(random.Random(0)), GPUS[0], "no such")
     known = re.findall(r"'(\w+)'", str(caught.value).partition("expected")[2])
     assert known == list(DOMAINS) == list(CONV_ALGORITHMS)
@@ -265,13 +265,13 @@ def test_statistics_stay_inside_their_domain() -> None:
 
 def test_unknown_statistics() -> None:
     problem = random_problem(random.Random(0))
-    with pytest.raises(RuntimeError, match="FUSED_CONV_BN_STATISTICS is 'no such'") as caught:
+    with pytest.raises(RuntimeError, match="_explain_problem: statistics is 'no such'") as caught:
         configuration(problem, GPUS[0], "", "no such")
     assert tuple(re.findall(r"'(\w+)'", str(caught.value).partition("expected")[2])) == CONV_STATISTICS
-    with pytest.raises(RuntimeError, match="FUSED_CONV_BN_STATISTICS is 'from_input', which does not cover"):
+    with pytest.raises(RuntimeError, match="statistics is 'from_input', which does not cover"):
         configuration(problem, GPUS[0], "aten", "from_input")
 
 
 def test_lists_of_the_wrong_length() -> None:
     with pytest.raises(RuntimeError, match="problem and gpu have 3 and 4 values, expected 20 and 5"):
-        conv_config([1, 2, 3], [90, 132, 1, 1])
+        explain_problem([1, 2, 3], [90, 132, 1, 1])

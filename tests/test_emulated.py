@@ -19,6 +19,7 @@ import pytest
 import torch
 import translate
 
+import common
 import fused_conv_bn as fcb
 import test_conv
 import test_ops
@@ -108,7 +109,7 @@ def by_algorithm(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
 @pytest.fixture(params=[name for name in CONV_ALGORITHMS if name != "aten"])
 def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As conftest.py's, with the kernels of each algorithm instead of the op."""
-    monkeypatch.setenv("FUSED_CONV_BN_CONV", request.param)
+    monkeypatch.setattr(common, "forced_algorithm", request.param)
     by_algorithm(monkeypatch, algorithm=request.param)
     return "cpu"
 
@@ -210,7 +211,7 @@ def test_training_launches_its_own_passes_alone(way, generator):
 @pytest.mark.parametrize("capability", [86, 120])
 @pytest.mark.parametrize("dtype", FLOAT32_AND_16, ids=str)
 def test_convolutions_of_other_gpus(capability, algorithm, dtype, generator, monkeypatch):
-    monkeypatch.setenv("FUSED_CONV_BN_CONV", algorithm)
+    monkeypatch.setattr(common, "forced_algorithm", algorithm)
     by_algorithm(monkeypatch, algorithm=algorithm, capability=capability)
     if algorithm == "stem_sm80":
         test_conv.test_random_problems("cpu", dtype, generator)

@@ -60,12 +60,10 @@ WAYS = [
 @pytest.mark.parametrize("with_bn", [True, False])
 @pytest.mark.parametrize("algorithm, statistics, passes", WAYS)
 def test_nothing_but_its_own_passes(
-    device, algorithm, statistics, passes, with_bn, activation, with_residual, generator, monkeypatch
+    device, algorithm, statistics, passes, with_bn, activation, with_residual, generator
 ):
     if algorithm == "stem_sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("stem_sm90 is for compute capability 9.0")
-    monkeypatch.setenv("FUSED_CONV_BN_CONV", algorithm)
-    monkeypatch.setenv("FUSED_CONV_BN_STATISTICS", statistics)
     groups = 4 if algorithm == "depthwise" else 1
     x, w, bn = arguments(device, groups, generator)
     residual = torch.randn_like(F.conv2d(x, w, groups=groups)) if with_residual else None
@@ -81,12 +79,13 @@ def test_nothing_but_its_own_passes(
     )
     convolution = functools.partial(F.conv2d, x, w, groups=groups)
     by_pytorch = algorithm == "aten"
-    launched = kernels(call)
+    with fcb.use_algorithm(algorithm, statistics or None):
+        launched, allocated = kernels(call), allocations(call)
     ours = [name for name in launched if "fused_conv_bn" in name]
     assert len(ours) == passes, launched
     assert len(launched) == passes + (len(kernels(convolution)) if by_pytorch else 0), launched
     # Its result, which is the convolution's, and the workspace.
-    assert allocations(call) == 1 + (allocations(convolution) if by_pytorch else 1)
+    assert allocated == 1 + (allocations(convolution) if by_pytorch else 1)
 
 
 # ---- on the CPU ------------------------------------------------------------------------------------------------------

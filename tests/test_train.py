@@ -707,16 +707,15 @@ PATCH_CASES = [
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", PATCH_CASES, ids=str)
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
-def test_statistics_from_the_input_are_exact(device, case, layout, dtype, generator, monkeypatch):
+def test_statistics_from_the_input_are_exact(device, case, layout, dtype, generator):
     """Sums of exact products in float64, so that nothing is rounded but what is put out: at any mean."""
     channels, kernel, padding, (batch, *image) = case
     x = torch.randn(batch, channels, *image, generator=generator) * 3 + 20
     x = arrange(x.to(device, dtype), layout)
     w = torch.randn(10, channels, *kernel, generator=generator).to(device, dtype)
-    monkeypatch.setenv("FUSED_CONV_BN_CONV", "stem_sm90")
-    monkeypatch.setenv("FUSED_CONV_BN_STATISTICS", "from_input")
     mean, var = torch.zeros(10, device=device), torch.zeros(10, device=device)
-    y = covered(lambda: fcb.conv_bn_scale_train(x, w, None, mean, var, None, None, 1, 1, EPS, padding=padding))
+    with fcb.use_algorithm("stem_sm90", "from_input"):
+        y = covered(lambda: fcb.conv_bn_scale_train(x, w, None, mean, var, None, None, 1, 1, EPS, padding=padding))
     assert y.isfinite().all()
     truth = F.conv2d(x.double(), w.double(), padding=padding)
     u = 2.0**-24

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/conv/problem.h"
-#include "torch/checks.h"
+#include "torch/layout.h"
 
 namespace fused_conv_bn {
 

@@ -1,9 +1,8 @@
 // conv_scale_shift and conv_bn_scale, but for the device: what their CPU and CUDA kernels share.
 #pragma once
 
+#include "conv_choice.h"
 #include "elementwise.h"
-#include "kernels/conv/select.h"
-#include "torch/conv_checks.h"
 
 namespace fused_conv_bn {
 
@@ -70,70 +69,7 @@ Tensor convolve_and_apply(const char* op, const ConvArguments& c) {
   return c.dense ? dense : y;
 }
 
-// What the user forces with an environment variable, which has a name that is not one of these.
-[[noreturn]] inline void fail_unknown_choice(const char* op, const char* variable, const std::string& forced,
-                                             const std::vector<std::string>& names) {
-  std::string list;
-  for (const std::string& name : names) {
-    list.append(list.empty() ? "'" : ", '").append(name).append("'");
-  }
-  fail(op, ": ", variable, " is '", forced, "', expected one of ", list, ", or nothing for a choice by rule");
-}
-
-// The plan of the algorithm that the user forces by name, else of the one that select_plan() prefers. problem: nullptr for what
-// is not two-dimensional, which PyTorch computes.
-inline ConvPlan choose_plan(const char* op, const std::string& forced, const Conv2d* problem, const GpuTraits& gpu) {
-  const char* const variable = "FUSED_CONV_BN_CONV";
-  if (forced.empty()) {
-    return problem == nullptr ? ConvPlan(Aten{}) : select_plan(*problem, gpu);
-  }
-  const std::vector<std::string> names = algorithm_names();
-  if (std::find(names.begin(), names.end(), forced) == names.end()) {
-    fail_unknown_choice(op, variable, forced, names);
-  }
-  if (forced == Aten::kName) {
-    return Aten{};
-  }
-  const std::optional<ConvPlan> plan = problem == nullptr ? std::nullopt : make_plan(forced, *problem, gpu);
-  if (!plan.has_value()) {
-    fail(op, ": ", variable, " is '", forced, "', which does not cover this convolution, expected 'aten' for it, or ",
-         "nothing for a choice by rule");
-  }
-  return *plan;
-}
-
-// The same of statistics.
-inline ConvStatistics choose_statistics(const char* op, const std::string& forced, const ConvPlan& plan,
-                                        const Conv2d& problem, const GpuTraits& gpu) {
-  if (forced.empty()) {
-    return select_statistics(plan, problem, gpu);
-  }
-  const char* const variable = "FUSED_CONV_BN_STATISTICS";
-  std::vector<std::string> names;
-  for (const auto& [name, statistics] : kConvStatistics) {
-    if (forced != name) {
-      names.emplace_back(name);
-      continue;
-    }
-    if (!has_statistics(statistics, plan, problem, gpu)) {
-      fail(op, ": ", variable, " is '", forced,
-           "', which does not cover this convolution, expected 'from_output' for it, or nothing for a choice by rule");
-    }
-    return statistics;
-  }
-  fail_unknown_choice(op, variable, forced, names);
-}
-
-// What computes a convolution on CUDA: the choice, and what it was made of.
-struct CudaConvChoice {
-  Conv2d problem;
-  GpuTraits gpu;
-  ConvChoice choice;
-};
-
 // Of the CUDA library, for ops that have a convolution in them.
-CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
-                                bool allow_tf32);
 Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice);
 
 }  // namespace fused_conv_bn

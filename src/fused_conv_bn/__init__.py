@@ -11,7 +11,8 @@ except ImportError as error:
         raise SystemExit(str(error)) from None
     raise
 
-from . import _fake, _flops, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
+from . import _register, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
+from .algorithms import explain, use_algorithm  # noqa: E402
 from .conditions import export_ops  # noqa: E402
 from .modules import ConvBnScale2d  # noqa: E402
 from .ops import (  # noqa: E402
@@ -26,8 +27,6 @@ from .ops import (  # noqa: E402
     scale_shift_,
 )
 
-_flops.register()
-
 __version__ = "0.1.0"
 __all__ = [
     "ConvBnScale2d",
@@ -38,9 +37,11 @@ __all__ = [
     "conv_bn_scale",
     "conv_bn_scale_train",
     "conv_scale_shift",
+    "explain",
     "export_ops",
     "fold_bn",
     "reference",
     "scale_shift",
     "scale_shift_",
+    "use_algorithm",
 ]

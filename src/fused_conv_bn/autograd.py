@@ -5,7 +5,7 @@ takes PyTorch's own formulas: the activation's, then ``native_batch_norm_backwar
 
 Memory is never above eager's, which keeps the convolution's input and result, and an activation's input or result.
 
-- Where a convolution has few terms (:func:`keeps_result`), its result is not kept: backward convolves again.
+- Where a convolution has few terms (:func:`._conv.keeps_result`), its result is not kept: backward convolves again.
 - Elsewhere PyTorch's convolution runs, a node of the graph like any other, and the Function covers what follows.
 - An activation's derivative comes from the result for relu, sigmoid and tanh. For the others backward computes the
   activation's input again, so that results may be written to in place after them, as eager allows.
@@ -15,8 +15,7 @@ With grad mode on in backward (``create_graph``) the plain formula is differenti
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -25,10 +24,32 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from . import conditions, reference
+from . import reference
+from ._conv import (
+    NO_WINDOW,
+    Window,
+    as_autocast,
+    convolution_again,
+    convolution_backward,
+    keeps_result,
+    without_autocast,
+)
+from ._dispatch import keywords
+from ._gradients import (
+    FROM_RESULT,
+    activation_backward,
+    affine_backward,
+    derivative_from,
+    differentiates_formula,
+    effective,
+    formula_backward,
+    parameter_dtype,
+    scaled,
+    to_dtype,
+    wide,
+)
 
 _ops = torch.ops.fused_conv_bn
-_aten = torch.ops.aten
 # Looked up once. torch.compile knows an op by these; their ``_op`` is what they call, and quicker to call.
 _bn_scale, _conv_bn_scale = _ops.bn_scale.default, _ops.conv_bn_scale.default
 _scale_shift, _conv_scale_shift = _ops.scale_shift.default, _ops.conv_scale_shift.default
@@ -38,9 +59,6 @@ _conv_bn_functional = _ops.conv_bn_scale_train_functional.default
 _is_compiling = torch.compiler.is_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
-Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-"""stride, padding, dilation, groups."""
-
 Epilogue: TypeAlias = tuple[Tensor | None, str, float, bool]
 """residual, activation, negative_slope, residual_last."""
 
@@ -49,248 +67,6 @@ BatchNorm: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float
 
 TrainedBatchNorm: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float, float]
 """The same with momentum before eps. The running statistics may be None."""
-
-AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-_nothing = contextlib.nullcontext()
-
-
-def without_autocast() -> contextlib.AbstractContextManager[Any]:
-    """Autocast off for what runs inside. What is to be cast was cast outside."""
-    if not _is_any_autocast_enabled() or _is_compiling():
-        return _nothing
-    return torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast gives to a tensor that takes part in a convolution."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def _cast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """The tensors as autocast would cast a convolution's, differentiably."""
-    if not _is_any_autocast_enabled():
-        return tensors
-    return [None if t is None else t.to(autocast_dtype(t)) for t in tensors]
-
-
-def keeps_result(input: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether forward keeps the convolution's result for backward, as eager does; else backward convolves again.
-
-    Where the convolution's own arguments need no gradient, eager keeps its result alone, and not what it is made of.
-    """
-    if not (weight.requires_grad or input.requires_grad):
-        return True
-    if input.is_cuda:
-        return weight.shape[1] > 16
-    return groups != 1 or weight.numel() > 75 * weight.shape[0]
-
-
-# ---- activations -----------------------------------------------------------------------------------------------------
-
-_FROM_RESULT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda dy, y: _aten.threshold_backward(dy, y, 0),
-    "sigmoid": _aten.sigmoid_backward,
-    "tanh": _aten.tanh_backward,
-}
-"""The gradient of an activation's input from that of its result, and the result."""
-
-_FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda dy, x: _aten.threshold_backward(dy, x, 0),
-    "relu6": lambda dy, x: _aten.hardtanh_backward(dy, x, 0.0, 6.0),
-    "silu": _aten.silu_backward,
-    "hardswish": _aten.hardswish_backward,
-    "gelu": _aten.gelu_backward,
-    "gelu_tanh": lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh"),
-    "sigmoid": lambda dy, x: _aten.sigmoid_backward(dy, torch.sigmoid(x)),
-    "hardsigmoid": _aten.hardsigmoid_backward,
-    "mish": _aten.mish_backward,
-    "tanh": lambda dy, x: _aten.tanh_backward(dy, torch.tanh(x)),
-}
-"""The same from the activation's input. ``leaky_relu`` is not in it: it takes a slope."""
-
-
-def _activation_backward(dy: Tensor, x: Tensor, activation: str, negative_slope: float) -> Tensor:
-    if activation == "leaky_relu":
-        return _aten.leaky_relu_backward(dy, x, negative_slope, False)
-    return _FROM_INPUT[activation](dy, x)
-
-
-def _derivative(
-    activation: str, has_residual: bool, residual_last: bool, affine: bool, residual_grad: bool
-) -> tuple[bool, bool]:
-    """Whether the activation's derivative is computed from its result, and whether from its input.
-
-    affine: whether anything in front of the epilogue needs a gradient.
-    """
-    if activation == "none" or not (affine or (residual_grad and not residual_last)):
-        return False, False
-    from_result = activation in _FROM_RESULT and not (has_residual and residual_last)
-    return from_result, not from_result
-
-
-def keywords(
-    residual: Tensor | None, activation: str, negative_slope: float, residual_last: bool, allow_tf32: bool = False
-) -> dict[str, Any]:
-    """The arguments that matter (each costs time to pass), and those of wrong types, which the op refuses."""
-    named: dict[str, Any] = {}
-    if residual is not None:
-        named["residual"] = residual
-    if residual_last:
-        named["residual_last"] = residual_last
-    if activation != "none":
-        named["activation"] = activation
-    if activation == "leaky_relu" or type(negative_slope) is not float:
-        named["negative_slope"] = negative_slope
-    if allow_tf32:
-        named["allow_tf32"] = allow_tf32
-    return named
-
-
-# ---- shared parts of the backward functions --------------------------------------------------------------------------
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _effective(weight: Tensor | None, scaling_factor: float, like: Tensor) -> Tensor | None:
-    """BatchNorm's weight with the factor in it, so that the factor costs no pass over memory."""
-    if weight is None:
-        return None if scaling_factor == 1.0 else torch.full_like(like, scaling_factor)
-    weight = weight.to(like.dtype)
-    return weight if scaling_factor == 1.0 else weight * scaling_factor
-
-
-def _scaled(gradient: Tensor | None, scaling_factor: float) -> Tensor | None:
-    return gradient if gradient is None or scaling_factor == 1.0 else gradient * scaling_factor
-
-
-def _parameter_dtype(mean: Tensor, weight: Tensor | None) -> torch.dtype:
-    """That of BatchNorm's bias."""
-    return mean.dtype if weight is None else weight.dtype
-
-
-def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(dtype) for t in tensors]
-
-
-def _convolution_again(input: Tensor, weight: Tensor, window: Window, allow_tf32: bool) -> Tensor:
-    """The convolution's result, without its bias."""
-    if _is_compiling():  # an op with a derivative, for whoever differentiates the compiled graph again
-        return torch.convolution(input, weight, None, *_convolution_arguments(input, window))
-    return _conv_scale_shift(input, weight, None, None, *window, allow_tf32=allow_tf32)
-
-
-def _convolution_arguments(input: Tensor, window: Window) -> tuple[Any, ...]:
-    """What ``aten::convolution`` takes after the bias."""
-    stride, padding, dilation, groups = window
-    space = input.dim() - 2
-    stride, padding, dilation = (list(v) * space if len(v) == 1 else list(v) for v in (stride, padding, dilation))
-    return stride, padding, dilation, False, [0] * space, groups
-
-
-def _convolution_backward(
-    dz: Tensor, input: Tensor, weight: Tensor, window: Window, needs_input: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    stride, padding, dilation, transposed, output_padding, groups = _convolution_arguments(input, window)
-    dx, dw, _ = _aten.convolution_backward(
-        dz,
-        input,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-        [needs_input, needs_weight, False],
-    )
-    return (dx if needs_input else None), (dw if needs_weight else None)
-
-
-def _differentiates_formula(dy: Tensor) -> bool:
-    """Whether backward is itself differentiated or transformed, or has nothing to compute on."""
-    if _is_compiling():
-        return False
-    return torch.is_grad_enabled() or conditions.transformed() or dy.numel() == 0
-
-
-def _formula_backward(
-    affine: Callable[..., Tensor],
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    residual: Tensor | None,
-    result: Tensor | None,
-    dy: Tensor,
-    needs_residual: bool,
-    activation: str,
-    negative_slope: float,
-    residual_last: bool,
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """The gradients of ``inputs`` and of the residual by differentiating ``affine(*inputs)`` and the epilogue.
-
-    ``result`` is given where the activation's derivative is computed from it. The residual is given only where the
-    derivative depends on it.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), without_autocast():
-        # An alias of each, since one tensor may be two of the inputs.
-        mine = [None if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in inputs]
-        for t, need in zip(mine, needs, strict=True):
-            if t is not None and need and not t.requires_grad:
-                t.requires_grad_()
-        y = affine(*mine)
-        add: Tensor | None = None
-        gradient = dy
-        if result is not None:
-            gradient = _FROM_RESULT[activation](dy, result)
-        elif activation != "none":
-            if residual is not None and not residual_last:
-                add = residual.view_as(residual) if residual.requires_grad else residual.detach().requires_grad_()
-                y = y + add
-            y = reference.activate(y, activation, negative_slope)
-        wanted = [t for t, need in zip(mine, needs, strict=True) if need and t is not None]
-        if add is not None and needs_residual:
-            wanted.append(add)
-        got = iter(
-            torch.autograd.grad(y, wanted, gradient, create_graph=create_graph, allow_unused=True) if wanted else ()
-        )
-    gradients = [next(got) if need and t is not None else None for t, need in zip(mine, needs, strict=True)]
-    if not needs_residual:
-        return gradients, None
-    if residual_last:
-        return gradients, dy
-    return gradients, next(got) if add is not None else gradient
-
-
-def _affine_backward(
-    dv: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    batch_mean: Tensor | None,
-    batch_invstd: Tensor | None,
-    eps: float,
-    mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of BatchNorm's input, weight and bias. Without ``z`` the weight's is not to be asked for."""
-    trains = batch_mean is not None
-    dtype = _wide(dv.dtype)
-    # CUDA's kernel wants tensors there, as its forward leaves them, and makes gradients in the weight's likeness.
-    if batch_mean is None:
-        batch_mean = batch_invstd = dv.new_empty(0, dtype=dtype)
-    if weight is None and (mask[1] or mask[2]):
-        weight = torch.ones(dv.size(1), dtype=dtype, device=dv.device)
-    return _aten.native_batch_norm_backward(
-        dv, dv if z is None else z, weight, mean, var, batch_mean, batch_invstd, trains, eps, mask
-    )
 
 
 # ---- BatchNorm in evaluation -----------------------------------------------------------------------------------------
@@ -327,7 +103,7 @@ class _BnScale(Function):
         ctx.numbers = numbers = inputs[8]
         activation, residual_last = numbers[3], numbers[5]
         affine = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
-        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
+        from_result, from_input = derivative_from(activation, residual is not None, residual_last, affine, needs[7])
         # Of BatchNorm the gradient of the input alone needs no input, and that of the bias nothing.
         keeps = needs[5] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
         ctx.from_input = from_input
@@ -353,11 +129,11 @@ class _BnScale(Function):
         needs_x, needs_w, needs_cb, _, _, needs_g, needs_b, needs_r = ctx.needs_input_grad[:8]
         dx = dw = dcb = dg = db = dr = None
         if mean is None:  # the residual's alone
-            dr = dy if result is None else _FROM_RESULT[activation](dy, result)
+            dr = dy if result is None else FROM_RESULT[activation](dy, result)
             return *(None,) * 7, dr, None
-        if _differentiates_formula(dy):
+        if differentiates_formula(dy):
             # No gradient depends on the values of what is zero here, unless an activation's does, which kept them.
-            b = mean.new_zeros(mean.shape, dtype=_parameter_dtype(mean, weight)) if needs_b and bias is None else bias
+            b = mean.new_zeros(mean.shape, dtype=parameter_dtype(mean, weight)) if needs_b and bias is None else bias
             cb = mean.new_zeros(mean.shape, dtype=dy.dtype) if needs_cb and conv_bias is None else conv_bias
 
             def formula(x: Any, w: Any, cb: Any, g: Any, b: Any) -> Tensor:
@@ -367,7 +143,7 @@ class _BnScale(Function):
                     z = x if cb is None else x + reference.per_channel(cb, x.dim())
                 return reference.scaled(F.batch_norm(z, mean, var, g, b, False, 0.0, eps), factor)
 
-            (dx, dw, dcb, dg, db), dr = _formula_backward(
+            (dx, dw, dcb, dg, db), dr = formula_backward(
                 formula,
                 (torch.zeros_like(dy) if input is None else input, conv_weight, cb, weight, b),
                 (needs_x, needs_w, needs_cb, needs_g, needs_b),
@@ -375,35 +151,37 @@ class _BnScale(Function):
             )
             return dx, dw, dcb, None, None, dg, db, dr, None
         with without_autocast():
-            dtype = _wide(dy.dtype)
+            dtype = wide(dy.dtype)
             center = mean.to(dtype)  # of the convolution's result without its bias
             if conv_bias is not None:
                 center = center - conv_bias.to(dtype)
             z = input
             if conv_weight is not None:
-                z = _convolution_again(input, conv_weight, window, allow_tf32) if needs_g else None
+                z = convolution_again(input, conv_weight, window, allow_tf32) if needs_g else None
             dv = dy
             if result is not None:
-                dv = _FROM_RESULT[activation](dy, result)
+                dv = FROM_RESULT[activation](dy, result)
             elif ctx.from_input:
                 if z is not None:
-                    v = _bn_scale(z, center, var.to(dtype), *_to(dtype, weight, bias), factor, eps, residual=residual)
+                    v = _bn_scale(
+                        z, center, var.to(dtype), *to_dtype(dtype, weight, bias), factor, eps, residual=residual
+                    )
                 else:
                     v = _conv_bn_scale(
                         *(input, conv_weight, conv_bias, mean, var, weight, bias, factor, eps, *window),
                         residual=residual,
                         allow_tf32=allow_tf32,
                     )
-                dv = _activation_backward(dy, v, activation, slope)
+                dv = activation_backward(dy, v, activation, slope)
                 del v
             if needs_r:
                 dr = dy if last else dv
             needs_z = needs_x or needs_w
             if needs_z or needs_cb or needs_g or needs_b:
-                g = _effective(weight, factor, center)
+                g = effective(weight, factor, center)
                 var = var.to(dtype)
                 mask = [needs_z, needs_g, needs_b or needs_cb]
-                dz, dg, db = _affine_backward(dv, z, g, center, var, None, None, eps, mask)
+                dz, dg, db = affine_backward(dv, z, g, center, var, None, None, eps, mask)
                 if needs_cb:
                     assert db is not None
                     dcb = db * torch.rsqrt(var + eps)
@@ -412,9 +190,9 @@ class _BnScale(Function):
                 if conv_weight is not None and needs_z:
                     assert dz is not None
                     del z, dv  # their memory is the convolution's
-                    dx, dw = _convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
-                dg = _scaled(dg, factor) if needs_g else None
-                db = _scaled(db, factor) if needs_b else None
+                    dx, dw = convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
+                dg = scaled(dg, factor) if needs_g else None
+                db = scaled(db, factor) if needs_b else None
         return dx, dw, dcb, None, None, dg, db, dr, None
 
 
@@ -448,7 +226,7 @@ class _ScaleShift(Function):
         ctx.numbers = numbers = inputs[5]
         activation, residual_last = numbers[1], numbers[3]
         affine = needs[0] or needs[1] or needs[2] or needs[3]
-        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[4])
+        from_result, from_input = derivative_from(activation, residual is not None, residual_last, affine, needs[4])
         keeps = needs[2] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
         ctx.channels = output.size(1)
         ctx.from_input = from_input
@@ -470,14 +248,14 @@ class _ScaleShift(Function):
         window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs_x, needs_w, needs_scale, needs_shift, needs_r = ctx.needs_input_grad[:5]
         dx = dw = dscale = dshift = dr = None
-        if _differentiates_formula(dy):
-            b = dy.new_zeros(ctx.channels, dtype=_wide(dy.dtype)) if needs_shift and shift is None else shift
+        if differentiates_formula(dy):
+            b = dy.new_zeros(ctx.channels, dtype=wide(dy.dtype)) if needs_shift and shift is None else shift
 
             def formula(x: Any, w: Any, scale: Any, shift: Any) -> Tensor:
                 z = x if w is None else reference.convolution(x, w, None, *window)
                 return reference.scale_shift(z, scale, shift)
 
-            (dx, dw, dscale, dshift), dr = _formula_backward(
+            (dx, dw, dscale, dshift), dr = formula_backward(
                 formula,
                 (torch.zeros_like(dy) if input is None else input, conv_weight, scale, b),
                 (needs_x, needs_w, needs_scale, needs_shift),
@@ -487,10 +265,10 @@ class _ScaleShift(Function):
         with without_autocast():
             z = input
             if conv_weight is not None:
-                z = _convolution_again(input, conv_weight, window, allow_tf32) if needs_scale else None
+                z = convolution_again(input, conv_weight, window, allow_tf32) if needs_scale else None
             dv = dy
             if result is not None:
-                dv = _FROM_RESULT[activation](dy, result)
+                dv = FROM_RESULT[activation](dy, result)
             elif ctx.from_input:
                 if z is not None:
                     v = _scale_shift(z, scale, shift, residual=residual)
@@ -498,26 +276,24 @@ class _ScaleShift(Function):
                     v = _conv_scale_shift(
                         *(input, conv_weight, scale, shift, *window), residual=residual, allow_tf32=allow_tf32
                     )
-                dv = _activation_backward(dy, v, activation, slope)
+                dv = activation_backward(dy, v, activation, slope)
                 del v
             if needs_r:
                 dr = dy if last else dv
             needs_z = needs_x or needs_w
             dz: Tensor | None = dv
             if needs_scale or needs_shift or (needs_z and scale is not None):
-                dtype = _wide(dy.dtype)
+                dtype = wide(dy.dtype)
                 zeros = torch.zeros(ctx.channels, dtype=dtype, device=dy.device)
                 mask = [needs_z, needs_scale, needs_shift]
-                dz, dscale, dshift = _affine_backward(
-                    dv, z, scale, zeros, torch.ones_like(zeros), None, None, 0.0, mask
-                )
+                dz, dscale, dshift = affine_backward(dv, z, scale, zeros, torch.ones_like(zeros), None, None, 0.0, mask)
                 dscale = dscale if needs_scale else None
                 dshift = dshift if needs_shift else None
             dx = dz if needs_x else None
             if conv_weight is not None and needs_z:
                 assert dz is not None
                 del z, dv  # their memory is the convolution's
-                dx, dw = _convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
+                dx, dw = convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
         return dx, dw, dscale, dshift, dr, None
 
 
@@ -558,7 +334,7 @@ class _BnScaleTrain(Function):
         ctx.numbers = numbers = inputs[8]
         activation, residual_last = numbers[4], numbers[6]
         affine = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
-        from_result, from_input = _derivative(activation, residual is not None, residual_last, affine, needs[7])
+        from_result, from_input = derivative_from(activation, residual is not None, residual_last, affine, needs[7])
         keeps = affine or from_input
         ctx.from_input = from_input
         ctx.set_materialize_grads(False)
@@ -584,18 +360,18 @@ class _BnScaleTrain(Function):
         needs_x, needs_w, needs_cb, _, _, needs_g, needs_b, needs_r = ctx.needs_input_grad[:8]
         dx = dw = dcb = dg = db = dr = None
         if mean is None:  # the residual's alone
-            dr = dy if result is None else _FROM_RESULT[activation](dy, result)
+            dr = dy if result is None else FROM_RESULT[activation](dy, result)
             return *(None,) * 7, dr, None
         if needs_cb:  # the batch's mean takes the bias away again
             dcb = mean.new_zeros(mean.shape, dtype=dy.dtype)
-        if _differentiates_formula(dy):
-            b = mean.new_zeros(mean.shape, dtype=_parameter_dtype(mean, weight)) if needs_b and bias is None else bias
+        if differentiates_formula(dy):
+            b = mean.new_zeros(mean.shape, dtype=parameter_dtype(mean, weight)) if needs_b and bias is None else bias
 
             def formula(x: Any, w: Any, cb: Any, g: Any, b: Any) -> Tensor:
                 z = x if w is None else reference.convolution(x, w, cb, *window)
                 return reference.scaled(F.batch_norm(z, None, None, g, b, True, 0.0, eps), factor)
 
-            (dx, dw, dcb, dg, db), dr = _formula_backward(
+            (dx, dw, dcb, dg, db), dr = formula_backward(
                 formula,
                 (input, conv_weight, dcb, weight, b),
                 (needs_x, needs_w, needs_cb, needs_g, needs_b),
@@ -606,13 +382,13 @@ class _BnScaleTrain(Function):
             needs_z = needs_x or needs_w
             affine = needs_z or needs_g or needs_b
             from_input = ctx.from_input
-            g = _effective(weight, factor, mean)
+            g = effective(weight, factor, mean)
             z = input
             if conv_weight is not None and (affine or from_input):
-                z = _convolution_again(input, conv_weight, window, allow_tf32)
+                z = convolution_again(input, conv_weight, window, allow_tf32)
             dv = dy
             if result is not None:
-                dv = _FROM_RESULT[activation](dy, result)
+                dv = FROM_RESULT[activation](dy, result)
             elif from_input:
                 scale = invstd if g is None else invstd * g
                 shift = (
@@ -621,19 +397,19 @@ class _BnScaleTrain(Function):
                     else torch.addcmul(bias.to(mean.dtype) * factor, mean, scale, value=-1)
                 )
                 v = _scale_shift(z, scale, shift, residual=residual)
-                dv = _activation_backward(dy, v, activation, slope)
+                dv = activation_backward(dy, v, activation, slope)
                 del v
             if needs_r:
                 dr = dy if last else dv
             if affine:
-                dz, dg, db = _affine_backward(dv, z, g, None, None, mean, invstd, eps, [needs_z, needs_g, needs_b])
+                dz, dg, db = affine_backward(dv, z, g, None, None, mean, invstd, eps, [needs_z, needs_g, needs_b])
                 dx = dz if needs_x else None
                 if conv_weight is not None and needs_z:
                     assert dz is not None
                     del z, dv  # their memory is the convolution's
-                    dx, dw = _convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
-                dg = _scaled(dg, factor) if needs_g else None
-                db = _scaled(db, factor) if needs_b else None
+                    dx, dw = convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
+                dg = scaled(dg, factor) if needs_g else None
+                db = scaled(db, factor) if needs_b else None
         return dx, dw, dcb, None, None, dg, db, dr, None
 
 
@@ -670,8 +446,6 @@ _apply_bn_scale = _eager(_BnScale)
 _apply_scale_shift = _eager(_ScaleShift)
 _apply_bn_scale_train = _eager(_BnScaleTrain)
 
-NO_WINDOW: Window = (), (), (), 1
-
 
 def _is_kept_apart(activation: str, residual_last: bool, *tensors: Tensor | None) -> bool:
     """Whether eager keeps the activation's input and nothing else: an op of its own for the activation does as well.
@@ -679,7 +453,7 @@ def _is_kept_apart(activation: str, residual_last: bool, *tensors: Tensor | None
     To compute that input again takes two tensors, what the residual is added to and the residual. Eager has the former
     as well if one of ``tensors`` needs a gradient.
     """
-    if residual_last or activation == "none" or activation in _FROM_RESULT:
+    if residual_last or activation == "none" or activation in FROM_RESULT:
         return False
     return not any(t is not None and t.requires_grad for t in tensors)
 
@@ -692,11 +466,11 @@ def _convolved(
     Where autocast casts a convolution's arguments, these are cast.
     """
     if keeps_result(input, conv_weight, window[3]):
-        (residual,) = _cast(residual)
+        (residual,) = as_autocast(residual)
         return reference.convolution(input, conv_weight, conv_bias, *window), None, None, residual
     if not _is_any_autocast_enabled():
         return input, conv_weight, conv_bias, residual
-    cast: Any = _cast(input, conv_weight, residual)
+    cast: Any = as_autocast(input, conv_weight, residual)
     return cast[0], cast[1], conv_bias, cast[2]
 
 

@@ -52,7 +52,7 @@ _tracing_state = torch._C._get_tracing_state
 _strided = torch.strided
 
 
-def _has_cuda_library() -> bool:
+def has_cuda_library() -> bool:
     return len(_loader.loaded) > 1
 
 
@@ -190,7 +190,7 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
     if (mean is None) is not (var is None):
         return "bn has one of running_mean and running_var"
     if x is not None:
-        if not (x.is_cpu or (x.is_cuda and _has_cuda_library())):
+        if not (x.is_cpu or (x.is_cuda and has_cuda_library())):
             return f"no kernel for device {x.device.type}"
         if x.layout is not _strided:
             return f"the input's layout is {x.layout}"

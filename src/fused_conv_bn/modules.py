@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from . import _activations, autograd, conditions
+from ._conv import autocast_dtype
+from ._dispatch import keywords
 from .conditions import PLAIN_TENSORS, Operands, operands, why_refused
 from .reference import ACTIVATIONS, activate, check_activation
 
@@ -221,7 +223,7 @@ class ConvBnScale2d(nn.Module):
                     conv.padding,
                     conv.dilation,
                     conv.groups,
-                    **autograd.keywords(residual, self.activation, self.negative_slope, self.residual_last),
+                    **keywords(residual, self.activation, self.negative_slope, self.residual_last),
                 )
             except RuntimeError:
                 # The op refuses before it writes anything. What PyTorch's ops take, or refuse in words of their own,
@@ -250,7 +252,7 @@ class ConvBnScale2d(nn.Module):
         padding: Any = conv.padding
         if conv.padding_mode != "zeros" or isinstance(padding, str):
             padded, padding = self._padded(x, conv, weight)
-        dtype = autograd.autocast_dtype(x) if _is_any_autocast_enabled() else x.dtype
+        dtype = autocast_dtype(x) if _is_any_autocast_enabled() else x.dtype
         if residual is not None and residual.dtype != dtype:  # PyTorch's ops promote
             return self._forward_plain(x, residual)
         if compiling and self._refused(padded, padding, residual, found, dtype) is not None:
@@ -286,7 +288,7 @@ class ConvBnScale2d(nn.Module):
             batch_norm = mean, var, bn_weight, bn_bias, number, bn.eps
             if grad:
                 return autograd.bn_scale(padded, weight, conv_bias, batch_norm, window, epilogue)  # type: ignore[arg-type]
-            return _eval_op(padded, weight, conv_bias, *batch_norm, *window, **autograd.keywords(*epilogue))
+            return _eval_op(padded, weight, conv_bias, *batch_norm, *window, **keywords(*epilogue))
         except RuntimeError:
             if compiling or self._refused(padded, padding, residual, found, dtype) is None:
                 raise
@@ -321,9 +323,9 @@ class ConvBnScale2d(nn.Module):
         if grad:
             y = autograd.bn_scale_train(x, weight, conv_bias, batch_norm, window, epilogue)
         elif _is_compiling():
-            y = autograd.functional_train(x, weight, conv_bias, *batch_norm, window, **autograd.keywords(*epilogue))
+            y = autograd.functional_train(x, weight, conv_bias, *batch_norm, window, **keywords(*epilogue))
         else:
-            y = _train_call(x, weight, conv_bias, *batch_norm, *window, **autograd.keywords(*epilogue))
+            y = _train_call(x, weight, conv_bias, *batch_norm, *window, **keywords(*epilogue))
             if mean is not None and var is not None:
                 increment_version((mean, var))
         if batches is not None:
@@ -348,8 +350,8 @@ class ConvBnScale2d(nn.Module):
     ) -> str | None:
         conv, bn = self.conv, self.bn
         if _is_any_autocast_enabled():
-            dtype = autograd.autocast_dtype(x)
-            if autograd.autocast_dtype(found[0]) != dtype:
+            dtype = autocast_dtype(x)
+            if autocast_dtype(found[0]) != dtype:
                 return "autocast leaves the input and the weight of different dtypes"
         elif found[0].dtype != dtype:
             return "the input and the weight are of different dtypes"

@@ -26,95 +26,17 @@ written to counts as modified, so that autograd refuses to use it where it neede
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from . import autograd, conditions, reference
-from .autograd import AUTOCAST_KEYS, autocast_dtype, keywords
+from . import autograd, reference
+from ._conv import NO_WINDOW, Window
+from ._dispatch import RAW, TWIN, keywords, refuse_grad, require_grad, way_of, written
 
 _ops = torch.ops.fused_conv_bn
-_PLAIN_TENSORS = conditions.PLAIN_TENSORS
-_TENSORS = _PLAIN_TENSORS - {type(None)}
-_transforms_active = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
-
-# What runs: the op itself, the op with a derivative, or its twin of PyTorch's ops.
-_RAW, _GRAD, _TWIN = range(3)
-
-
-def _way(op: str, names: tuple[str, ...], required: tuple[Any, ...], optional: tuple[Any, ...]) -> int:
-    """What is to run for these tensors. Raises TypeError for what is no tensor.
-
-    Those that most often require a gradient come first in ``optional``, which is asked first.
-    """
-    asks = _is_grad_enabled()  # until one tensor requires a gradient
-    way = _RAW
-    for t in optional:
-        if type(t) not in _PLAIN_TENSORS:
-            return _unusual_way(op, names, required, optional)
-        if asks and t is not None and t.requires_grad:
-            way, asks = _GRAD, False
-    for t in required:
-        if type(t) not in _TENSORS:
-            return _unusual_way(op, names, required, optional)
-        if asks and t.requires_grad:
-            way, asks = _GRAD, False
-    if _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None:
-        return _TWIN
-    if conditions.is_exporting() and _is_compiling():
-        return _RAW if conditions.exports_ops() else _TWIN
-    return way
-
-
-def _unusual_way(op: str, names: tuple[str, ...], required: tuple[Any, ...], optional: tuple[Any, ...]) -> int:
-    """The same where a tensor is of another class. Its class has the derivative then."""
-    tensors = (*required, *optional)
-    if any(isinstance(t, torch.fx.Proxy) for t in tensors):
-        return _RAW
-    for i, (name, t) in enumerate(zip(names, tensors, strict=True)):
-        may_be_none = i >= len(required)
-        if not (isinstance(t, Tensor) or (t is None and may_be_none)):
-            what = "None" if t is None else f"of type {type(t).__name__}"
-            raise TypeError(f"{op}: {name} is {what}, expected a tensor{' or None' if may_be_none else ''}")
-    if conditions.exports_ops():
-        return _RAW
-    grad = _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _TWIN if grad or conditions.transformed() or conditions.is_exporting() else _RAW
-
-
-def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
-    if forward_ad._current_level >= 0:
-        for name, tensor in tensors.items():
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise RuntimeError(
-                    f"{op}: {name} has a forward-mode tangent, and {op} writes its result to memory without a "
-                    f"derivative: call the function that returns a new tensor"
-                )
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError(
-                f"{op}: {name} requires grad, and {op} keeps no autograd graph: call it under torch.no_grad() or pass "
-                f"{name}.detach(), or call the function that returns a new tensor"
-            )
-
-
-def _require_grad(mean: Tensor | None, var: Tensor | None) -> bool:
-    """PyTorch's ops are to refuse it then."""
-    return (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad)
-
-
-def _written(*tensors: Tensor | None) -> None:
-    for tensor in tensors:
-        if tensor is not None:
-            increment_version(tensor)
 
 
 def _named(names: tuple[str, ...], *tensors: Tensor | None) -> dict[str, Tensor | None]:
@@ -123,7 +45,7 @@ def _named(names: tuple[str, ...], *tensors: Tensor | None) -> dict[str, Tensor 
 
 def _window(
     stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int
-) -> autograd.Window:
+) -> Window:
     return (
         (stride,) if isinstance(stride, int) else stride,
         (padding,) if isinstance(padding, int) else padding,
@@ -172,7 +94,7 @@ def fold_bn(
         RuntimeError: a shape, dtype, device or eps that does not fit.
         TypeError: ``running_mean`` or ``running_var`` is no tensor.
     """
-    if _way("fold_bn", _FOLD, (running_mean, running_var), (weight, bias, conv_bias)) != _RAW:
+    if way_of("fold_bn", _FOLD, (running_mean, running_var), (weight, bias, conv_bias)) != RAW:
         dtype = torch.float64 if running_mean.dtype == torch.float64 else torch.float32
         weight, bias, conv_bias = (None if t is None else t.to(dtype) for t in (weight, bias, conv_bias))
         return reference.fold_bn(
@@ -217,22 +139,22 @@ def bn_scale(
         RuntimeError: an argument that does not fit, or with ``out`` one that requires grad in grad mode.
         TypeError: an argument that is no tensor where one is expected.
     """
-    way = _way("bn_scale", _BN, (input, running_mean, running_var), (weight, bias, residual))
+    way = way_of("bn_scale", _BN, (input, running_mean, running_var), (weight, bias, residual))
     bn = running_mean, running_var, weight, bias, scaling_factor, eps
     epilogue = residual, activation, negative_slope, residual_last
     if out is not None:
-        _refuse_grad("bn_scale", **_named(_BN, input, running_mean, running_var, weight, bias, residual), out=out)
+        refuse_grad("bn_scale", **_named(_BN, input, running_mean, running_var, weight, bias, residual), out=out)
         if not _is_compiling() and out.is_neg():
             return out.copy_(bn_scale(input, *bn, **keywords(*epilogue)))
         _ops.bn_scale.out(input, *bn, out=out, **keywords(*epilogue))
         increment_version(out)
         return out
-    if way == _RAW:
+    if way == RAW:
         return _ops.bn_scale.default(input, *bn, **keywords(*epilogue))
-    if way == _TWIN or _require_grad(running_mean, running_var):
+    if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("bn_scale", activation, RuntimeError)
         return reference.bn_scale(input, *bn, **keywords(*epilogue))
-    return autograd.bn_scale(input, None, None, bn, autograd.NO_WINDOW, epilogue)
+    return autograd.bn_scale(input, None, None, bn, NO_WINDOW, epilogue)
 
 
 def bn_scale_(
@@ -250,8 +172,8 @@ def bn_scale_(
     residual_last: bool = False,
 ) -> Tensor:
     """:func:`bn_scale` in place, without a derivative. Returns ``input``."""
-    _way("bn_scale_", _BN, (input, running_mean, running_var), (weight, bias, residual))
-    _refuse_grad("bn_scale_", **_named(_BN, input, running_mean, running_var, weight, bias, residual))
+    way_of("bn_scale_", _BN, (input, running_mean, running_var), (weight, bias, residual))
+    refuse_grad("bn_scale_", **_named(_BN, input, running_mean, running_var, weight, bias, residual))
     bn = running_mean, running_var, weight, bias, scaling_factor, eps
     epilogue = residual, activation, negative_slope, residual_last
     # PyTorch resolves the sign of what an op returns, and this one returns nothing.
@@ -292,21 +214,21 @@ def scale_shift(
         RuntimeError: an argument that does not fit, or with ``out`` one that requires grad in grad mode.
         TypeError: an argument that is no tensor where one is expected.
     """
-    way = _way("scale_shift", _AFFINE, (input,), (scale, shift, residual))
+    way = way_of("scale_shift", _AFFINE, (input,), (scale, shift, residual))
     epilogue = residual, activation, negative_slope, residual_last
     if out is not None:
-        _refuse_grad("scale_shift", input=input, scale=scale, shift=shift, residual=residual, out=out)
+        refuse_grad("scale_shift", input=input, scale=scale, shift=shift, residual=residual, out=out)
         if not _is_compiling() and out.is_neg():
             return out.copy_(scale_shift(input, scale, shift, **keywords(*epilogue)))
         _ops.scale_shift.out(input, scale, shift, out=out, **keywords(*epilogue))
         increment_version(out)
         return out
-    if way == _RAW:
+    if way == RAW:
         return _ops.scale_shift.default(input, scale, shift, **keywords(*epilogue))
-    if way == _TWIN:
+    if way == TWIN:
         reference.check_activation("scale_shift", activation, RuntimeError)
         return reference.scale_shift(input, scale, shift, **keywords(*epilogue))
-    return autograd.scale_shift(input, None, scale, shift, autograd.NO_WINDOW, epilogue)
+    return autograd.scale_shift(input, None, scale, shift, NO_WINDOW, epilogue)
 
 
 def scale_shift_(
@@ -320,8 +242,8 @@ def scale_shift_(
     residual_last: bool = False,
 ) -> Tensor:
     """:func:`scale_shift` in place, without a derivative. Returns ``input``."""
-    _way("scale_shift_", _AFFINE, (input,), (scale, shift, residual))
-    _refuse_grad("scale_shift_", input=input, scale=scale, shift=shift, residual=residual)
+    way_of("scale_shift_", _AFFINE, (input,), (scale, shift, residual))
+    refuse_grad("scale_shift_", input=input, scale=scale, shift=shift, residual=residual)
     epilogue = residual, activation, negative_slope, residual_last
     # PyTorch resolves the sign of what an op returns, and this one returns nothing.
     if not _is_compiling() and input.is_neg():
@@ -368,8 +290,7 @@ def conv_scale_shift(
     Where a gradient is needed and the convolution has many terms, PyTorch's convolution runs and keeps its result, as
     eager does. Where it has few, backward computes the result again.
 
-    The environment variable FUSED_CONV_BN_PRINT_CONFIG=1 prints on stderr what runs on CUDA, once for each kind of
-    call; FUSED_CONV_BN_CONV names an algorithm to run instead, ``aten`` for PyTorch's convolution.
+    :func:`explain` says what runs for a convolution, and :func:`use_algorithm` names what is to run on CUDA instead.
 
     Args:
         input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -388,12 +309,12 @@ def conv_scale_shift(
         RuntimeError: an argument that does not fit.
         TypeError: an argument that is no tensor where one is expected.
     """
-    way = _way("conv_scale_shift", _CONV_AFFINE, (input, weight), (scale, shift, residual))
+    way = way_of("conv_scale_shift", _CONV_AFFINE, (input, weight), (scale, shift, residual))
     window = _window(stride, padding, dilation, groups)
     epilogue = residual, activation, negative_slope, residual_last
-    if way == _RAW:
+    if way == RAW:
         return _ops.conv_scale_shift.default(input, weight, scale, shift, *window, **keywords(*epilogue, allow_tf32))
-    if way == _TWIN:
+    if way == TWIN:
         reference.check_activation("conv_scale_shift", activation, RuntimeError)
         return reference.conv_scale_shift(input, weight, scale, shift, *window, **keywords(*epilogue))
     return autograd.scale_shift(input, weight, scale, shift, window, epilogue, allow_tf32)
@@ -429,8 +350,8 @@ def conv_bn_scale(
         activation(y + residual)
 
     BatchNorm is folded inside of the op at every call, so that nothing computed from the parameters is kept. What
-    computes the convolution is chosen as in :func:`conv_scale_shift`; memory format, autocast, ``allow_tf32`` and the
-    environment variables are as there.
+    computes the convolution is chosen as in :func:`conv_scale_shift`; memory format, autocast, ``allow_tf32`` and
+    :func:`use_algorithm` are as there.
 
     Args:
         input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -449,15 +370,15 @@ def conv_bn_scale(
         TypeError: an argument that is no tensor where one is expected.
     """
     required = input, conv_weight, running_mean, running_var
-    way = _way("conv_bn_scale", _CONV_BN, required, (conv_bias, weight, bias, residual))
+    way = way_of("conv_bn_scale", _CONV_BN, required, (conv_bias, weight, bias, residual))
     bn = running_mean, running_var, weight, bias, scaling_factor, eps
     window = _window(stride, padding, dilation, groups)
     epilogue = residual, activation, negative_slope, residual_last
-    if way == _RAW:
+    if way == RAW:
         return _ops.conv_bn_scale.default(
             input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue, allow_tf32)
         )
-    if way == _TWIN or _require_grad(running_mean, running_var):
+    if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("conv_bn_scale", activation, RuntimeError)
         return reference.conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
     return autograd.bn_scale(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
@@ -502,19 +423,19 @@ def bn_scale_train(
         RuntimeError: an argument that does not fit. Nothing is updated then.
         TypeError: an argument that is no tensor where one is expected.
     """
-    way = _way("bn_scale_train", _TRAIN, (input,), (weight, bias, residual, running_mean, running_var))
+    way = way_of("bn_scale_train", _TRAIN, (input,), (weight, bias, residual, running_mean, running_var))
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
     epilogue = residual, activation, negative_slope, residual_last
-    if way == _RAW:
+    if way == RAW:
         if _is_compiling():
             return autograd.functional_train(input, None, None, *bn, **keywords(*epilogue))
         y = _ops.bn_scale_train.default(input, *bn, **keywords(*epilogue))
-        _written(running_mean, running_var)
+        written(running_mean, running_var)
         return y
-    if way == _TWIN or _require_grad(running_mean, running_var):
+    if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("bn_scale_train", activation, RuntimeError)
         return reference.bn_scale_train(input, *bn, **keywords(*epilogue))
-    return autograd.bn_scale_train(input, None, None, bn, autograd.NO_WINDOW, epilogue)
+    return autograd.bn_scale_train(input, None, None, bn, NO_WINDOW, epilogue)
 
 
 def conv_bn_scale_train(
@@ -549,8 +470,8 @@ def conv_bn_scale_train(
 
     and with ``F.conv1d`` or ``F.conv3d`` for inputs of 3 or 5 dimensions. The batch's mean takes the convolution's bias
     away again, so that it is added to the running mean alone, and its gradient is zero. What computes the convolution
-    is chosen as in :func:`conv_scale_shift`; memory format, autocast, ``allow_tf32`` and the environment variables are
-    as there.
+    is chosen as in :func:`conv_scale_shift`; memory format, autocast, ``allow_tf32`` and :func:`use_algorithm` are as
+    there.
 
     Args:
         input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -570,50 +491,18 @@ def conv_bn_scale_train(
         TypeError: an argument that is no tensor where one is expected.
     """
     optional = conv_bias, weight, bias, residual, running_mean, running_var
-    way = _way("conv_bn_scale_train", _CONV_TRAIN, (input, conv_weight), optional)
+    way = way_of("conv_bn_scale_train", _CONV_TRAIN, (input, conv_weight), optional)
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
     window = _window(stride, padding, dilation, groups)
     epilogue = residual, activation, negative_slope, residual_last
-    if way == _RAW:
+    if way == RAW:
         named = keywords(*epilogue, allow_tf32)
         if _is_compiling():
             return autograd.functional_train(input, conv_weight, conv_bias, *bn, window, **named)
         y = _ops.conv_bn_scale_train.default(input, conv_weight, conv_bias, *bn, *window, **named)
-        _written(running_mean, running_var)
+        written(running_mean, running_var)
         return y
-    if way == _TWIN or _require_grad(running_mean, running_var):
+    if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("conv_bn_scale_train", activation, RuntimeError)
         return reference.conv_bn_scale_train(input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
     return autograd.bn_scale_train(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
-
-
-# ---- autocast --------------------------------------------------------------------------------------------------------
-
-
-def _under_autocast(op: Any) -> Any:
-    """The op with its convolution's input, weight and residual cast.
-
-    Autocast is off inside, as in PyTorch's own autocast kernels. Without this the convolution inside of the op would be
-    cast by itself, behind the back of what is computed from its result. A convolution's bias stays as it is: it meets
-    BatchNorm's tensors alone, which are not cast either.
-    """
-
-    def run(input: Tensor, weight: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any) -> Any:
-        input, weight = input.to(autocast_dtype(input)), weight.to(autocast_dtype(weight))
-        residual = None if residual is None else residual.to(autocast_dtype(residual))
-        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
-            return op(input, weight, *args, residual=residual, **kwargs)
-
-    return run
-
-
-_autocast_library = torch.library.Library("fused_conv_bn", "IMPL")
-for _name in (
-    "conv_scale_shift",
-    "conv_bn_scale",
-    "conv_bn_scale_train",
-    "conv_bn_scale_train_stats",
-    "conv_bn_scale_train_functional",
-):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
-        _autocast_library.impl(_name, _under_autocast(getattr(_ops, _name).default), _key)

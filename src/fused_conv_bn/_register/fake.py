@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def _suggests_channels_last(x: Tensor) -> bool:
-    """suggests_channels_last() of csrc/torch/checks.h."""
+    """suggests_channels_last() of csrc/torch/layout.h."""
     if x.dim() < 4 or x.stride(1) == 0:
         return False
     least = 0
@@ -26,7 +26,7 @@ def _channels_last(dim: int) -> torch.memory_format:
 
 
 def _result_format(x: Tensor) -> torch.memory_format:
-    """The memory format that csrc/torch/checks.h computes in: its computes_channels_last()."""
+    """The memory format that csrc/torch/layout.h computes in: its computes_channels_last()."""
     if x.dim() >= 4 and x.device.type == "cpu":
         if x.is_contiguous():
             return torch.contiguous_format

@@ -57,9 +57,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def register() -> None:
-    """Now if the counter is imported already, else when it is."""
-    if _NAME in sys.modules:
-        _register_with(sys.modules[_NAME])
-    else:
-        sys.meta_path.insert(0, _Finder())
+# Now if the counter is imported already, else when it is.
+if _NAME in sys.modules:
+    _register_with(sys.modules[_NAME])
+else:
+    sys.meta_path.insert(0, _Finder())

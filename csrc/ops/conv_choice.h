@@ -1,0 +1,137 @@
+// What computes a convolution: the algorithm that the user asks for, else the one that is chosen by rule.
+#pragma once
+
+#include <cstring>
+#include <string>
+
+#include "kernels/conv/select.h"
+#include "torch/conv_checks.h"
+
+namespace fused_conv_bn {
+
+// An algorithm, or a source of statistics, that the user asks for.
+struct Asked {
+  const char* where;      // what the user has set
+  const char* name;       // "": nothing, and the choice is by rule
+  const char* otherwise;  // how the user asks for a choice by rule, as messages end
+
+  bool by_rule() const { return *name == '\0'; }
+};
+
+[[noreturn]] inline void fail_unknown(const char* op, const Asked& asked, const std::vector<std::string>& names) {
+  std::string list;
+  for (const std::string& name : names) {
+    list.append(list.empty() ? "'" : ", '").append(name).append("'");
+  }
+  fail(op, ": ", asked.where, " is '", asked.name, "', expected one of ", list, ", ", asked.otherwise);
+}
+
+[[noreturn]] inline void fail_not_covered(const char* op, const Asked& asked, const char* instead) {
+  fail(op, ": ", asked.where, " is '", asked.name, "', which does not cover this convolution, expected '", instead,
+       "' for it, ", asked.otherwise);
+}
+
+// The algorithm of this name, as its plan spells it.
+inline const char* find_algorithm(const char* op, const Asked& asked) {
+  const char* found = nullptr;
+  for_each_algorithm([&]<typename Plan>(std::in_place_type_t<Plan>) {
+    found = std::strcmp(asked.name, Plan::kName) == 0 ? Plan::kName : nullptr;
+    return found != nullptr;
+  });
+  if (found == nullptr) {
+    fail_unknown(op, asked, algorithm_names());
+  }
+  return found;
+}
+
+// The same of statistics.
+inline const std::pair<const char*, ConvStatistics>& find_statistics(const char* op, const Asked& asked) {
+  std::vector<std::string> names;
+  for (const auto& known : kConvStatistics) {
+    if (std::strcmp(asked.name, known.first) == 0) {
+      return known;
+    }
+    names.emplace_back(known.first);
+  }
+  fail_unknown(op, asked, names);
+}
+
+// The plan of the algorithm that the user asks for, else of the one that select_plan() prefers. problem: nothing for what no
+// algorithm of this package takes, and PyTorch computes.
+inline ConvPlan choose_plan(const char* op, const Asked& asked, const std::optional<Conv2d>& problem,
+                            const GpuTraits& gpu) {
+  if (asked.by_rule()) {
+    return problem.has_value() ? select_plan(*problem, gpu) : ConvPlan(Aten{});
+  }
+  const std::string name = find_algorithm(op, asked);
+  if (name == Aten::kName) {
+    return Aten{};
+  }
+  const std::optional<ConvPlan> plan = problem.has_value() ? make_plan(name, *problem, gpu) : std::nullopt;
+  if (!plan.has_value()) {
+    fail_not_covered(op, asked, Aten::kName);
+  }
+  return *plan;
+}
+
+// The same of statistics.
+inline ConvStatistics choose_statistics(const char* op, const Asked& asked, const ConvPlan& plan, const Conv2d& problem,
+                                        const GpuTraits& gpu) {
+  if (asked.by_rule()) {
+    return select_statistics(plan, problem, gpu);
+  }
+  const ConvStatistics statistics = find_statistics(op, asked).second;
+  if (!has_statistics(statistics, plan, problem, gpu)) {
+    fail_not_covered(op, asked, "from_output");
+  }
+  return statistics;
+}
+
+// What use_algorithm() has set for a thread; nullptr: what the environment says.
+struct ThreadChoice {
+  const char* algorithm = nullptr;
+  const char* statistics = nullptr;
+};
+
+constexpr const char* kByRule = "by rule";
+constexpr const char* kDefault = "default";
+constexpr const char* kUseAlgorithmOtherwise = "'by rule' or 'default'";
+
+// A choice after use_algorithm(algorithm, statistics) inside of it. An empty name leaves things as they are.
+inline ThreadChoice use_algorithm(ThreadChoice choice, const std::string& algorithm, const std::string& statistics) {
+  const auto apply = [](const char*& current, const char* argument, const std::string& name, const auto& find) {
+    if (name == kDefault) {
+      current = nullptr;
+    } else if (name == kByRule) {
+      current = "";
+    } else if (!name.empty()) {
+      current = find("use_algorithm", Asked{argument, name.c_str(), kUseAlgorithmOtherwise});
+    }
+  };
+  apply(choice.algorithm, "algorithm", algorithm, find_algorithm);
+  apply(choice.statistics, "statistics", statistics,
+        [](const char* op, const Asked& asked) { return find_statistics(op, asked).first; });
+  return choice;
+}
+
+// What computes a convolution on CUDA: the choice, and what it was made of.
+struct CudaConvChoice {
+  Conv2d problem;
+  GpuTraits gpu;
+  ConvChoice choice;
+};
+
+// Of the CUDA library, for ops that have a convolution in them.
+CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
+                                bool allow_tf32);
+
+// _explain, but for the device: describe(PlainConv, has_residual, has_statistics, allow_tf32).
+template <auto* describe>
+std::string explain(Tensor input, Tensor weight, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                    std::vector<int64_t> dilation, int64_t groups, bool has_residual, bool has_statistics,
+                    bool allow_tf32) {
+  const PlainConv c = check_plain_conv("explain", input, "weight", weight, stride, padding, dilation, groups);
+  return describe(c, has_residual, has_statistics, allow_tf32);
+}
+
+}  // namespace fused_conv_bn

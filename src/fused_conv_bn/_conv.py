@@ -1,0 +1,94 @@
+"""A convolution's arguments: how autocast casts them, and its gradients by PyTorch's formulas."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+_conv_scale_shift = torch.ops.fused_conv_bn.conv_scale_shift.default
+_is_compiling = torch.compiler.is_compiling
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""stride, padding, dilation, groups."""
+
+NO_WINDOW: Window = (), (), (), 1
+
+AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+_nothing = contextlib.nullcontext()
+
+
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for what runs inside. What is to be cast was cast outside."""
+    if not _is_any_autocast_enabled() or _is_compiling():
+        return _nothing
+    return torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives to a tensor that takes part in a convolution."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def as_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """The tensors as autocast would cast a convolution's, differentiably."""
+    if not _is_any_autocast_enabled():
+        return tensors
+    return [None if t is None else t.to(autocast_dtype(t)) for t in tensors]
+
+
+def keeps_result(input: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether forward keeps the convolution's result for backward, as eager does; else backward convolves again.
+
+    Where the convolution's own arguments need no gradient, eager keeps its result alone, and not what it is made of.
+    """
+    if not (weight.requires_grad or input.requires_grad):
+        return True
+    if input.is_cuda:
+        return weight.shape[1] > 16
+    return groups != 1 or weight.numel() > 75 * weight.shape[0]
+
+
+def convolution_again(input: Tensor, weight: Tensor, window: Window, allow_tf32: bool) -> Tensor:
+    """The convolution's result, without its bias."""
+    if _is_compiling():  # an op with a derivative, for whoever differentiates the compiled graph again
+        return torch.convolution(input, weight, None, *_arguments(input, window))
+    return _conv_scale_shift(input, weight, None, None, *window, allow_tf32=allow_tf32)
+
+
+def _arguments(input: Tensor, window: Window) -> tuple[Any, ...]:
+    """What ``aten::convolution`` takes after the bias."""
+    stride, padding, dilation, groups = window
+    space = input.dim() - 2
+    stride, padding, dilation = (list(v) * space if len(v) == 1 else list(v) for v in (stride, padding, dilation))
+    return stride, padding, dilation, False, [0] * space, groups
+
+
+def convolution_backward(
+    dz: Tensor, input: Tensor, weight: Tensor, window: Window, needs_input: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation, transposed, output_padding, groups = _arguments(input, window)
+    dx, dw, _ = _aten.convolution_backward(
+        dz,
+        input,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [needs_input, needs_weight, False],
+    )
+    return (dx if needs_input else None), (dw if needs_weight else None)

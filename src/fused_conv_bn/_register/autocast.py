@@ -1,0 +1,41 @@
+"""What ``torch.autocast`` does to the ops with a convolution in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._conv import AUTOCAST_KEYS, autocast_dtype
+
+_ops = torch.ops.fused_conv_bn
+
+
+def _under_autocast(op: Any) -> Any:
+    """The op with its convolution's input, weight and residual cast.
+
+    Autocast is off inside, as in PyTorch's own autocast kernels. Without this the convolution inside of the op would be
+    cast by itself, behind the back of what is computed from its result. A convolution's bias stays as it is: it meets
+    BatchNorm's tensors alone, which are not cast either.
+    """
+
+    def run(input: Tensor, weight: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any) -> Any:
+        input, weight = input.to(autocast_dtype(input)), weight.to(autocast_dtype(weight))
+        residual = None if residual is None else residual.to(autocast_dtype(residual))
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
+            return op(input, weight, *args, residual=residual, **kwargs)
+
+    return run
+
+
+_library = torch.library.Library("fused_conv_bn", "IMPL")
+for _name in (
+    "conv_scale_shift",
+    "conv_bn_scale",
+    "conv_bn_scale_train",
+    "conv_bn_scale_train_stats",
+    "conv_bn_scale_train_functional",
+):
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(_name, _under_autocast(getattr(_ops, _name).default), _key)

@@ -1,22 +1,23 @@
 // conv_scale_shift and conv_bn_scale on CUDA: runs the algorithm that is chosen.
 #include "conv_cuda.h"
 #include "conv_scale_shift.h"
+#include "kernels/conv/launch.cuh"
 
 namespace fused_conv_bn {
 namespace {
 
-// An algorithm of this package.
-template <typename Plan>
-Tensor run_plan(const char* op, const ConvArguments& c, const Plan& plan, const CudaConvChoice& choice) {
+// By an algorithm of this package.
+Tensor run_kernel(const char* op, const ConvArguments& c, const CudaConvChoice& choice) {
   const CudaScope cuda(c.input.device);
   Copies copies;
-  KernelConv conv(c, plan.requirements(choice.problem));
+  const ConvPlan& plan = choice.choice.plan;
+  KernelConv conv(c, std::visit([&](const auto& p) { return p.requirements(choice.problem); }, plan));
   conv.operands.affine = affine_tensors(c.affine, c.input.dtype, copies);
   conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual, conv.channels_last) : nullptr;
   const ConvCall call{choice.problem, conv.operands, choice.gpu, c.epilogue};
   dispatch_dtype(c.input.dtype, [&]<typename T>(TypeTag<T>) {
     if constexpr (sizeof(T) <= 4) {  // none is for float64
-      cuda.check_launch(op, plan.template launch<T>(call, cuda.stream()));
+      cuda.check_launch(op, launch_conv<T>(plan, call, cuda.stream()));
     }
   });
   return conv.y;
@@ -31,15 +32,8 @@ struct CudaKernel {
 }  // namespace
 
 Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice) {
-  return std::visit(
-      [&]<typename Plan>(const Plan& plan) {
-        if constexpr (std::is_same_v<Plan, Aten>) {
-          return convolve_and_apply<run_elementwise_cuda>(op, c);
-        } else {
-          return run_plan(op, c, plan, choice);
-        }
-      },
-      choice.choice.plan);
+  return std::holds_alternative<Aten>(choice.choice.plan) ? convolve_and_apply<run_elementwise_cuda>(op, c)
+                                                          : run_kernel(op, c, choice);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {

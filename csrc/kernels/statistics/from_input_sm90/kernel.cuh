@@ -47,8 +47,8 @@ class LagSums {
  public:
   __device__ __forceinline__ explicit LagSums(const LagParams<T>& params) : p(params) {}
 
-  // slots: a record for each warp of the block.
-  __device__ __forceinline__ void run(double (*slots)[kRecordSums]) {
+  // records: one for each warp of the block.
+  __device__ __forceinline__ void run(double (*records)[kRecordSums]) {
     const uint32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;  // costly ends of the list go to all blocks
     const uint32_t warps = kWarps * gridDim.x;
     const uint32_t begin = share_begin(p.plan.cost, warp, warps);
@@ -56,9 +56,9 @@ class LagSums {
     Sums own;
     clear(own);
     int class_index = 0;
-    const auto leave = [&] {
+    const auto store = [&] {
       const ClassRecords& of = p.plan.of[class_index];
-      write(own, class_index == 0 ? slots[threadIdx.x / 32]
+      write(own, class_index == 0 ? records[threadIdx.x / 32]
                                   : p.records + (of.record + warp - of.first_warp) * int64_t{kRecordSums});
     };
 #pragma unroll 1
@@ -69,7 +69,7 @@ class LagSums {
         continue;
       }
       if (job.class_index != class_index) {
-        leave();
+        store();
         clear(own);
         class_index = job.class_index;
       }
@@ -88,13 +88,13 @@ class LagSums {
         }
       }
     }
-    leave();
+    store();
     __syncthreads();
     for (int e = threadIdx.x; e < kRecordSums; e += 32 * kWarps) {
       double sum = 0;
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) {
-        sum += slots[i][e];
+        sum += records[i][e];
       }
       p.records[blockIdx.x * int64_t{kRecordSums} + e] = sum;
     }
@@ -388,7 +388,7 @@ static __global__ void __launch_bounds__(32 * kPairWarps)
   wait_for_previous();
   double sum = 0;
   if (lane < lanes) {
-    // The sum of a channel is in the first row, in every column's place.
+    // The sum of a channel is in the first row, in every column.
     const double* const source = p.records + entry + (tap < 0 ? lane : lane % 2 * 32 + lane / 2);
 #pragma unroll 8
     for (uint32_t i = warp; i < count; i += kPairWarps) {

@@ -18,9 +18,9 @@ from common import random_bn
 EPILOGUES = [("none", False), ("silu", True)]
 
 
-def arguments(device: str, groups: int, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    x = torch.randn(4, 4, 17, 16, generator=generator).to(device)
-    w = torch.randn(16, 4 // groups, 3, 3, generator=generator).to(device)
+def arguments(device: str, depthwise: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    x = torch.randn(4, 16 if depthwise else 4, 17, 16, generator=generator).to(device)
+    w = torch.randn(16, 1 if depthwise else 4, 3, 3, generator=generator).to(device)
     return x, w, random_bn(16, torch.float32, device, generator)
 
 
@@ -64,8 +64,9 @@ def test_nothing_but_its_own_passes(
 ):
     if algorithm == "stem_sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("stem_sm90 is for compute capability 9.0")
-    groups = 4 if algorithm == "depthwise" else 1
-    x, w, bn = arguments(device, groups, generator)
+    depthwise = algorithm == "depthwise"
+    groups = 16 if depthwise else 1
+    x, w, bn = arguments(device, depthwise, generator)
     residual = torch.randn_like(F.conv2d(x, w, groups=groups)) if with_residual else None
     call = functools.partial(
         fcb.conv_bn_scale_train,
@@ -105,7 +106,7 @@ def copies(call: Callable[[], object]) -> Counter[str]:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_nothing_beside_the_convolution(layout, with_bn, activation, with_residual, generator):
     """float64, which is PyTorch's to convolve."""
-    x, w, bn = arguments("cpu", 1, generator)
+    x, w, bn = arguments("cpu", False, generator)
     x, w = x.double().contiguous(memory_format=layout), w.double()
     residual = torch.randn_like(F.conv2d(x, w)) if with_residual else None
     given = [t.double() for t in bn] if with_bn else [None] * 4

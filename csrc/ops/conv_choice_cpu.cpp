@@ -5,9 +5,9 @@
 namespace fused_conv_bn {
 namespace {
 
-std::string describe([[maybe_unused]] const PlainConv& c, bool, bool, bool) {
+std::string describe([[maybe_unused]] const PlainConv& c, [[maybe_unused]] bool has_residual, bool, bool) {
 #if defined(__x86_64__)
-  if (prefers_direct(c)) {
+  if (direct_problem(c, has_residual).has_value()) {
     return "direct_cpu";
   }
 #endif

@@ -2,26 +2,16 @@
 #pragma once
 
 #include "kernels/conv/direct_cpu/kernel.h"
-#include "torch/checks.h"
+#include "torch/conv_checks.h"
 
 namespace fused_conv_bn {
 
 #if defined(__x86_64__)
 
-// Of four dimensions.
-inline Conv2d direct_problem(const ConvArguments& c) {
-  Conv2d p{};
-  p.N = c.input.sizes[0], p.C = c.input.sizes[1], p.H = c.input.sizes[2], p.W = c.input.sizes[3];
-  p.K = c.weight.sizes[0], p.R = c.weight.sizes[2], p.S = c.weight.sizes[3];
-  p.P = c.sizes[2], p.Q = c.sizes[3];
-  p.stride_h = c.stride[0], p.stride_w = c.stride[1];
-  p.pad_h = c.padding[0], p.pad_w = c.padding[1];
-  p.dilation_h = c.dilation[0], p.dilation_w = c.dilation[1];
-  p.groups = c.groups;
-  p.element_bytes = static_cast<int>(c.input.tensor->element_size());
-  p.channels_last = computes_channels_last(c);
-  p.has_residual = c.residual.has_value();
-  return p;
+// The convolution as the kernel sees it, if the kernel is to run.
+inline std::optional<Conv2d> direct_problem(const PlainConv& c, bool has_residual) {
+  const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, has_residual, false));
+  return problem.has_value() && prefers_direct(*problem, use_v3()) ? problem : std::nullopt;
 }
 
 inline Tensor convolve_direct(const ConvArguments& c, const Conv2d& problem) {
@@ -67,11 +57,8 @@ inline Tensor convolve_direct(const ConvArguments& c, const Conv2d& problem) {
 // Nothing where PyTorch's convolution is to run.
 inline std::optional<Tensor> direct_convolution([[maybe_unused]] const ConvArguments& c) {
 #if defined(__x86_64__)
-  if (c.input.dim == 4) {
-    const Conv2d problem = direct_problem(c);
-    if (prefers_direct(problem, use_v3())) {
-      return convolve_direct(c, problem);
-    }
+  if (const std::optional<Conv2d> problem = direct_problem(c, c.residual.has_value())) {
+    return convolve_direct(c, *problem);
   }
 #endif
   return std::nullopt;

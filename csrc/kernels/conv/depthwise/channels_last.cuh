@@ -81,20 +81,6 @@ struct DepthwiseWalk {
   __device__ __forceinline__ bool finishes() const { return left <= rows; }
 };
 
-// Sizes that all parts of a kernel have in common.
-template <typename T, int R, int kStride>
-struct DepthwiseLaneSizes {
-  static constexpr int V = kDepthwiseLaneChannels;
-  static constexpr int kCols = kDepthwiseCols;
-  static constexpr int kIn = (kCols - 1) * kStride + R;
-  static constexpr int kSteps = kDepthwiseSteps<R, kStride>;
-  static constexpr int kStages = depthwise_stages(kStride);
-  static constexpr int kPiece = Vec<T>::kSize;
-  static constexpr int kPieces = (kIn * V + kPiece - 1) / kPiece;  // of a row, for a thread, at most
-  static constexpr int kBytes = static_cast<int>(sizeof(T));
-  static constexpr int kWords = V * kBytes / 4;
-};
-
 // What a thread computes: the channels of its lane, in its columns.
 struct DepthwiseLane {
   int q0;             // the block's first column
@@ -118,80 +104,20 @@ __device__ __forceinline__ DepthwiseLane find_lane(const DepthwiseParams<T>& p) 
           col_thread < static_cast<int>(p.col_threads.divisor)};
 }
 
-// A thread's copies of inputs into the ring: 16 bytes of channels of every pixel_step-th pixel. They run kStages - 1
-// steps ahead of the sums, into the next image too.
-template <typename T, int R, int kStride>
-struct DepthwiseCopies {
-  using Sizes = DepthwiseLaneSizes<T, R, kStride>;
-
-  const DepthwiseParams<T>& p;
-  DepthwiseWalk<R, kStride> ahead;
-  int row_bytes, ring_bytes;
-  int from_offset, from_step, to_offset, to_step;
-  uint32_t copies = 0;  // bit i: piece i is one to copy
-  const T* from_row = nullptr;
-  uint32_t ring_start;
-  uint32_t stage;  // where the next step is copied to; behind that, where the present one is
-
-  // Where a pixel does not exist, the ring has zeros from the start.
-  __device__ __forceinline__ DepthwiseCopies(const DepthwiseParams<T>& params, const DepthwiseLane& lane,
-                                             const DepthwiseWalk<R, kStride>& walk, unsigned char* ring)
-      : p(params), ahead(walk) {
-    ring_bytes = Sizes::kStages * p.stage_bytes;
-    const int pixel_bytes = p.channels * Sizes::kBytes;
-    row_bytes = p.in_cols * pixel_bytes;
-    const int row_pieces = p.channels / Sizes::kPiece;
-    const int pixel_step = static_cast<int>(p.col_threads.divisor) * Sizes::kPiece / Sizes::V;
-    const int pixel = static_cast<int>(threadIdx.x) / row_pieces;
-    const int piece = (static_cast<int>(threadIdx.x) - pixel * row_pieces) * Sizes::kPiece;
-    const int w = lane.q0 * kStride - p.c.pad_w + pixel;
-    from_offset = w * p.c.C + lane.first_channel + piece, from_step = pixel_step * p.c.C;
-    to_offset = pixel * pixel_bytes + piece * Sizes::kBytes, to_step = pixel_step * pixel_bytes;
+// A lane's taps lie an odd number of words behind the one before, which spreads them over the banks.
+template <typename T, int R, int V>
+__device__ __forceinline__ void load_taps(const T* taps, acc_t<T> (&weights)[R][R][V]) {
 #pragma unroll
-    for (int i = 0; i < Sizes::kPieces; ++i) {
-      if (lane.works && pixel + i * pixel_step < p.in_cols) {
-        if (exists(w + i * pixel_step, p.c.W) && lane.first_channel + piece < p.c.C) {
-          copies |= 1u << i;
-        } else {
-#pragma unroll 1
-          for (int to = to_offset + i * to_step; to < ring_bytes; to += row_bytes) {
-            *reinterpret_cast<uint4*>(ring + to) = uint4{0, 0, 0, 0};
-          }
-        }
-      }
+  for (int i = 0; i < R * R; ++i) {
+    acc_t<T> two[V];
+    load_lane(taps + i * V, two);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const int tap = (i * V + k) % (R * R);
+      weights[tap / R][tap % R][(i * V + k) / (R * R)] = two[k];
     }
-    ring_start = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
-    stage = ring_start;
   }
-
-  __device__ __forceinline__ void copy_step() {
-    if (ahead.left == 0 && ahead.row < ahead.end) {
-      const int64_t n = ahead.next_image(p);
-      from_row = p.x + (n * p.c.H + ahead.h) * p.c.W * p.c.C + from_offset;
-    }
-    if (ahead.left > 0) {
-#pragma unroll
-      for (int i = 0; i < kStride; ++i) {
-        const bool has_row = ahead.has_row(i, p.c.H);
-        const T* from = p.x + from_offset;  // of a row that is there
-        if (has_row) {
-          from = from_row;
-        }
-#pragma unroll
-        for (int k = 0; k < Sizes::kPieces; ++k) {
-          if (copies & 1u << k) {
-            copy_async(stage + i * row_bytes + to_offset + k * to_step, from + k * from_step, has_row);
-          }
-        }
-        from_row += p.c.W * p.c.C;
-      }
-      ahead.next_step();
-    }
-    copy_async_commit();
-    stage += p.stage_bytes;
-    stage = stage == ring_start + ring_bytes ? ring_start : stage;
-  }
-};
+}
 
 // The block's filters to shared memory, one behind the other.
 template <typename T, int R>
@@ -213,42 +139,11 @@ __device__ __forceinline__ void start_filters(const DepthwiseParams<T>& p, int f
   }
 }
 
-// A lane's taps lie an odd number of words behind the one before, which spreads them over the banks.
-template <typename T, int R, int V>
-__device__ __forceinline__ void load_taps(const T* taps, acc_t<T> (&weights)[R][R][V]) {
-#pragma unroll
-  for (int i = 0; i < R * R; ++i) {
-    acc_t<T> two[V];
-    load_lane(taps + i * V, two);
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const int tap = (i * V + k) % (R * R);
-      weights[tap / R][tap % R][(i * V + k) / (R * R)] = two[k];
-    }
-  }
-}
-
-// ReLU and ReLU6 bound the results. Rounding keeps the order of numbers, and these bounds as they are, so they may come
-// behind it, for two channels at a time. Not where a residual is added behind them.
-template <typename T, bool kBounds>
-struct DepthwiseBounds {
-  bool residual_last;
-  uint32_t low, high;
-
-  __device__ __forceinline__ explicit DepthwiseBounds(const DepthwiseParams<T>& p) {
-    residual_last = p.residual != nullptr && p.residual_last;
-    const Activation bound = kBounds && !residual_last ? p.activation : Activation::none;
-    const float least = bound == Activation::none ? -INFINITY : 0.0f;
-    const float most = bound == Activation::relu6 ? 6.0f : INFINITY;
-    low = pack_word(T(), least, least);
-    high = pack_word(T(), most, most);
-  }
-};
-
 // A row of a thread's results. affine: of its channels; to: the first one in y; cols: how many columns exist, or more.
+// low and high: bounds, as words.
 template <typename T, bool kBounds, int kCols, int V>
 __device__ __forceinline__ void write_lane(const DepthwiseParams<T>& p, const acc_t<T> (&sum)[kCols][V],
-                                           const float2* affine, const DepthwiseBounds<T, kBounds>& bounds, T* to,
+                                           const float2* affine, bool residual_last, uint32_t low, uint32_t high, T* to,
                                            int cols) {
   constexpr int kWords = V * static_cast<int>(sizeof(T)) / 4;
   const float4 of_lane = *reinterpret_cast<const float4*>(affine);
@@ -272,8 +167,8 @@ __device__ __forceinline__ void write_lane(const DepthwiseParams<T>& p, const ac
       }
     }
   };
-  finish_sums(p.residual != nullptr, p.residual_last, add_residual, [&] {
-    if (!kBounds || bounds.residual_last) {
+  finish_sums(p.residual != nullptr, residual_last, add_residual, [&] {
+    if (!kBounds || residual_last) {
       activate_all<T, kBounds>(p.activation, p.negative_slope, z);
     }
   });
@@ -285,7 +180,7 @@ __device__ __forceinline__ void write_lane(const DepthwiseParams<T>& p, const ac
       const float* of_word = z + col * V + i * (V / kWords);
       words[i] = pack_word(T(), of_word[0], of_word[V / kWords - 1]);
       if constexpr (kBounds) {
-        words[i] = bound_word<T>(words[i], bounds.low, bounds.high);
+        words[i] = bound_word<T>(words[i], low, high);
       }
     }
     if (col < cols) {
@@ -301,17 +196,85 @@ template <typename T, int R, int kStride, bool kBounds>
 __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_blocks(R))
     conv_depthwise_lanes_kernel(const DepthwiseParams<T> p) {
 #if __CUDA_ARCH__ >= 800  // select_plan() leaves older GPUs to PyTorch
-  using Sizes = DepthwiseLaneSizes<T, R, kStride>;
-  constexpr int V = Sizes::V, kCols = Sizes::kCols, kIn = Sizes::kIn, kSteps = Sizes::kSteps;
+  constexpr int V = kDepthwiseLaneChannels;
+  constexpr int kCols = kDepthwiseCols;
+  constexpr int kIn = (kCols - 1) * kStride + R;
+  constexpr int kSteps = kDepthwiseSteps<R, kStride>;
+  constexpr int kStages = depthwise_stages(kStride);
+  constexpr int kPiece = Vec<T>::kSize;
+  constexpr int kPieces = (kIn * V + kPiece - 1) / kPiece;  // of a row, for a thread, at most
+  constexpr int kBytes = static_cast<int>(sizeof(T));
   extern __shared__ uint4 shared[];
   float2* const affine = reinterpret_cast<float2*>(shared);  // scale and shift of a channel
   unsigned char* const ring = reinterpret_cast<unsigned char*>(affine + p.channels);
+  const int ring_bytes = kStages * p.stage_bytes;
   const DepthwiseLane lane = find_lane(p);
-  const int cols = lane.works && lane.c0() < p.c.C ? p.c.Q - lane.q() : 0;  // that the thread has to compute, or more
+  const int q0 = lane.q0, first_channel = lane.first_channel, col_thread = lane.col_thread, lane_channel = lane.channel;
+  const int c0 = lane.c0(), q = lane.q();
+  const bool works = lane.works;
+  const int cols = works && c0 < p.c.C ? p.c.Q - q : 0;
   DepthwiseWalk<R, kStride> walk;
   walk.row = blockIdx.y * p.range_rows + min(blockIdx.y, p.longer_ranges);
   walk.end = walk.row + p.range_rows + (blockIdx.y < p.longer_ranges ? 1 : 0);
-  DepthwiseCopies<T, R, kStride> copies(p, lane, walk, ring);
+
+  // What the thread copies of a row: 16 bytes of channels of every pixel_step-th pixel. Where a pixel does not exist,
+  // the ring has zeros from the start.
+  const int pixel_bytes = p.channels * kBytes;
+  const int row_bytes = p.in_cols * pixel_bytes;
+  const int row_pieces = p.channels / kPiece;
+  const int pixel_step = static_cast<int>(p.col_threads.divisor) * kPiece / V;
+  const int pixel = static_cast<int>(threadIdx.x) / row_pieces;
+  const int piece = (static_cast<int>(threadIdx.x) - pixel * row_pieces) * kPiece;
+  const int w = q0 * kStride - p.c.pad_w + pixel;
+  const int from_offset = w * p.c.C + first_channel + piece, from_step = pixel_step * p.c.C;
+  const int to_offset = pixel * pixel_bytes + piece * kBytes, to_step = pixel_step * pixel_bytes;
+  uint32_t copies = 0;  // bit i: piece i is one to copy
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    if (works && pixel + i * pixel_step < p.in_cols) {
+      if (exists(w + i * pixel_step, p.c.W) && first_channel + piece < p.c.C) {
+        copies |= 1u << i;
+      } else {
+#pragma unroll 1
+        for (int to = to_offset + i * to_step; to < ring_bytes; to += row_bytes) {
+          *reinterpret_cast<uint4*>(ring + to) = uint4{0, 0, 0, 0};
+        }
+      }
+    }
+  }
+
+  // Copies run kStages - 1 steps ahead, into the next image too.
+  DepthwiseWalk<R, kStride> ahead = walk;
+  const T* from_row = nullptr;
+  const auto ring_start = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+  uint32_t stage = ring_start;  // where the next step is copied to; behind that, where the present one is
+  const auto copy_step = [&] {
+    if (ahead.left == 0 && ahead.row < ahead.end) {
+      const int64_t n = ahead.next_image(p);
+      from_row = p.x + (n * p.c.H + ahead.h) * p.c.W * p.c.C + from_offset;
+    }
+    if (ahead.left > 0) {
+#pragma unroll
+      for (int i = 0; i < kStride; ++i) {
+        const bool exists = ahead.has_row(i, p.c.H);
+        const T* from = p.x + from_offset;  // of a row that is there
+        if (exists) {
+          from = from_row;
+        }
+#pragma unroll
+        for (int k = 0; k < kPieces; ++k) {
+          if (copies & 1u << k) {
+            copy_async(stage + i * row_bytes + to_offset + k * to_step, from + k * from_step, exists);
+          }
+        }
+        from_row += p.c.W * p.c.C;
+      }
+      ahead.next_step();
+    }
+    copy_async_commit();
+    stage += p.stage_bytes;
+    stage = stage == ring_start + ring_bytes ? ring_start : stage;
+  };
 
   // What is above reads parameters alone. From here on all that the block needs first is under way at once: its
   // filters, one behind the other, scale and shift, and inputs.
@@ -319,61 +282,69 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
   if (p.next_begins) {
     let_next_begin();
   }
-  T* const taps = reinterpret_cast<T*>(ring + copies.ring_bytes);
-  const int filters = min(p.channels, p.c.C - lane.first_channel);
+  T* const taps = reinterpret_cast<T*>(ring + ring_bytes);
+  const int filters = min(p.channels, p.c.C - first_channel);
   const int own_filter = static_cast<int>(threadIdx.x);
   typename AffineSource<T>::Values values{};  // they arrive while copies are started
   if (own_filter < filters) {
-    values = p.affine.values(lane.first_channel + own_filter);
+    values = p.affine.values(first_channel + own_filter);
   }
-  start_filters<T, R>(p, lane.first_channel, filters, copies.ring_start + copies.ring_bytes, taps);
+  start_filters<T, R>(p, first_channel, filters, ring_start + ring_bytes, taps);
 #pragma unroll 1
-  for (int i = 0; i < Sizes::kStages - 1; ++i) {
-    copies.copy_step();
+  for (int i = 0; i < kStages - 1; ++i) {
+    copy_step();
   }
 #pragma unroll 1
   for (int k = own_filter; k < filters; k += blockDim.x) {
     if (k != own_filter) {
-      values = p.affine.values(lane.first_channel + k);
+      values = p.affine.values(first_channel + k);
     }
     const Affine<float> of_channel = p.affine.pair_of(values);
     affine[k] = {of_channel.scale, of_channel.shift};
   }
-  copy_async_wait_all_but<Sizes::kStages - 2>();
+
+  // A lane's taps lie an odd number of words behind the one before, which spreads them over the banks.
+  copy_async_wait_all_but<kStages - 2>();
   __syncthreads();
   acc_t<T> weights[R][R][V];
-  load_taps<T, R, V>(taps + lane.channel * (R * R), weights);
-  const DepthwiseBounds<T, kBounds> bounds(p);
+  load_taps<T, R, V>(taps + lane_channel * (R * R), weights);
+
+  // ReLU and ReLU6 bound the results. Rounding keeps the order of numbers, and these bounds as they are, so they may
+  // come behind it, for two channels at a time. Not where a residual is added behind them.
+  const bool residual_last = p.residual != nullptr && p.residual_last;
+  const Activation bound = kBounds && !residual_last ? p.activation : Activation::none;
+  const float least = bound == Activation::none ? -INFINITY : 0.0f, most = bound == Activation::relu6 ? 6.0f : INFINITY;
+  const uint32_t low = pack_word(T(), least, least), high = pack_word(T(), most, most);
 
   acc_t<T> sums[kSteps - 1][kCols][V];  // its first values are not used
 #pragma unroll
   for (int i = 0; i < (kSteps - 1) * kCols * V; ++i) {
     sums[i / (kCols * V)][i / V % kCols][i % V] = 0;
   }
-  const int in_offset = (lane.col_thread * kCols * kStride * p.channels + lane.channel) * Sizes::kBytes;
-  T* out = p.y + (static_cast<int64_t>(walk.row) * p.c.Q + lane.q()) * p.c.C + lane.c0();
+  const int in_offset = (col_thread * kCols * kStride * p.channels + lane_channel) * kBytes;
+  T* out = p.y + (static_cast<int64_t>(walk.row) * p.c.Q + q) * p.c.C + c0;
 #pragma unroll 1
   while (walk.left > 0 || walk.row < walk.end) {
     if (walk.left == 0) {
       walk.next_image(p);
     }
-    copy_async_wait_all_but<Sizes::kStages - 2>();
+    copy_async_wait_all_but<kStages - 2>();
     __syncthreads();
-    copies.copy_step();
+    copy_step();
     if (cols > 0) {
       step_down<R, kStride, kCols, V>(
           weights, sums,
           [&](int i, acc_t<T>(&in)[kIn][V]) {
-            const unsigned char* from = ring + (copies.stage - copies.ring_start) + i * copies.row_bytes + in_offset;
+            const unsigned char* from = ring + (stage - ring_start) + i * row_bytes + in_offset;
 #pragma unroll
             for (int col = 0; col < kIn; ++col) {
               load_lane(reinterpret_cast<const T*>(from), in[col]);
-              from += p.channels * Sizes::kBytes;
+              from += pixel_bytes;
             }
           },
           [&](const acc_t<T>(&sum)[kCols][V]) {
             if (walk.finishes()) {
-              write_lane<T, kBounds>(p, sum, affine + lane.channel, bounds, out, cols);
+              write_lane<T, kBounds>(p, sum, affine + lane_channel, residual_last, low, high, out, cols);
               out += p.c.Q * p.c.C;
             }
           },

@@ -70,6 +70,5 @@ Tensor convolve_and_apply(const char* op, const ConvArguments& c) {
 }
 
 // Of the CUDA library, for ops that have a convolution in them.
-Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice);
 
 }  // namespace fused_conv_bn

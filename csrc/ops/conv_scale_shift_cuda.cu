@@ -25,16 +25,13 @@ Tensor run_kernel(const char* op, const ConvArguments& c, const CudaConvChoice& 
 
 struct CudaKernel {
   static Tensor run(const char* op, const ConvArguments& c, bool allow_tf32) {
-    return run_conv_cuda(op, c, choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32));
+    const CudaConvChoice choice = choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32);
+    return std::holds_alternative<Aten>(choice.choice.plan) ? convolve_and_apply<run_elementwise_cuda>(op, c)
+                                                            : run_kernel(op, c, choice);
   }
 };
 
 }  // namespace
-
-Tensor run_conv_cuda(const char* op, const ConvArguments& c, const CudaConvChoice& choice) {
-  return std::holds_alternative<Aten>(choice.choice.plan) ? convolve_and_apply<run_elementwise_cuda>(op, c)
-                                                          : run_kernel(op, c, choice);
-}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
   m.impl("conv_scale_shift", TORCH_BOX(&ConvOps<CudaKernel>::conv_scale_shift));

@@ -69,7 +69,7 @@ inline ChannelBuffer channel_buffer(const OptionalOperand& x) {
 }
 
 // saved: nullptr for none.
-inline TrainParams train_params(const TrainOperands& bn, const SavedStatistics* saved, bool spare_centers = false) {
+inline TrainParams train_params(const TrainOperands& bn, const SavedStatistics* saved) {
   return {channel_buffer(bn.running_mean),
           channel_buffer(bn.running_var),
           channel_buffer(bn.weight),
@@ -78,7 +78,7 @@ inline TrainParams train_params(const TrainOperands& bn, const SavedStatistics* 
           bn.scaling_factor,
           bn.momentum,
           bn.eps,
-          spare_centers,
+          false,
           saved == nullptr ? nullptr : saved->mean.data_ptr(),
           saved == nullptr ? nullptr : saved->invstd.data_ptr()};
 }

@@ -85,12 +85,7 @@ Params<T> make_params(const ConvCall& call, const Tile& tile, Moments* moments) 
   p.w_stride_c = static_cast<int>(operands.w_stride_c);
   p.w_stride_r = static_cast<int>(operands.w_stride_r);
   p.w_stride_s = static_cast<int>(operands.w_stride_s);
-  p.C = static_cast<int>(c.C), p.H = static_cast<int>(c.H), p.W = static_cast<int>(c.W);
-  p.K = static_cast<int>(c.K), p.R = static_cast<int>(c.R), p.S = static_cast<int>(c.S);
-  p.P = static_cast<int>(c.P), p.Q = static_cast<int>(c.Q);
-  p.stride_h = static_cast<int>(c.stride_h), p.stride_w = static_cast<int>(c.stride_w);
-  p.pad_h = static_cast<int>(c.pad_h), p.pad_w = static_cast<int>(c.pad_w);
-  p.dilation_h = static_cast<int>(c.dilation_h), p.dilation_w = static_cast<int>(c.dilation_w);
+  static_cast<Extents&>(p) = narrow(c);
   p.x_stride_c = c.channels_last ? 1 : p.H * p.W;
   p.x_stride_h = c.channels_last ? p.W * p.C : p.W;
   p.x_stride_w = c.channels_last ? p.C : 1;

@@ -22,7 +22,7 @@ constexpr uint32_t kNoTile = 0xffffffffu;
 enum class Output { contiguous, channels_last, moments };
 
 template <typename T>
-struct Params {
+struct Params : Extents {
   const T* x;
   const T* w;
   AffineSource<T> affine;  // of moments: unused
@@ -32,8 +32,6 @@ struct Params {
   Moments* moments;                        // [blocks][consumers][K]
   int w_stride_c, w_stride_r, w_stride_s;  // output channels follow each other
   int x_stride_c, x_stride_h, x_stride_w;
-  int C, H, W, K, R, S, P, Q;
-  int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Tile tile;
   int x_units;
   int x_row_bytes, x_col_bytes;      // of the input: of a row, from column to column

@@ -152,8 +152,9 @@ def check_name(wheel: Wheel) -> list[str]:
 
 def check_files(wheel: Wheel) -> list[str]:
     """The libraries of the row, the Python files of the source tree, the metadata; nothing else, nothing twice."""
-    package = (path for path in (ROOT / "src" / PACKAGE).iterdir() if path.is_file() and path.suffix != ".so")
-    expected = {f"{PACKAGE}/{path.name}" for path in package}
+    source = ROOT / "src"
+    package = (path for path in (source / PACKAGE).rglob("*") if path.is_file() and path.suffix not in (".so", ".pyc"))
+    expected = {str(path.relative_to(source)) for path in package}
     expected |= {f"{PACKAGE}/{wheel.matrix['libraries'][key]['file']}" for key in wheel.row["libraries"]}
     expected |= {f"{wheel.dist_info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
     optional = {f"{wheel.dist_info}/top_level.txt"}  # setuptools adds it

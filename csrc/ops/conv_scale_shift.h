@@ -69,6 +69,4 @@ Tensor convolve_and_apply(const char* op, const ConvArguments& c) {
   return c.dense ? dense : y;
 }
 
-// Of the CUDA library, for ops that have a convolution in them.
-
 }  // namespace fused_conv_bn

@@ -8,7 +8,6 @@
 #include "kernels/common/epilogue.h"
 #include "kernels/common/fast_div.h"
 #include "kernels/common/vec.cuh"
-#include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/conv/problem.h"
 #include "kernels/elementwise/memory_format.h"
 #include "kernels/ptx/launch.cuh"
@@ -25,7 +24,8 @@ struct DepthwiseParams {
   AffineSource<T> affine;
   int64_t w_stride_k, w_stride_r, w_stride_s;
   bool dense_filters;  // one behind the other, and aligned for vectors
-  Extents c;
+  int C, H, W, P, Q;
+  int pad_h, pad_w;
   Activation activation;
   bool residual_last;
   acc_t<T> negative_slope;

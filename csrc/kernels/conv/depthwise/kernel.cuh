@@ -32,7 +32,9 @@ DepthwiseParams<T> make_depthwise_params(const Conv2d& c, const ConvOperands& op
   p.w_stride_r = operands.w_stride_r;
   p.w_stride_s = operands.w_stride_s;
   p.dense_filters = p.w_stride_s == 1 && p.w_stride_r == c.S && p.w_stride_k == c.R * c.S && is_aligned(p.w);
-  p.c = narrow(c);
+  const Extents e = narrow(c);
+  p.C = e.C, p.H = e.H, p.W = e.W, p.P = e.P, p.Q = e.Q;
+  p.pad_h = e.pad_h, p.pad_w = e.pad_w;
   p.activation = epilogue.activation;
   p.residual_last = epilogue.residual_last;
   p.negative_slope = static_cast<acc_t<T>>(epilogue.negative_slope);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/conv/tile.cuh"
 #include "kernels/ptx/launch.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 #include "params.cuh"
@@ -19,11 +20,6 @@ constexpr int kProducerGroupBarrier = 3;  // of the first group; others follow
 
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp() { return threadIdx.x % 128 / 32; }  // of its warpgroup
-
-// Output pixels: an image, the first row and the first column.
-struct OutputTile {
-  int image, p0, q0;
-};
 
 template <typename C>
 struct Block {
@@ -71,25 +67,13 @@ struct Block {
 
   // ---- output tiles ----
 
-  // Opaque to the compiler, so that it does not keep one call's result for the next.
-  __device__ __forceinline__ OutputTile locate(uint32_t index) const {
-    asm volatile("" : "+r"(index));
-    const int row = p.tiles_q.div(index);
-    const int image = p.tiles_p.div(row);
-    return {image, (row - image * p.tile.tiles_p) * p.tile.p,
-            static_cast<int>(index - row * p.tile.tiles_q) * p.tile.q};
-  }
-  __device__ __forceinline__ int rows(const OutputTile& tile) const { return min(p.tile.p, p.P - tile.p0); }
-  __device__ __forceinline__ int cols(const OutputTile& tile) const { return min(p.tile.q, p.Q - tile.q0); }
-  __device__ __forceinline__ bool whole_rows() const { return p.tile.q == p.Q; }
-  __device__ __forceinline__ bool is_whole(const OutputTile& tile) const {
-    return rows(tile) == p.tile.p && cols(tile) == p.tile.q;
+  __device__ __forceinline__ TileGridRef tiles() const { return {p.tile.p, p.tile.q, p.tiles_q, p.tiles_p}; }
+  __device__ __forceinline__ bool is_whole(const Tile& tile) const {
+    return tiles().rows(tile, p) == p.tile.p && tiles().cols(tile, p) == p.tile.q;
   }
   // Of the tile's first pixel, channel `first_channel`.
-  __device__ __forceinline__ int64_t y_offset(const OutputTile& tile) const {
-    const int64_t start = static_cast<int64_t>(tile.image) * p.K * p.P * p.Q;
-    const int pixel = tile.p0 * p.Q + tile.q0;
-    return C::kChannelsLast ? start + pixel * p.K + first_channel : start + first_channel * (p.P * p.Q) + pixel;
+  __device__ __forceinline__ int64_t y_offset(const Tile& tile) const {
+    return output_offset<C::kChannelsLast>(tile, p, first_channel);
   }
 
   __device__ __forceinline__ int terms() const { return p.C * p.R * p.S; }  // of an output channel

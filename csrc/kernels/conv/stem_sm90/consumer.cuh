@@ -69,7 +69,7 @@ struct Consumer {
           }
         }
         if (tile.exact) [[unlikely]] {
-          multiply_exactly(block, acc, block.locate(index), chunk * kChunk);
+          multiply_exactly(block, acc, block.tiles().locate(index), chunk * kChunk);
         }
         if constexpr (C::kMoments) {
           gather_moments(acc, tile, chunk);
@@ -101,11 +101,11 @@ struct Consumer {
     tile.exact = C::kFloat32 ? info.x != 0 : (info.x | info.y) != 0;
     tile.inverse = C::kFloat32 && !tile.exact ? __uint_as_float(info.y) : 1.0f;
     if constexpr (C::kMoments) {
-      tile.whole = block.is_whole(block.locate(index));
+      tile.whole = block.is_whole(block.tiles().locate(index));
     } else if constexpr (C::kContiguous) {
-      tile.targets = contiguous.targets(block.locate(index));
+      tile.targets = contiguous.targets(block.tiles().locate(index));
     } else {
-      tile.pixels = channels_last.pixels(block.locate(index));
+      tile.pixels = channels_last.pixels(block.tiles().locate(index));
     }
     return tile;
   }
@@ -125,9 +125,9 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void gather_moments(const Accumulators& acc, const InputTile& tile, int chunk) {
-    const uint32_t inside = tile.whole
-                                ? load_shared_1(shared.output_offsets() + (chunk * 4 + fragment_col()) * 4)
-                                : inside_mask(block, chunk * kChunk + fragment_col() * 2, block.locate(tile.index));
+    const uint32_t inside = tile.whole ? load_shared_1(shared.output_offsets() + (chunk * 4 + fragment_col()) * 4)
+                                       : inside_mask(block, chunk * kChunk + fragment_col() * 2,
+                                                     block.tiles().locate(tile.index));
     moments.add(acc, inside, tile.exact, tile.inverse);
   }
 
@@ -137,7 +137,7 @@ struct Consumer {
     affines.apply(acc, tile.exact, tile.inverse);
     const bool residual_last = p.residual != nullptr && p.residual_last;
     if (p.residual != nullptr && !residual_last) {
-      add_residual(block, acc, block.locate(tile.index), chunk * kChunk);
+      add_residual(block, acc, block.tiles().locate(tile.index), chunk * kChunk);
     }
     if constexpr (!C::kBounds) {
       // While one consumer does this, the other waits for input, multiplies and writes. In step, both would wait for the
@@ -154,7 +154,7 @@ struct Consumer {
       activate_all<T, true>(p.activation, p.negative_slope, acc);
     }
     if (residual_last) [[unlikely]] {
-      add_residual(block, acc, block.locate(tile.index), chunk * kChunk);
+      add_residual(block, acc, block.tiles().locate(tile.index), chunk * kChunk);
     }
     if (p.y_in_bulk && (C::kChannelsLast || chunk == 0)) {
       copy_bulk_wait_read();  // of what this warp had buffered before
@@ -202,13 +202,13 @@ struct Consumer {
       __syncwarp();
       buffered = index;
     } else {
-      contiguous.write_rows(block.locate(index));
+      contiguous.write_rows(block.tiles().locate(index));
     }
   }
   __device__ __forceinline__ void copy_buffered() {
     if constexpr (C::kContiguous) {
       if (buffered != kNoTile) {
-        contiguous.start_copies(block.locate(buffered));
+        contiguous.start_copies(block.tiles().locate(buffered));
         copy_bulk_commit();
         buffered = kNoTile;
       }

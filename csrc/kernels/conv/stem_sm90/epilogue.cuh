@@ -93,8 +93,8 @@ struct ChannelAffines {
 };
 
 template <typename C>
-__device__ __forceinline__ void add_residual(const Block<C>& block, typename C::Accumulators& acc,
-                                             const OutputTile& tile, int first_position) {
+__device__ __forceinline__ void add_residual(const Block<C>& block, typename C::Accumulators& acc, const Tile& tile,
+                                             int first_position) {
   const auto& p = block.p;
   const Fragment<C> fragment{p.tile};
   const typename C::T* const start = p.residual + block.y_offset(tile) +
@@ -106,7 +106,7 @@ __device__ __forceinline__ void add_residual(const Block<C>& block, typename C::
     asm volatile("" : "+r"(position));
     const int row = p.x_cols.div(position);
     const int col = position - row * p.tile.x_cols;
-    if (row < block.rows(tile) && col < block.cols(tile)) {
+    if (row < block.tiles().rows(tile, p) && col < block.tiles().cols(tile, p)) {
       const typename C::T* const source = start + (row * p.Q + col) * (C::kChannelsLast ? p.K : 1);
 #pragma unroll
       for (int i = 0; i < C::kOwnChannels; ++i) {

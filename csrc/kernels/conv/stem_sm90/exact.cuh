@@ -33,11 +33,11 @@ __device__ __forceinline__ void rotate(float (&values)[kAll]) {
 }
 
 template <typename C>
-__device__ __forceinline__ void multiply_exactly(const Block<C>& block, typename C::Accumulators& acc,
-                                                 const OutputTile& tile, int first_position) {
+__device__ __forceinline__ void multiply_exactly(const Block<C>& block, typename C::Accumulators& acc, const Tile& tile,
+                                                 int first_position) {
   const auto& p = block.p;
   const Fragment<C> fragment{p.tile};
-  const typename C::T* const image = p.x + static_cast<int64_t>(tile.image) * (p.C * p.H * p.W);
+  const typename C::T* const image = input_image(p.x, tile, p);
   const auto weight = [&](int k, int c, int r, int s) {
     return to_acc(p.w[k * block.terms() + c * p.w_stride_c + r * p.w_stride_r + s * p.w_stride_s]);
   };
@@ -62,8 +62,7 @@ __device__ __forceinline__ void multiply_exactly(const Block<C>& block, typename
         const int row = p.x_cols.div(position);
         const int h = (tile.p0 + row) * p.stride_h - p.pad_h + r * p.dilation_h;
         const int w = (tile.q0 + position - row * p.tile.x_cols) * p.stride_w - p.pad_w + s * p.dilation_w;
-        const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(p.H) &&
-                            static_cast<unsigned>(w) < static_cast<unsigned>(p.W);
+        const bool inside = exists(h, p.H) && exists(w, p.W);
         offsets[j] = inside ? h * p.x_stride_h + w * p.x_stride_w : -1;
       }
 #pragma unroll 1

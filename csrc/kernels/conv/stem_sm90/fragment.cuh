@@ -20,7 +20,7 @@ template <typename C>
 struct Fragment {
   static constexpr int kVec = C::kVec;
 
-  const Tile& tile;
+  const TileLayout& tile;
 
   static __device__ __forceinline__ float& at(typename C::Accumulators& acc, int channel, int position) {
     return C::kChannelsLast

@@ -11,26 +11,22 @@
 
 namespace fused_conv_bn::stem_sm90 {
 
-// Where the tile's input begins: it may lie outside of the image.
-struct InputWindow {
+// The tile's input window, and what of the image it meets.
+struct TileInput : InputWindow {
   const unsigned char* image;
-  int h0, w0;
   int end;          // past the last column that a tap of the tile meets in the image
   int first, last;  // of an input row, the bytes that are among the raw rows
 };
 
 template <typename C>
-__device__ __forceinline__ InputWindow input_window(const Block<C>& block, uint32_t index) {
+__device__ __forceinline__ TileInput tile_input(const Block<C>& block, uint32_t index) {
   const auto& p = block.p;
-  const OutputTile tile = block.locate(index);
-  const int w0 = tile.q0 * p.stride_w - p.pad_w;
-  const int end = max(0, min(p.W, w0 + (p.tile.q - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1));
-  const bool whole = block.whole_rows();
-  return {reinterpret_cast<const unsigned char*>(p.x) + static_cast<int64_t>(tile.image) * p.C * p.H * p.W * C::kBytes,
-          tile.p0 * p.stride_h - p.pad_h,
-          w0,
-          end,
-          whole ? 0 : max(0, w0) * p.x_col_bytes & ~15,
+  const Tile tile = block.tiles().locate(index);
+  const InputWindow window = input_window(tile, p);
+  const int end = max(0, min(p.W, window.w0 + (p.tile.q - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1));
+  const bool whole = block.tiles().has_whole_rows(p);
+  return {window, reinterpret_cast<const unsigned char*>(input_image(p.x, tile, p)), end,
+          whole ? 0 : max(0, window.w0) * p.x_col_bytes & ~15,
           whole ? p.x_row_bytes : min(p.x_row_bytes, (end * p.x_col_bytes + 15) & ~15)};
 }
 
@@ -63,18 +59,18 @@ struct UnitTable {
       const int down = row * p.stride_h + phase_h * p.tile.phase_step_h;
       const int right = col * p.stride_w + phase_w * p.tile.phase_step_w;
       const int c0 = (plane - phase * p.tile.c_blocks) * 8;
-      const bool exists = index < p.x_units && down < p.tile.raw_rows;
+      const bool is_unit = index < p.x_units && down < p.tile.raw_rows;
       store_shared(block.shared.unit_table() + index * 8,
                    make_uint2(down * p.unit_row_bytes + right * p.x_col_bytes + c0 * p.unit_channel,
-                              exists ? right | down << 17 | min(8, p.C - c0) << 27 : 0));
+                              is_unit ? right | down << 17 | min(8, p.C - c0) << 27 : 0));
     }
   }
 
-  __device__ __forceinline__ UnitSource source(int index, const InputWindow& window) const {
+  __device__ __forceinline__ UnitSource source(int index, const TileInput& window) const {
     const uint2 entry = load_shared_2(block.shared.unit_table() + index * 8);
     const int h = window.h0 + static_cast<int>(entry.y >> 17 & 1023);
     return {entry.x, window.w0 + static_cast<int>(entry.y & 0x1ffff),
-            static_cast<unsigned>(h) < static_cast<unsigned>(p.H) ? static_cast<int>(entry.y >> 27) : 0};
+            exists(h, p.H) ? static_cast<int>(entry.y >> 27) : 0};
   }
 };
 

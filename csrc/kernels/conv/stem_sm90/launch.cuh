@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernel.cuh"
+#include "kernels/common/vec.cuh"
 #include "kernels/elementwise/memory_format.h"
 #include "kernels/ptx/launch.cuh"
 #include "kernels/ptx/wgmma.cuh"
@@ -21,7 +22,7 @@ namespace stem_sm90 {
 // times in order over times without. 16 bits: 0.77 to 1.0, but up to 1.13 for short activations of contiguous outputs. float32:
 // SiLU 0.8 to 0.97 where the product is short, and 1.04 to 1.1 where it is long (two consumers are enough to keep the units busy
 // with both then); short ones 0.98 to 1.14.
-inline bool orders_activation(Activation activation, const Tile& tile, bool channels_last) {
+inline bool orders_activation(Activation activation, const TileLayout& tile, bool channels_last) {
   constexpr int kLongProduct = 8;
   if (tile.splits == 1 && channels_last) {
     return !is_bound(activation);
@@ -29,11 +30,9 @@ inline bool orders_activation(Activation activation, const Tile& tile, bool chan
   return !is_short(activation) && (tile.splits == 1 || tile.k_steps < kLongProduct);
 }
 
-inline bool is_aligned(const void* address, int64_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
-
 // The units of the filter in the order of the k steps: their offsets, and what weights they hold.
 template <typename T>
-void set_steps(const Conv2d& c, const Tile& tile, Params<T>& p) {
+void set_steps(const Conv2d& c, const TileLayout& tile, Params<T>& p) {
   std::vector<FilterUnit> units;
   for (int i = 0; i < tile.units; ++i) {
     units.push_back(filter_unit(c, tile, i));
@@ -53,7 +52,7 @@ void set_steps(const Conv2d& c, const Tile& tile, Params<T>& p) {
 
 // What the operands' layout and alignment allow.
 template <typename T>
-void set_accesses(const Conv2d& c, const ConvOperands& operands, const Tile& tile, Params<T>& p) {
+void set_accesses(const Conv2d& c, const ConvOperands& operands, const TileLayout& tile, Params<T>& p) {
   constexpr int64_t kBytes = sizeof(T);
   p.row_vectors = FastDiv(static_cast<uint32_t>(ceil_div(tile.q * kBytes, kVecBytes)));
   p.x_row_bytes = static_cast<int>(row_bytes(c));
@@ -64,15 +63,15 @@ void set_accesses(const Conv2d& c, const ConvOperands& operands, const Tile& til
   p.raw_in_bulk = p.x_row_bytes % 16 == 0;
   p.raw_vectors = c.channels_last && c.C % 8 == 0;
   p.w_vectors = operands.w_stride_c == 1 && c.C % 8 == 0;
-  p.y_vectors = c.channels_last && c.K * kBytes % kVecBytes == 0 && is_aligned(p.y, kVecBytes);
+  p.y_vectors = c.channels_last && c.K * kBytes % kVecBytes == 0 && is_aligned(p.y);
   p.out_pairs = tile.q % 2 == 0 && tile.x_cols % 2 == 0 && c.Q % 2 == 0 && is_aligned(p.y, 2 * kBytes);
-  p.rows_aligned = c.Q * kBytes % kVecBytes == 0 && is_aligned(p.y, kVecBytes);
-  p.y_in_bulk = c.channels_last ? tile.out_pixels > 0 && is_aligned(p.y, kVecBytes) : tile.q == c.Q;
+  p.rows_aligned = c.Q * kBytes % kVecBytes == 0 && is_aligned(p.y);
+  p.y_in_bulk = c.channels_last ? tile.out_pixels > 0 && is_aligned(p.y) : tile.q == c.Q;
   p.streams = c.N * c.K * c.P * c.Q * kBytes > kL2Bytes;
 }
 
 template <typename T>
-Params<T> make_params(const ConvCall& call, const Tile& tile, Moments* moments) {
+Params<T> make_params(const ConvCall& call, const TileLayout& tile, Moments* moments) {
   const auto& [c, operands, gpu, epilogue] = call;
   Params<T> p{};
   p.x = static_cast<const T*>(operands.x);
@@ -111,7 +110,7 @@ Params<T> make_params(const ConvCall& call, const Tile& tile, Moments* moments) 
 
 // The tile was made for the problem. moments: nullptr, or where they go instead of an output.
 template <typename T>
-cudaError_t launch(const ConvCall& call, const Tile& tile, Moments* moments, cudaStream_t stream) {
+cudaError_t launch(const ConvCall& call, const TileLayout& tile, Moments* moments, cudaStream_t stream) {
   const Conv2d& c = call.problem;
   const Activation activation = call.epilogue.activation;
   constexpr int kFewChannels = sizeof(T) == 2 ? kBlockChannels / 2 : kBlockChannels;

@@ -32,7 +32,7 @@ struct Params : Extents {
   Moments* moments;                        // [blocks][consumers][K]
   int w_stride_c, w_stride_r, w_stride_s;  // output channels follow each other
   int x_stride_c, x_stride_h, x_stride_w;
-  Tile tile;
+  TileLayout tile;
   int x_units;
   int x_row_bytes, x_col_bytes;      // of the input: of a row, from column to column
   int x_separate;                    // channels of the input that lie apart from each other

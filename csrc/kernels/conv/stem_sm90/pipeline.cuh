@@ -35,7 +35,7 @@ struct OrderBarrier {
   int rounds = 0;   // of this consumer, that are over
 
   __device__ __forceinline__ int rounds_of(int other) const {
-    const Tile& tile = block.p.tile;
+    const TileLayout& tile = block.p.tile;
     return tile.consumers_share ? (tiles * tile.chunks + C::kConsumers - 1 - other) / C::kConsumers
                                 : (tiles + C::kConsumers - 1 - other) / C::kConsumers * tile.chunks;
   }

@@ -32,7 +32,7 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
 
 // Time for all tiles, by this count: a position's work, a chunk's, a tile's, and loading a unit, which producers do meanwhile.
 // Waves of blocks count as a whole.
-inline double cost(const Conv2d& c, const GpuTraits& gpu, bool writes, const Tile& t) {
+inline double cost(const Conv2d& c, const GpuTraits& gpu, bool writes, const TileLayout& t) {
   const int64_t k_blocks = ceil_div(c.K, kBlockChannels);
   const int64_t tiles = c.N * t.tiles_p * t.tiles_q;
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(tiles, gpu.multiprocessors / k_blocks));
@@ -50,9 +50,9 @@ inline double cost(const Conv2d& c, const GpuTraits& gpu, bool writes, const Til
 }
 
 // The tile of least cost; nullopt where none fits into shared memory.
-inline std::optional<Tile> best_tile(const Conv2d& c, const GpuTraits& gpu, bool writes) {
+inline std::optional<TileLayout> best_tile(const Conv2d& c, const GpuTraits& gpu, bool writes) {
   constexpr int64_t kMostParts = 16;
-  std::optional<Tile> best;
+  std::optional<TileLayout> best;
   double least = 0;
   const int64_t least_parts = ceil_div(c.Q, 512);  // of an output row
   for (int64_t parts = least_parts; parts < least_parts + kMostParts && parts <= ceil_div(c.Q, 8); ++parts) {
@@ -61,7 +61,7 @@ inline std::optional<Tile> best_tile(const Conv2d& c, const GpuTraits& gpu, bool
       q = round_up(q, 8);
     }
     for (int p = 1; p <= c.P && p <= 64; ++p) {
-      Tile t = tile_of(c, p, static_cast<int>(q));
+      TileLayout t = tile_of(c, p, static_cast<int>(q));
       if (int64_t{p} * t.x_cols > kMaxPositions) {
         break;
       }
@@ -84,15 +84,15 @@ struct StemSm90 {
   static constexpr const char* kName = "stem_sm90";
   static constexpr bool kGathersMoments = true;
 
-  stem_sm90::Tile tile;          // to write results
-  stem_sm90::Tile moments_tile;  // to gather moments of them instead
+  stem_sm90::TileLayout tile;          // to write results
+  stem_sm90::TileLayout moments_tile;  // to gather moments of them instead
 
   static std::optional<StemSm90> make(const Conv2d& c, const GpuTraits& gpu) {
     if (!stem_sm90::supports(c, gpu)) {
       return std::nullopt;
     }
-    const std::optional<stem_sm90::Tile> tile = stem_sm90::best_tile(c, gpu, true);
-    const std::optional<stem_sm90::Tile> moments_tile = stem_sm90::best_tile(c, gpu, false);
+    const std::optional<stem_sm90::TileLayout> tile = stem_sm90::best_tile(c, gpu, true);
+    const std::optional<stem_sm90::TileLayout> moments_tile = stem_sm90::best_tile(c, gpu, false);
     if (!tile.has_value() || !moments_tile.has_value()) {
       return std::nullopt;
     }

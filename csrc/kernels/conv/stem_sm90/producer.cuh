@@ -83,7 +83,7 @@ struct Producer {
     const bool kept = C::kFloat32 && p.tile.rounds == 1;
     PipelineState to{block.group(), 0}, from{block.group(), 0};
     for (uint32_t index = blockIdx.x + block.group() * gridDim.x; index < p.tiles; index += kGroups * gridDim.x) {
-      const InputWindow window = input_window(block, index);
+      const TileInput window = tile_input(block, index);
       const uint32_t next = index + kRawStages * gridDim.x;
       typename UnitBuilder<C, kSlots>::Values v;
       barrier_wait(shared.raw_full(from.stage), from.parity);
@@ -117,15 +117,15 @@ struct Producer {
     const auto start = [&](uint32_t index) {
       if (index < p.tiles) {
         wait_for_stage(next);
-        const InputWindow window = input_window(block, index);
+        const TileInput window = tile_input(block, index);
         const unsigned char* const start = window.image + static_cast<int64_t>(window.h0) * p.x_row_bytes +
                                            window.w0 * p.x_col_bytes;
 #pragma unroll 2
         for (int i = threadIdx.x; i < p.x_units; i += C::kProducerThreads) {
           const UnitSource unit = table.source(i, window);
-          const bool exists = unit.channels > 0 && static_cast<unsigned>(unit.w) < static_cast<unsigned>(window.end);
-          const auto* const from = exists ? start + unit.offset : window.image;
-          copy_async(shared.input(next.stage) + i * 16, from, exists);
+          const bool inside = unit.channels > 0 && exists(unit.w, window.end);
+          const auto* const from = inside ? start + unit.offset : window.image;
+          copy_async(shared.input(next.stage) + i * 16, from, inside);
         }
         next.advance(1, p.tile.stages);
       }

@@ -19,11 +19,11 @@ namespace fused_conv_bn::stem_sm90 {
 template <typename C>
 __device__ __forceinline__ void start_raw_rows(const Block<C>& block, uint32_t index, int stage) {
   const auto& p = block.p;
-  const int copies = p.x_separate * (block.whole_rows() ? 1 : p.tile.raw_rows);
+  const int copies = p.x_separate * (block.tiles().has_whole_rows(p) ? 1 : p.tile.raw_rows);
   if (index >= p.tiles || (p.raw_in_bulk && block.group_warp() >= copies)) {
     return;
   }
-  const InputWindow window = input_window(block, index);
+  const TileInput window = tile_input(block, index);
   const int above = max(0, -window.h0);  // rows outside of the image
   const int rows = max(0, min(p.tile.raw_rows, p.H - window.h0) - above);
   const int bytes = max(0, window.last - window.first);
@@ -35,10 +35,10 @@ __device__ __forceinline__ void start_raw_rows(const Block<C>& block, uint32_t i
       barrier_arrive_expect(block.shared.raw_full(stage), p.x_separate * rows * bytes);
     }
     // Whole rows follow each other in memory and in the stage. The warps share the copies: starting one takes long.
-    const int run = block.whole_rows() ? rows * bytes : bytes;
+    const int run = block.tiles().has_whole_rows(p) ? rows * bytes : bytes;
     for (int i = block.group_warp() + C::kGroupThreads / 32 * lane(); i < copies && run > 0; i += C::kGroupThreads) {
-      const int channel = block.whole_rows() ? i : static_cast<int>(p.raw_rows.div(i));
-      const int row = block.whole_rows() ? 0 : i - channel * p.tile.raw_rows;
+      const int channel = block.tiles().has_whole_rows(p) ? i : static_cast<int>(p.raw_rows.div(i));
+      const int row = block.tiles().has_whole_rows(p) ? 0 : i - channel * p.tile.raw_rows;
       if (row < rows) {
         fetch_bulk(target + (channel * p.tile.raw_rows + row) * p.tile.raw_pitch,
                    source + (static_cast<int64_t>(channel) * p.H + row) * p.x_row_bytes, run,

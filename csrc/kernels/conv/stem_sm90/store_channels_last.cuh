@@ -22,10 +22,10 @@ __device__ __forceinline__ void store_words_if(bool condition, void* address, co
                : "memory");
 }
 
-// A tile of the output: its first pixel, from the block's first channel on, and its rows (<< 16) and columns.
+// A tile of the output: its first pixel, from the block's first channel on, 2^16 times its rows, and its columns.
 struct Pixels {
   unsigned char* start;
-  uint32_t rows, cols;
+  int rows_16, cols;
 };
 
 template <typename C>
@@ -36,9 +36,9 @@ struct ChannelsLastStore {
   const int consumer;
   const Params<typename C::T>& p = block.p;
 
-  __device__ __forceinline__ Pixels pixels(const OutputTile& tile) const {
-    return {reinterpret_cast<unsigned char*>(p.y + block.y_offset(tile)), static_cast<uint32_t>(block.rows(tile)) << 16,
-            static_cast<uint32_t>(block.cols(tile))};
+  __device__ __forceinline__ Pixels pixels(const Tile& tile) const {
+    return {reinterpret_cast<unsigned char*>(p.y + block.y_offset(tile)), block.tiles().rows(tile, p) << 16,
+            block.tiles().cols(tile, p)};
   }
 
   // 16 bytes of a pixel's channels at a time; threads of the same column group write 64 bytes side by side.
@@ -52,7 +52,7 @@ struct ChannelsLastStore {
 #pragma unroll
     for (int j = 0; j < C::kOwnPositions; ++j) {
       const uint2 offset = load_shared_2(table + Fragment<C>::position_step(j) * 8);
-      const bool inside = offset.y < pixels.rows && (offset.y & 0xffff) < pixels.cols;
+      const bool inside = is_inside(static_cast<int>(offset.y), pixels.rows_16, pixels.cols);
       T* const target = reinterpret_cast<T*>(start + offset.x);
 #pragma unroll
       for (int i = 0; i < C::kOwnChannels; i += kVec) {
@@ -114,10 +114,9 @@ struct ChannelsLastStore {
     const uint32_t pitch = p.K * C::kBytes;
     const uint2 offset = load_shared_2(block.shared.output_offsets() +
                                        (first_position + lane() / 16 * 64 + warp() * 16 + lane() % 16) * 8);
-    const uint32_t col = offset.y & 0xffff;
-    const bool inside = offset.y < pixels.rows && col < pixels.cols;
+    const bool inside = is_inside(static_cast<int>(offset.y), pixels.rows_16, pixels.cols);
     const uint32_t there = __ballot_sync(0xffffffffu, inside);
-    const bool follows = lane() % 16 > 0 && (there >> (lane() - 1) & 1) != 0 && col > 0;
+    const bool follows = lane() % 16 > 0 && (there >> (lane() - 1) & 1) != 0 && (offset.y & 0xffff) > 0;
     const uint32_t begins = __ballot_sync(0xffffffffu, inside && !follows);
     if (begins >> lane() & 1) {
       const uint32_t behind = (~there | begins) & (0xfffffffeu << lane());

@@ -28,11 +28,11 @@ struct ContiguousStore {
   // kRunAlignment: bulk copies need that modulo 16, and are faster like this.
   __device__ __forceinline__ uint32_t lead(int channel, int64_t offset) const {
     const auto address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p.y + offset));
-    return block.whole_rows() ? (address - channel * p.tile.out_pitch * kBytes) % kRunAlignment : 0;
+    return block.tiles().has_whole_rows(p) ? (address - channel * p.tile.out_pitch * kBytes) % kRunAlignment : 0;
   }
 
   // Where a thread's own channels begin in the buffer.
-  __device__ __forceinline__ uint2 targets(const OutputTile& tile) const {
+  __device__ __forceinline__ uint2 targets(const Tile& tile) const {
     const Fragment<C> fragment{p.tile};
     uint32_t targets[2];
 #pragma unroll
@@ -86,7 +86,7 @@ struct ContiguousStore {
   // warp's runs, and writes what lies before the first and behind the last one: planes may start anywhere. For problem 73 in
   // 16 bits every other plane starts in the middle of a vector: 172 us with vectors that threads wrote, 111 like this. A lane
   // has one end of a channel's run.
-  __device__ __forceinline__ void start_copies(const OutputTile& tile) const {
+  __device__ __forceinline__ void start_copies(const Tile& tile) const {
     const int channel = warp() * 16 + lane() % 16;
     if (block.first_channel + channel >= p.K) {
       return;
@@ -94,7 +94,7 @@ struct ContiguousStore {
     const int64_t own = block.y_offset(tile) + channel * (p.P * p.Q);
     auto* const target = reinterpret_cast<unsigned char*>(p.y + own);
     const uint32_t source = block.shared.output(consumer) + channel * p.tile.out_pitch * kBytes + lead(channel, own);
-    const int bytes = block.rows(tile) * p.Q * kBytes;
+    const int bytes = block.tiles().rows(tile, p) * p.Q * kBytes;
     const auto address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(target));
     int head = -address & (kVecBytes - 1), tail = (address + bytes) & (kVecBytes - 1);
     if (head + tail > bytes) {  // in the middle of one vector
@@ -128,14 +128,14 @@ struct ContiguousStore {
   }
 
   // Writes the warp's channels of a tile whose rows are not whole, vector by vector of all rows.
-  __device__ __forceinline__ void write_rows(const OutputTile& tile) const {
+  __device__ __forceinline__ void write_rows(const Tile& tile) const {
     const int channels = min(16, p.K - block.first_channel - warp() * 16);
     const uint32_t pitch = p.tile.out_pitch * kBytes;
     const uint32_t source = block.shared.output(consumer) + warp() * 16 * pitch;
     const int64_t offset = block.y_offset(tile) + warp() * 16 * (p.P * p.Q);
     __syncwarp();
     const int rows = channels * p.tile.p;
-    const int length = block.cols(tile) * kBytes;
+    const int length = block.tiles().cols(tile, p) * kBytes;
     const int vectors = static_cast<int>(p.row_vectors.divisor);
     constexpr int kBatch = 4;
 #pragma unroll 1
@@ -153,7 +153,7 @@ struct ContiguousStore {
         const int at = (index - row_of_all * vectors) * kVecBytes;
         targets[i] = reinterpret_cast<unsigned char*>(p.y + offset + (channel * (p.P * p.Q) + row * p.Q)) + at;
         sources[i] = source + channel * pitch + row * p.tile.out_row * kBytes + at;
-        left[i] = row_of_all < rows && row < block.rows(tile) ? length - at : 0;
+        left[i] = row_of_all < rows && row < block.tiles().rows(tile, p) ? length - at : 0;
         words[i] = left[i] > 0 ? load_shared_4(sources[i]) : make_uint4(0, 0, 0, 0);
       }
 #pragma unroll

@@ -50,7 +50,7 @@ constexpr int kAlignment = 16;                   // of input and weights in memo
 constexpr int kRunAlignment = 32;
 
 // A block's tile, and the layout of shared memory for it. Bytes, unless it says otherwise.
-struct Tile {
+struct TileLayout {
   int p, q;                        // output rows and columns
   int slots_log2;                  // slots: channels of a tap in a unit
   int c_blocks;                    // units that the channels of a tap take
@@ -92,7 +92,7 @@ struct FilterUnit {
   int r, s, c_block;
 };
 
-inline FilterUnit filter_unit(const Conv2d& c, const Tile& t, int index) {
+inline FilterUnit filter_unit(const Conv2d& c, const TileLayout& t, int index) {
   FilterUnit u{};
   const int steps_s = static_cast<int>(ceil_div(c.S, t.taps()));
   u.c_block = index % t.c_blocks;
@@ -107,8 +107,8 @@ inline FilterUnit filter_unit(const Conv2d& c, const Tile& t, int index) {
 }
 
 // Sizes that follow from the tile's rows and columns alone.
-inline Tile tile_of(const Conv2d& c, int p, int q) {
-  Tile t{};
+inline TileLayout tile_of(const Conv2d& c, int p, int q) {
+  TileLayout t{};
   t.p = p;
   t.q = q;
   t.slots_log2 = c.C == 1 ? 0 : (c.C == 2 ? 1 : (c.C <= 4 ? 2 : 3));
@@ -137,7 +137,7 @@ inline int64_t row_bytes(const Conv2d& c) { return c.W * (c.channels_last ? c.C 
 inline bool reads_units(const Conv2d& c) { return c.element_bytes == 2 && c.channels_last && c.C % 8 == 0; }
 
 // The output buffers, and their bytes. writes: the kernel writes results; else it gathers moments and needs none.
-inline int64_t lay_out_output(const Conv2d& c, bool writes, Tile& t) {
+inline int64_t lay_out_output(const Conv2d& c, bool writes, TileLayout& t) {
   if (writes && !c.channels_last) {
     const int vector = 16 / c.element_bytes;
     t.out_row = static_cast<int>(t.q == c.Q ? t.q : round_up(t.q, vector) + vector);
@@ -160,7 +160,7 @@ inline int64_t lay_out_output(const Conv2d& c, bool writes, Tile& t) {
 }
 
 // The raw rows; false if they do not fit. cols: input columns of the tile.
-inline bool lay_out_raw_rows(const Conv2d& c, const GpuTraits& gpu, int64_t cols, Tile& t) {
+inline bool lay_out_raw_rows(const Conv2d& c, const GpuTraits& gpu, int64_t cols, TileLayout& t) {
   if (reads_units(c)) {
     return true;
   }
@@ -178,7 +178,7 @@ inline bool lay_out_raw_rows(const Conv2d& c, const GpuTraits& gpu, int64_t cols
 
 // The rest of a tile whose sizes are not out of all proportion; false if shared memory does not suffice.
 // writes: the kernel writes results, through output buffers; else it gathers moments.
-inline bool lay_out(const Conv2d& c, const GpuTraits& gpu, bool writes, Tile& t) {
+inline bool lay_out(const Conv2d& c, const GpuTraits& gpu, bool writes, TileLayout& t) {
   int64_t most_offset = 0;
   for (int i = 0; i < t.units; ++i) {
     most_offset = std::max<int64_t>(most_offset, filter_unit(c, t, i).offset);
@@ -229,7 +229,7 @@ inline bool lay_out(const Conv2d& c, const GpuTraits& gpu, bool writes, Tile& t)
 }
 
 // Blocks that share the tiles, for each 64 output channels.
-inline int64_t blocks(const Conv2d& c, const Tile& t, const GpuTraits& gpu) {
+inline int64_t blocks(const Conv2d& c, const TileLayout& t, const GpuTraits& gpu) {
   const int64_t tiles = c.N * t.tiles_p * t.tiles_q;
   return std::min<int64_t>(tiles, std::max<int64_t>(1, gpu.multiprocessors / ceil_div(c.K, kBlockChannels)));
 }

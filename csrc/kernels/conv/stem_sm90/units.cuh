@@ -59,13 +59,13 @@ struct UnitBuilder {
 
   // 0 for what is outside of the image, the window or the channels, and behind the last unit.
   // raw: the address of the raw rows.
-  __device__ __forceinline__ void read(int index, const InputWindow& window, uint32_t raw, Unit& v) const {
+  __device__ __forceinline__ void read(int index, const TileInput& window, uint32_t raw, Unit& v) const {
     const UnitSource from = table.source(index, window);
     const uint32_t address = raw + from.offset + (window.w0 * p.x_col_bytes - window.first);
     uint32_t values[8];
 #pragma unroll
     for (int tap = 0; tap < 8 / kSlots; ++tap) {
-      const bool inside = static_cast<unsigned>(from.w + tap * p.dilation_w) < static_cast<unsigned>(window.end);
+      const bool inside = exists(from.w + tap * p.dilation_w, window.end);
       const int channels = inside ? from.channels : 0;
       const uint32_t start = address + tap * p.dilation_w * p.x_col_bytes;
       if constexpr (C::kFloat32 && kSlots == 8) {
@@ -106,8 +106,7 @@ struct UnitBuilder {
 
   // f(index, values) for this thread's units, some at once. loaded: they are in `v` already.
   template <typename F>
-  __device__ __forceinline__ void for_each(const InputWindow& window, uint32_t raw, Values& v, bool loaded,
-                                           F&& f) const {
+  __device__ __forceinline__ void for_each(const TileInput& window, uint32_t raw, Values& v, bool loaded, F&& f) const {
 #pragma unroll 1
     for (int first = block.group_thread(); first < p.x_units; first += kAtOnce * C::kGroupThreads) {
       if (!loaded) {
@@ -125,23 +124,15 @@ struct UnitBuilder {
 
   // Of all values of a producer group. Between two calls with the same `slot` there is one with another.
   __device__ __forceinline__ Magnitudes of_group(const Magnitudes& own, int slot) const {
-    Header& header = block.shared.header();
-    const uint32_t most = __reduce_max_sync(0xffffffffu, own.most);
-    const uint32_t least = __reduce_min_sync(0xffffffffu, own.least);
-    if (lane() == 0) {
-      header.magnitudes[slot][threadIdx.x / 32] = make_uint2(most, least);
-    }
-    block.sync_group();
     constexpr int kWarps = C::kGroupThreads / 32;
-    const uint2 other = header.magnitudes[slot][block.group() * kWarps + lane() % kWarps];
-    Magnitudes all;
-    all.merge(__reduce_max_sync(0xffffffffu, other.x), __reduce_min_sync(0xffffffffu, other.y));
-    return all;
+    auto& warps = block.shared.header().magnitudes[slot];
+    return merge_warps<kWarps>(own, warps[threadIdx.x / 32], warps + block.group() * kWarps,
+                               [&] { block.sync_group(); });
   }
 
   // What decides is the largest magnitude of each pixel's four or eight channels, and the weights; only if that is not
   // enough, or there are fewer channels, every single value. side: 0 and 1 by turns.
-  __device__ __forceinline__ Scaling measure(const InputWindow& window, uint32_t raw, Values& v, bool kept,
+  __device__ __forceinline__ Scaling measure(const TileInput& window, uint32_t raw, Values& v, bool kept,
                                              int side) const {
     constexpr int kPixelValues = kSlots < 4 ? 1 : kSlots;
     Header& header = block.shared.header();
@@ -179,17 +170,14 @@ struct UnitBuilder {
   }
 
   // From raw rows to a stage. float32: scaled and split. Else: the largest magnitudes, as most_of() has them.
-  __device__ __forceinline__ uint32_t build(const InputWindow& window, uint32_t raw, Values& values, bool loaded,
+  __device__ __forceinline__ uint32_t build(const TileInput& window, uint32_t raw, Values& values, bool loaded,
                                             int stage, float scale) const {
     uint32_t most = 0;
     for_each(window, raw, values, loaded, [&](int index, const Unit& v) {
       const uint32_t target = block.shared.input(stage) + index * 16;
       if constexpr (C::kFloat32) {
         uint32_t high[4], low[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          split(__uint_as_float(v[2 * k]), __uint_as_float(v[2 * k + 1]), scale, high[k], low[k]);
-        }
+        split(v, scale, high, low);
         if (index < p.x_units) {
           store_shared(target, make_uint4(high[0], high[1], high[2], high[3]));
           store_shared(target + p.tile.x_split, make_uint4(low[0], low[1], low[2], low[3]));

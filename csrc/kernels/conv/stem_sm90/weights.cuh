@@ -112,10 +112,7 @@ struct Weights {
     for (int i = thread % kSharers; i < end; i += kSharers) {
       m.add(__uint_as_float(load_shared_1(start + i * kBytes)));
     }
-#pragma unroll
-    for (int other = 1; other < kSharers; other *= 2) {
-      m.merge(__shfl_xor_sync(0xffffffffu, m.most, other), __shfl_xor_sync(0xffffffffu, m.least, other));
-    }
+    m = merge_lanes<kSharers>(m);
     if (measured && thread % kSharers == 0) {
       header.w_scales[first + channel] = m.scale();
       header.unscales[first + channel] = m.inverse();
@@ -173,11 +170,7 @@ struct Weights {
       const uint32_t target = block.shared.weights() + (w.unit * C::kWeightRows + w.row) * 16;
       if constexpr (C::kFloat32) {
         uint32_t high[4], low[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          split(__uint_as_float(v[2 * i]), __uint_as_float(v[2 * i + 1]), header.w_scales[first + channel], high[i],
-                low[i]);
-        }
+        split(v, header.w_scales[first + channel], high, low);
         store_shared(target, make_uint4(high[0], high[1], high[2], high[3]));
         store_shared(target + kChannels * 16, make_uint4(low[0], low[1], low[2], low[3]));
       } else {

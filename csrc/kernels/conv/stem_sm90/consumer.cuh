@@ -10,6 +10,7 @@
 #include "epilogue.cuh"
 #include "exact.cuh"
 #include "kernels/common/activation.h"
+#include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/shared.cuh"
 #include "kernels/ptx/tma.cuh"
@@ -133,12 +134,28 @@ struct Consumer {
 
   // From products to results, and on their way out.
   __device__ __forceinline__ void finish(Accumulators& acc, const InputTile& tile, int chunk) {
-    using T = typename C::T;
     affines.apply(acc, tile.exact, tile.inverse);
     const bool residual_last = p.residual != nullptr && p.residual_last;
-    if (p.residual != nullptr && !residual_last) {
-      add_residual(block, acc, block.tiles().locate(tile.index), chunk * kChunk);
+    finish_sums(
+        p.residual != nullptr, residual_last,
+        [&] { add_residual(block, acc, block.tiles().locate(tile.index), chunk * kChunk); },
+        [&] { apply_activation(acc, residual_last); });
+    if (p.y_in_bulk && (C::kChannelsLast || chunk == 0)) {
+      copy_bulk_wait_read();  // of what this warp had buffered before
+      __syncwarp();
     }
+    // In 16 bits bounds come with the rounding, at little or no cost.
+    if constexpr (C::kBounds && !C::kFloat32) {
+      dispatch_bound(residual_last ? Activation::none : p.activation,
+                     [&](auto bound) { store<bound()>(acc, tile, chunk); });
+    } else {
+      store<Activation::none>(acc, tile, chunk);
+    }
+  }
+
+  // All but the bounds that come with the rounding.
+  __device__ __forceinline__ void apply_activation(Accumulators& acc, bool residual_last) {
+    using T = typename C::T;
     if constexpr (!C::kBounds) {
       // While one consumer does this, the other waits for input, multiplies and writes. In step, both would wait for the
       // special-function units, and leave them idle afterwards.
@@ -152,20 +169,6 @@ struct Consumer {
       });
     } else if (C::kFloat32 || residual_last) {
       activate_all<T, true>(p.activation, p.negative_slope, acc);
-    }
-    if (residual_last) [[unlikely]] {
-      add_residual(block, acc, block.tiles().locate(tile.index), chunk * kChunk);
-    }
-    if (p.y_in_bulk && (C::kChannelsLast || chunk == 0)) {
-      copy_bulk_wait_read();  // of what this warp had buffered before
-      __syncwarp();
-    }
-    // In 16 bits bounds come with the rounding, at little or no cost.
-    if constexpr (C::kBounds && !C::kFloat32) {
-      dispatch_bound(residual_last ? Activation::none : p.activation,
-                     [&](auto bound) { store<bound()>(acc, tile, chunk); });
-    } else {
-      store<Activation::none>(acc, tile, chunk);
     }
   }
 

@@ -8,6 +8,8 @@
 #include "block.cuh"
 #include "fragment.cuh"
 #include "kernels/common/epilogue.h"
+#include "kernels/conv/epilogue/affine.cuh"
+#include "kernels/conv/epilogue/residual.cuh"
 #include "params.cuh"
 
 namespace fused_conv_bn::stem_sm90 {
@@ -79,16 +81,11 @@ struct ChannelAffines {
       return;
     }
     const float* const source = C::kFloat32 && !exact ? header.scaled_unscales : header.scales;
-#pragma unroll
-    for (int i = 0; i < C::kOwnChannels; ++i) {
+    const auto affine_of = [&](int i) -> Affine<float> {
       const int channel = fragment.own_channel(i);
-      const Affine<float> affine{0, C::kFloat32 ? source[channel] * inverse : source[channel], header.shifts[channel]};
-#pragma unroll
-      for (int j = 0; j < C::kOwnPositions; ++j) {
-        float& v = fragment.at(acc, i, j);
-        v = apply_affine(v, affine);
-      }
-    }
+      return {0, C::kFloat32 ? source[channel] * inverse : source[channel], header.shifts[channel]};
+    };
+    apply_affines<C::kOwnChannels, C::kOwnPositions>(affine_of, fragment.own(acc));
   }
 };
 
@@ -97,26 +94,13 @@ __device__ __forceinline__ void add_residual(const Block<C>& block, typename C::
                                              int first_position) {
   const auto& p = block.p;
   const Fragment<C> fragment{p.tile};
-  const typename C::T* const start = p.residual + block.y_offset(tile) +
-                                     fragment.own_channel(0) * (C::kChannelsLast ? 1 : p.P * p.Q);
-  const int channels = p.K - block.first_channel - fragment.own_channel(0);
-#pragma unroll
-  for (int j = 0; j < C::kOwnPositions; ++j) {
-    int position = first_position + fragment.own_position() + fragment.position_step(j);
-    asm volatile("" : "+r"(position));
-    const int row = p.x_cols.div(position);
-    const int col = position - row * p.tile.x_cols;
-    if (row < block.tiles().rows(tile, p) && col < block.tiles().cols(tile, p)) {
-      const typename C::T* const source = start + (row * p.Q + col) * (C::kChannelsLast ? p.K : 1);
-#pragma unroll
-      for (int i = 0; i < C::kOwnChannels; ++i) {
-        const int beyond = C::kChannelsLast ? i / C::kVec * (4 * C::kVec) + i % C::kVec : i * 8;
-        if (beyond < channels) {
-          fragment.at(acc, i, j) += to_acc(source[C::kChannelsLast ? beyond : beyond * (p.P * p.Q)]);
-        }
-      }
-    }
-  }
+  const auto* const start = p.residual + block.y_offset(tile) +
+                            fragment.own_channel(0) * (C::kChannelsLast ? 1 : p.P * p.Q);
+  add_residual_of_tile<C::kChannelsLast, C::kOwnChannels, C::kOwnPositions>(
+      start, p.K - block.first_channel - fragment.own_channel(0), block.tiles().rows(tile, p),
+      block.tiles().cols(tile, p), p.x_cols, p,
+      [&](int j) { return first_position + fragment.own_position() + fragment.position_step(j); },
+      [&](int i) { return fragment.channel_step(i); }, fragment.own(acc));
 }
 
 }  // namespace fused_conv_bn::stem_sm90

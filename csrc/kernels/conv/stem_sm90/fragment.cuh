@@ -31,9 +31,15 @@ struct Fragment {
     return at(const_cast<typename C::Accumulators&>(acc), channel, position);
   }
 
+  static __device__ __forceinline__ auto own(typename C::Accumulators& acc) {
+    return [&acc](int channel, int position) -> float& { return at(acc, channel, position); };
+  }
+
   __device__ __forceinline__ int own_channel(int i) const {
-    return C::kChannelsLast ? i / kVec * (4 * kVec) + fragment_col() * kVec + i % kVec
-                            : warp() * 16 + interleaved(fragment_row()) + i * 8;
+    return (C::kChannelsLast ? fragment_col() * kVec : warp() * 16 + interleaved(fragment_row())) + channel_step(i);
+  }
+  static __device__ __forceinline__ int channel_step(int i) {  // from the first to another
+    return C::kChannelsLast ? i / kVec * (4 * kVec) + i % kVec : i * 8;
   }
   static __device__ __forceinline__ int own_position() {  // the first
     return C::kChannelsLast ? warp() * 16 + fragment_row() : fragment_col() * 2;

@@ -10,6 +10,7 @@
 #include "fragment.cuh"
 #include "kernels/common/activation.h"
 #include "kernels/common/vec.cuh"
+#include "kernels/conv/epilogue/staging.cuh"
 #include "kernels/ptx/shared.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "params.cuh"
@@ -60,24 +61,8 @@ struct ContiguousStore {
       const uint32_t next = kPairs ? 0 : offsets[j / 2] >> 16;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float a = Fragment<C>::at(acc, i, j);
-        const float b = Fragment<C>::at(acc, i, j + 1);
-        if constexpr (C::kFloat32) {
-          if constexpr (kPairs) {
-            store_shared(targets[i] + offset, make_uint2(__float_as_uint(a), __float_as_uint(b)));
-          } else {
-            store_shared(targets[i] + offset, __float_as_uint(a));
-            store_shared(targets[i] + next, __float_as_uint(b));
-          }
-        } else {
-          const uint32_t both = pack_pair_bounded<kBound>(typename C::T(), a, b);
-          if constexpr (kPairs) {
-            store_shared(targets[i] + offset, both);
-          } else {
-            store_shared(targets[i] + offset, static_cast<uint16_t>(both));
-            store_shared(targets[i] + next, static_cast<uint16_t>(both >> 16));
-          }
-        }
+        stage_two<typename C::T, kPairs, kBound>(targets[i] + offset, targets[i] + next, Fragment<C>::at(acc, i, j),
+                                                 Fragment<C>::at(acc, i, j + 1));
       }
     }
   }

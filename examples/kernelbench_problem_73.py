@@ -3,7 +3,7 @@
 In the form that KernelBench's evaluation loads: `Model` is the problem, `ModelNew` the solution, both are built from
 get_init_inputs() and called with get_inputs(). The evaluation runs them in training mode, so that BatchNorm uses the
 batch's statistics and updates the running ones: under no_grad to compare results, and with grad mode on, where nobody
-calls backward, to take times. tests/test_examples.py follows its rules, and checks the running statistics and the
+calls backward, to take times. tests/repo/test_examples.py follows its rules, and checks the running statistics and the
 gradients too, which it does not.
 
     python examples/kernelbench_problem_73.py      # compares both on this machine, and times them

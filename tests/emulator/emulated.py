@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import translate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import translate
 from fused_conv_bn import reference
 
 ELEMENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # csrc/kernels/common/scalar.h

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 # ---- KernelBench, level 2, problem 73 --------------------------------------------------------------------------------

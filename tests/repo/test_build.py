@@ -22,7 +22,7 @@ from fused_conv_bn import _loader
 
 pytest.importorskip("setuptools.command.bdist_wheel", reason="building needs setuptools 77 or newer")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MATRIX = json.loads((ROOT / "wheels" / "matrix.json").read_text())
 CUDA_LIBRARIES = [name for name in MATRIX["libraries"] if name != "cpu"]
 CSRC = ROOT / "csrc"
@@ -803,7 +803,7 @@ def test_sdist_has_the_whole_tree(tmp_path: Path) -> None:
         "wheels/*.*",
         "build_tools/*.py",
         "src/**/*.py",
-        "tests/*.py",
+        "tests/**/*.py",
         "benchmarks/**/*.*",
         "requirements/*",
     ):

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the processor (emulator/): tests of the ops, with every access to memory looked at.
+"""The CUDA kernels on the processor: tests of the ops, with every access to memory looked at.
 
 What compute-sanitizer finds on a GPU (accesses out of bounds, races, misused barriers) fails here without one, and more:
 asynchronous copies and products that nobody waits for, and results that depend on the order of events. It says nothing
@@ -13,17 +13,17 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import emulated
 import numpy as np
 import pytest
 import torch
-import translate
 
 import common
+import emulated
 import fused_conv_bn as fcb
 import test_conv
 import test_ops
 import test_train
+import translate
 from common import CONV_ALGORITHMS, CONV_STATISTICS, DTYPES, RESIDUALS, long, random_bn
 from fused_conv_bn import reference
 from test_ops import (

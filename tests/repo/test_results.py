@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import documents, record
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted(record.RESULTS.glob("*.jsonl"))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 LIMIT = "constexpr int64_t kMaxLaunchElements = int64_t{1} << 30;"
 
 PROGRAM = r"""

@@ -313,10 +313,10 @@ def more_than_belongs_into_it(draft: Draft) -> None:
     draft.extra_members = ["fused_conv_bn/ops.py"]
 
 
-@case("files", "fused_conv_bn/__pycache__/ops.pyc does not", "tests/test_ops.py does not", also=("contents",))
+@case("files", "fused_conv_bn/__pycache__/ops.pyc does not", "tests/ops/test_ops.py does not", also=("contents",))
 def what_builds_and_tests_leave(draft: Draft) -> None:
     draft.files["fused_conv_bn/__pycache__/ops.pyc"] = b"bytecode"
-    draft.files["tests/test_ops.py"] = b"assert True\n"
+    draft.files["tests/ops/test_ops.py"] = b"assert True\n"
 
 
 @case("files", "fused_conv_bn/_loader.py is missing", "fused_conv_bn/_cu12.so is missing", flavour="cu124")

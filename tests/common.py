@@ -1,5 +1,5 @@
-"""What all tests share: the dtypes, random BatchNorm statistics, the activations in 80-bit long double, and the yardstick
-"no less accurate than eager"."""
+"""What all tests share: the dtypes, random BatchNorm statistics, the activations in 80-bit long double, the yardstick
+"no less accurate than eager", and what a graph keeps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 # One row for each dtype that the ops take: its unit roundoff, the largest relative error of rounding to nearest.
 DTYPES: dict[torch.dtype, float] = {
@@ -17,14 +18,17 @@ DTYPES: dict[torch.dtype, float] = {
     torch.float64: 2.0**-53,
 }
 
+# Input channels of convolutions of few terms, whose results are computed again, and of many, whose results are kept.
+FEW, MANY = 3, 20
+
 DEVICES = ("cpu", "cuda")
 """The parameters of the fixture ``device`` (conftest.py)."""
 
 CONV_ALGORITHMS = ("stem_sm90", "stem_sm80", "depthwise", "aten")
-"""The algorithms of conv_scale_shift on CUDA, each of which tests force (conftest.py's ``conv_device``)."""
+"""The algorithms of conv_scale_shift on CUDA, each of which tests force (ops/conftest.py's ``conv_device``)."""
 
 CONV_STATISTICS = ("from_output", "from_input")
-"""Where conv_bn_scale_train can take a batch's statistics from on CUDA (conftest.py's ``train_device``)."""
+"""Where conv_bn_scale_train can take a batch's statistics from on CUDA (ops/conftest.py's ``train_device``)."""
 
 forced_algorithm = "by rule"
 """The one that the fixtures force (conftest.py)."""
@@ -129,3 +133,19 @@ def assert_no_worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor) -> No
     allowed = (3 if double else 2) * eagers + 0.5
     got = error(ours, truth) / u
     assert got <= allowed, f"error {got:.3g} unit roundoffs, allowed {allowed:.3g}, eager's {eagers:.3g}"
+
+
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """The bytes that the graph keeps, each memory counted once. What is per channel belongs to a module anyway."""
+    memory: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if t.dim() > 1:
+            memory[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        y = run()
+    del y
+    return sum(memory.values())

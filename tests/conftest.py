@@ -7,13 +7,14 @@ with fewer than two. FUSED_CONV_BN_REQUIRE_CUDA=1 (or 2) demands that many GPUs:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-import common
-from common import CONV_ALGORITHMS, CONV_STATISTICS, DEVICES
+from common import DEVICES
+
+pytest.register_assert_rewrite("conv_problems", "elementwise_problems", "train_problems", "module_pairs", "building")
 
 REQUIRED_GPUS = int(os.environ.get("FUSED_CONV_BN_REQUIRE_CUDA") or 0)
 
@@ -48,30 +49,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-CONV_DEVICES = [("cpu", "by rule"), *(("cuda", name) for name in ("by rule", *CONV_ALGORITHMS))]
-TRAIN_DEVICES = [*((*pair, "by rule") for pair in CONV_DEVICES), *(("cuda", "stem_sm90", s) for s in CONV_STATISTICS)]
-
-
-def _forced(monkeypatch: pytest.MonkeyPatch, device: str, algorithm: str, statistics: str = "by rule") -> Iterator[str]:
-    import fused_conv_bn as fcb  # most tests of what builds the libraries run without them
-
-    if device == "cuda":
-        _need_gpus(1)
-    monkeypatch.setattr(common, "forced_algorithm", algorithm)
-    with fcb.use_algorithm(algorithm, statistics):
-        yield device
-
-
-@pytest.fixture(params=CONV_DEVICES, ids="-".join)
-def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A device for conv_scale_shift, with each of its algorithms forced there in turn."""
-    yield from _forced(monkeypatch, *request.param)
-
-
-@pytest.fixture(params=TRAIN_DEVICES, ids="-".join)
-def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The same for conv_bn_scale_train, and each source of statistics."""
-    yield from _forced(monkeypatch, *request.param)
+@pytest.fixture
+def need_gpus() -> Callable[[int], None]:
+    return _need_gpus
 
 
 @pytest.fixture
@@ -83,6 +63,13 @@ def two_gpus() -> tuple[str, str]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture
+def no_leftover_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,15 @@ import common
 import emulated
 import fused_conv_bn as fcb
 import test_conv
+import test_conv_arguments
+import test_conv_bn
 import test_ops
 import test_train
+import test_train_conv
+import train_problems
 import translate
 from common import CONV_ALGORITHMS, CONV_STATISTICS, DTYPES, RESIDUALS, long, random_bn
-from fused_conv_bn import reference
-from test_ops import (
+from elementwise_problems import (
     EPS,
     FACTOR,
     LAYOUTS,
@@ -39,6 +42,7 @@ from test_ops import (
     long_bn_scale,
     long_of,
 )
+from fused_conv_bn import reference
 
 
 def some_of(test: Callable[..., Any], **values: Iterable[Any]) -> Callable[..., Any]:
@@ -64,14 +68,14 @@ test_activations_and_residual = some_of(test_conv.test_activations_and_residual,
 test_missing_scale_or_shift = some_of(test_conv.test_missing_scale_or_shift, dtype=(torch.float32,))
 # BatchNorm is folded by every kernel in a way of its own.
 test_bn_problems = some_of(
-    test_conv.test_bn_problems,
+    test_conv_bn.test_bn_problems,
     dtype=FLOAT32_AND_16,
     problem=("problem 73", "stem", "depthwise"),
 )
-test_bn_parts_that_may_be_missing = some_of(test_conv.test_bn_parts_that_may_be_missing, dtype=FLOAT32_AND_16)
-test_bn_tensors_of_either_dtype = test_conv.test_bn_tensors_of_either_dtype
-test_bn_tensors_that_are_views = test_conv.test_bn_tensors_that_are_views
-test_bn_of_values_that_are_not_finite = test_conv.test_bn_of_values_that_are_not_finite
+test_bn_parts_that_may_be_missing = some_of(test_conv_bn.test_bn_parts_that_may_be_missing, dtype=FLOAT32_AND_16)
+test_bn_tensors_of_either_dtype = test_conv_bn.test_bn_tensors_of_either_dtype
+test_bn_tensors_that_are_views = test_conv_bn.test_bn_tensors_that_are_views
+test_bn_of_values_that_are_not_finite = test_conv_bn.test_bn_of_values_that_are_not_finite
 test_one_huge_value_among_small_ones = some_of(
     test_conv.test_one_huge_value_among_small_ones, dtype=(torch.float32,), outlier=(2.0**30,)
 )
@@ -84,20 +88,20 @@ test_non_finite_values_are_where_eager_has_them = some_of(
 )
 test_non_finite_values_pass_as_in_eager = test_ops.test_non_finite_values_pass_as_in_eager
 test_non_finite_parameters = test_conv.test_non_finite_parameters
-test_misaligned_addresses = some_of(test_conv.test_misaligned_addresses, dtype=FLOAT32_AND_16)
-test_parameters_and_residual_of_any_strides = test_conv.test_parameters_and_residual_of_any_strides
+test_misaligned_addresses = some_of(test_conv_arguments.test_misaligned_addresses, dtype=FLOAT32_AND_16)
+test_parameters_and_residual_of_any_strides = test_conv_arguments.test_parameters_and_residual_of_any_strides
 test_bn_scale_train = test_train.test_bn_scale_train
 test_a_constant_channel = test_train.test_a_constant_channel
 test_epilogue = some_of(test_train.test_epilogue, dtype=(torch.float32, torch.bfloat16), residual=("first", "last"))
-test_conv_epilogue = some_of(test_train.test_conv_epilogue, dtype=FLOAT32_AND_16)
-test_conv_bn_scale_train = some_of(test_train.test_conv_bn_scale_train, dtype=ALL_OF_KERNELS)
-test_conv_parts_that_may_be_missing = test_train.test_conv_parts_that_may_be_missing
-test_conv_of_values_far_from_zero = test_train.test_conv_of_values_far_from_zero
-test_conv_of_values_that_are_not_finite = test_train.test_conv_of_values_that_are_not_finite
+test_conv_epilogue = some_of(test_train_conv.test_conv_epilogue, dtype=FLOAT32_AND_16)
+test_conv_bn_scale_train = some_of(test_train_conv.test_conv_bn_scale_train, dtype=ALL_OF_KERNELS)
+test_conv_parts_that_may_be_missing = test_train_conv.test_conv_parts_that_may_be_missing
+test_conv_of_values_far_from_zero = test_train_conv.test_conv_of_values_far_from_zero
+test_conv_of_values_that_are_not_finite = test_train_conv.test_conv_of_values_that_are_not_finite
 test_statistics_from_the_input_are_exact = some_of(
-    test_train.test_statistics_from_the_input_are_exact,
+    test_train_conv.test_statistics_from_the_input_are_exact,
     dtype=FLOAT32_AND_16,
-    case=[case for case in test_train.PATCH_CASES if math.prod(case[-1]) < 100_000],
+    case=[case for case in test_train_conv.PATCH_CASES if math.prod(case[-1]) < 100_000],
 )
 
 
@@ -108,7 +112,7 @@ def by_algorithm(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
 
 @pytest.fixture(params=[name for name in CONV_ALGORITHMS if name != "aten"])
 def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As conftest.py's, with the kernels of each algorithm instead of the op."""
+    """As ops/conftest.py's, with the kernels of each algorithm instead of the op."""
     monkeypatch.setattr(common, "forced_algorithm", request.param)
     by_algorithm(monkeypatch, algorithm=request.param)
     return "cpu"
@@ -122,7 +126,7 @@ TRAIN_WAYS = [
 
 @pytest.fixture(params=TRAIN_WAYS, ids="-".join)
 def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
+    monkeypatch.setattr(train_problems, "adds_in_float32", lambda x: True)
     algorithm, statistics = request.param
     function = functools.partial(emulated.conv_bn_scale_train, algorithm=algorithm, statistics=statistics)
     monkeypatch.setattr(fcb, "conv_bn_scale_train", function)
@@ -131,7 +135,7 @@ def train_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(params=["cpu"])
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
+    monkeypatch.setattr(train_problems, "adds_in_float32", lambda x: True)
     for name in ("scale_shift", "bn_scale_train"):
         monkeypatch.setattr(fcb, name, getattr(emulated, name))
     function = functools.partial(emulated.conv_bn_scale_train, algorithm="stem_sm90", statistics="from_input")
@@ -219,14 +223,14 @@ def test_convolutions_of_other_gpus(capability, algorithm, dtype, generator, mon
         test_conv.test_random_depthwise_problems("cpu", dtype, generator)
     for problem in ("problem 73", "depthwise, 5x5, stride 2", "rows of odd lengths, longer than a tile"):
         test_conv.test_problems("cpu", dtype, problem, generator)
-        test_conv.test_bn_problems("cpu", dtype, problem, generator)
+        test_conv_bn.test_bn_problems("cpu", dtype, problem, generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batch_statistics_of_other_gpus(dtype, generator, monkeypatch):
-    monkeypatch.setattr(test_train, "adds_in_float32", lambda x: True)
+    monkeypatch.setattr(train_problems, "adds_in_float32", lambda x: True)
     monkeypatch.setattr(fcb, "bn_scale_train", functools.partial(emulated.bn_scale_train, capability=75))
-    for shape in test_train.TRAIN_SHAPES:
+    for shape in train_problems.TRAIN_SHAPES:
         for layout in ("contiguous", "channels_last"):
             test_train.test_bn_scale_train("cpu", dtype, layout, shape, generator)
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,13 +20,7 @@ from common import DTYPES, assert_no_worse_than_eager, random_bn
 
 OPS = torch.ops.fused_conv_bn
 C = 5
-
-
-@pytest.fixture(autouse=True)
-def _no_leftover_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("no_leftover_graphs")
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -174,8 +168,8 @@ def test_opcheck_of_more(
 def test_every_overload_is_opchecked() -> None:
     """Guards the lists above: a new op needs samples."""
     checked = {op for op, _ in (*CALLS.values(), *MORE_CALLS.values())} | {OPS.fold_bn.default, OPS.cuda_archs.default}
-    checked |= {OPS.conv_scale_shift.default}  # in test_conv.py
-    checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in test_train.py
+    checked |= {OPS.conv_scale_shift.default}  # in ops/test_conv_integration.py
+    checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in ops/test_train_integration.py
     # What takes no tensor or returns none.
     checked |= {
         getattr(OPS, name).default for name in ("_explain", "_explain_problem", "_use_algorithm", "_check_algorithm")

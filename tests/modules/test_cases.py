@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,7 @@ import fused_conv_bn as fcb
 from common import DTYPES, error, random_bn
 
 C, K = 4, 6
-
-
-@pytest.fixture(autouse=True)
-def _no_leftover_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("no_leftover_graphs")
 
 
 def module(device: str = "cpu", *args: Any, **kwargs: Any) -> fcb.ConvBnScale2d:

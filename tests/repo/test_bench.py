@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import (
-    __main__,
-    bn_scale,
-    conv,
-    documents,
-    grad_mode,
-    host,
-    layers,
-    record,
-    report,
-    report_conv,
-    run,
-)
+from benching import TINY, call, small_cases
+from benchmarks import __main__, bn_scale, conv, layers, record, report, report_conv
 from benchmarks.common import (
     COMPILE_MODES,
     MB,
@@ -40,23 +27,11 @@ from benchmarks.common import (
     dtype_name,
     statistics_errors,
 )
-from benchmarks.layers import ConvCase, Layer
-from benchmarks.stopwatch import Stopwatch, kernelbench_us
+from benchmarks.layers import Layer
+from benchmarks.stopwatch import kernelbench_us
 from fused_conv_bn import reference
 
-TINY = ["--quick", "--max-mb=0.01", "--conv-batch=1", "--repeats=1", "--commit=abc"]
 PNG = b"\x89PNG"
-
-
-def call(*arguments: str) -> int:
-    return __main__.main(arguments)
-
-
-@pytest.fixture(scope="module")
-def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bench") / "new" / "report.jsonl"
-    assert call(*TINY, "--device=cpu", "--record", str(path)) == 0
-    return path
 
 
 def test_json_has_every_number(report_file: Path) -> None:
@@ -222,214 +197,6 @@ def test_cases_have_the_sizes_they_are_named_for(dtype: torch.dtype) -> None:
     assert all(case.bytes == bn_scale.PROBLEM_73 for case in problem_73)
 
 
-# ---- convolutions ----------------------------------------------------------------------------------------------------
-
-SMALL = [
-    Layer(3, 6, 7, 13, 2, 3, activation="relu"),
-    Layer(8, 6, 1, 9, activation="relu", residual=True),
-    Layer(8, 8, 3, 9, 2, 1, groups=8, activation="relu6"),
-    Layer(6, 8, 1, 9, 2, bias=True, scaling_factor=3.0),
-    Layer(6, 6, 1, 9, residual=True),
-]
-
-
-def small_cases(group: str, device: str) -> list[ConvCase]:
-    first = ConvCase("small", SMALL[0], 2, torch.float32, "nchw")
-    return [
-        *(replace(first, layer=layer) for layer in SMALL),
-        *(replace(first, layer=layer, dtype=torch.float16, layout="channels_last", count=2) for layer in SMALL),
-        *([replace(first, allow_tf32=True)] if device == "cuda" else []),
-        replace(first, with_op=True, forced=("aten", "stem_sm80", "depthwise")),
-    ]
-
-
-def small_train_cases(group: str, device: str) -> list[ConvCase]:
-    plain = ConvCase("small, training", SMALL[3], 2, torch.float32, "nchw", with_op=True)
-    return [
-        *(replace(plain, layer=layer, train=True, with_op=False) for layer in SMALL),
-        *(replace(plain, layer=layer, train=True, with_op=False, dtype=torch.float16) for layer in SMALL),
-        *(replace(plain, train=True, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)),
-    ]
-
-
-def test_every_kind_of_convolution(
-    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "conv_cases", small_cases)
-    monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
-    path = tmp_path / "report.jsonl"
-    arguments = ["--only=resnet50", "--compile-budget=0", "--repeats=1", f"--record={path}"]
-    assert call(*arguments, f"--device={device}") == 0
-    found = record.read(path)
-    assert not {"bn_scale", "host", "import_ms"} & found.keys()
-    rows = found["conv"]
-    assert len(rows) == len(small_cases("", device))
-    expected = {"copy", "ours", "eager", "conv", *(("aten", "cudnn") if device == "cuda" else ())}
-    assert all(expected <= row["us"].keys() for row in rows)
-    assert all(bool(row["algorithm"]) == (device == "cuda") for row in rows)
-    assert "op" in rows[-1]["us"]
-    if device == "cuda":
-        assert "stem_sm80" in rows[-1]["us"]
-        assert "does not cover" in rows[-1]["missing"]["depthwise"]
-    out = capsys.readouterr().out
-    assert any(line.split()[:2] == ["small", str(len(rows))] for line in out.splitlines())
-
-
-def test_every_kind_of_convolution_in_training(
-    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "conv_cases", small_train_cases)
-    monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
-    path = tmp_path / "report.jsonl"
-    arguments = ["--only=train", "--compile-budget=0", "--repeats=1", f"--record={path}"]
-    assert call(*arguments, f"--device={device}") == 0
-    found = record.read(path)
-    assert not {"bn_scale", "bn_scale_train", "conv", "host"} & found.keys()
-    rows = found["train"]
-    assert len(rows) == len(small_train_cases("", device))
-    expected = {"copy", "ours", "eager", "conv", *(("aten",) if device == "cuda" else ())}
-    assert all(expected <= row["us"].keys() and "cudnn" not in row["us"] for row in rows)
-    assert all(bool(row["algorithm"]) == (device == "cuda") for row in rows)
-    assert all("op" in row["us"] for row in rows[-2:])
-    assert any(line.startswith("small, training  ") for line in capsys.readouterr().out.splitlines())
-
-
-def test_the_host_s_times(device: str) -> None:
-    with torch.no_grad():
-        rows = {row["case"]: row for row in host.time_host(Stopwatch(device), device, rounds=1, calls=2)}
-    assert all(row["us"] >= row["min"] > 0 for row in rows.values())
-    own = [name for name in rows if name.endswith(", own kernel")]
-    assert len(own) == (6 if device == "cuda" else 0) and len(rows) == 2 + 2 * 12 + len(own)
-    assert sum("over op" in row for row in rows.values()) == (4 if device == "cuda" else 2)
-
-
-def test_grad_mode_is_on_for_the_calls_that_are_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
-
-    def call(name: str) -> Callable[[int], object]:
-        return lambda i: seen.update({name: torch.is_grad_enabled()})
-
-    names = ("torch.mul", "a, grad mode", "a, grad mode, eager")
-    monkeypatch.setattr(host, "bn_calls", lambda device: {name: call(name) for name in names})
-    monkeypatch.setattr(host, "conv_calls", lambda device, train: {})
-    with torch.no_grad():
-        host.time_host(Stopwatch("cpu"), "cpu", rounds=1, calls=1)
-    assert list(seen.values()) == [False, True, True]
-
-
-def test_a_convolution_s_batch_is_that_of_all_images() -> None:
-    case = ConvCase("", SMALL[3], 5, torch.float32, "nchw", train=True)
-    with torch.no_grad():
-        problem = conv.Problem(case, "cpu")
-        truth, _ = problem.truth()
-        plain = problem.plain.double()
-        expected = plain(problem.x.double())[[0, 2, 4]]
-    torch.testing.assert_close(truth, expected)
-
-
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-def test_eager_s_and_the_op_s_activation_is_the_row_s(activation: str) -> None:
-    case = ConvCase("", replace(SMALL[1], activation=activation), 2, torch.float64, "nchw")
-    with torch.no_grad():
-        problem = conv.Problem(case, "cpu")
-        errors = problem.errors({"eager": problem.plain, **problem.ours(), "op": problem.op})
-    assert errors.keys() == {"eager", "ours", "pair", "op"}
-    assert all(error < 1e-13 for of_call in errors.values() for error in of_call.values())
-
-
-# ---- every activation, grad mode -------------------------------------------------------------------------------------
-
-
-def test_every_activation(
-    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    layers = replace(SMALL[0], activation="none"), replace(SMALL[2], activation="none")
-    cases = [
-        ConvCase("activations", layer, 2, dtype, layout, forced=("aten",) if device == "cuda" else ())
-        for layer, dtype, layout in zip(layers, (torch.float32, torch.float16), ("nchw", "channels_last"), strict=True)
-    ]
-    monkeypatch.setattr(run, "activation_cases", lambda device, quick: cases)
-    monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
-    path = tmp_path / "report.jsonl"
-    assert call("--only=activations", "--repeats=1", f"--record={path}", f"--device={device}") == 0
-    found = record.read(path)
-    rows = found["activations"]
-    assert [row["activation"] for row in rows] == 2 * list(reference.ACTIVATIONS)
-    assert len({row["case"] for row in rows}) == len(rows) == 24
-    for row in rows:
-        own = {"ours", *(("aten",) if device == "cuda" else ()), *(("pair",) if row["activation"] == "relu" else ())}
-        assert row["us"].keys() == {"copy", "conv", *own}
-        assert ("ours/aten" in row) == (device == "cuda") == bool(row["algorithm"])
-        relu = next(r for r in rows if r["activation"] == "relu" and r["dtype"] == row["dtype"])
-        assert row["ours/relu"] == row["us"]["ours"]["median"] / relu["us"]["ours"]["median"]
-    assert found["validation"]["count"] == 2 * 2 * (12 * (2 if device == "cuda" else 1) + 1)
-    lines = capsys.readouterr().out.splitlines()
-    tables = [i for i, line in enumerate(lines) if line.startswith("activations: ")]
-    assert len(tables) == (4 if device == "cuda" else 2)
-    for i in tables:
-        assert lines[i + 1].split() == ["case", "algorithm", *reference.ACTIVATIONS]
-        assert lines[i + 3].startswith("7x7/2 3->6 13x13 batch 2 float32 nchw  ")
-        assert lines[i + 4].startswith("3x3/2 8 depthwise 9x9 batch 2 float16 channels_last  ")
-
-
-def test_a_wrong_activation_stops_the_program(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    op = conv.Problem.op
-    monkeypatch.setattr(
-        conv.Problem,
-        "op",
-        lambda self, x, activation: op(self, x, None, activation.replace("gelu_tanh", "gelu")),
-    )
-    assert call(*TINY, "--device=cpu", "--only=activations") == 1
-    assert "any timing: 3x3/2 3->32 224x224 gelu_tanh batch 1 float32 nchw, ours, by norm" in capsys.readouterr().err
-
-
-def small_grad_cases(device: str) -> list[ConvCase]:
-    case = ConvCase("grad mode", SMALL[3], 3, torch.float32, "nchw", train=True)
-    return [case, replace(case, train=False), replace(case, dtype=torch.bfloat16, layout="channels_last")]
-
-
-def test_grad_mode(
-    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "grad_mode_cases", small_grad_cases)
-    monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
-    path = tmp_path / "report.jsonl"
-    arguments = ["--only=grad_mode", "--quick", "--repeats=1", f"--record={path}", f"--device={device}"]
-    assert call(*arguments) == 0
-    found = record.read(path)
-    rows = found["grad_mode"]
-    assert [row["grad_fn"] for row in rows] == ["BnScaleTrainBackward", "BnScaleBackward", "BnScaleTrainBackward"]
-    for row in rows:
-        assert row["us"].keys() == {"copy", "ours", "eager", "no_grad"} and row["missing"].keys() == set()
-        assert row["ours/no_grad"] == row["us"]["ours"]["median"] / row["us"]["no_grad"]["median"]
-        assert ("kernelbench" in row) == row["train"]
-        assert row["step"].keys() == {"without x", "with x"}
-        for step in row["step"].values():
-            assert step["peak_mb"].keys() == ({"ours", "eager"} if device == "cuda" else set())
-    timed = rows[0]["kernelbench"]
-    assert timed["eager/ours"] == timed["us"]["eager"]["mean"] / timed["us"]["ours"]["mean"]
-    # Outputs in two measures, in training two statistics; gradients of four or five parameters and the input.
-    assert found["validation"]["count"] == 2 * (4 + 4) + (2 + 5)
-    lines = capsys.readouterr().out.splitlines()
-    begin = lines.index("grad mode on, forward alone (no_grad: ours under it)")
-    assert [sum(line.startswith(str(case)) for line in lines[begin:]) for case in small_grad_cases(device)] == [4, 7, 4]
-
-
-def test_wrong_gradients_stop_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(run, "grad_mode_cases", small_grad_cases)
-    right = grad_mode.gradients
-
-    def wrong(model: torch.nn.Module, *arguments: Any) -> dict[str, Tensor]:
-        found = right(model, *arguments)
-        return found if isinstance(model, conv.Plain) else {**found, "bn.weight": found["bn.weight"] * 1.01}
-
-    monkeypatch.setattr(grad_mode, "gradients", wrong)
-    assert call(*TINY, "--device=cpu", "--only=grad_mode") == 1
-    assert "float32 nchw train, gradient of bn.weight: " in capsys.readouterr().err
-
-
 def test_kernelbench_s_mean_leaves_out_the_first_trial() -> None:
     calls = []
     us = kernelbench_us(lambda: calls.append(1), False, trials=3)
@@ -557,106 +324,3 @@ def test_compile_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not config.freezing
     compiled, missing = Compiler(0)(torch.neg, [x], COMPILE_MODES)
     assert not compiled and missing.keys() == COMPILE_MODES.keys()
-
-
-# ---- records and documents -------------------------------------------------------------------------------------------
-
-
-def test_a_record_is_a_header_and_a_line_a_row(report_file: Path, tmp_path: Path) -> None:
-    header, *rows = map(json.loads, report_file.read_text().splitlines())
-    assert not header.keys() & set(record.PARTS)
-    assert [row["part"] for row in rows] == sorted((row["part"] for row in rows), key=record.PARTS.index)
-    assert len({(row["part"], row["case"]) for row in rows}) == len(rows)
-    record.write(record.read(report_file), tmp_path / "again.jsonl")
-    assert (tmp_path / "again.jsonl").read_text() == report_file.read_text()
-
-
-def test_the_nearest_check_is_kept() -> None:
-    checks = [{"ours": 1.0, "limit": 4.0}, {"ours": 0.5, "limit": 0.6}, {"ours": 2.0, "limit": 3.0}]
-    assert record.summary(checks) == {"count": 3, "nearest": checks[1]}
-    assert record.summary([]) == {"count": 0, "nearest": None}
-
-
-def test_a_commit_is_that_of_the_package_s_own_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fused_conv_bn.__file__", str(tmp_path / "fused_conv_bn" / "__init__.py"))
-    assert record.git_state() == (None, None)
-
-
-def test_the_tables_of_a_document(report_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "RESULTS", report_file.parent)
-    document = tmp_path / "README.md"
-    document.write_text(
-        "above\n<!-- conv report -->old<!-- /conv report -->\nbelow\n<!-- train report --><!-- /train report -->\n"
-    )
-    for _ in range(2):  # the second time over its own
-        assert call("--render", str(document)) == 0
-        evaluation, training = document.read_text().split("<!-- train report -->")
-        above, begin, *rows, end, below = evaluation.splitlines()
-        assert (above, begin, end, below) == ("above", "<!-- conv report -->", "<!-- /conv report -->", "below")
-        assert [row.split(" | ")[0] for row in rows] == [
-            "| us",
-            "|---|---|---|---|---|---|---|---|",
-            "| 3x3 8->64 128x128 batch 1 float32 nchw",
-            "| 3x3 8->64 128x128 batch 1 float32 channels_last",
-        ]
-        assert len({row.count("|") for row in rows}) == 1
-        header, _, *rows, end = training.splitlines()[1:]
-        assert header == "| us | floor | copy of y | **ours** | eager | torch.compile | convolution alone |"
-        assert [row.split(" | ")[0] for row in rows] == [
-            "| 3x3 8->64 128x128 batch 1 float32 nchw train",
-            "| 3x3 8->64 128x128 batch 1 float32 channels_last train",
-        ]
-
-
-def test_every_section_of_a_run(report_file: Path) -> None:
-    found = record.read(report_file)
-    lines = {
-        name: documents.SECTIONS[name](found).splitlines()
-        for name in ("origin", "bn_scale", "bn_scale_train", "conv_means", "train_means", "host")
-    }
-    assert {name: len(of_section) for name, of_section in lines.items()} == {
-        "origin": 1,
-        "bn_scale": 2 + 4,
-        "bn_scale_train": 2 + 3,
-        "conv_means": 2 + 1,
-        "train_means": 2 + 1,
-        "host": 2 + len(found["host"]),
-    }
-    assert f"torch {torch.__version__}; commit abc, " in lines["origin"][0]
-    assert lines["conv_means"][-1].startswith("| problem 73 | 2 | ")
-
-
-def test_the_factors_of_activations() -> None:
-    def row(activation: str, factor: float, dtype: str = "float16", batch: int = 2) -> dict[str, Any]:
-        shape = [batch, 3, 8, 8]
-        return {"activation": activation, "dtype": dtype, "shape": shape, "algorithm": "a", "ours/relu": factor}
-
-    rows = [
-        row("relu", 1.0),
-        row("silu", 1.25),
-        row("silu", 1.5),
-        row("silu", 9.0, batch=1),
-        row("silu", 2.0, "float32"),
-    ]
-    assert documents.activations({"activations": rows}).splitlines() == [
-        "| ours / ours with ReLU | `a`, 16 bits | `a`, float32 |",
-        "|---|---|---|",
-        "| `relu` | 1.00 to 1.00 |  |",
-        "| `silu` | 1.25 to 1.50 | 2.00 to 2.00 |",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "the file has no markers"),
-        ("<!-- conv cpu -->", "must have <!-- conv cpu --> and then <!-- /conv cpu -->"),
-        ("<!-- /conv cpu --><!-- conv cpu -->", "must have <!-- conv cpu --> and then"),
-        ("<!-- conv cpu --><!-- train cpu --><!-- /conv cpu -->", "must have <!-- conv cpu --> and then"),
-        ("<!-- nothing cpu --><!-- /nothing cpu -->", "a marker names nothing, expected one of origin, "),
-        ("<!-- conv none --><!-- /conv none -->", "the marker conv none needs .*none.jsonl, and there is no such file"),
-    ],
-)
-def test_markers_that_nothing_can_be_rendered_for(text: str, message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        documents.render(text)

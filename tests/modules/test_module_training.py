@@ -1,0 +1,244 @@
+"""ConvBnScale2d in training mode against the model it replaces: outputs, buffers, and which op runs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_conv_bn as fcb
+from common import DTYPES, assert_no_worse_than_eager
+from fused_conv_bn import reference
+from module_pairs import CASES, TRAIN, Plain, models, ops_of, randomize, sample
+
+
+def train_models(device: str, generator: torch.Generator, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    plain, ours = models(generator, device, dtype, **kwargs)
+    return plain.train(), ours.train()
+
+
+def check_module(
+    y: Tensor, eager: Tensor, plain_before: nn.Module, x: Tensor, ours: nn.Module, plain: nn.Module
+) -> None:
+    """The output and all buffers, against float64 and what eager made of the same."""
+    exact = copy.deepcopy(plain_before).double()
+    if isinstance(exact.scaling_factor, Tensor):
+        exact.scaling_factor = exact.scaling_factor.double()
+    with torch.no_grad():
+        truth = exact(x.double())
+    assert y.dtype == eager.dtype and y.stride() == eager.stride()
+    assert_no_worse_than_eager(y, eager, truth)
+    mine, theirs, exacts = ours.state_dict(), plain.state_dict(), exact.state_dict()
+    assert list(mine) == list(theirs)
+    for name in mine:
+        if name.startswith("bn.running"):
+            assert_no_worse_than_eager(mine[name], theirs[name], exacts[name])
+        else:
+            assert torch.equal(mine[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_module_in_training_without_grad(case, device, generator):
+    """One op, and the same results and buffers as eager's, over several batches."""
+    plain, ours = train_models(device, generator, **CASES[case])
+    assert ops_of(copy.deepcopy(ours), sample(generator, device)).count(TRAIN) == 1
+    for step in range(3):
+        x = sample(generator, device) * (step + 1) + step
+        before = copy.deepcopy(plain)
+        ours.load_state_dict(plain.state_dict())
+        with torch.no_grad():
+            check_module(ours(x), plain(x), before, x, ours, plain)
+    if CASES[case].get("track_running_stats", True):
+        assert ours.bn.num_batches_tracked == 3
+
+
+def test_module_runs_one_op(device, generator):
+    _, ours = train_models(device, generator)
+    ops = ops_of(ours, sample(generator, device))
+    assert ops.count(TRAIN) == 1 and ops.count("aten::convolution") == ops.count("batch_norm") == ops.count("mul") == 0
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_module_without_running_statistics(device, mode, affine, generator):
+    """Batch statistics in either mode."""
+    plain, ours = models(generator, device, track_running_stats=False, affine=affine)
+    for module in (plain, ours):
+        module.train(mode == "train")
+    x = sample(generator, device)
+    assert ops_of(ours, x).count(TRAIN) == 1
+    with torch.no_grad():
+        check_module(ours(x), plain(x), copy.deepcopy(plain), x, ours, plain)
+
+
+def test_module_with_buffers_that_are_not_tracked(device, generator):
+    """track_running_stats switched off afterwards: the buffers stay, and training leaves them alone."""
+    plain, ours = train_models(device, generator)
+    for module in (plain, ours):
+        module.bn.track_running_stats = False
+    x = sample(generator, device)
+    with torch.no_grad():
+        check_module(ours(x), plain(x), copy.deepcopy(plain), x, ours, plain)
+    assert ours.bn.num_batches_tracked == 0
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_module_dtypes_and_formats(device, dtype, channels_last, generator):
+    plain, ours = train_models(device, generator, dtype)
+    x = sample(generator, device, dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+        plain, ours = (module.to(memory_format=torch.channels_last) for module in (plain, ours))
+    assert ops_of(copy.deepcopy(ours), x).count(TRAIN) == 1
+    before = copy.deepcopy(plain)
+    with torch.no_grad():
+        y, eager = ours(x), plain(x)
+    if dtype == torch.float64:
+        torch.testing.assert_close(y, eager, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.bn.running_var, plain.bn.running_var, rtol=1e-12, atol=1e-12)
+        assert y.stride() == eager.stride()
+    else:
+        check_module(y, eager, before, x, ours, plain)
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_module_with_residual_and_activation(device, activation, with_residual, generator):
+    plain, ours = train_models(device, generator, activation=activation)
+    x = sample(generator, device)
+    residual = torch.randn(3, 6, 7, 6, generator=generator).to(device) if with_residual else None
+    exact = copy.deepcopy(plain).double()
+    with torch.no_grad():
+        y, eager = ours(x, residual), plain(x, residual, activation)
+        truth = exact(x.double(), None if residual is None else residual.double(), activation)
+    assert_no_worse_than_eager(y, eager, truth)
+
+
+def test_module_under_autocast(device, generator):
+    plain, ours = train_models(device, generator)
+    x = sample(generator, device)
+    before = copy.deepcopy(plain)
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
+        assert ops_of(copy.deepcopy(ours), x).count(TRAIN) == 1
+        y, eager = ours(x), plain(x)
+    check_module(y, eager, before, x, ours, plain)
+
+
+def test_module_with_grad(device, generator):
+    """The same op, and the same bits as without."""
+    plain, ours = train_models(device, generator)
+    x = sample(generator, device)
+    other, before = copy.deepcopy(ours), copy.deepcopy(plain)
+    y = ours(x)
+    assert y.requires_grad
+    with torch.no_grad():
+        expected = other(x)
+        check_module(y, plain(x), before, x, ours, plain)
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), other.buffers(), strict=True))
+    with torch.no_grad():
+        expected = copy.deepcopy(ours)(x)
+    ours.requires_grad_(False)
+    assert torch.equal(ours(x), expected)  # grad mode is on, and nothing needs a gradient
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3, 3), (0, 4, 9, 8)], ids=str)
+def test_module_leaves_odd_inputs_to_pytorch(device, shape, generator):
+    """Its own errors and its own answers, and the same buffers afterwards."""
+    plain, ours = train_models(device, generator)
+    outcomes = []
+    for module in (plain, ours):
+        try:
+            with torch.no_grad():
+                outcomes.append(module(torch.ones(shape, device=device)).shape)
+        except (ValueError, RuntimeError) as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert all(torch.equal(a, b) for a, b in zip(ours.bn.buffers(), plain.bn.buffers(), strict=True))
+
+
+def test_synchronised_batchnorm_is_not_replaced(device, generator):
+    """Its statistics are those of all processes. In evaluation mode they are the running ones, and it is."""
+    _, ours = models(generator, device)
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours).train()
+    assert type(ours.bn) is nn.SyncBatchNorm
+    ops = ops_of(ours, sample(generator, device))
+    assert ops.count("batch_norm") > 0 and ops.count("fused_conv_bn") == 0
+    assert ops_of(ours.eval(), sample(generator, device)).count("fused_conv_bn::conv_bn_scale") == 1
+
+
+def test_subclasses_of_batchnorm_are_not_replaced(device, generator):
+    class Loud(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 100
+
+    _, ours = train_models(device, generator)
+    loud = Loud(6).to(device).train()
+    ours.bn = loud
+    with torch.no_grad():
+        assert ours(sample(generator, device)).mean() > 90
+
+
+def test_eval_after_training_uses_the_new_statistics(device, generator):
+    """Also where neither train() nor eval() of the module is called between."""
+    plain, ours = models(generator, device)
+    x = sample(generator, device)
+    with torch.no_grad():
+        stale = ours(x)
+        for module in (plain, ours):
+            module.bn.train()
+            module(x * 3 + 1)
+            module.bn.eval()
+        torch.testing.assert_close(ours(x), plain(x))
+        assert not torch.equal(ours(x), stale)
+
+
+def test_update_bn(device, generator):
+    """torch.optim.swa_utils.update_bn: cumulative averages, momentum being None inside."""
+    plain, ours = train_models(device, generator)
+    before = copy.deepcopy(plain).double()
+    batches = [sample(generator, device) * s for s in (1.0, 2.0, 0.5)]
+    for module, cast in ((plain, torch.float32), (ours, torch.float32), (before, torch.float64)):
+        torch.optim.swa_utils.update_bn([b.to(cast) for b in batches], module)
+    assert ours.bn.num_batches_tracked == 3 and ours.bn.momentum == 0.1
+    for name in ("running_mean", "running_var"):
+        assert_no_worse_than_eager(*(getattr(m.bn, name) for m in (ours, plain, before)))
+
+
+def test_compiled_module(device, generator):
+    torch._dynamo.reset()
+    plain, ours = train_models(device, generator)
+    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            x = sample(generator, device)
+            torch.testing.assert_close(compiled(x), plain(x))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(compiled.bn, name), getattr(plain.bn, name))
+    torch._dynamo.reset()
+
+
+def test_a_model_of_several(device, generator):
+    class Net(nn.Module):
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.first, self.second = block(4, 6, 3, 1.5), block(6, 5, 3, 0.5, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    plain, ours = Net(Plain).to(device), Net(fcb.ConvBnScale2d).to(device)
+    for module in (plain.first, plain.second):
+        randomize(module, generator)
+    ours.load_state_dict(plain.state_dict())
+    x = sample(generator, device)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+    for a, b in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)

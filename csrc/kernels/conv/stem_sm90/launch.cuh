@@ -65,6 +65,7 @@ void set_accesses(const Conv2d& c, const ConvOperands& operands, const TileLayou
   p.w_vectors = operands.w_stride_c == 1 && c.C % 8 == 0;
   p.y_vectors = c.channels_last && c.K * kBytes % kVecBytes == 0 && is_aligned(p.y);
   p.out_pairs = tile.q % 2 == 0 && tile.x_cols % 2 == 0 && c.Q % 2 == 0 && is_aligned(p.y, 2 * kBytes);
+  p.runs_aligned = c.P * c.Q * kBytes % kVecBytes == 0 && tile.p * c.Q * kBytes % kVecBytes == 0 && is_aligned(p.y);
   p.rows_aligned = c.Q * kBytes % kVecBytes == 0 && is_aligned(p.y);
   p.y_in_bulk = c.channels_last ? tile.out_pixels > 0 && is_aligned(p.y) : tile.q == c.Q;
   p.streams = c.N * c.K * c.P * c.Q * kBytes > kL2Bytes;

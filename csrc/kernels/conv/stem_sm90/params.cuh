@@ -44,6 +44,7 @@ struct Params : Extents {
   bool w_vectors;     // float32: and in the weights
   bool y_vectors;     // channels_last: a pixel's channels can be written 16 bytes at a time
   bool out_pairs;     // contiguous: two neighbouring results can be put into the output buffer with one store
+  bool runs_aligned;  // contiguous, whole rows: each channel's part of a tile starts and ends at multiples of 16 bytes
   bool rows_aligned;  // contiguous, rows that are not whole: each starts at a multiple of 16 bytes
   // The output buffer is written by bulk copies. contiguous: rows are whole; channels_last: there is a buffer.
   bool y_in_bulk;

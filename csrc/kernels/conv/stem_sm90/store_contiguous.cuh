@@ -80,6 +80,12 @@ struct ContiguousStore {
     auto* const target = reinterpret_cast<unsigned char*>(p.y + own);
     const uint32_t source = block.shared.output(consumer) + channel * p.tile.out_pitch * kBytes + lead(channel, own);
     const int bytes = block.tiles().rows(tile, p) * p.Q * kBytes;
+    if (p.runs_aligned) {
+      if (lane() < 16) {
+        copy_bulk(target, source, bytes, L2Policy::once(p.streams));
+      }
+      return;
+    }
     const auto address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(target));
     int head = -address & (kVecBytes - 1), tail = (address + bytes) & (kVecBytes - 1);
     if (head + tail > bytes) {  // in the middle of one vector

@@ -178,7 +178,8 @@ def tools(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_each_file_has_flags_of_its_own(extension: ModuleType, tools: object, tmp_path: Path) -> None:
-    sources = ["portable.cpp", *(f"ops/{name}_cuda.cu" for name in ("scale_shift", "conv_depthwise"))]
+    depthwise = "kernels/conv/depthwise/instantiate_depthwise.cu"
+    sources = ["portable.cpp", "ops/scale_shift_cuda.cu", depthwise]
     found = edges(extension, tools, tmp_path, "cu12", sources)
     assert list(found) == sources and "cuda_post_cflags" not in found["portable.cpp"]
     for source in sources[1:]:
@@ -187,7 +188,7 @@ def test_each_file_has_flags_of_its_own(extension: ModuleType, tools: object, tm
             line == f"  cuda_post_cflags = $cuda_post_cflags {' '.join(extension.flags.source_flags('cu12', source))}"
         )
     assert found[sources[2]].splitlines()[1].split()[3:5] == [
-        "-Xfatbin=--ident=ops/conv_depthwise_cuda.cu",
+        f"-Xfatbin=--ident={depthwise}",
         "-gencode=arch=compute_80,code=sm_80",
     ]
     assert "\ncuda_post_cflags = -O3\n" in (tmp_path / "build.ninja").read_text()

@@ -11,6 +11,8 @@ Memory is never above eager's, which keeps the convolution's input and result, a
   activation's input again, so that results may be written to in place after them, as eager allows.
 
 With grad mode on in backward (``create_graph``) the plain formula is differentiated: second derivatives are right.
+
+The file is a little over 600 lines: its three Functions have one shape, and are read side by side.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def fits(p: Problem, gpu: Gpu) -> bool:
 
 
 def stem_sm90_fits(p: Problem) -> bool:
-    """Whether two input patches of the stem_sm90 kernel's smallest tile, and all else, surely fit into shared memory."""
+    """Whether two input windows of the stem_sm90 kernel's smallest tile, and all else, surely fit into shared memory."""
     cols = 40 if p.Q <= 512 else 520
     pitch = cols + (p.S - 1) * p.dilation_w + 2
     rows = (p.R - 1) * p.dilation_h + 1
@@ -248,9 +248,9 @@ def test_statistics_stay_inside_their_domain() -> None:
         problem, gpu = small_filter(random_problem(rng), rng), rng.choice(GPUS)
         chosen = configuration(problem, gpu, statistics="")
         assert chosen.removesuffix(", statistics from the input") == configuration(problem, gpu)
-        patches = chosen.endswith(", statistics from the input")
-        assert not patches or (chosen.startswith("stem_sm90") and from_input_fits(problem, gpu)), (chosen, problem)
-        seen.add(patches)
+        from_input = chosen.endswith(", statistics from the input")
+        assert not from_input or (chosen.startswith("stem_sm90") and from_input_fits(problem, gpu)), (chosen, problem)
+        seen.add(from_input)
         try:
             configuration(problem, gpu, "stem_sm90", "from_input")
         except RuntimeError as error:

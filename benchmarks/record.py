@@ -100,7 +100,7 @@ def git_state() -> tuple[str | None, bool | None]:
     if Path(fused_conv_bn.__file__).parent != ROOT / "src" / "fused_conv_bn" or not (ROOT / ".git").exists():
         return None, None
     git = ["git", "-C", str(ROOT)]
-    status = output_of([*git, "status", "--porcelain", "--", "src", "csrc", "setup.py"])
+    status = output_of([*git, "status", "--porcelain", "--", "src", "csrc", "setup.py", "build_tools"])
     return output_of([*git, "rev-parse", "HEAD"]), None if status is None else bool(status)
 
 

@@ -11,7 +11,7 @@ struct CudaKernel {
   static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, const SavedStatistics* saved,
                     const OptionalOperand& residual, const Epilogue& epilogue, bool allow_tf32) {
     const CudaConvChoice choice = choose_conv_cuda(op, c, residual.has_value(), true, allow_tf32);
-    if (std::holds_alternative<Aten>(choice.choice.plan)) {
+    if (std::holds_alternative<Aten>(choice.plan)) {
       return normalise_convolution<run_bn_scale_train_cuda>(op, plain_convolution(c), bn, saved, residual, epilogue);
     }
     return run_plan(op, c, bn, saved, residual, epilogue, choice);
@@ -21,17 +21,16 @@ struct CudaKernel {
   static Tensor run_plan(const char* op, const PlainConv& c, const TrainOperands& bn, const SavedStatistics* saved,
                          const OptionalOperand& residual, const Epilogue& epilogue, const CudaConvChoice& choice) {
     const CudaScope cuda(c.input.device);
-    const Conv2d& problem = choice.problem;
-    KernelConv conv(c, std::visit([&](const auto& plan) { return plan.requirements(problem); }, choice.choice.plan));
+    KernelConv conv(c, requirements_of(choice.plan, choice.problem));
     dispatch_dtype(c.input.dtype, [&]<typename T>(TypeTag<T>) {
       if constexpr (sizeof(T) <= 4) {  // none is for float64
-        const auto plan = ConvTrainPlan<T>::make(choice.choice, problem, choice.gpu, static_cast<T*>(conv.operands.y));
-        const Tensor workspace = make_workspace(plan.workspace(problem), c.input.device);
+        const auto plan = ConvTrainPlan<T>::make(choice, choice.problem, choice.gpu, static_cast<T*>(conv.operands.y));
+        const Tensor workspace = make_workspace(plan.workspace(choice.problem), c.input.device);
         // Elementwise kernels take any alignment.
         DenseCopies any(1);
         DenseCopies& copies = plan.from_output.has_value() ? any : conv.copies;
         conv.operands.residual = residual.has_value() ? copies.data(*residual, conv.channels_last) : nullptr;
-        const ConvCall call{problem, conv.operands, choice.gpu, epilogue};
+        const ConvCall call{choice.problem, conv.operands, choice.gpu, epilogue};
         cuda.check_launch(
             op, plan.launch(call, train_params(bn, saved), static_cast<double*>(workspace.data_ptr()), cuda.stream()));
       }

@@ -115,10 +115,9 @@ inline ThreadChoice use_algorithm(ThreadChoice choice, const std::string& algori
 }
 
 // What computes a convolution on CUDA: the choice, and what it was made of.
-struct CudaConvChoice {
+struct CudaConvChoice : ConvChoice {
   Conv2d problem;
   GpuTraits gpu;
-  ConvChoice choice;
 };
 
 // Of the CUDA library, for ops that have a convolution in them.

@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "conv_choice.h"
+#include "torch/marshal.h"
 
 namespace fused_conv_bn {
 namespace {
@@ -49,7 +50,7 @@ const GpuTraits& gpu_traits(int32_t index) {
            .multiprocessors = device_attribute(i, cudaDevAttrMultiProcessorCount),
            .shared_memory_per_block = device_attribute(i, cudaDevAttrMaxSharedMemoryPerBlockOptin),
            .shared_memory_per_multiprocessor = device_attribute(i, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-           .has_wgmma = capability == 90 && has_stem_sm90()});
+           .has_wgmma = capability == 90 && StemSm90::is_compiled()});
     }
     return traits;
   }();
@@ -74,7 +75,7 @@ ConvPlan remembered_plan(const Conv2d& problem, int32_t device, const GpuTraits&
 }
 
 std::string describe(const PlainConv& c, bool has_residual, bool has_statistics, bool allow_tf32) {
-  return choose_conv_cuda("explain", c, has_residual, has_statistics, allow_tf32).choice.describe();
+  return choose_conv_cuda("explain", c, has_residual, has_statistics, allow_tf32).describe();
 }
 
 }  // namespace
@@ -83,15 +84,15 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
                                 bool allow_tf32) {
   const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, has_residual, allow_tf32));
   const int32_t device = c.input.device.index;
-  CudaConvChoice choice{problem.value_or(Conv2d{}), gpu_traits(device), {}};
+  CudaConvChoice choice{{}, problem.value_or(Conv2d{}), gpu_traits(device)};
   const Asked algorithm = asked(thread_choice.algorithm, "use_algorithm's algorithm", default_algorithm,
                                 kAlgorithmVariable);
-  choice.choice.plan = problem.has_value() && algorithm.by_rule() ? remembered_plan(*problem, device, choice.gpu)
-                                                                  : choose_plan(op, algorithm, problem, choice.gpu);
+  choice.plan = problem.has_value() && algorithm.by_rule() ? remembered_plan(*problem, device, choice.gpu)
+                                                           : choose_plan(op, algorithm, problem, choice.gpu);
   if (has_statistics) {
     const Asked statistics = asked(thread_choice.statistics, "use_algorithm's statistics", default_statistics,
                                    kStatisticsVariable);
-    choice.choice.statistics = choose_statistics(op, statistics, choice.choice.plan, choice.problem, choice.gpu);
+    choice.statistics = choose_statistics(op, statistics, choice.plan, choice.problem, choice.gpu);
   }
   return choice;
 }

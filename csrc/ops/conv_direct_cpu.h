@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/conv/direct_cpu/kernel.h"
-#include "torch/conv_checks.h"
+#include "torch/marshal.h"
 
 namespace fused_conv_bn {
 

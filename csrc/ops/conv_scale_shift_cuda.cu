@@ -10,14 +10,13 @@ namespace {
 Tensor run_kernel(const char* op, const ConvArguments& c, const CudaConvChoice& choice) {
   const CudaScope cuda(c.input.device);
   Copies copies;
-  const ConvPlan& plan = choice.choice.plan;
-  KernelConv conv(c, std::visit([&](const auto& p) { return p.requirements(choice.problem); }, plan));
+  KernelConv conv(c, requirements_of(choice.plan, choice.problem));
   conv.operands.affine = affine_tensors(c.affine, c.input.dtype, copies);
   conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual, conv.channels_last) : nullptr;
   const ConvCall call{choice.problem, conv.operands, choice.gpu, c.epilogue};
   dispatch_dtype(c.input.dtype, [&]<typename T>(TypeTag<T>) {
     if constexpr (sizeof(T) <= 4) {  // none is for float64
-      cuda.check_launch(op, launch_conv<T>(plan, call, cuda.stream()));
+      cuda.check_launch(op, launch_conv<T>(choice.plan, call, cuda.stream()));
     }
   });
   return conv.y;
@@ -26,8 +25,8 @@ Tensor run_kernel(const char* op, const ConvArguments& c, const CudaConvChoice& 
 struct CudaKernel {
   static Tensor run(const char* op, const ConvArguments& c, bool allow_tf32) {
     const CudaConvChoice choice = choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32);
-    return std::holds_alternative<Aten>(choice.choice.plan) ? convolve_and_apply<run_elementwise_cuda>(op, c)
-                                                            : run_kernel(op, c, choice);
+    return std::holds_alternative<Aten>(choice.plan) ? convolve_and_apply<run_elementwise_cuda>(op, c)
+                                                     : run_kernel(op, c, choice);
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "torch/checks.h"
+#include "torch/marshal.h"
 
 namespace fused_conv_bn {
 

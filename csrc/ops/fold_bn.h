@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "torch/checks.h"
+#include "torch/marshal.h"
 
 namespace fused_conv_bn {
 

@@ -11,7 +11,6 @@
 #include "dtype.h"
 #include "kernels/batch_norm/fold.h"
 #include "layout.h"
-#include "marshal.h"
 #include "operand.h"
 
 namespace fused_conv_bn {

@@ -70,17 +70,17 @@ inline ChannelBuffer channel_buffer(const OptionalOperand& x) {
 
 // saved: nullptr for none.
 inline TrainParams train_params(const TrainOperands& bn, const SavedStatistics* saved) {
-  return {channel_buffer(bn.running_mean),
-          channel_buffer(bn.running_var),
-          channel_buffer(bn.weight),
-          channel_buffer(bn.bias),
-          channel_buffer(bn.conv_bias),
-          bn.scaling_factor,
-          bn.momentum,
-          bn.eps,
-          false,
-          saved == nullptr ? nullptr : saved->mean.data_ptr(),
-          saved == nullptr ? nullptr : saved->invstd.data_ptr()};
+  return {.running_mean = channel_buffer(bn.running_mean),
+          .running_var = channel_buffer(bn.running_var),
+          .weight = channel_buffer(bn.weight),
+          .bias = channel_buffer(bn.bias),
+          .conv_bias = channel_buffer(bn.conv_bias),
+          .scaling_factor = bn.scaling_factor,
+          .momentum = bn.momentum,
+          .eps = bn.eps,
+          .spare_centers = false,
+          .saved_mean = saved == nullptr ? nullptr : saved->mean.data_ptr(),
+          .saved_invstd = saved == nullptr ? nullptr : saved->invstd.data_ptr()};
 }
 
 // The operands of an elementwise kernel: dense, in one memory layout. `copies` keeps alive what had to be copied.

@@ -75,6 +75,9 @@ using acc_t = typename AccType<T>::type;
 // The same types at run time, for code in which they matter little.
 enum class Element { float16, bfloat16, float32, float64 };
 
+// f(T) for each.
+#define FCB_FORALL_ELEMENTS(f) f(float16) f(bfloat16) f(float) f(double)
+
 template <typename T>
 constexpr Element kElement = Element::float32;
 template <>

@@ -123,23 +123,6 @@ struct ConvRequirements {
   bool dense_weight = false;  // the weight too, contiguous or channels_last; else it may have any strides
 };
 
-// float32 goes through tensor cores in two halves, which keep 22 bits of each factor (split_float.cuh). Over so few products that
-// shows: the largest error of an element would be 2.7 times what is allowed, twice eager's and a rounding, for 1 of them, 1.03
-// for 4, 0.7 for 8 and 0.3 for 27 (a million sums of each).
-constexpr int64_t kSplitLeastTerms = 8;
-
-// Whether the products of an output channel are as many as a kernel that splits them may add up.
-inline bool can_split_terms(const Conv2d& c, int64_t most) {
-  const int64_t terms = c.C * c.R * c.S;
-  return c.element_bytes != 4 || (terms >= kSplitLeastTerms && terms <= most);
-}
-
-// Of dense convolutions; stem kernels have been compared with PyTorch's up to so many input channels. 3x3 of 64 takes 1.3 times
-// its time, 2.0 in training.
-constexpr int64_t kStemMostChannels = 16;
-// In float32, from so many products an output on, PyTorch's convolution (TF32 is its default) is faster than stem_sm80.
-constexpr int64_t kStemSm80MostTerms = 130;
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

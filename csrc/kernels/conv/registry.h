@@ -37,7 +37,8 @@ struct Aten {
 // The first one whose plan exists and is faster computes a convolution.
 using ConvPlan = std::variant<StemSm90, StemSm80, Depthwise, Aten>;
 
-// Whether this CUDA library has code for stem_sm90, and for statistics of its input: a build for other GPUs alone has not.
-bool has_stem_sm90();
+inline ConvRequirements requirements_of(const ConvPlan& plan, const Conv2d& problem) {
+  return std::visit([&](const auto& p) { return p.requirements(problem); }, plan);
+}
 
 }  // namespace fused_conv_bn

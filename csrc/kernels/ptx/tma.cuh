@@ -6,13 +6,11 @@
 
 #include <cstdint>
 
-#include "sm90a.h"
-
 namespace fused_conv_bn {
 
 // `bytes` from global to shared memory, counted by a barrier there.
 __device__ __forceinline__ void fetch_bulk(uint32_t to_shared, const void* from, uint32_t bytes, uint32_t barrier) {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to_shared),
       "l"(from), "r"(bytes), "r"(barrier)

@@ -7,7 +7,6 @@
 #include <type_traits>
 
 #include "kernels/common/scalar.h"
-#include "sm90a.h"
 
 namespace fused_conv_bn {
 
@@ -15,13 +14,13 @@ namespace fused_conv_bn {
 
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
 }
 template <int kRegisters>
 __device__ __forceinline__ void acquire_registers() {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
 }
@@ -29,18 +28,18 @@ __device__ __forceinline__ void acquire_registers() {
 // ---- products --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void product_fence() {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void product_commit() {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 template <int kLeft>
 __device__ __forceinline__ void product_wait() {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 #endif
 }
@@ -81,7 +80,7 @@ __host__ __device__ constexpr uint32_t operand_start(uint32_t address, uint32_t 
 // sums = a * b, or kAdd: sums += a * b. 64 rows of a, 128 rows of b; 16 values of k. MmaType: float16 or bfloat16.
 template <typename MmaType, bool kAdd>
 __device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a, uint64_t b) {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(128, FCB_REGISTERS_64, "%64, %65, %66", FCB_SUMS_64(0))
 #endif
 }
@@ -89,7 +88,7 @@ __device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a
 // The same of 64 rows of b.
 template <typename MmaType, bool kAdd>
 __device__ __forceinline__ void product_m64n64k16(float (&sums)[32], uint64_t a, uint64_t b) {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(64, FCB_REGISTERS_32, "%32, %33, %34", FCB_SUMS_32(0))
 #endif
 }
@@ -97,13 +96,13 @@ __device__ __forceinline__ void product_m64n64k16(float (&sums)[32], uint64_t a,
 // The same of 64 rows of b, or 32, into half of the sums: the first (kPart = 0) or the second.
 template <typename MmaType, int kPart, bool kAdd>
 __device__ __forceinline__ void product_into_part(float (&sums)[64], uint64_t a, uint64_t b) {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(64, FCB_REGISTERS_32, "%32, %33, %34", FCB_SUMS_32(kPart * 32))
 #endif
 }
 template <typename MmaType, int kPart, bool kAdd>
 __device__ __forceinline__ void product_into_part(float (&sums)[32], uint64_t a, uint64_t b) {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(32, FCB_REGISTERS_16, "%16, %17, %18", FCB_SUMS_16(kPart * 16))
 #endif
 }

@@ -8,6 +8,7 @@
 
 #include "kernels/common/vec.cuh"
 #include "kernels/conv/tile.cuh"
+#include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/shared.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "params.cuh"
@@ -84,7 +85,7 @@ struct Block {
   // The threads of a group meet.
   static __device__ __forceinline__ void sync() {
     if constexpr (K::kAlternating) {
-      asm volatile("bar.sync %0, %1;" ::"r"(1 + thread_group()), "n"(K::kThreads) : "memory");
+      named_barrier_sync(1 + thread_group(), K::kThreads);
     } else {
       __syncthreads();
     }
@@ -94,13 +95,13 @@ struct Block {
   // go on.
   static __device__ __forceinline__ void wait_to_multiply(bool is_first) {
     if (thread_group() == 1 || !is_first) {
-      asm volatile("bar.sync %0, %1;" ::"r"(3 + thread_group()), "n"(kBlockThreads) : "memory");
+      named_barrier_sync(3 + thread_group(), kBlockThreads);
     }
   }
   // The other thread group, if it has a tile that comes after this one.
   __device__ __forceinline__ void let_other_multiply(uint32_t index) const {
     if ((thread_group() == 0 ? index : index - 2 + K::kThreadGroups * gridDim.x) + 1 < p.tiles) {
-      asm volatile("bar.arrive %0, %1;" ::"r"(4 - thread_group()), "n"(kBlockThreads) : "memory");
+      named_barrier_arrive(4 - thread_group(), kBlockThreads);
     }
   }
 

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "kernels/common/scalar.h"
-#include "kernels/conv/problem.h"
+#include "kernels/conv/stem.h"
 
 namespace fused_conv_bn {
 
@@ -101,19 +101,10 @@ inline TileLayout make_layout(const Conv2d& c, int p, int q, bool alternating) {
   return t;
 }
 
-// Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds
-// up to more than twice what PyTorch's own float32 convolutions lose.
 constexpr int64_t kMostTerms = 512;
 
 inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
-  constexpr int64_t kLimit = int64_t{1} << 30;
-  if (!can_split_terms(c, kMostTerms)) {
-    return false;
-  }
-  return gpu.compute_capability >= 80 && c.element_bytes <= 4 && c.groups == 1 && c.C <= 64 && c.R * c.S <= 256 &&
-         c.H <= 1 << 20 && c.W <= 1 << 20 && c.stride_h <= 1 << 10 && c.stride_w <= 1 << 10 && c.pad_h <= 1 << 20 &&
-         c.pad_w <= 1 << 20 && c.dilation_h <= 1 << 10 && c.dilation_w <= 1 << 10 && c.K <= 1 << 20 &&
-         c.C * c.H * c.W <= kLimit && c.K * c.P * c.Q <= kLimit && c.N * c.P * c.Q <= kLimit;
+  return gpu.compute_capability >= 80 && is_stem(c, kMostTerms);
 }
 
 inline int blocks_per_multiprocessor(const TileLayout& t, const GpuTraits& gpu) {
@@ -134,11 +125,12 @@ inline bool alternates(const Conv2d& c, const TileLayout& t, const GpuTraits& gp
 }
 
 // The tile that the blocks need least time for, by this count: tensor core work goes by 32 pixels, and loading an input
-// pixel costs about as much as a third of an output pixel's work. Waves of blocks count as a whole.
-inline bool find_best_layout(const Conv2d& c, const GpuTraits& gpu, TileLayout& best) {
+// pixel costs about as much as a third of an output pixel's work. Waves of blocks count as a whole. nullopt where no tile
+// fits into shared memory.
+inline std::optional<TileLayout> best_tile(const Conv2d& c, const GpuTraits& gpu) {
   constexpr int64_t kMostSplits = 16;
+  std::optional<TileLayout> best;
   double least = 0;
-  bool found = false;
   for (int pixels = kTilePixels; pixels >= 64; pixels /= 2) {
     const int64_t least_splits = ceil_div(c.Q, pixels);
     for (int64_t splits = least_splits; splits < least_splits + kMostSplits && splits <= ceil_div(c.Q, 8); ++splits) {
@@ -167,14 +159,13 @@ inline bool find_best_layout(const Conv2d& c, const GpuTraits& gpu, TileLayout& 
         cost *= 1.0 + 8.0 / static_cast<double>(q);  // short runs in many planes
       }
       cost *= static_cast<double>(waves) * (blocks == 1 ? 0.7 : 1.0);
-      if (!found || cost < least) {
-        found = true;
+      if (!best.has_value() || cost < least) {
         least = cost;
         best = t;
       }
     }
   }
-  return found;
+  return best;
 }
 
 }  // namespace stem_sm80
@@ -186,18 +177,14 @@ struct StemSm80 {
   stem_sm80::TileLayout tile;
 
   static std::optional<StemSm80> make(const Conv2d& c, const GpuTraits& gpu) {
-    StemSm80 plan{};
-    if (!stem_sm80::supports(c, gpu) || !stem_sm80::find_best_layout(c, gpu, plan.tile)) {
-      return std::nullopt;
-    }
-    return plan;
+    const auto tile = stem_sm80::supports(c, gpu) ? stem_sm80::best_tile(c, gpu) : std::nullopt;
+    return tile.has_value() ? std::optional(StemSm80{*tile}) : std::nullopt;
   }
 
   bool is_faster(const Conv2d& c) const {
     if (c.C > kStemMostChannels) {
       return false;
     }
-    constexpr int64_t kLarge = 100000;  // pixels
     const int64_t pixels = c.N * c.P * c.Q;
     const int64_t taps = c.R * c.S;
     const int64_t terms = c.C * taps;
@@ -205,7 +192,7 @@ struct StemSm80 {
       return c.channels_last && pixels >= 1 << 17;
     }
     // float32 of many terms: up to 2.9 times PyTorch's time, TF32 being its default.
-    return c.element_bytes == 4 ? pixels >= 20000 && terms <= kStemSm80MostTerms && (c.C > 1 || pixels >= kLarge)
+    return c.element_bytes == 4 ? pixels >= 20000 && terms <= kStemSm80MostTerms && (c.C > 1 || pixels >= kStemLarge)
                                 : c.C > 1 || pixels >= 20000;
   }
 

@@ -66,16 +66,22 @@ __device__ __forceinline__ int quad_offset(const Block<K>& b, int step) {
   return static_cast<int>(load_shared_1(b.quad_offsets() + step * 16 + b.t() * 4));
 }
 
-// A step's pixels are on their way while the one before it multiplies. The table of offsets goes on for two steps more.
+// Where the first tap of a thread's pixels is in the window.
 template <typename K>
-__device__ __forceinline__ void multiply(const Block<K>& b, typename K::Accumulator& acc) {
-  const auto& p = b.p;
-  uint32_t base[K::kN];
+__device__ __forceinline__ void begin(const Block<K>& b, typename K::Accumulator& acc, uint32_t (&base)[K::kN]) {
 #pragma unroll
   for (int j = 0; j < K::kN; ++j) {
     base[j] = b.window() + b.header().window_offsets[b.warp() * K::kPixels + 8 * j + b.g()];
   }
   for_each<K>([&](int i, int j, int e) { acc[i][j][e] = 0; });
+}
+
+// A step's pixels are on their way while the one before it multiplies. The table of offsets goes on for two steps more.
+template <typename K>
+__device__ __forceinline__ void multiply(const Block<K>& b, typename K::Accumulator& acc) {
+  const auto& p = b.p;
+  uint32_t base[K::kN];
+  begin(b, acc, base);
   if constexpr (K::kFloat) {
     if (p.split) {
       int offset = quad_offset(b, 0);
@@ -136,11 +142,7 @@ template <typename K>
 __device__ __forceinline__ void multiply_ahead(const Block<K>& b, typename K::Accumulator& acc) {
   const auto& p = b.p;
   uint32_t base[K::kN];
-#pragma unroll
-  for (int j = 0; j < K::kN; ++j) {
-    base[j] = b.window() + b.header().window_offsets[b.warp() * K::kPixels + 8 * j + b.g()];
-  }
-  for_each<K>([&](int i, int j, int e) { acc[i][j][e] = 0; });
+  begin(b, acc, base);
   uint4 w[K::kM];
   uint2 v[K::kN], next[K::kN];
   int offset = quad_offset(b, 0);

@@ -3,7 +3,7 @@
 
 namespace fused_conv_bn {
 
-bool has_stem_sm90() {
+bool StemSm90::is_compiled() {
 #if defined(FCB_HAS_9_0A)
   return true;
 #else

@@ -38,7 +38,6 @@
 #include "epilogue.cuh"
 #include "kernels/ptx/launch.cuh"
 #include "kernels/ptx/mbarrier.cuh"
-#include "kernels/ptx/sm90a.h"
 #include "kernels/ptx/wgmma.cuh"
 #include "output_offsets.cuh"
 #include "params.cuh"
@@ -77,7 +76,7 @@ __device__ __forceinline__ void run_block(const Params<typename C::T>& params) {
 template <typename T, Output kOutput, int kChannels, bool kBounds>
 __global__ void __launch_bounds__(block_threads(Config<T, kOutput, kChannels, kBounds>::kSplits), 1)
     stem_sm90_kernel(const __grid_constant__ Params<T> params) {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   run_block<Config<T, kOutput, kChannels, kBounds>>(params);
 #endif
 }

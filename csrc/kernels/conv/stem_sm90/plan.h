@@ -8,26 +8,16 @@
 #include <string>
 
 #include "kernels/batch_norm/moments.h"
-#include "kernels/conv/problem.h"
+#include "kernels/conv/stem.h"
 #include "tile.h"
 
 namespace fused_conv_bn {
 namespace stem_sm90 {
 
-// Tensor cores cut off what does not fit when they add to a float32 sum, and always towards 0: over long sums that adds up to
-// more than twice what PyTorch's own float32 convolutions lose.
-constexpr int64_t kMaxSplitTerms = 256;
+constexpr int64_t kMostTerms = 256;
 
 inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
-  constexpr int64_t kLimit = int64_t{1} << 30;
-  if (!gpu.has_wgmma || c.element_bytes > 4 || c.groups != 1 || c.C > 64 || c.R * c.S > 256 ||
-      !can_split_terms(c, kMaxSplitTerms)) {
-    return false;
-  }
-  return c.H <= 1 << 20 && c.W <= 1 << 20 && c.stride_h <= 1 << 10 && c.stride_w <= 1 << 10 && c.pad_h <= 1 << 20 &&
-         c.pad_w <= 1 << 20 && c.dilation_h <= 1 << 10 && c.dilation_w <= 1 << 10 && c.K <= 1 << 20 &&
-         c.C * c.H * c.W <= kLimit && c.K * c.P * c.Q <= kLimit && c.N * c.P * c.Q <= kLimit &&
-         tile_of(c, 1, 8).units <= kMaxUnits;
+  return gpu.has_wgmma && is_stem(c, kMostTerms) && tile_of(c, 1, 8).units <= kMaxUnits;
 }
 
 // Time for all tiles, by this count: a position's work, a chunk's, a tile's, and loading a unit, which producers do meanwhile.
@@ -35,9 +25,9 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
 inline double cost(const Conv2d& c, const GpuTraits& gpu, bool writes, const TileLayout& t) {
   const int64_t k_blocks = ceil_div(c.K, kBlockChannels);
   const int64_t tiles = c.N * t.tiles_p * t.tiles_q;
-  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(tiles, gpu.multiprocessors / k_blocks));
-  const int64_t tiles_of_block = ceil_div(tiles, blocks);
-  const int64_t waves = ceil_div(blocks * k_blocks, gpu.multiprocessors);
+  const int64_t of_all = blocks(c, t, gpu);
+  const int64_t tiles_of_block = ceil_div(tiles, of_all);
+  const int64_t waves = ceil_div(of_all * k_blocks, gpu.multiprocessors);
   const double work = t.chunks * kChunk + 0.3 * t.p * static_cast<double>(t.q) + 64;
   // float32 that takes more than one round is read twice. Rows that are not whole come one by one, which was measured for
   // channels_last; contiguous output has a cost of its own below.
@@ -103,7 +93,6 @@ struct StemSm90 {
     if (c.C > kStemMostChannels) {
       return false;
     }
-    constexpr int64_t kLarge = 100000;  // pixels
     const int64_t pixels = c.N * c.P * c.Q;
     const int64_t taps = c.R * c.S;
     const int64_t terms = c.C * taps;
@@ -111,19 +100,20 @@ struct StemSm90 {
     if (c.element_bytes == 2) {
       // Single channels of few taps leave nothing to multiply. Contiguous: parts of rows cannot be copied in bulk, up to 1.3
       // times; small problems of few terms are stem_sm80's.
-      return c.channels_last ? c.C > 1 || taps >= 25
-                             : whole_rows && taps > 1 && (pixels >= kLarge || terms >= 150 || (c.C == 1 && taps >= 25));
+      return c.channels_last
+                 ? c.C > 1 || taps >= 25
+                 : whole_rows && taps > 1 && (pixels >= kStemLarge || terms >= 150 || (c.C == 1 && taps >= 25));
     }
     // Tiles of fewer pixels than a chunk has: up to 1.9 times. Few output channels leave half of the rows idle. Parts of
     // contiguous rows are worth it where stem_sm80 is not: 7x7/2 of an image 129 us, PyTorch 364.
     const bool parts_fit = c.channels_last ? tile.p * tile.q >= 64
                                            : tile.p * tile.q >= stem_sm90::kChunk && taps >= 25 &&
-                                                 terms > kStemSm80MostTerms && pixels >= kLarge;
+                                                 terms > kStemSm80MostTerms && pixels >= kStemLarge;
     const bool fits = whole_rows || parts_fit;
-    const bool enough = c.C > 1 || taps >= 25 || pixels >= kLarge;
-    const bool small = pixels < kLarge && c.C <= 2 && taps < 25 && c.K <= 64;
+    const bool enough = c.C > 1 || taps >= 25 || pixels >= kStemLarge;
+    const bool small = pixels < kStemLarge && c.C <= 2 && taps < 25 && c.K <= 64;
     return taps > 1 && fits && enough && !small && pixels >= 2000 &&
-           (c.K >= 48 || (c.K >= 32 && (pixels < kLarge ? c.channels_last : c.stride_w > 1)));
+           (c.K >= 48 || (c.K >= 32 && (pixels < kStemLarge ? c.channels_last : c.stride_w > 1)));
   }
 
   ConvRequirements requirements(const Conv2d&) const { return {stem_sm90::kAlignment, true}; }
@@ -131,6 +121,9 @@ struct StemSm90 {
   std::string describe() const {
     return std::string(kName) + " " + std::to_string(tile.p) + "x" + std::to_string(tile.q) + " pixels";
   }
+
+  // Whether this CUDA library has code for it, and for statistics of its input: a build for other GPUs alone has not.
+  static bool is_compiled();
 
   // Moments of each channel that launch_moments() puts out.
   int64_t partials(const Conv2d& c, const GpuTraits& gpu) const {

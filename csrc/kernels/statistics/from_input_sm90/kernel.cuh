@@ -25,7 +25,6 @@
 #include "kernels/batch_norm/moments.h"
 #include "kernels/common/vec.cuh"
 #include "kernels/ptx/launch.cuh"
-#include "kernels/ptx/sm90a.h"
 #include "plan.h"
 
 namespace fused_conv_bn {
@@ -107,7 +106,7 @@ class LagSums {
   static __device__ __forceinline__ int channel() { return threadIdx.x % 32 / 4; }
 
   static __device__ __forceinline__ void multiply(double (&sums)[4], double a, double b, double columns) {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+d"(sums[0]), "+d"(sums[1]), "+d"(sums[2]), "+d"(sums[3])
                  : "d"(a), "d"(b), "d"(columns));
@@ -313,7 +312,7 @@ extern __shared__ double warp_records[][kRecordSums];
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(32 * kWarps, 1)
     statistics_from_input_kernel(const __grid_constant__ LagParams<T> params) {
-#if defined(FCB_SM90A)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   wait_for_previous();
   let_next_begin();
   LagSums<T, kVectors>(params).run(warp_records);

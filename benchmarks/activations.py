@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-import fused_conv_bn as fcb
 from fused_conv_bn import reference
 
 from .common import check, dtype_name, progress
@@ -39,12 +38,10 @@ class ActivationBench:
     watch: Stopwatch
 
     def check(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with fcb.use_algorithm("by rule"):
-            return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
+        return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
 
     def time(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with fcb.use_algorithm("by rule"):
-            return [r for case in progress(cases, "activations") for r in self.rows(Problem(case, self.device))]
+        return [r for case in progress(cases, "activations") for r in self.rows(Problem(case, self.device))]
 
     def calls(self, problem: Problem) -> tuple[dict[str, Calls], dict[str, str]]:
         """By activation and by the name of their column; and why others are missing."""

@@ -365,12 +365,10 @@ class ConvBench:
     watch: Stopwatch
 
     def check(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with fcb.use_algorithm("by rule"):
-            return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
+        return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
 
     def time(self, cases: Sequence[ConvCase], rates: dict[str, Any]) -> list[dict[str, Any]]:
-        with fcb.use_algorithm("by rule"):
-            return [self.row(Problem(case, self.device), rates) for case in progress(cases, "convolutions")]
+        return [self.row(Problem(case, self.device), rates) for case in progress(cases, "convolutions")]
 
     def check_case(self, problem: Problem) -> list[dict[str, Any]]:
         case = problem.case

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fused_conv_bn as fcb
-
 from .common import MB, Compiler, check, dtype_name, progress
 from .conv import Calls, Problem, compare
 from .layers import ConvCase
@@ -68,12 +66,10 @@ class GradBench:
     trials: int = KERNELBENCH_TRIALS
 
     def check(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with fcb.use_algorithm("by rule"):
-            return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
+        return [c for case in progress(cases, "validate") for c in self.check_case(Problem(case, self.device))]
 
     def time(self, cases: Sequence[ConvCase]) -> list[dict[str, Any]]:
-        with fcb.use_algorithm("by rule"):
-            return [self.row(Problem(case, self.device)) for case in progress(cases, "grad mode")]
+        return [self.row(Problem(case, self.device)) for case in progress(cases, "grad mode")]
 
     def check_case(self, problem: Problem) -> list[dict[str, Any]]:
         case = problem.case

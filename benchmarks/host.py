@@ -106,13 +106,12 @@ def conv_calls(device: str, train: bool) -> Calls:
 
 def time_host(watch: Stopwatch, device: str, rounds: int = 300, calls: int = 20) -> list[dict[str, Any]]:
     """A row a call, see the note."""
-    with fused_conv_bn.use_algorithm("by rule"):
-        rivals = {**bn_calls(device), **conv_calls(device, False), **conv_calls(device, True)}
-        times: dict[str, list[float]] = {name: [] for name in rivals}
-        for _ in progress(range(rounds), "host"):
-            for name, run in rivals.items():
-                with torch.set_grad_enabled(GRAD in name):
-                    times[name].append(watch.host_us(run, range(calls)))
+    rivals = {**bn_calls(device), **conv_calls(device, False), **conv_calls(device, True)}
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in progress(range(rounds), "host"):
+        for name, run in rivals.items():
+            with torch.set_grad_enabled(GRAD in name):
+                times[name].append(watch.host_us(run, range(calls)))
     medians = {name: statistics.median(us) for name, us in times.items()}
     rows = []
     for name, us in medians.items():

@@ -15,6 +15,8 @@ from dataclasses import replace
 
 import torch
 
+import fused_conv_bn as fcb
+
 from . import activations, bn_scale, conv, grad_mode, host, record, short_planes
 from .common import EPS, MB, SCALING_FACTOR, Compiler, progress
 from .layers import GROUPS, ConvCase, activation_cases, conv_cases, grad_mode_cases
@@ -63,6 +65,7 @@ def with_batch(cases: Sequence[ConvCase], args: argparse.Namespace) -> list[Conv
     return list(dict.fromkeys(replace(case, batch=args.conv_batch or case.batch) for case in cases))
 
 
+@fcb.use_algorithm("by rule", "by rule")
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> record.Report:
     began = time.perf_counter()

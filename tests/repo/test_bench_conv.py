@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fused_conv_bn as fcb
 from benching import SMALL, TINY, call, small_cases
 from benchmarks import conv, grad_mode, host, record, run
 from benchmarks.layers import ConvCase
@@ -36,7 +37,10 @@ def test_every_kind_of_convolution(
     monkeypatch.setattr(run, "Stopwatch", lambda device, max_calls=5: Stopwatch(device, 5))
     path = tmp_path / "report.jsonl"
     arguments = ["--only=resnet50", "--compile-budget=0", "--repeats=1", f"--record={path}"]
-    assert call(*arguments, f"--device={device}") == 0
+    with fcb.use_algorithm("depthwise"):  # what is measured is the rule
+        assert call(*arguments, f"--device={device}") == 0
+        if device == "cuda":
+            assert torch.ops.fused_conv_bn._use_algorithm("", "")[0] == "depthwise"
     found = record.read(path)
     assert not {"bn_scale", "host", "import_ms"} & found.keys()
     rows = found["conv"]

@@ -320,16 +320,22 @@ class ConvBnScale2d(nn.Module):
             momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
         batch_norm = mean, var, bn_weight, bn_bias, factor, momentum, bn.eps
         epilogue = residual, self.activation, self.negative_slope, self.residual_last
-        if grad:
-            y = autograd.bn_scale_train(x, weight, conv_bias, batch_norm, window, epilogue)
-        elif _is_compiling():
-            y = autograd.functional_train(x, weight, conv_bias, *batch_norm, window, **keywords(*epilogue))
-        else:
-            y = _train_call(x, weight, conv_bias, *batch_norm, *window, **keywords(*epilogue))
-            if mean is not None and var is not None:
-                increment_version((mean, var))
+        # Counted first, as nn.BatchNorm2d does: what is no error may end the call behind the op, such as a checkpoint
+        # that has all it recomputes for.
         if batches is not None:
             batches.add_(1)
+        try:
+            if grad:
+                return autograd.bn_scale_train(x, weight, conv_bias, batch_norm, window, epilogue)
+            if _is_compiling():
+                return autograd.functional_train(x, weight, conv_bias, *batch_norm, window, **keywords(*epilogue))
+            y: Tensor = _train_call(x, weight, conv_bias, *batch_norm, *window, **keywords(*epilogue))
+        except RuntimeError:  # the op refused, and whoever runs in its place counts
+            if batches is not None:
+                batches.sub_(1)
+            raise
+        if mean is not None and var is not None:
+            increment_version((mean, var))
         return y
 
     def _padded(self, x: Tensor, conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Sequence[int]]:

@@ -1,0 +1,238 @@
+"""What each process of test_distributed.py runs: training by DDP and FSDP2, plain and ours, and what is left of both.
+
+The processes are started anew and import this file, so that it needs pytest for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from training_pairs import Network, networks
+
+import fused_conv_bn as fcb
+
+Data = list[tuple[Tensor, Tensor]]
+Run = Callable[[Network, Data, torch.device], dict[str, Tensor]]
+STEPS = 3
+
+
+def data_of(rank: int, device: torch.device, dtype: torch.dtype) -> Data:
+    """Of each process its own."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    return [
+        (
+            torch.randn(4, 3, 8, 10, generator=generator, dtype=torch.float64).to(device, dtype),
+            torch.randint(5, (4,), generator=generator).to(device),
+        )
+        for _ in range(STEPS)
+    ]
+
+
+def whole(t: Tensor) -> Tensor:
+    t = t.detach()
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu().clone()
+
+
+def left(model: nn.Module) -> dict[str, Tensor]:
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: whole(t) for name, t in {**model.state_dict(), **gradients}.items()}
+
+
+def train(
+    wrapped: Any, data: Data, call: Callable[..., Tensor] | None = None, accumulate: Any = None
+) -> dict[str, Tensor]:
+    """accumulate: a context in which backward reduces nothing, of two passes in three."""
+    call = wrapped if call is None else call
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    for i, (x, target) in enumerate(data):
+        with accumulate(wrapped) if accumulate and i % 3 != 2 else contextlib.nullcontext():
+            nn.functional.cross_entropy(call(x).float(), target).backward()
+        if accumulate is None or i % 3 == 2:
+            optimizer.step()
+            if i + 1 < len(data):
+                optimizer.zero_grad()
+    return left(wrapped)
+
+
+# ---- DDP -------------------------------------------------------------------------------------------------------------
+
+
+def ddp(model: nn.Module, device: torch.device, **kwargs: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **kwargs)
+
+
+def of_ddp(**kwargs: Any) -> Run:
+    return lambda model, data, device: train(ddp(model, device, **kwargs), data)
+
+
+def ddp_accumulating(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    return train(ddp(model, device), data, accumulate=lambda wrapped: wrapped.no_sync())
+
+
+def ddp_frozen(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    """A block without gradients, and one in evaluation mode."""
+    model.stem.requires_grad_(False)
+    model.wide.bn.eval()
+    return train(ddp(model, device, find_unused_parameters=True), data)
+
+
+def ddp_autocast(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    wrapped = ddp(model, device)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return wrapped(x)
+
+    return train(wrapped, data, call)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: Network, reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+def of_ddp_checkpointed(reentrant: bool) -> Run:
+    return lambda model, data, device: train(ddp(Checkpointed(model, reentrant), device, static_graph=True), data)
+
+
+def ddp_compiled(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    wrapped = ddp(model, device)
+    return train(wrapped, data, torch.compile(wrapped, backend="aot_eager"))
+
+
+def ddp_sync_batch_norm(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    """PyTorch's own ops in training mode, so that both are the same."""
+    return train(ddp(nn.SyncBatchNorm.convert_sync_batchnorm(model), device), data)
+
+
+# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def sharded(model: Network, device: torch.device, **kwargs: Any) -> Network:
+    kwargs["mesh"] = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in (model.stem, model.depthwise, model.wide, model.deep):
+        fully_shard(block, **kwargs)
+    fully_shard(model, **kwargs)
+    return model
+
+
+def of_fsdp(**kwargs: Any) -> Run:
+    return lambda model, data, device: train(sharded(model, device, **kwargs), data)
+
+
+def fsdp_accumulating(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def no_sync(wrapped: Any) -> Any:
+        wrapped.set_requires_gradient_sync(False)
+        yield
+        wrapped.set_requires_gradient_sync(True)
+
+    return train(sharded(model, device), data, accumulate=no_sync)
+
+
+def fsdp_checkpointed(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    wrapped = sharded(model, device)
+    return train(wrapped, data, lambda x: checkpoint(wrapped, x.requires_grad_(), use_reentrant=False))
+
+
+def fsdp_compiled(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    """Each block compiled, the way that torchtitan does it."""
+    for block in (model.stem, model.depthwise, model.wide, model.deep):
+        block.compile(backend="aot_eager")
+    return train(sharded(model, device), data)
+
+
+def fsdp_of_layers(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    """Sharding conv and bn by themselves gives them hooks and classes of their own: PyTorch's ops run."""
+    for block in (model.stem, model.deep):
+        fully_shard(block.conv)
+        fully_shard(block.bn)
+    return train(sharded(model, device), data)
+
+
+def fsdp_mixed_precision(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
+    """16-bit parameters with float32 statistics, which PyTorch's BatchNorm does not take: the plain one is in float32."""
+    fused = isinstance(model.stem, fcb.ConvBnScale2d)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return train(sharded(model, device, **({"mp_policy": half} if fused else {})), data)
+
+
+RUNS: dict[str, Run] = {
+    "ddp": of_ddp(),
+    "ddp, static graph": of_ddp(static_graph=True, gradient_as_bucket_view=True),
+    "ddp, accumulating": ddp_accumulating,
+    "ddp, frozen parts": ddp_frozen,
+    "ddp, checkpoint": of_ddp_checkpointed(False),
+    "ddp, reentrant checkpoint": of_ddp_checkpointed(True),
+    "ddp, compiled": ddp_compiled,
+    "fsdp": of_fsdp(),
+    "fsdp, not resharded": of_fsdp(reshard_after_forward=False),
+    "fsdp, accumulating": fsdp_accumulating,
+    "fsdp, checkpoint": fsdp_checkpointed,
+    "fsdp, compiled": fsdp_compiled,
+    "fsdp of layers": fsdp_of_layers,
+    "ddp, autocast": ddp_autocast,
+    "fsdp, mixed precision": fsdp_mixed_precision,
+}
+CUDA_RUNS: dict[str, Run] = {"ddp, SyncBatchNorm": ddp_sync_batch_norm}
+IN_16_BITS = frozenset({"ddp, autocast", "fsdp, mixed precision"})
+
+
+class Fused(torch.utils._python_dispatch.TorchDispatchMode):
+    """Whether an op of this package ran."""
+
+    ran = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran |= func.namespace == "fused_conv_bn"
+        return func(*args, **(kwargs or {}))
+
+
+def run(rank: int, world: int, device_type: str, folder: str) -> None:
+    """Writes (plain, ours) of every run, or the error, to the folder."""
+    torch.set_num_threads(1)
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    options = {"device_id": device} if device_type == "cuda" else {}
+    dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=world, **options)
+    found: dict[str, Any] = {}
+    try:
+        for name, of in {**RUNS, **(CUDA_RUNS if device_type == "cuda" else {})}.items():
+            torch._dynamo.reset()
+            dtype = torch.float32 if name in IN_16_BITS else torch.float64
+            results = []
+            for model in networks(torch.Generator().manual_seed(7), "cpu", dtype):
+                results.append(of(model.to(device), data_of(rank, device, dtype), device))
+            found[name] = results
+        # Under a sharded block the fused op runs: its parameters are plain while it does.
+        _, ours = networks(torch.Generator().manual_seed(7), "cpu", torch.float64)
+        block = fully_shard(ours.to(device).stem, mesh=init_device_mesh(device_type, (world,)))
+        assert isinstance(block, fcb.ConvBnScale2d)
+        with torch.no_grad(), Fused() as fused:
+            block(data_of(rank, device, torch.float64)[0][0])
+        found["fused"] = fused.ran
+    except Exception as error:
+        sys.stderr.write(f"process {rank}, after {list(found)}\n")
+        raise error
+    finally:
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()

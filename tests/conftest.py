@@ -14,7 +14,9 @@ import torch
 
 from common import DEVICES
 
-pytest.register_assert_rewrite("conv_problems", "elementwise_problems", "train_problems", "module_pairs", "building")
+pytest.register_assert_rewrite(
+    "conv_problems", "elementwise_problems", "train_problems", "module_pairs", "training_pairs", "building"
+)
 
 REQUIRED_GPUS = int(os.environ.get("FUSED_CONV_BN_REQUIRE_CUDA") or 0)
 

@@ -19,9 +19,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from training_pairs import Network, networks
-
 import fused_conv_bn as fcb
+from training_pairs import Network, networks
 
 Data = list[tuple[Tensor, Tensor]]
 Run = Callable[[Network, Data, torch.device], dict[str, Tensor]]

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import distributed_steps
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+import distributed_steps
 from distributed_steps import CUDA_RUNS, IN_16_BITS, RUNS
 from training_pairs import assert_same
 

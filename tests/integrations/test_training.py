@@ -14,6 +14,8 @@ import torch._dynamo.config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import fused_conv_bn as fcb
+from common import FEW, MANY
 from training_pairs import (
     Network,
     Plain,
@@ -26,9 +28,6 @@ from training_pairs import (
     randomize,
     train,
 )
-
-import fused_conv_bn as fcb
-from common import FEW, MANY
 
 pytestmark = pytest.mark.usefixtures("no_leftover_graphs")
 loss_of = nn.functional.cross_entropy

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
-from training_pairs import Network, Plain, networks, randomize
-
 import fused_conv_bn as fcb
 from common import FEW, MANY, RESIDUALS
+from training_pairs import Network, Plain, networks, randomize
 
 pytestmark = pytest.mark.usefixtures("no_leftover_graphs")
 terms = pytest.mark.parametrize("channels", [FEW, MANY], ids=["few terms", "many terms"])
@@ -195,7 +194,10 @@ def test_compiled_functional_training(device: str, generator: torch.Generator) -
     plain, ours = networks(generator, device)
     x = torch.randn(4, 3, 6, 5, generator=generator, dtype=torch.float64).to(device)
     results = []
-    for model, compiler in ((ours, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")), (plain, lambda f: f)):
+    for model, compiler in (
+        (ours, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")),
+        (plain, lambda f: f),
+    ):
         buffers = {name: b.clone() for name, b in model.named_buffers()}
 
         def gradients(p: Any, b: Any, x: Tensor, model: Any = model) -> Any:

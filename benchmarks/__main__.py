@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, documents, record, report, report_conv, report_grad_mode
+from . import charts, documents, record, report, report_conv, report_grad_mode, report_steps
 from .common import InaccurateError
 from .run import COMPILE_BUDGETS, CPU_MAX_MB, PARTS, measure
 
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.print_head(found)
     report_conv.print_tables(found)
     report_grad_mode.print_tables(found)
+    report_steps.print_tables(found)
     report.print_tables(found)
     if args.charts:
         for path in charts.draw(found, args.charts):

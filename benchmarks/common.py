@@ -89,14 +89,21 @@ class Compiler:
         self, function: Callable[..., Tensor], inputs: Sequence[Tensor], modes: Iterable[str]
     ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
         """The compiled functions by mode, and why others are missing. Those of an earlier call are compiled anew."""
+        return self.all_of(dict.fromkeys(modes, function), lambda run: run(*inputs))
+
+    def all_of(
+        self, functions: dict[str, Callable[..., Tensor]], first_call: Callable[[Callable[..., Tensor]], object]
+    ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+        """The same of several functions, by names that are modes, or are not and have the default one. ``first_call``
+        calls what it is given in all the ways that are to be compiled."""
         compiled: dict[str, Callable[..., Tensor]] = {}
         missing: dict[str, str] = {}
         torch._dynamo.reset()  # else a function that is compiled for many rows goes back to eager
-        for name in modes:
+        for name, function in functions.items():
             if self.spent >= self.budget:
                 missing[name] = f"limit of {self.budget:g} s of compile time reached"
                 continue
-            mode, freezing = COMPILE_MODES[name]
+            mode, freezing = COMPILE_MODES.get(name, (None, False))
             start = time.perf_counter()
             try:
                 inductor: Any = importlib.import_module("torch._inductor")
@@ -105,7 +112,7 @@ class Compiler:
                 run: Callable[..., Tensor] = torch.compile(function, dynamic=False, options=options)
                 # What traces the function asks for freezing too. 0: without tables of its own.
                 with inductor.config.patch(freezing=freezing, autotune_num_choices_displayed=0):
-                    run(*inputs)
+                    first_call(run)
                 compiled[name] = run
             except Exception as error:  # no Triton, no C++ compiler, ...: the row says so
                 missing[name] = first_line(error)

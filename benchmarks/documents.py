@@ -16,7 +16,8 @@ from .bn_scale import PROBLEM_73
 from .record import Report, Row
 from .report import LAYOUTS, Table, host_table, short
 from .report_conv import floor_us, groups, mean_ratio, slowest
-from .report_grad_mode import forward, kernelbench, steps
+from .report_grad_mode import forward, kernelbench
+from .report_steps import layer_steps, step_means, steps, worst_step
 
 # Of README: its words, the part and the case.
 SUMMARY = {
@@ -189,6 +190,9 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "grad_mode": functools.partial(of_table, forward),
     "kernelbench": functools.partial(of_table, kernelbench),
     "steps": functools.partial(of_table, steps),
+    "layer_steps": functools.partial(of_table, layer_steps),
+    "step_means": functools.partial(of_table, step_means),
+    "worst_step": worst_step,
     "host": functools.partial(of_table, host_table),
 }
 

@@ -131,6 +131,20 @@ def resnet50_layers() -> Iterator[Layer]:
             inputs = outputs
 
 
+def resnet18_layers() -> Iterator[Layer]:
+    yield FIRST_LAYERS[0]
+    inputs, side = 64, 56
+    for outputs, first_stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        for block in range(2):
+            stride = first_stride if block == 0 else 1
+            yield Layer(inputs, outputs, 3, side, stride, 1, activation="relu")
+            if stride == 2:
+                yield Layer(inputs, outputs, 1, side, stride)
+            side //= stride
+            yield Layer(outputs, outputs, 3, side, 1, 1, activation="relu", residual=True)
+            inputs = outputs
+
+
 def mobilenet_v2_layers() -> Iterator[Layer]:
     yield Layer(3, 32, 3, 224, 2, 1, activation="relu6")
     inputs, side = 32, 112
@@ -180,6 +194,7 @@ COMPILED_LAYERS = {
     Layer(96, 576, 1, 14, activation="relu6"),
     Layer(960, 160, 1, 7, residual=True),
 }
+STEP_COMPILED_LAYERS = {FIRST_LAYERS[0], *TRAINED_LAYERS["resnet50"]}
 
 
 def problem_73_cases(device: str) -> Iterator[ConvCase]:
@@ -271,6 +286,64 @@ def grad_mode_cases(device: str) -> list[ConvCase]:
         for dtype, layout in (FLOAT32_NCHW, (torch.bfloat16, "channels_last"))
         for train in (True, False)
     ]
+
+
+# ---- steps: forward and backward -------------------------------------------------------------------------------------
+
+EAGER_COMPILED, OURS_COMPILED = "compile", "ours compiled"  # rivals that torch.compile makes of eager's model and ours
+
+
+@dataclass(frozen=True)
+class StepCase:
+    case: ConvCase
+    x: bool = True  # whether the input requires a gradient, and the residual
+    frozen: bool = False  # BatchNorm's weight and bias require none
+    compiled: tuple[str, ...] = ()  # of the two names above
+
+    @property
+    def in_network(self) -> bool:
+        return self.case.layer != PROBLEM_73
+
+    def __str__(self) -> str:
+        if self.in_network:
+            return str(self.case)
+        return f"{self.case}{', frozen BN' if self.frozen else ''}, {'with' if self.x else 'without'} x"
+
+
+def step_cases(device: str) -> list[StepCase]:
+    """Problem 73 in training, with frozen statistics, and with frozen BatchNorm, then layers of networks in training.
+
+    Those that are compiled with both come first, as the limit of compile time ends them."""
+    on_cuda = device == "cuda"
+    batch = GROUPS["problem_73"][1] if on_cuda else 8
+    both = (EAGER_COMPILED, OURS_COMPILED)
+    cases = []
+    for x in (True, False):
+        # Many CPUs take a hundred times as long for 16 bits.
+        other = torch.bfloat16 if on_cuda else torch.float32
+        for dtype, layout in (FLOAT32_NCHW, (other, "channels_last")):
+            case = ConvCase("problem 73, step", PROBLEM_73, batch, dtype, layout, train=True)
+            evaluation = replace(case, train=False)
+            cases += [
+                StepCase(case, x, compiled=both if x else (EAGER_COMPILED,)),
+                StepCase(evaluation, x, True, both if x else ()),
+                StepCase(evaluation, x),
+            ]
+    networks = {"ResNet-50": (resnet50_layers(), 32, FLOAT16_CHANNELS_LAST)}
+    if not on_cuda:
+        networks = {
+            "ResNet-18": (resnet18_layers(), 2, FLOAT32_NCHW),
+            "MobileNetV2": (mobilenet_v2_layers(), 2, FLOAT32_NCHW),
+        }
+    for network, (layers, of_network, kind) in networks.items():
+        first, *others = Counter(layers).items()
+        for layer, count in (first, *others):
+            group = f"{network}, step, {dtype_name(kind[0])} {kind[1]}"
+            case = ConvCase(group, layer, of_network, *kind, train=True, count=count)
+            # A network's first layer sees data, which require no gradient.
+            compiled = both if on_cuda and layer in STEP_COMPILED_LAYERS else ()
+            cases.append(StepCase(case, layer != first[0], compiled=compiled))
+    return cases
 
 
 def conv_cases(group: str, device: str) -> list[ConvCase]:

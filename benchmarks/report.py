@@ -73,7 +73,9 @@ def print_tables(report: Report) -> None:
     if "host" in report:
         print(f"host time of one call, input (1, 4, 2, 2)\n{table(*host_table(report))}\n")
         print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
-    of_convolutions = [row for part in ("conv", "train", "activations", "grad_mode") for row in report.get(part, [])]
+    of_convolutions = [
+        row for part in ("conv", "train", "activations", "grad_mode", "steps") for row in report.get(part, [])
+    ]
     every = of_convolutions + rows + train_rows + short_rows
     for name, why in sorted({pair for row in every for pair in row["missing"].items()}):
         print(f"n/a for {name}: {why}")

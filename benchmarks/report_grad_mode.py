@@ -11,7 +11,6 @@ def print_tables(report: Report) -> None:
     if "grad_mode" in report:
         print(f"grad mode on, forward alone (no_grad: ours under it)\n{table(*forward(report))}\n")
         print(f"the same by KernelBench's rules\n{table(*kernelbench(report))}\n")
-        print(f"forward and backward, without or with x's gradient (MB: peak)\n{table(*steps(report))}\n")
 
 
 def forward(report: Report) -> Table:
@@ -31,13 +30,3 @@ def kernelbench(report: Report) -> Table:
             times = [f"{found['us'][name]['mean']:.1f}" if name in found["us"] else "n/a" for name in names]
             rows.append([row["case"], *times, *(ratio(found, name) for name in ratios)])
     return ["case", *(f"{name} us" for name in names), *ratios], rows
-
-
-def steps(report: Report) -> Table:
-    rows = []
-    for row in report["grad_mode"]:
-        for what, step in row["step"].items():
-            peaks = [f"{step['peak_mb'][name]:.0f}" if name in step["peak_mb"] else "n/a" for name in ("ours", "eager")]
-            times = [us(step, name) for name in ("ours", "eager")]
-            rows.append([f"{row['case']}, {what}", *times, ratio(step, "eager/ours"), *peaks])
-    return ["case", "ours us", "eager us", "eager/ours", "ours MB", "eager MB"], rows

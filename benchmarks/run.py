@@ -1,6 +1,6 @@
 """What a run measures: bn_scale and bn_scale_train (bn_scale.py), the convolutions (conv.py), with every activation
-(activations.py), with grad mode on (grad_mode.py), the host's times (host.py), the CPU's short planes
-(short_planes.py).
+(activations.py), with grad mode on (grad_mode.py), whole steps (steps.py), the host's times (host.py), the CPU's
+short planes (short_planes.py).
 
 Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it.
 """
@@ -17,14 +17,14 @@ import torch
 
 import fused_conv_bn as fcb
 
-from . import activations, bn_scale, conv, grad_mode, host, record, short_planes
+from . import activations, bn_scale, conv, grad_mode, host, record, short_planes, steps
 from .common import EPS, MB, SCALING_FACTOR, Compiler, progress
-from .layers import GROUPS, ConvCase, activation_cases, conv_cases, grad_mode_cases
+from .layers import GROUPS, ConvCase, StepCase, activation_cases, conv_cases, grad_mode_cases, step_cases
 from .stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, MAX_PAIRS, Stopwatch
 
 CPU_MAX_MB = 64
-COMPILE_BUDGETS = {"bn_scale": 45, "conv": 120, "train": 40, "grad_mode": 60}  # seconds
-PARTS = ["bn_scale", "bn_scale_train", "host", "activations", "grad_mode", "conv", *GROUPS]
+COMPILE_BUDGETS = {"bn_scale": 45, "conv": 120, "train": 40, "grad_mode": 60, "steps": 60}  # seconds
+PARTS = ["bn_scale", "bn_scale_train", "host", "activations", "grad_mode", "steps", "conv", *GROUPS]
 QUICK_TRIALS = 5  # of KernelBench's 100, and on the CPU, where it does not measure
 
 NOTES = {
@@ -48,6 +48,7 @@ PART_NOTES: dict[str, str | dict[str, str]] = {
     "train": conv.TRAIN_NOTES,
     "activations": activations.NOTES,
     "grad_mode": grad_mode.NOTES,
+    "steps": steps.NOTES,
 }
 
 
@@ -63,6 +64,14 @@ def selected_convolutions(args: argparse.Namespace, parts: Sequence[str], device
 def with_batch(cases: Sequence[ConvCase], args: argparse.Namespace) -> list[ConvCase]:
     """With one that the cases differ in alone, they are one case."""
     return list(dict.fromkeys(replace(case, batch=args.conv_batch or case.batch) for case in cases))
+
+
+def selected_steps(args: argparse.Namespace, device: str) -> list[StepCase]:
+    cases = step_cases(device)
+    if args.quick:  # one of problem 73 in each mode, and two layers
+        layers = [case for case in cases if case.in_network]
+        cases = [*cases[:3], layers[0], layers[len(layers) // 2]]
+    return [replace(step, case=replace(step.case, batch=args.conv_batch or step.case.batch)) for step in cases]
 
 
 @fcb.use_algorithm("by rule", "by rule")
@@ -87,6 +96,7 @@ def measure(args: argparse.Namespace) -> record.Report:
     convs = {part: of_part for part, of_part in convs.items() if of_part}
     with_each = with_batch(activation_cases(device, args.quick) if "activations" in parts else [], args)
     in_grad_mode = with_batch(grad_mode_cases(device) if "grad_mode" in parts else [], args)
+    in_steps = selected_steps(args, device) if "steps" in parts else []
     short = short_planes.short_cases() if device == "cpu" and "bn_scale_train" in parts else []
     compilers = {
         part: Compiler((0.0 if args.quick else budget) if args.compile_budget is None else args.compile_budget)
@@ -100,6 +110,10 @@ def measure(args: argparse.Namespace) -> record.Report:
     trials = QUICK_TRIALS if args.quick or device == "cpu" else KERNELBENCH_TRIALS
     grad_bench = grad_mode.GradBench(device, args.repeats, compilers["grad_mode"], watch, trials)
 
+    # A step is many kernels, or some seconds of a CPU's.
+    step_watch = Stopwatch(device, max_calls=20 if device == "cuda" else 5)
+    step_bench = steps.StepBench(device, args.repeats, compilers["steps"], step_watch)
+
     checks = [bench.check_bn_scale(case) for case in progress(cases.get("bn_scale", []), "validate")]
     for case in progress(cases.get("bn_scale_train", []), "validate"):
         checks += bench.check_bn_scale_train(case)
@@ -107,7 +121,7 @@ def measure(args: argparse.Namespace) -> record.Report:
         checks += conv_benches[part].check(of_part)
     for short_case in short:
         checks += short_planes.check_short(short_case)
-    checks += activation_bench.check(with_each) + grad_bench.check(in_grad_mode)
+    checks += activation_bench.check(with_each) + grad_bench.check(in_grad_mode) + step_bench.check(in_steps)
     report: record.Report = {
         **record.describe(device, args.commit),
         "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
@@ -124,6 +138,8 @@ def measure(args: argparse.Namespace) -> record.Report:
         report["activations"] = activation_bench.time(with_each)
     if in_grad_mode:
         report["grad_mode"] = grad_bench.time(in_grad_mode)
+    if in_steps:
+        report["steps"] = step_bench.time(in_steps)
     if short:
         report["short_planes"] = short_planes.time_short(short, bench.watch, args.repeats)
     for part in cases:

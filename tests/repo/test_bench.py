@@ -40,7 +40,7 @@ def test_json_has_every_number(report_file: Path) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["device"]["threads"] == torch.get_num_threads()
     assert {"date", "flags", "settings", "notes", "seconds"} <= found.keys()
-    assert found["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0, "grad_mode": 0}
+    assert found["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0, "grad_mode": 0, "steps": 0}
     convolutions, trained = found["conv"], found["train"]
     assert [len(rows) for rows in (convolutions, trained, found["bn_scale"], found["bn_scale_train"])] == [2, 2, 4, 3]
     # Of each convolution, the module, the op and in evaluation the pair, each in two measures; in training also of two
@@ -213,6 +213,20 @@ def test_activation_and_grad_mode_cases() -> None:
     assert len({str(case) for case in cases}) == 4 and {case.batch for case in cases} == {128}
 
 
+def test_step_cases() -> None:
+    for device, of_network, counts in (("cuda", 53, 1), ("cpu", 20 + 52, 2)):
+        cases = layers.step_cases(device)
+        assert len({(step.case.group, str(step)) for step in cases}) == len(cases)
+        of_layers = [step for step in cases if step.in_network]
+        assert len(cases) - len(of_layers) == 2 * 2 * 3  # x, dtype, mode
+        assert sum(step.case.count for step in of_layers) == of_network
+        assert sum(not step.x for step in of_layers) == counts, "a network's first layer has no gradient of its input"
+        assert all(step.case.train for step in of_layers)
+        compiled = [step for step in cases if set(step.compiled) == {"compile", "ours compiled"}]
+        assert sum(step.in_network for step in compiled) == (4 if device == "cuda" else 0)
+        assert any(step.frozen for step in compiled) and any(step.case.train for step in compiled)
+
+
 def test_rows_that_are_too_slow_have_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     def row(name: str, ours: float, aten: float, **others: float) -> dict[str, Any]:
         us = {"ours": ours, "aten": aten, **others}
@@ -273,8 +287,9 @@ def test_folded_weights_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_networks_have_the_weights_that_they_are_known_for() -> None:
-    """25,557,032 and 3,504,872 parameters, less those of BatchNorm and of the classifier."""
+    """11,689,512, 25,557,032 and 3,504,872 parameters, less those of BatchNorm and of the classifier."""
     for network, weights, mac in (
+        (layers.resnet18_layers(), 11_689_512 - 9_600 - 513_000, 1.814e9),
         (layers.resnet50_layers(), 25_557_032 - 53_120 - 2_049_000, 4.087e9),
         (layers.mobilenet_v2_layers(), 3_504_872 - 34_112 - 1_281_000, 0.2995e9),
     ):

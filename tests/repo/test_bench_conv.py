@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fused_conv_bn as fcb
 from benching import SMALL, TINY, call, small_cases
-from benchmarks import conv, grad_mode, host, record, run
+from benchmarks import conv, host, record, run
 from benchmarks.layers import ConvCase
 from benchmarks.stopwatch import Stopwatch
 from fused_conv_bn import reference
@@ -186,26 +184,9 @@ def test_grad_mode(
         assert row["us"].keys() == {"copy", "ours", "eager", "no_grad"} and row["missing"].keys() == set()
         assert row["ours/no_grad"] == row["us"]["ours"]["median"] / row["us"]["no_grad"]["median"]
         assert ("kernelbench" in row) == row["train"]
-        assert row["step"].keys() == {"without x", "with x"}
-        for step in row["step"].values():
-            assert step["peak_mb"].keys() == ({"ours", "eager"} if device == "cuda" else set())
     timed = rows[0]["kernelbench"]
     assert timed["eager/ours"] == timed["us"]["eager"]["mean"] / timed["us"]["ours"]["mean"]
-    # Outputs in two measures, in training two statistics; gradients of four or five parameters and the input.
-    assert found["validation"]["count"] == 2 * (4 + 4) + (2 + 5)
+    assert found["validation"]["count"] == 2 * 4 + 2  # outputs in two measures, in training two statistics
     lines = capsys.readouterr().out.splitlines()
     begin = lines.index("grad mode on, forward alone (no_grad: ours under it)")
-    assert [sum(line.startswith(str(case)) for line in lines[begin:]) for case in small_grad_cases(device)] == [4, 7, 4]
-
-
-def test_wrong_gradients_stop_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(run, "grad_mode_cases", small_grad_cases)
-    right = grad_mode.gradients
-
-    def wrong(model: torch.nn.Module, *arguments: Any) -> dict[str, Tensor]:
-        found = right(model, *arguments)
-        return found if isinstance(model, conv.Plain) else {**found, "bn.weight": found["bn.weight"] * 1.01}
-
-    monkeypatch.setattr(grad_mode, "gradients", wrong)
-    assert call(*TINY, "--device=cpu", "--only=grad_mode") == 1
-    assert "float32 nchw train, gradient of bn.weight: " in capsys.readouterr().err
+    assert [sum(line.startswith(str(case)) for line in lines[begin:]) for case in small_grad_cases(device)] == [2, 3, 2]

@@ -172,8 +172,11 @@ def activations(report: Report) -> str:
 
 
 def of_table(table: Callable[[Report], Table], report: Report) -> str:
+    """Without the columns that no row has anything in."""
     header, rows = table(report)
-    return markdown(header, rows)
+    rows = [["" if cell == "n/a" else cell for cell in row] for row in rows]
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return markdown([header[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
 SECTIONS: dict[str, Callable[..., str]] = {

@@ -57,7 +57,8 @@ def train(
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     for i, (x, target) in enumerate(data):
         with accumulate(wrapped) if accumulate and i % 3 != 2 else contextlib.nullcontext():
-            nn.functional.cross_entropy(call(x).float(), target).backward()
+            y = call(x)
+            nn.functional.cross_entropy(y if y.dtype == torch.float64 else y.float(), target).backward()
         if accumulate is None or i % 3 == 2:
             optimizer.step()
             if i + 1 < len(data):

@@ -218,6 +218,7 @@ def run(rank: int, world: int, device_type: str, folder: str) -> None:
     try:
         for name, of in {**RUNS, **(CUDA_RUNS if device_type == "cuda" else {})}.items():
             torch._dynamo.reset()
+            torch.manual_seed(10)  # of the weights, in all processes
             dtype = torch.float32 if name in IN_16_BITS else torch.float64
             results = []
             for model in networks(torch.Generator().manual_seed(7), "cpu", dtype):

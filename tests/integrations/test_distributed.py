@@ -56,7 +56,7 @@ def test_as_plain_pytorch(name: str, device: str, found: Found) -> None:
         if name in IN_16_BITS:
             for key in plain:
                 largest = plain[key].abs().max().clamp(min=1)
-                assert (ours[key] - plain[key]).abs().max() <= 0.05 * largest, key
+                assert (ours[key] - plain[key]).abs().max() <= 0.1 * largest, key
         else:
             assert_same(ours, plain)
     mine, others = (of_process[name][1] for of_process in found)

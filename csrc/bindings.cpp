@@ -59,6 +59,32 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
                   ", " FCB_WINDOW ", *, " FCB_EPILOGUE ", bool allow_tf32=False")
 #undef FCB_TRAIN_FORMS
 
+  // Gradients of what is before the epilogue's residual_last: y = activation(affine(input) + residual), the affine as bn_scale's
+  // with var, as bn_scale_train's with invstd, and as scale_shift's with neither. Each of them in its parameter's dtype; those
+  // that are not asked for are undefined. result is y, for activations whose derivatives it tells.
+#define FCB_BACKWARD_EPILOGUE "str activation='none', float negative_slope=0.01"
+  m.def(
+      "bn_scale_backward(Tensor dy, Tensor? input, Tensor? result, Tensor? residual, Tensor? mean, Tensor? var, "
+      "Tensor? invstd, Tensor? weight, Tensor? bias, Tensor? conv_bias, float scaling_factor, float eps, "
+      "*, " FCB_BACKWARD_EPILOGUE
+      ", bool needs_input=False, bool needs_weight=False, bool needs_bias=False, bool needs_conv_bias=False, "
+      "bool needs_residual=False) -> (Tensor dinput, Tensor dweight, Tensor dbias, Tensor dconv_bias, Tensor "
+      "dresidual)");
+  // In two, for a batch that lies in several processes: sums is [2, C] in float64, sum(dv) and sum(dv * (input - mean)), and to
+  // be added up over them. mean and invstd are those of the whole batch; count, in float64, says how many values each channel
+  // has in it.
+  m.def(
+      "bn_scale_backward_sums(Tensor dy, Tensor input, Tensor? result, Tensor? residual, Tensor mean, Tensor invstd, "
+      "Tensor? weight, Tensor? bias, float scaling_factor, *, " FCB_BACKWARD_EPILOGUE
+      ", bool needs_weight=False, bool needs_bias=False) -> (Tensor sums, Tensor dweight, Tensor dbias)");
+  m.def(
+      "bn_scale_backward_apply(Tensor dy, Tensor input, Tensor? result, Tensor? residual, Tensor mean, Tensor invstd, "
+      "Tensor? weight, Tensor? bias, Tensor sums, Tensor count, float scaling_factor, *, " FCB_BACKWARD_EPILOGUE
+      ", bool needs_residual=False) -> (Tensor dinput, Tensor dresidual)");
+#undef FCB_BACKWARD_EPILOGUE
+  // Of each channel how many values it has, their mean, and the sum of their squared distances from it: [3, C] in float64.
+  m.def("bn_moments(Tensor input) -> Tensor");
+
   // The compute capabilities that the loaded CUDA library has code for; no kernel without one.
   m.def("cuda_archs() -> str");
 }

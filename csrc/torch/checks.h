@@ -24,25 +24,25 @@ inline void check_same_device(const char* op, const Operand& x, const Operand& r
 
 inline void check_like(const char* op, const Operand& x, const Operand& input) {
   if (!x.same_shape(input)) {
-    fail(op, ": ", x.name, " has shape ", x.shape(), ", expected ", input.shape(), ", the shape of input");
+    fail(op, ": ", x.name, " has shape ", x.shape(), ", expected ", input.shape(), ", the shape of ", input.name);
   }
   if (x.dtype != input.dtype) {
     fail(op, ": ", x.name, " has dtype ", dtype_name(x.dtype), ", expected ", dtype_name(input.dtype),
-         ", the dtype of input");
+         ", the dtype of ", input.name);
   }
   check_same_device(op, x, input);
 }
 
 inline void check_input(const char* op, const Operand& input) {
   if (input.dim < 2 || input.dim > kMaxDim) {
-    fail(op, ": input has shape ", input.shape(),
+    fail(op, ": ", input.name, " has shape ", input.shape(),
          ", expected 2 to 5 dimensions: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W)");
   }
   if (!is_supported(input.dtype)) {
-    fail(op, ": input has dtype ", dtype_name(input.dtype), ", expected " FCB_DTYPE_NAMES);
+    fail(op, ": ", input.name, " has dtype ", dtype_name(input.dtype), ", expected " FCB_DTYPE_NAMES);
   }
   if (input.sizes[1] > kMaxChannels) {
-    fail(op, ": input has ", input.sizes[1], " channels, expected at most ", kMaxChannels);
+    fail(op, ": ", input.name, " has ", input.sizes[1], " channels, expected at most ", kMaxChannels);
   }
 }
 

@@ -58,14 +58,15 @@ struct SavedStatistics {
   }
 };
 
+inline Element element_of(ScalarType dtype) {
+  Element element{};
+  dispatch_dtype(dtype, [&](auto tag) { element = kElement<typename decltype(tag)::type>; });
+  return element;
+}
+
 // A checked operand of one element a channel, for kernels that read or write it as it lies.
 inline ChannelBuffer channel_buffer(const OptionalOperand& x) {
-  ChannelBuffer buffer{};
-  if (x.has_value()) {
-    buffer = {x->tensor->data_ptr(), x->strides[0], {}};
-    dispatch_dtype(x->dtype, [&](auto tag) { buffer.element = kElement<typename decltype(tag)::type>; });
-  }
-  return buffer;
+  return x.has_value() ? ChannelBuffer{x->tensor->data_ptr(), x->strides[0], element_of(x->dtype)} : ChannelBuffer{};
 }
 
 // saved: nullptr for none.
@@ -103,14 +104,27 @@ struct Elementwise {
   }
 };
 
+// A checked operand's data with these strides.
+inline const void* dense_data(const Operand& x, const Strides& strides, bool channels_last, OptionalTensor& copy) {
+  if (has_strides(x, strides)) {
+    return x.tensor->data_ptr();
+  }
+  copy = torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last));
+  return copy->data_ptr();
+}
+
+inline Shape dense_shape(const Operand& x, bool channels_last) {
+  int64_t inner = 1;
+  for (int64_t d = 2; d < x.dim && !channels_last; ++d) {
+    inner *= x.sizes[d];
+  }
+  return {x.numel, x.sizes[1], inner};
+}
+
 // Checks are done; allocates and copies. `target`: the tensor to write to, nullptr for a new one.
 inline Elementwise make_elementwise(const Operand& input, const OptionalOperand& residual, const Operand* target) {
   const bool channels_last = computes_channels_last(input);
   const Strides strides = dense_strides(input, channels_last);
-  int64_t inner = 1;
-  for (int64_t d = 2; d < input.dim && !channels_last; ++d) {
-    inner *= input.sizes[d];
-  }
   const bool in_place = target != nullptr && has_strides(*target, strides);
   Elementwise e{
       nullptr,
@@ -118,18 +132,11 @@ inline Elementwise make_elementwise(const Operand& input, const OptionalOperand&
       in_place ? *target->tensor : empty_strided(input.dim, input.sizes, strides.data(), input.dtype, input.device),
       target == nullptr || in_place ? nullptr : target->tensor,
       !in_place,
-      Shape{input.numel, input.sizes[1], inner},
+      dense_shape(input, channels_last),
       input.device,
       {}};
-  const auto dense_data = [&](const Operand& x, OptionalTensor& copy) -> const void* {
-    if (has_strides(x, strides)) {
-      return x.tensor->data_ptr();
-    }
-    copy = torch::stable::contiguous(*x.tensor, memory_format(x.dim, channels_last));
-    return copy->data_ptr();
-  };
-  e.input = dense_data(input, e.copies[0]);
-  e.residual = residual.has_value() ? dense_data(*residual, e.copies[1]) : nullptr;
+  e.input = dense_data(input, strides, channels_last, e.copies[0]);
+  e.residual = residual.has_value() ? dense_data(*residual, strides, channels_last, e.copies[1]) : nullptr;
   return e;
 }
 

@@ -1,46 +1,18 @@
-"""The parts of backward: the activations' derivatives, BatchNorm's gradients, and the plain formula differentiated."""
+"""The parts of backward: what it is computed from, the gradients by the ops, and the plain formula differentiated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import conditions, reference
-from ._conv import without_autocast
+from ._conv import Window, convolution_again, convolution_backward, without_autocast
 
-_aten = torch.ops.aten
+_bn_scale_backward = torch.ops.fused_conv_bn.bn_scale_backward.default._op
 _is_compiling = torch.compiler.is_compiling
-
-# ---- activations -----------------------------------------------------------------------------------------------------
-
-FROM_RESULT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda dy, y: _aten.threshold_backward(dy, y, 0),
-    "sigmoid": _aten.sigmoid_backward,
-    "tanh": _aten.tanh_backward,
-}
-"""The gradient of an activation's input from that of its result, and the result."""
-
-_FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda dy, x: _aten.threshold_backward(dy, x, 0),
-    "relu6": lambda dy, x: _aten.hardtanh_backward(dy, x, 0.0, 6.0),
-    "silu": _aten.silu_backward,
-    "hardswish": _aten.hardswish_backward,
-    "gelu": _aten.gelu_backward,
-    "gelu_tanh": lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh"),
-    "sigmoid": lambda dy, x: _aten.sigmoid_backward(dy, torch.sigmoid(x)),
-    "hardsigmoid": _aten.hardsigmoid_backward,
-    "mish": _aten.mish_backward,
-    "tanh": lambda dy, x: _aten.tanh_backward(dy, torch.tanh(x)),
-}
-"""The same from the activation's input. ``leaky_relu`` is not in it: it takes a slope."""
-
-
-def activation_backward(dy: Tensor, x: Tensor, activation: str, negative_slope: float) -> Tensor:
-    if activation == "leaky_relu":
-        return _aten.leaky_relu_backward(dy, x, negative_slope, False)
-    return _FROM_INPUT[activation](dy, x)
 
 
 def derivative_from(
@@ -52,36 +24,112 @@ def derivative_from(
     """
     if activation == "none" or not (affine or (residual_grad and not residual_last)):
         return False, False
-    from_result = activation in FROM_RESULT and not (has_residual and residual_last)
+    from_result = activation in reference.FROM_RESULT and not (has_residual and residual_last)
     return from_result, not from_result
 
 
-# ---- BatchNorm -------------------------------------------------------------------------------------------------------
+# ---- by the ops ------------------------------------------------------------------------------------------------------
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    input: bool
+    conv_weight: bool
+    conv_bias: bool
+    weight: bool
+    bias: bool
+    residual: bool
 
 
-def effective(weight: Tensor | None, scaling_factor: float, like: Tensor) -> Tensor | None:
-    """BatchNorm's weight with the factor in it, so that the factor costs no pass over memory."""
-    if weight is None:
-        return None if scaling_factor == 1.0 else torch.full_like(like, scaling_factor)
-    weight = weight.to(like.dtype)
-    return weight if scaling_factor == 1.0 else weight * scaling_factor
+class Affine(NamedTuple):
+    """What a channel's affine is made of: BatchNorm's tensors, or a scale and a shift as weight and bias.
+
+    ``invstd`` takes the place of ``var`` where the statistics are the batch's. Those that no gradient depends on may be
+    missing.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    invstd: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    conv_bias: Tensor | None
+    scaling_factor: float = 1.0
+    eps: float = 0.0
 
 
-def scaled(gradient: Tensor | None, scaling_factor: float) -> Tensor | None:
-    return gradient if gradient is None or scaling_factor == 1.0 else gradient * scaling_factor
+def elementwise_backward(dy: Tensor, *tensors: Any, **named: Any) -> Any:
+    """bn_scale_backward. torch.compile gets PyTorch's ops, and fuses them with what is around them."""
+    run = reference.bn_scale_backward if _is_compiling() else _bn_scale_backward
+    return run(dy, *tensors, **named)
+
+
+def backward(
+    dy: Tensor,
+    input: Tensor | None,
+    conv_weight: Tensor | None,
+    window: Window,
+    allow_tf32: bool,
+    affine: Affine,
+    result: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual_last: bool,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of which ``needs`` are, in its order.
+
+    ``input`` is that of the convolution, or what the affine is applied to where ``conv_weight`` is None.
+    """
+    dx = dw = dr = None
+    needs_z = needs.input or needs.conv_weight
+    derives = activation != "none"
+    has_affine = affine.mean is not None or affine.weight is not None
+    if needs.residual and (residual_last or not derives):
+        dr = dy
+    dv_is_asked_for = needs.residual and dr is None
+    sums = needs.weight or needs.bias or needs.conv_bias
+    z = None
+    with without_autocast():
+        if not (sums or dv_is_asked_for or (needs_z and (has_affine or derives))):
+            dz, dg, db, dcb = dy if needs_z else None, None, None, None
+        else:
+            from_input = derives and result is None
+            if needs.weight or from_input or (needs_z and affine.invstd is not None):
+                z = input
+                if conv_weight is not None:
+                    assert input is not None
+                    z = convolution_again(input, conv_weight, window, allow_tf32)
+            # Without an affine dz is dv.
+            dz, dg, db, dcb, dv = elementwise_backward(
+                *(dy, z, result, residual, *affine),
+                activation=activation,
+                negative_slope=negative_slope,
+                needs_input=needs_z,
+                needs_weight=needs.weight,
+                needs_bias=needs.bias,
+                needs_conv_bias=needs.conv_bias,
+                needs_residual=dv_is_asked_for and (has_affine or not needs_z),
+            )
+            if dv_is_asked_for:
+                dr = dz if dv is None else dv
+        if needs_z and conv_weight is not None:
+            assert dz is not None and input is not None
+            del z  # its memory is the convolution's
+            dx, dw = convolution_backward(dz, input, conv_weight, window, needs.input, needs.conv_weight)
+        else:
+            dx = dz
+    return dx, dw, dcb, dg, db, dr
+
+
+# ---- by the formula --------------------------------------------------------------------------------------------------
 
 
 def parameter_dtype(mean: Tensor, weight: Tensor | None) -> torch.dtype:
     """That of BatchNorm's bias."""
     return mean.dtype if weight is None else weight.dtype
-
-
-def to_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def differentiates_formula(dy: Tensor) -> bool:
@@ -119,7 +167,7 @@ def formula_backward(
         add: Tensor | None = None
         gradient = dy
         if result is not None:
-            gradient = FROM_RESULT[activation](dy, result)
+            gradient = reference.FROM_RESULT[activation](dy, result)
         elif activation != "none":
             if residual is not None and not residual_last:
                 add = residual.view_as(residual) if residual.requires_grad else residual.detach().requires_grad_()
@@ -137,27 +185,3 @@ def formula_backward(
     if residual_last:
         return gradients, dy
     return gradients, next(got) if add is not None else gradient
-
-
-def affine_backward(
-    dv: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    batch_mean: Tensor | None,
-    batch_invstd: Tensor | None,
-    eps: float,
-    mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of BatchNorm's input, weight and bias. Without ``z`` the weight's is not to be asked for."""
-    trains = batch_mean is not None
-    dtype = wide(dv.dtype)
-    # CUDA's kernel wants tensors there, as its forward leaves them, and makes gradients in the weight's likeness.
-    if batch_mean is None:
-        batch_mean = batch_invstd = dv.new_empty(0, dtype=dtype)
-    if weight is None and (mask[1] or mask[2]):
-        weight = torch.ones(dv.size(1), dtype=dtype, device=dv.device)
-    return _aten.native_batch_norm_backward(
-        dv, dv if z is None else z, weight, mean, var, batch_mean, batch_invstd, trains, eps, mask
-    )

@@ -1,7 +1,7 @@
 """The ops with a derivative: autograd Functions above the dispatcher, around the fused forward.
 
-Each Function covers its op with and without the convolution in front of it (``conv_weight`` is None then). Backward
-takes PyTorch's own formulas: the activation's, then ``native_batch_norm_backward``, then ``convolution_backward``.
+Each Function covers its op with and without the convolution in front of it (``conv_weight`` is None then). Backward is
+``bn_scale_backward``, which is one op for all of them, then ``convolution_backward`` (:func:`._gradients.backward`).
 
 Memory is never above eager's, which keeps the convolution's input and result, and an activation's input or result.
 
@@ -11,8 +11,6 @@ Memory is never above eager's, which keeps the convolution's input and result, a
   activation's input again, so that results may be written to in place after them, as eager allows.
 
 With grad mode on in backward (``create_graph``) the plain formula is differentiated: second derivatives are right.
-
-The file is a little over 600 lines: its three Functions have one shape, and are read side by side.
 """
 
 from __future__ import annotations
@@ -31,24 +29,18 @@ from ._conv import (
     NO_WINDOW,
     Window,
     as_autocast,
-    convolution_again,
-    convolution_backward,
     keeps_result,
     without_autocast,
 )
 from ._dispatch import keywords
 from ._gradients import (
-    FROM_RESULT,
-    activation_backward,
-    affine_backward,
+    Affine,
+    Needs,
+    backward,
     derivative_from,
     differentiates_formula,
-    effective,
     formula_backward,
     parameter_dtype,
-    scaled,
-    to_dtype,
-    wide,
 )
 
 _ops = torch.ops.fused_conv_bn
@@ -108,7 +100,6 @@ class _BnScale(Function):
         from_result, from_input = derivative_from(activation, residual is not None, residual_last, affine, needs[7])
         # Of BatchNorm the gradient of the input alone needs no input, and that of the bias nothing.
         keeps = needs[5] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
-        ctx.from_input = from_input
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             input if keeps else None,
@@ -128,15 +119,17 @@ class _BnScale(Function):
             return (None,) * 9
         input, conv_weight, conv_bias, mean, var, weight, bias, residual, result = ctx.saved_tensors
         factor, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
-        needs_x, needs_w, needs_cb, _, _, needs_g, needs_b, needs_r = ctx.needs_input_grad[:8]
-        dx = dw = dcb = dg = db = dr = None
+        needs = Needs(*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:8])
         if mean is None:  # the residual's alone
-            dr = dy if result is None else FROM_RESULT[activation](dy, result)
+            dr = dy if result is None else reference.FROM_RESULT[activation](dy, result)
             return *(None,) * 7, dr, None
         if differentiates_formula(dy):
             # No gradient depends on the values of what is zero here, unless an activation's does, which kept them.
-            b = mean.new_zeros(mean.shape, dtype=parameter_dtype(mean, weight)) if needs_b and bias is None else bias
-            cb = mean.new_zeros(mean.shape, dtype=dy.dtype) if needs_cb and conv_bias is None else conv_bias
+            b, cb = bias, conv_bias
+            if needs.bias and b is None:
+                b = mean.new_zeros(mean.shape, dtype=parameter_dtype(mean, weight))
+            if needs.conv_bias and cb is None:
+                cb = mean.new_zeros(mean.shape, dtype=dy.dtype)
 
             def formula(x: Any, w: Any, cb: Any, g: Any, b: Any) -> Tensor:
                 if w is not None:
@@ -148,53 +141,15 @@ class _BnScale(Function):
             (dx, dw, dcb, dg, db), dr = formula_backward(
                 formula,
                 (torch.zeros_like(dy) if input is None else input, conv_weight, cb, weight, b),
-                (needs_x, needs_w, needs_cb, needs_g, needs_b),
-                *(residual, result, dy, needs_r, activation, slope, last),
+                needs[:5],
+                *(residual, result, dy, needs.residual, activation, slope, last),
             )
-            return dx, dw, dcb, None, None, dg, db, dr, None
-        with without_autocast():
-            dtype = wide(dy.dtype)
-            center = mean.to(dtype)  # of the convolution's result without its bias
-            if conv_bias is not None:
-                center = center - conv_bias.to(dtype)
-            z = input
-            if conv_weight is not None:
-                z = convolution_again(input, conv_weight, window, allow_tf32) if needs_g else None
-            dv = dy
-            if result is not None:
-                dv = FROM_RESULT[activation](dy, result)
-            elif ctx.from_input:
-                if z is not None:
-                    v = _bn_scale(
-                        z, center, var.to(dtype), *to_dtype(dtype, weight, bias), factor, eps, residual=residual
-                    )
-                else:
-                    v = _conv_bn_scale(
-                        *(input, conv_weight, conv_bias, mean, var, weight, bias, factor, eps, *window),
-                        residual=residual,
-                        allow_tf32=allow_tf32,
-                    )
-                dv = activation_backward(dy, v, activation, slope)
-                del v
-            if needs_r:
-                dr = dy if last else dv
-            needs_z = needs_x or needs_w
-            if needs_z or needs_cb or needs_g or needs_b:
-                g = effective(weight, factor, center)
-                var = var.to(dtype)
-                mask = [needs_z, needs_g, needs_b or needs_cb]
-                dz, dg, db = affine_backward(dv, z, g, center, var, None, None, eps, mask)
-                if needs_cb:
-                    assert db is not None
-                    dcb = db * torch.rsqrt(var + eps)
-                    dcb = dcb if g is None else dcb * g
-                dx = dz if needs_x else None
-                if conv_weight is not None and needs_z:
-                    assert dz is not None
-                    del z, dv  # their memory is the convolution's
-                    dx, dw = convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
-                dg = scaled(dg, factor) if needs_g else None
-                db = scaled(db, factor) if needs_b else None
+        else:
+            affine = Affine(mean, var, None, weight, bias, conv_bias, factor, eps)
+            dx, dw, dcb, dg, db, dr = backward(
+                *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
+                *(activation, slope, last, needs),
+            )
         return dx, dw, dcb, None, None, dg, db, dr, None
 
 
@@ -230,8 +185,6 @@ class _ScaleShift(Function):
         affine = needs[0] or needs[1] or needs[2] or needs[3]
         from_result, from_input = derivative_from(activation, residual is not None, residual_last, affine, needs[4])
         keeps = needs[2] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
-        ctx.channels = output.size(1)
-        ctx.from_input = from_input
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             input if keeps else None,
@@ -249,9 +202,10 @@ class _ScaleShift(Function):
         input, conv_weight, scale, shift, residual, result = ctx.saved_tensors
         window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs_x, needs_w, needs_scale, needs_shift, needs_r = ctx.needs_input_grad[:5]
-        dx = dw = dscale = dshift = dr = None
         if differentiates_formula(dy):
-            b = dy.new_zeros(ctx.channels, dtype=wide(dy.dtype)) if needs_shift and shift is None else shift
+            b = shift
+            if needs_shift and b is None:
+                b = dy.new_zeros(dy.size(1), dtype=reference.wide(dy.dtype))
 
             def formula(x: Any, w: Any, scale: Any, shift: Any) -> Tensor:
                 z = x if w is None else reference.convolution(x, w, None, *window)
@@ -263,39 +217,12 @@ class _ScaleShift(Function):
                 (needs_x, needs_w, needs_scale, needs_shift),
                 *(residual, result, dy, needs_r, activation, slope, last),
             )
-            return dx, dw, dscale, dshift, dr, None
-        with without_autocast():
-            z = input
-            if conv_weight is not None:
-                z = convolution_again(input, conv_weight, window, allow_tf32) if needs_scale else None
-            dv = dy
-            if result is not None:
-                dv = FROM_RESULT[activation](dy, result)
-            elif ctx.from_input:
-                if z is not None:
-                    v = _scale_shift(z, scale, shift, residual=residual)
-                else:
-                    v = _conv_scale_shift(
-                        *(input, conv_weight, scale, shift, *window), residual=residual, allow_tf32=allow_tf32
-                    )
-                dv = activation_backward(dy, v, activation, slope)
-                del v
-            if needs_r:
-                dr = dy if last else dv
-            needs_z = needs_x or needs_w
-            dz: Tensor | None = dv
-            if needs_scale or needs_shift or (needs_z and scale is not None):
-                dtype = wide(dy.dtype)
-                zeros = torch.zeros(ctx.channels, dtype=dtype, device=dy.device)
-                mask = [needs_z, needs_scale, needs_shift]
-                dz, dscale, dshift = affine_backward(dv, z, scale, zeros, torch.ones_like(zeros), None, None, 0.0, mask)
-                dscale = dscale if needs_scale else None
-                dshift = dshift if needs_shift else None
-            dx = dz if needs_x else None
-            if conv_weight is not None and needs_z:
-                assert dz is not None
-                del z, dv  # their memory is the convolution's
-                dx, dw = convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
+        else:
+            dx, dw, _, dscale, dshift, dr = backward(
+                *(dy, input, conv_weight, window, allow_tf32, Affine(None, None, None, scale, shift, None)),
+                *(result, residual, activation, slope, last),
+                Needs(needs_x, needs_w, False, needs_scale, needs_shift, needs_r),
+            )
         return dx, dw, dscale, dshift, dr, None
 
 
@@ -338,7 +265,6 @@ class _BnScaleTrain(Function):
         affine = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
         from_result, from_input = derivative_from(activation, residual is not None, residual_last, affine, needs[7])
         keeps = affine or from_input
-        ctx.from_input = from_input
         ctx.set_materialize_grads(False)
         if numbers[8]:
             ctx.mark_non_differentiable(*output[1:])
@@ -359,15 +285,16 @@ class _BnScaleTrain(Function):
             return (None,) * 9
         input, conv_weight, weight, bias, residual, result, mean, invstd = ctx.saved_tensors
         factor, _, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
-        needs_x, needs_w, needs_cb, _, _, needs_g, needs_b, needs_r = ctx.needs_input_grad[:8]
-        dx = dw = dcb = dg = db = dr = None
+        needs = Needs(*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:8])
         if mean is None:  # the residual's alone
-            dr = dy if result is None else FROM_RESULT[activation](dy, result)
+            dr = dy if result is None else reference.FROM_RESULT[activation](dy, result)
             return *(None,) * 7, dr, None
-        if needs_cb:  # the batch's mean takes the bias away again
-            dcb = mean.new_zeros(mean.shape, dtype=dy.dtype)
+        # The batch's mean takes the bias away again.
+        zeros = mean.new_zeros(mean.shape, dtype=dy.dtype) if needs.conv_bias else None
         if differentiates_formula(dy):
-            b = mean.new_zeros(mean.shape, dtype=parameter_dtype(mean, weight)) if needs_b and bias is None else bias
+            b = bias
+            if needs.bias and b is None:
+                b = mean.new_zeros(mean.shape, dtype=parameter_dtype(mean, weight))
 
             def formula(x: Any, w: Any, cb: Any, g: Any, b: Any) -> Tensor:
                 z = x if w is None else reference.convolution(x, w, cb, *window)
@@ -375,43 +302,17 @@ class _BnScaleTrain(Function):
 
             (dx, dw, dcb, dg, db), dr = formula_backward(
                 formula,
-                (input, conv_weight, dcb, weight, b),
-                (needs_x, needs_w, needs_cb, needs_g, needs_b),
-                *(residual, result, dy, needs_r, activation, slope, last),
+                (input, conv_weight, zeros, weight, b),
+                needs[:5],
+                *(residual, result, dy, needs.residual, activation, slope, last),
             )
-            return dx, dw, dcb, None, None, dg, db, dr, None
-        with without_autocast():
-            needs_z = needs_x or needs_w
-            affine = needs_z or needs_g or needs_b
-            from_input = ctx.from_input
-            g = effective(weight, factor, mean)
-            z = input
-            if conv_weight is not None and (affine or from_input):
-                z = convolution_again(input, conv_weight, window, allow_tf32)
-            dv = dy
-            if result is not None:
-                dv = FROM_RESULT[activation](dy, result)
-            elif from_input:
-                scale = invstd if g is None else invstd * g
-                shift = (
-                    -mean * scale
-                    if bias is None
-                    else torch.addcmul(bias.to(mean.dtype) * factor, mean, scale, value=-1)
-                )
-                v = _scale_shift(z, scale, shift, residual=residual)
-                dv = activation_backward(dy, v, activation, slope)
-                del v
-            if needs_r:
-                dr = dy if last else dv
-            if affine:
-                dz, dg, db = affine_backward(dv, z, g, None, None, mean, invstd, eps, [needs_z, needs_g, needs_b])
-                dx = dz if needs_x else None
-                if conv_weight is not None and needs_z:
-                    assert dz is not None
-                    del z, dv  # their memory is the convolution's
-                    dx, dw = convolution_backward(dz, input, conv_weight, window, needs_x, needs_w)
-                dg = scaled(dg, factor) if needs_g else None
-                db = scaled(db, factor) if needs_b else None
+        else:
+            affine = Affine(mean, None, invstd, weight, bias, None, factor, eps)
+            dx, dw, _, dg, db, dr = backward(
+                *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
+                *(activation, slope, last, needs._replace(conv_bias=False)),
+            )
+            dcb = zeros
         return dx, dw, dcb, None, None, dg, db, dr, None
 
 
@@ -455,7 +356,7 @@ def _is_kept_apart(activation: str, residual_last: bool, *tensors: Tensor | None
     To compute that input again takes two tensors, what the residual is added to and the residual. Eager has the former
     as well if one of ``tensors`` needs a gradient.
     """
-    if residual_last or activation == "none" or activation in FROM_RESULT:
+    if residual_last or activation == "none" or activation in reference.FROM_RESULT:
         return False
     return not any(t is not None and t.requires_grad for t in tensors)
 

@@ -124,14 +124,48 @@ def test_opcheck_fold_bn(optional: int, dtype: torch.dtype, device: str, generat
     torch.library.opcheck(OPS.fold_bn.default, arguments)
 
 
-# Ops of two results and more, and convolutions: op -> arguments for an input of (2, C, 4, 3) and a weight.
-MORE_CALLS: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(torch.float64 if t.dtype == torch.float64 else torch.float32) for t in tensors]
+
+
+# Ops of two results and more, and convolutions: op -> arguments for an input of (2, C, 4, 3) and a weight; and keyword arguments
+# where they are others than an epilogue, or None.
+MORE_CALLS: dict[str, tuple[Any, ...]] = {
     "bn_scale_train_stats": (OPS.bn_scale_train_stats.default, lambda x, w, bn: (x, *bn)),
     "bn_scale_train_functional": (OPS.bn_scale_train_functional.default, lambda x, w, bn: (x, *bn)),
     "bn_scale_train_functional without statistics": (
         OPS.bn_scale_train_functional.default,
         lambda x, w, bn: (x, None, None),
     ),
+    "bn_scale_backward in evaluation": (
+        OPS.bn_scale_backward.default,
+        lambda x, w, bn: (x, x + 1, None, x - 1, *bn[:2], None, *bn[2:], bn[3] + 1, 1.7, 1e-3),
+        dict.fromkeys(("needs_input", "needs_weight", "needs_bias", "needs_conv_bias", "needs_residual"), True),
+    ),
+    "bn_scale_backward in training": (
+        OPS.bn_scale_backward.default,
+        lambda x, w, bn: (x, x + 1, None, None, *wide(bn[0]), None, *wide(bn[1]), *bn[2:], None, 1.7, 1e-3),
+        {"needs_input": True, "needs_bias": True},
+    ),
+    "bn_scale_backward of a pair": (
+        OPS.bn_scale_backward.default,
+        lambda x, w, bn: (x, x + 1, None, None, None, None, None, *wide(bn[2], bn[3]), None, 1.0, 0.0),
+        {"needs_weight": True},
+    ),
+    "bn_scale_backward_sums": (
+        OPS.bn_scale_backward_sums.default,
+        lambda x, w, bn: (x, x + 1, None, x - 1, *wide(*bn[:2]), *bn[2:], 1.7),
+        {"needs_weight": True},
+    ),
+    "bn_scale_backward_apply": (
+        OPS.bn_scale_backward_apply.default,
+        lambda x, w, bn: (
+            *(x, x + 1, None, x - 1, *wide(*bn[:2]), *bn[2:]),
+            *(torch.stack(bn[:2]).double(), bn[1].double() + 9, 1.7),
+        ),
+        {"needs_residual": True},
+    ),
+    "bn_moments": (OPS.bn_moments.default, lambda x, w, bn: (x,), None),
     "conv_bn_scale": (OPS.conv_bn_scale.default, lambda x, w, bn: (x, w, bn[3] + 1, *bn, 1.7, 1e-3, [2, 1], [1, 1])),
     "conv_bn_scale without optional tensors": (OPS.conv_bn_scale.default, lambda x, w, bn: (x, w, None, *bn[:2])),
     "conv_bn_scale_train_stats": (
@@ -155,19 +189,20 @@ MORE_CALLS: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
 def test_opcheck_of_more(
     call: str, channels_last: bool, dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> None:
-    op, arguments = MORE_CALLS[call]
+    op, arguments, *named = MORE_CALLS[call]
     x, w = (torch.randn(n, C, 6, 3, generator=generator).to(device, dtype) for n in (2, C))
     w = w[:, :, :3]
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     bn = random_bn(C, dtype, device, generator)
     for epilogue in ({}, {"activation": "leaky_relu", "negative_slope": 0.2}):
-        torch.library.opcheck(op, arguments(x, w, bn), epilogue)
+        keywords = epilogue if not named else {} if named[0] is None else epilogue | named[0]
+        torch.library.opcheck(op, arguments(x, w, bn), keywords)
 
 
 def test_every_overload_is_opchecked() -> None:
     """Guards the lists above: a new op needs samples."""
-    checked = {op for op, _ in (*CALLS.values(), *MORE_CALLS.values())} | {OPS.fold_bn.default, OPS.cuda_archs.default}
+    checked = {op for op, *_ in (*CALLS.values(), *MORE_CALLS.values())} | {OPS.fold_bn.default, OPS.cuda_archs.default}
     checked |= {OPS.conv_scale_shift.default}  # in ops/test_conv_integration.py
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in ops/test_train_integration.py
     # What takes no tensor or returns none.

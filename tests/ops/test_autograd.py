@@ -150,7 +150,8 @@ def assert_close_to_eager(*results: Tensor, dtype: torch.dtype, what: str) -> No
     well."""
     ours, *eager, truth = results
     u = DTYPES[dtype]
-    steps = 6 if u < 2.0**-20 else 2
+    # In float64 the truth is eager's own, in whose order of additions nobody else adds.
+    steps = 12 if dtype == torch.float64 else 6 if u < 2.0**-20 else 2
     eagers = max(error(y, truth) / DTYPES[y.dtype if dtype == torch.float64 else dtype] for y in eager)
     allowed = (3 if dtype == torch.float64 else 2) * eagers + steps
     got = error(ours, truth) / u
@@ -178,6 +179,12 @@ def test_gradients(op: str, residual: str, dtype: torch.dtype, device: str, gene
         eager = [gradients(reference, call, cast(exact, device, d), names, **epilogue)[1] for d in yardsticks]
         _, truth = gradients(reference, call, {k: t.double() for k, t in exact.items()}, names, **epilogue)
         assert y.dtype == dtype
+        if activation == "hardsigmoid" and dtype == torch.float64:  # PyTorch's sixth is a float's
+            truth |= {
+                k: g / (6 * float(torch.tensor(1 / 6)))
+                for k, g in truth.items()
+                if k != "residual" or residual != "last"
+            }
         for name in names:
             assert got[name].dtype == cast(exact, device, dtype)[name].dtype, name
             if name == "conv_bias" and "train" in op:  # zero, of which eager has only the rounding errors

@@ -18,4 +18,8 @@ cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& pla
 cudaError_t launch_bn_finish(const TrainParams& params, const Moments* partials, int64_t splits, int64_t inner,
                              const AffineBuffer& affines, cudaStream_t stream);
 
+// Merges partials into [count, mean, m2][channels].
+cudaError_t launch_bn_moments(const Moments* partials, int64_t splits, int64_t inner, double* moments, int64_t channels,
+                              cudaStream_t stream);
+
 }  // namespace fused_conv_bn

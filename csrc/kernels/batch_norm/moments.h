@@ -19,6 +19,7 @@ struct Moments {
   double mean;
   double m2;
 };
+constexpr int64_t kMomentsDoubles = sizeof(Moments) / sizeof(double);
 
 // Of the values of both (Chan, Golub and LeVeque, 1979). NaN stays NaN.
 FCB_HD Moments merge(const Moments& a, const Moments& b) {
@@ -60,19 +61,21 @@ struct ChannelBuffer {
   int64_t stride;
   Element element;
 
-  FCB_HD double at(uint32_t c, double missing) const {
+  FCB_HD double at(uint32_t c, double missing) const { return as<double>(c, missing); }
+  template <typename Acc>
+  FCB_HD Acc as(uint32_t c, Acc missing) const {
     if (data == nullptr) {
       return missing;
     }
     switch (element) {
       case Element::float16:
-        return to_acc(static_cast<const float16*>(data)[c * stride]);
+        return static_cast<Acc>(to_acc(static_cast<const float16*>(data)[c * stride]));
       case Element::bfloat16:
-        return to_acc(static_cast<const bfloat16*>(data)[c * stride]);
+        return static_cast<Acc>(to_acc(static_cast<const bfloat16*>(data)[c * stride]));
       case Element::float32:
-        return static_cast<const float*>(data)[c * stride];
+        return static_cast<Acc>(static_cast<const float*>(data)[c * stride]);
       default:
-        return static_cast<const double*>(data)[c * stride];
+        return static_cast<Acc>(static_cast<const double*>(data)[c * stride]);
     }
   }
   FCB_HD void set(uint32_t c, double value) const {

@@ -411,13 +411,7 @@ PlanesParams<T> planes_params(const T* x, const Shape& shape, const StatsPlan& p
 }
 
 template <typename T>
-cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& plan, Moments* partials,
-                            cudaStream_t stream) {
-  if (plan.planes) {
-    const auto p = planes_params(x, shape, plan, partials);
-    const auto blocks = static_cast<uint32_t>(plan.splits * shape.channels);
-    return launch_kernel(bn_stats_planes_kernel<T>, blocks, kStatsThreads, 0, true, stream, p);
-  }
+ColumnsParams<T> columns_params(const T* x, const Shape& shape, const StatsPlan& plan, Moments* partials) {
   ColumnsParams<T> p{};
   p.x = x;
   p.partials = partials;
@@ -428,6 +422,18 @@ cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& pla
   p.lanes = plan.lanes;
   p.rows = kStatsThreads / plan.lanes;
   p.row_vectors = plan.row_vectors;
+  return p;
+}
+
+template <typename T>
+cudaError_t launch_bn_stats(const T* x, const Shape& shape, const StatsPlan& plan, Moments* partials,
+                            cudaStream_t stream) {
+  if (plan.planes) {
+    const auto p = planes_params(x, shape, plan, partials);
+    const auto blocks = static_cast<uint32_t>(plan.splits * shape.channels);
+    return launch_kernel(bn_stats_planes_kernel<T>, blocks, kStatsThreads, 0, true, stream, p);
+  }
+  const auto p = columns_params(x, shape, plan, partials);
   const auto blocks = static_cast<uint32_t>(plan.splits * plan.chunks);
   return launch_kernel(plan.vectors ? bn_stats_columns_kernel<T, kColumnVec<T>> : bn_stats_columns_kernel<T, 1>, blocks,
                        kStatsThreads, 0, true, stream, p);

@@ -52,12 +52,11 @@ struct StatsPlan {
   int64_t partials(const Shape& shape) const { return splits * shape.channels * inner; }
 };
 
-// For an x that is dense with the given shape and not empty.
+// For tensors that are dense with the given shape and not empty. address: theirs, or of several tensors the bits of all.
 template <typename T>
-StatsPlan plan_stats(const T* x, const Shape& shape, int multiprocessors) {
+StatsPlan plan_stats(uintptr_t address, const Shape& shape, int multiprocessors) {
   constexpr int64_t V = Vec<T>::kSize, W = kColumnVec<T>;
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const auto address = reinterpret_cast<uintptr_t>(x);
   StatsPlan plan{};
   plan.images = shape.numel / (shape.channels * shape.inner);
   plan.planes = shape.inner * static_cast<int64_t>(sizeof(T)) >= 128;
@@ -97,6 +96,11 @@ StatsPlan plan_stats(const T* x, const Shape& shape, int multiprocessors) {
   set_splits(plan.images, kStatsThreads / plan.lanes * batch, plan.chunks,
              int64_t{multiprocessors} * kStatsColumnBlocks * kColumnWaves);
   return plan;
+}
+
+template <typename T>
+StatsPlan plan_stats(const T* x, const Shape& shape, int multiprocessors) {
+  return plan_stats<T>(reinterpret_cast<uintptr_t>(x), shape, multiprocessors);
 }
 
 }  // namespace fused_conv_bn

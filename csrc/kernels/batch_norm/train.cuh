@@ -8,8 +8,6 @@
 
 namespace fused_conv_bn {
 
-constexpr int64_t kMomentsDoubles = sizeof(Moments) / sizeof(double);
-
 // A pass over the input for its statistics, their merge, and a pass that applies what comes of it.
 template <typename T>
 struct BnTrainPlan {

@@ -1,10 +1,11 @@
 // The activations' derivatives, once, for every kernel on every device: the gradient of an activation's input from that of its
 // result.
 //
-// NaN goes where PyTorch's own *_backward puts it on CUDA: what is compared with bounds passes dy for it. Nothing divides by IEEE's rules, and nothing cancels: sums over many elements
-// are made of these, so that 16-bit tensors get float32's accuracy too. float32 takes at most two special-function
-// instructions. Exponentials are of -|v|, which never overflow; at infinities they are 0, and 0 times infinity is the NaN that
-// PyTorch has there as well.
+// NaN goes where PyTorch's own *_backward puts it on CUDA: what is compared with bounds passes dy for it.
+//
+// Nothing divides by IEEE's rules, and nothing cancels: sums over many elements are made of these, so that 16-bit tensors get
+// float32's accuracy too. float32 takes at most two special-function instructions. Exponentials are of -|v|, which never
+// overflow. At infinities they are 0, and 0 times infinity is the NaN that PyTorch has there as well.
 #pragma once
 
 #include <type_traits>

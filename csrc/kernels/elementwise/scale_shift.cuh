@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kThreads, 4) scale_shift_periodic_kernel(const
 }
 
 // Set what the kernels' own fields say, and return the number of threads to launch.
-template <typename T>
-uint32_t set_columns(ScaleShiftParams<T>& p, const Shape& shape, int rows) {
+template <template <typename> class Params, typename T>
+uint32_t set_columns(Params<T>& p, const Shape& shape, int rows) {
   constexpr int64_t V = Vec<T>::kSize;
   const int64_t chunks = (shape.channels + kColumnChannels<T> - 1) / kColumnChannels<T>;
   const int64_t pixel_vectors = shape.channels / V;
@@ -249,8 +249,8 @@ uint32_t set_columns(ScaleShiftParams<T>& p, const Shape& shape, int rows) {
   return static_cast<uint32_t>((p.vectors + group_vectors - 1) / group_vectors * chunks * kThreads);
 }
 
-template <typename T>
-uint32_t set_periodic(ScaleShiftParams<T>& p, const Shape& shape, int rows) {
+template <template <typename> class Params, typename T>
+uint32_t set_periodic(Params<T>& p, const Shape& shape, int rows) {
   const int64_t period = shape.channels * shape.inner;
   const int64_t period_vectors = period / std::gcd(period, int64_t{Vec<T>::kSize});
   const int64_t row = std::min<int64_t>(p.vectors, period_vectors * std::max<int64_t>(1, kThreads / period_vectors));

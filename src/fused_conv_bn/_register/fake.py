@@ -89,6 +89,101 @@ def _bn_scale_train_functional(input, running_mean, running_var, *args, **kwargs
     return y, *_statistics(input.size(1), running_mean, running_var, y)
 
 
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+def _per_channel(needed, dy, parameter, dtype):
+    if not needed:
+        return None
+    return dy.new_empty(dy.size(1), dtype=dtype if parameter is None else parameter.dtype)
+
+
+def _gradient(needed, dy, input, result, residual):
+    """As it lies: as what it is the gradient of."""
+    return _like(next(t for t in (input, result, residual, dy) if t is not None)) if needed else None
+
+
+@torch.library.register_fake("fused_conv_bn::bn_scale_backward")
+def _bn_scale_backward(
+    dy,
+    input,
+    result,
+    residual,
+    mean,
+    var,
+    invstd,
+    weight,
+    bias,
+    conv_bias,
+    scaling_factor,
+    eps,
+    activation="none",
+    negative_slope=0.01,
+    needs_input=False,
+    needs_weight=False,
+    needs_bias=False,
+    needs_conv_bias=False,
+    needs_residual=False,
+):
+    wide = _acc_dtype(dy.dtype)
+    return (
+        _gradient(needs_input, dy, input, result, residual),
+        _per_channel(needs_weight, dy, weight, wide),
+        _per_channel(needs_bias, dy, bias, wide if weight is None else weight.dtype),
+        _per_channel(needs_conv_bias, dy, conv_bias, dy.dtype),
+        _gradient(needs_residual, dy, input, result, residual),
+    )
+
+
+@torch.library.register_fake("fused_conv_bn::bn_scale_backward_sums")
+def _bn_scale_backward_sums(
+    dy,
+    input,
+    result,
+    residual,
+    mean,
+    invstd,
+    weight,
+    bias,
+    scaling_factor,
+    activation="none",
+    negative_slope=0.01,
+    needs_weight=False,
+    needs_bias=False,
+):
+    wide = _acc_dtype(dy.dtype)
+    return (
+        dy.new_empty((2, dy.size(1)), dtype=torch.float64),
+        _per_channel(needs_weight, dy, weight, wide),
+        _per_channel(needs_bias, dy, bias, wide if weight is None else weight.dtype),
+    )
+
+
+@torch.library.register_fake("fused_conv_bn::bn_scale_backward_apply")
+def _bn_scale_backward_apply(
+    dy,
+    input,
+    result,
+    residual,
+    mean,
+    invstd,
+    weight,
+    bias,
+    sums,
+    count,
+    scaling_factor,
+    activation="none",
+    negative_slope=0.01,
+    needs_residual=False,
+):
+    return _like(input), _like(input) if needs_residual else None
+
+
+@torch.library.register_fake("fused_conv_bn::bn_moments")
+def _bn_moments(input):
+    return input.new_empty((3, input.size(1)), dtype=torch.float64)
+
+
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 

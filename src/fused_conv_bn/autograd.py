@@ -63,6 +63,11 @@ TrainedBatchNorm: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None,
 """The same with momentum before eps. The running statistics may be None."""
 
 
+def _residual_gradient(dy: Tensor, result: Tensor | None, activation: str) -> Tensor:
+    """Where it alone is asked for, and nothing in front of the epilogue was saved."""
+    return dy if result is None else reference.FROM_RESULT[activation](dy, result)
+
+
 # ---- BatchNorm in evaluation -----------------------------------------------------------------------------------------
 
 
@@ -121,8 +126,7 @@ class _BnScale(Function):
         factor, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs = Needs(*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:8])
         if mean is None:  # the residual's alone
-            dr = dy if result is None else reference.FROM_RESULT[activation](dy, result)
-            return *(None,) * 7, dr, None
+            return *(None,) * 7, _residual_gradient(dy, result, activation), None
         if differentiates_formula(dy):
             # No gradient depends on the values of what is zero here, unless an activation's does, which kept them.
             b, cb = bias, conv_bias
@@ -157,7 +161,7 @@ class _BnScale(Function):
 
 
 class _ScaleShift(Function):
-    """scale_shift, and conv_scale_shift. Backward is that of a BatchNorm with mean 0, variance 1 and eps 0."""
+    """scale_shift, and conv_scale_shift."""
 
     @staticmethod
     def forward(
@@ -280,15 +284,14 @@ class _BnScaleTrain(Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, *statistics: Any) -> Any:
         if dy is None:
             return (None,) * 9
         input, conv_weight, weight, bias, residual, result, mean, invstd = ctx.saved_tensors
         factor, _, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs = Needs(*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:8])
         if mean is None:  # the residual's alone
-            dr = dy if result is None else reference.FROM_RESULT[activation](dy, result)
-            return *(None,) * 7, dr, None
+            return *(None,) * 7, _residual_gradient(dy, result, activation), None
         # The batch's mean takes the bias away again.
         zeros = mean.new_zeros(mean.shape, dtype=dy.dtype) if needs.conv_bias else None
         if differentiates_formula(dy):

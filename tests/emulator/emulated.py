@@ -82,6 +82,24 @@ class _Train(ctypes.Structure):
     ]
 
 
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dy", "z", "other", "dz", "dresidual")),
+        ("from_result", ctypes.c_bool),
+    ]
+
+
+class _BackwardParams(ctypes.Structure):
+    _fields_ = [
+        *((name, _Buffer) for name in ("mean", "var", "invstd", "weight", "bias", "conv_bias")),
+        *((name, ctypes.c_double) for name in ("scaling_factor", "eps")),
+        ("counts", _Buffer),
+        ("count", ctypes.c_double),
+        *((name, _Buffer) for name in ("dweight", "dbias", "dconv_bias")),
+        ("sums", ctypes.c_void_p),
+    ]
+
+
 class _Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("numel", "channels", "inner")]
 
@@ -419,6 +437,75 @@ def bn_scale(
     bn = dict(mean=running_mean, var=running_var, weight=weight, bias=bias)
     affine = _AffineTensors(input.dtype, scaling_factor, eps, **bn)
     return _elementwise(input, affine, residual, _epilogue(activation, negative_slope, residual_last), capability)
+
+
+def _misaligned_as(x: Tensor, like: Tensor) -> Tensor:
+    """x with the strides of ``like``; itself where it has them, so that its address is of any alignment."""
+    if x.stride() == like.stride():
+        return x
+    return like.clone().copy_(x)
+
+
+def bn_scale_backward(
+    dy: Tensor,
+    input: Tensor | None,
+    result: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    needs_input: bool = False,
+    needs_weight: bool = False,
+    needs_bias: bool = False,
+    needs_conv_bias: bool = False,
+    needs_residual: bool = False,
+    capability: int = 90,
+) -> tuple[Tensor | None, ...]:
+    arguments = (dy, input, result, residual, mean, var, invstd, weight, bias, conv_bias)
+    needs = dict(
+        needs_input=needs_input, needs_weight=needs_weight, needs_bias=needs_bias, needs_conv_bias=needs_conv_bias
+    )
+    with FakeTensorMode() as mode:
+        fakes = [None if t is None else mode.from_tensor(t) for t in arguments]
+        op = torch.ops.fused_conv_bn.bn_scale_backward
+        described = op(*fakes, scaling_factor, eps, **needs, needs_residual=needs_residual)
+        like = op(*fakes, scaling_factor, eps, needs_input=True)[0]
+    results = [
+        None if f is None else torch.empty_strided(f.shape, f.stride(), dtype=f.dtype).fill_(math.nan)
+        for f in described
+    ]
+    if dy.numel() == 0:
+        return tuple(None if r is None else r.zero_() for r in results)
+    dz, dweight, dbias, dconv_bias, dresidual = results
+    shaped = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+    from_input = activation != "none" and result is None
+    needs_z = needs_weight or from_input or (invstd is not None and needs_input)
+    other = result if result is not None else residual if from_input else None
+    tensors = [None if t is None else _misaligned_as(t, shaped) for t in (dy, input if needs_z else None, other)]
+    pointers = [None if t is None else t.data_ptr() for t in (*tensors, dz, dresidual)]
+    trains = invstd is not None
+    params = _BackwardParams(
+        *(_buffer(t) for t in (mean, var, invstd, weight, bias, None if trains else conv_bias)),
+        *(scaling_factor, eps, _Buffer(), dy.numel() / dy.size(1)),
+        *(_buffer(t) for t in (dweight, dbias, dconv_bias)),
+    )
+    affine = dict(mean=mean, var=var, weight=weight, bias=bias, conv_bias=conv_bias)
+    affine_tensors = _AffineTensors(dy.dtype, scaling_factor, eps, **({} if trains else affine))
+    _call(
+        *(capability, "emulated_backward"),
+        *(ctypes.byref(_Backward(*pointers, result is not None)), ctypes.byref(_shape(shaped)), ctypes.byref(params)),
+        *(ctypes.byref(affine_tensors.struct), ctypes.byref(_epilogue(activation, negative_slope, False))),
+        *(ctypes.c_void_p(None), _element(dy)),
+    )
+    return tuple(results)
 
 
 # ---- the emulator itself ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/batch_norm/backward.cuh"
 #include "kernels/conv/train.cuh"
 #include "machine.h"
 
@@ -126,6 +127,37 @@ const char* emulated_bn_scale_train(const void* x, const void* residual, void* y
     std::vector<double> workspace = make_workspace(plan.workspace());
     return plan.launch(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(y), *bn, *epilogue,
                        workspace.data(), nullptr);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+// Operands of bn_scale_backward by address; what belongs to the channels is in `bn`, and for evaluation in `affine` too. given:
+// sums, or nullptr.
+const char* emulated_backward(const BackwardTensors<void>* tensors, const Shape* shape, const BackwardParams* bn,
+                              const AffineTensors* affine, const Epilogue* epilogue, const double* given, int element,
+                              uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  const auto& t = *tensors;
+  for (const void* data : {t.dy, t.z, t.other, static_cast<const void*>(t.dz), static_cast<const void*>(t.dresidual)}) {
+    emulated::allow(data, static_cast<size_t>(shape->numel) * bytes_of(type));
+  }
+  for (const ChannelBuffer* b : {&bn->mean, &bn->var, &bn->invstd, &bn->weight, &bn->bias, &bn->conv_bias, &bn->counts,
+                                 &bn->dweight, &bn->dbias, &bn->dconv_bias}) {
+    emulated::allow(b->data, static_cast<size_t>(shape->channels) * bytes_of(b->element));
+  }
+  for (const double* sums : {given, static_cast<const double*>(bn->sums)}) {
+    emulated::allow(sums, 2 * static_cast<size_t>(shape->channels) * sizeof(double));
+  }
+  allow_affine(*affine, shape->channels, affine->wide ? (type == Element::float64 ? 8 : 4) : bytes_of(type));
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    const BackwardTensors<T> typed{static_cast<const T*>(t.dy),    static_cast<const T*>(t.z),
+                                   static_cast<const T*>(t.other), static_cast<T*>(t.dz),
+                                   static_cast<T*>(t.dresidual),   t.from_result};
+    const auto plan = BnBackwardPlan<T>::make(typed, *shape, *bn, given != nullptr, kMultiprocessors);
+    std::vector<double> workspace = make_workspace(plan.workspace());
+    return plan.launch(typed, *bn, *affine, *epilogue, given, workspace.data(), nullptr);
   };
   return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
 }

@@ -20,6 +20,7 @@ import torch
 import common
 import emulated
 import fused_conv_bn as fcb
+import test_backward
 import test_conv
 import test_conv_arguments
 import test_conv_bn
@@ -105,6 +106,14 @@ test_statistics_from_the_input_are_exact = some_of(
 )
 
 
+test_backward_of_activations = some_of(test_backward.test_activations, dtype=FLOAT32_AND_16)
+test_backward_of_shapes = test_backward.test_shapes
+test_backward_of_misaligned_memory = some_of(test_backward.test_misaligned_memory, dtype=FLOAT32_AND_16, offset=(3,))
+test_backward_with_a_mean_far_from_zero = test_backward.test_a_mean_far_from_zero
+test_backward_of_values_that_are_not_finite = test_backward.test_values_that_are_not_finite
+test_each_gradient_of_backward_alone = test_backward.test_each_gradient_alone
+
+
 def by_algorithm(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     for name in ("conv_scale_shift", "conv_bn_scale"):
         monkeypatch.setattr(fcb, name, functools.partial(getattr(emulated, name), **options))
@@ -138,6 +147,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(train_problems, "adds_in_float32", lambda x: True)
     for name in ("scale_shift", "bn_scale_train"):
         monkeypatch.setattr(fcb, name, getattr(emulated, name))
+    monkeypatch.setattr(test_backward, "run", emulated.bn_scale_backward)
     function = functools.partial(emulated.conv_bn_scale_train, algorithm="stem_sm90", statistics="from_input")
     monkeypatch.setattr(fcb, "conv_bn_scale_train", function)
     return "cpu"

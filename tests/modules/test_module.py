@@ -198,8 +198,8 @@ def test_eval_gradients(activation: str, device: str, generator: torch.Generator
 def assert_same_gradients(plain: Plain, ours: ConvBnScale2d, x: Tensor, activation: str = "none") -> None:
     """In float64: the input's gradient, the parameters' and a residual's."""
     results = []
-    # CUDA's own multiply float64 by a float32 1/6.
-    coarse = x.is_cuda and activation in ("hardswish", "hardsigmoid")
+    # PyTorch's own multiply float64 by a float32 1/6: on CUDA, and backward of hardsigmoid on the CPU as well.
+    coarse = activation == "hardsigmoid" or (x.is_cuda and activation == "hardswish")
     near = 2.0**-23 if coarse else 1e-10
     for module, extra in ((plain, {"activation": activation}), (ours, {})):
         leaf = x.double().requires_grad_()

@@ -190,8 +190,8 @@ def test_shapes(device, dtype, layout, shape, generator):
         (("none", False, False), ("relu", True, True), ("silu", True, False), ("leaky_relu", False, False))
     ):
         kind = KINDS[(turn + i) % 3]
-        if kind == "training" and values_per_channel(shape) == 1:
-            kind = "evaluation"
+        if values_per_channel(shape) <= 2:  # where training leaves nothing of dz but eps
+            kind = "evaluation" if kind == "training" else kind
         made = problem(
             *(shape, dtype, kind, activation, generator),
             residual=residual,

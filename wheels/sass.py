@@ -19,7 +19,7 @@ from pathlib import Path
 
 KERNELS = ("scale_shift_planes_kernel", "scale_shift_columns_kernel", "scale_shift_periodic_kernel")
 # And those that read whole planes, with so many such loads under way.
-READERS = {"bn_stats_planes_kernel": 4}
+READERS = {"bn_stats_planes_kernel": 4, "backward_sums_planes_kernel": 4, "backward_apply_planes_kernel": 2}
 # Convolutions for activations that are no bounds: their last template argument, kBounds, is false. CUDA 12's compiler
 # runs out of registers in some of them, where it computes tanh of all a thread's results at once, and spills 2 to 30
 # words. One kernel for bounds, float32 and four channels at a time, spills 2 words on 8.6 and 8.9.

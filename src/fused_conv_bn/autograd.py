@@ -15,6 +15,7 @@ With grad mode on in backward (``create_graph``) the plain formula is differenti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -348,6 +349,18 @@ def _eager(function: type[Function]) -> Callable[..., Tensor]:
     return super(Function, eager).apply  # type: ignore[misc]
 
 
+def _apply_compiled(function: type[Function], *inputs: Any) -> Any:
+    """``function.apply`` inside of torch.compile, with aliases of what comes twice, as an input that is the residual.
+
+    Of a tensor that comes twice torch 2.11 loses a gradient without an error, and torch 2.14 refuses it.
+    """
+    distinct: list[Any] = []
+    for x in inputs:
+        twice = isinstance(x, Tensor) and any(x is other for other in distinct)
+        distinct.append(x.view_as(x) if twice else x)
+    return function.apply(*distinct)
+
+
 _apply_bn_scale = _eager(_BnScale)
 _apply_scale_shift = _eager(_ScaleShift)
 _apply_bn_scale_train = _eager(_BnScaleTrain)
@@ -398,7 +411,7 @@ def bn_scale(
     if conv_weight is not None:
         input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
     compiling = _is_compiling()
-    apply = _BnScale.apply if compiling else _apply_bn_scale
+    apply = functools.partial(_apply_compiled, _BnScale) if compiling else _apply_bn_scale
     return apply(
         input,
         conv_weight,
@@ -429,7 +442,7 @@ def scale_shift(
     if conv_weight is not None:
         input, conv_weight, _, residual = _convolved(input, conv_weight, None, residual, window)
     compiling = _is_compiling()
-    apply = _ScaleShift.apply if compiling else _apply_scale_shift
+    apply = functools.partial(_apply_compiled, _ScaleShift) if compiling else _apply_scale_shift
     return apply(
         input,
         conv_weight,
@@ -458,7 +471,7 @@ def bn_scale_train(
     if conv_weight is not None:
         input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
     compiling = _is_compiling()
-    apply = _BnScaleTrain.apply if compiling else _apply_bn_scale_train
+    apply = functools.partial(_apply_compiled, _BnScaleTrain) if compiling else _apply_bn_scale_train
     result: Any = apply(
         input,
         conv_weight,

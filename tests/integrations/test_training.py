@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fused_conv_bn as fcb
-from common import FEW, MANY
+from common import FEW, MANY, random_bn
 from training_pairs import (
     Network,
     Plain,
@@ -328,6 +328,31 @@ def test_compiled_step_with_backward_in_the_graph(mode: str, device: str, genera
     torch.testing.assert_close(loss, step(plain, x, target))
     assert_same(mine, left(plain))
     assert any(name.startswith("gradient of stem.conv") and mine[name].abs().max() > 0 for name in mine)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_compiled_step_with_a_tensor_twice(train: bool, device: str, generator: torch.Generator) -> None:
+    """The input is the residual, and BatchNorm's weight its bias: each has the sum of both gradients."""
+    x = torch.randn(4, 8, 7, 6, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+    w = torch.randn(8, 8, 3, 3, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+    bn = [t.to(device) for t in random_bn(8, torch.float64, "cpu", generator)]
+    g = bn[2].requires_grad_()
+
+    def step(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        x = x * 2
+        named = {"residual": x, "activation": "silu"}
+        if train:
+            y = fcb.conv_bn_scale_train(x, w, None, None, None, g, g, padding=1, **named)
+            return y, fcb.bn_scale_train(x, None, None, g, g, **named)
+        y = fcb.conv_bn_scale(x, w, None, bn[0], bn[1], g, g, padding=1, **named)
+        return y, fcb.bn_scale(x, bn[0], bn[1], g, g, **named), fcb.scale_shift(x, g, g, **named)
+
+    def gradients(step: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum((y * y).sum() for y in step(x, w, g)), (x, w, g))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for mine, eager in zip(gradients(compiled), gradients(step), strict=True):
+        torch.testing.assert_close(mine, eager)
 
 
 def test_compiled_autograd(device: str, generator: torch.Generator) -> None:

@@ -29,12 +29,6 @@ Tensor apply_bn_scale_train(const char* op, const Operand& x, const TrainOperand
   return e.output;
 }
 
-// What a sequence of kernels passes its results through, for each launch of it.
-inline Tensor make_workspace(int64_t doubles, const Device& device) {
-  const int64_t stride = 1;
-  return empty_strided(1, &doubles, &stride, ScalarType::Double, device);
-}
-
 using Stats = std::tuple<Tensor, Tensor, Tensor>;
 using FunctionalStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "kernels/conv/select.h"
@@ -120,7 +122,33 @@ struct CudaConvChoice : ConvChoice {
   GpuTraits gpu;
 };
 
-// Of the CUDA library, for ops that have a convolution in them.
+// Making a plan tries many tiles, which takes longer than a small convolution: each problem is looked at once.
+template <typename Key, typename Plan>
+class RememberedPlans {
+ public:
+  template <typename Make>
+  Plan get(const Key& key, Make&& make) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto known = plans_.find(key);
+    if (known != plans_.end()) {
+      return known->second;
+    }
+    if (plans_.size() >= kMost) {
+      plans_.clear();
+    }
+    return plans_.emplace(key, make()).first->second;
+  }
+
+ private:
+  static constexpr size_t kMost = 4096;  // where shapes never repeat, the memory shall not grow
+  std::mutex mutex_;
+  std::map<Key, Plan> plans_;
+};
+
+// Of the CUDA library: a device, asked for once.
+const GpuTraits& gpu_traits(int32_t index);
+
+// The same, for ops that have a convolution in them.
 CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
                                 bool allow_tf32);
 

@@ -1,12 +1,30 @@
 // The choice of an algorithm on CUDA: what the user asks for, by use_algorithm() or in the environment, else the rule.
 #include <cstdlib>
-#include <map>
-#include <mutex>
 
 #include "conv_choice.h"
 #include "torch/marshal.h"
 
 namespace fused_conv_bn {
+const GpuTraits& gpu_traits(int32_t index) {
+  static const std::vector<GpuTraits> all = [] {
+    int count = 0;
+    cudaGetDeviceCount(&count);
+    std::vector<GpuTraits> traits;
+    for (int i = 0; i < count; ++i) {
+      const int capability = device_attribute(i, cudaDevAttrComputeCapabilityMajor) * 10 +
+                             device_attribute(i, cudaDevAttrComputeCapabilityMinor);
+      traits.push_back(
+          {.compute_capability = capability,
+           .multiprocessors = device_attribute(i, cudaDevAttrMultiProcessorCount),
+           .shared_memory_per_block = device_attribute(i, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+           .shared_memory_per_multiprocessor = device_attribute(i, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+           .has_wgmma = capability == 90 && StemSm90::is_compiled()});
+    }
+    return traits;
+  }();
+  return all.at(static_cast<size_t>(index));
+}
+
 namespace {
 
 std::string variable(const char* name) {
@@ -37,41 +55,9 @@ std::tuple<std::string, std::string> use_algorithm_cuda(StringHandle algorithm_h
   return {name(before.algorithm), name(before.statistics)};
 }
 
-const GpuTraits& gpu_traits(int32_t index) {
-  static const std::vector<GpuTraits> all = [] {
-    int count = 0;
-    cudaGetDeviceCount(&count);
-    std::vector<GpuTraits> traits;
-    for (int i = 0; i < count; ++i) {
-      const int capability = device_attribute(i, cudaDevAttrComputeCapabilityMajor) * 10 +
-                             device_attribute(i, cudaDevAttrComputeCapabilityMinor);
-      traits.push_back(
-          {.compute_capability = capability,
-           .multiprocessors = device_attribute(i, cudaDevAttrMultiProcessorCount),
-           .shared_memory_per_block = device_attribute(i, cudaDevAttrMaxSharedMemoryPerBlockOptin),
-           .shared_memory_per_multiprocessor = device_attribute(i, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-           .has_wgmma = capability == 90 && StemSm90::is_compiled()});
-    }
-    return traits;
-  }();
-  return all.at(static_cast<size_t>(index));
-}
-
-// select_plan() tries many tiles, which takes longer than a small convolution: each problem is looked at once.
 ConvPlan remembered_plan(const Conv2d& problem, int32_t device, const GpuTraits& gpu) {
-  constexpr size_t kMost = 4096;  // where shapes never repeat, the memory shall not grow
-  static std::mutex mutex;
-  static std::map<std::pair<Conv2d, int32_t>, ConvPlan> plans;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const std::pair<Conv2d, int32_t> key(problem, device);
-  const auto known = plans.find(key);
-  if (known != plans.end()) {
-    return known->second;
-  }
-  if (plans.size() >= kMost) {
-    plans.clear();
-  }
-  return plans.emplace(key, select_plan(problem, gpu)).first->second;
+  static RememberedPlans<std::pair<Conv2d, int32_t>, ConvPlan> plans;
+  return plans.get({problem, device}, [&] { return select_plan(problem, gpu); });
 }
 
 std::string describe(const PlainConv& c, bool has_residual, bool has_statistics, bool allow_tf32) {

@@ -140,6 +140,12 @@ inline Elementwise make_elementwise(const Operand& input, const OptionalOperand&
   return e;
 }
 
+// What a sequence of kernels passes its results through, for each launch of it.
+inline Tensor make_workspace(int64_t doubles, const Device& device) {
+  const int64_t stride = 1;
+  return empty_strided(1, &doubles, &stride, ScalarType::Double, device);
+}
+
 // A checked convolution in the numbers that algorithms are chosen by.
 inline ConvProblem conv_problem(const PlainConv& c, bool has_residual, bool allow_tf32) {
   const auto space = [&](const int64_t* sizes) {

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from . import conditions, reference
-from ._conv import Window, convolution_again, convolution_backward, without_autocast
+from ._conv import Window, convolution_again, convolution_backward, prefers_weight_pass, without_autocast
 
 _bn_scale_backward = torch.ops.fused_conv_bn.bn_scale_backward.default._op
+_conv_bn_wgrad = torch.ops.fused_conv_bn._conv_bn_wgrad.default._op
+_scale_shift_ = torch.ops.fused_conv_bn.scale_shift_.default._op
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -83,6 +85,13 @@ def backward(
 
     ``input`` is that of the convolution, or what the affine is applied to where ``conv_weight`` is None.
     """
+    if conv_weight is not None and (needs.conv_weight or needs.weight) and not _is_compiling():
+        assert input is not None
+        if prefers_weight_pass(dy, input, conv_weight, window, affine.invstd is not None):
+            return weight_pass(
+                *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
+                *(activation, negative_slope, residual_last, needs),
+            )
     dx = dw = dr = None
     needs_z = needs.input or needs.conv_weight
     derives = activation != "none"
@@ -122,6 +131,69 @@ def backward(
         else:
             dx = dz
     return dx, dw, dcb, dg, db, dr
+
+
+def weight_pass(
+    dy: Tensor,
+    input: Tensor,
+    conv_weight: Tensor,
+    window: Window,
+    allow_tf32: bool,
+    affine: Affine,
+    result: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual_last: bool,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """The same where the weight's gradient and BatchNorm's come from one pass over dy and the input.
+
+    It takes the activation's derivative along where the result tells it and nothing else wants it. The gradient of the
+    convolution's result is a channel's factor times something: the factor goes into the weight that takes it to the
+    input's gradient.
+    """
+    dx = dr = z = None
+    dv = dy
+    derives = activation != "none"
+    trains = affine.invstd is not None
+    with without_autocast():
+        dv_is_asked_for = needs.input or (needs.residual and not residual_last)
+        if derives and (result is None or dv_is_asked_for):
+            if result is None:
+                z = convolution_again(input, conv_weight, window, allow_tf32)
+            *_, dv = elementwise_backward(
+                *(dy, z, result, residual, *affine),
+                activation=activation,
+                negative_slope=negative_slope,
+                needs_residual=True,
+            )
+            derives = False
+        if needs.residual:
+            dr = dy if residual_last else dv
+        dw, dg, db, dcb, scaled_weight, scale, shift = _conv_bn_wgrad(
+            *(dv, result if derives else None, input, conv_weight, affine.conv_bias, affine.mean),
+            *(affine.invstd if trains else affine.var, affine.weight, affine.scaling_factor, affine.eps, *window),
+            activation=activation if derives else "none",
+            has_statistics=trains,
+            needs_conv_weight=needs.conv_weight,
+            needs_input=needs.input,
+        )
+        if needs.input:
+            dz = dv
+            if trains:
+                dz = convolution_again(input, conv_weight, window, allow_tf32) if z is None else z
+                _scale_shift_(dz, scale, shift, residual=dv)
+            del z, dv  # their memory is the convolution's
+            dx, _ = convolution_backward(dz, input, scaled_weight, window, True, False)
+    return (
+        dx,
+        dw if needs.conv_weight else None,
+        dcb if needs.conv_bias else None,
+        dg if needs.weight else None,
+        db if needs.bias else None,
+        dr,
+    )
 
 
 # ---- by the formula --------------------------------------------------------------------------------------------------

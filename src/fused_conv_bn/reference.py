@@ -544,6 +544,71 @@ def bn_scale_backward(
     )
 
 
+def conv_bn_wgrad(
+    dy: Tensor,
+    result: Tensor | None,
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    scaling_factor: float,
+    eps: float,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    has_statistics: bool = False,
+) -> tuple[Tensor, ...]:
+    """Twin of ``torch.ops.fused_conv_bn._conv_bn_wgrad`` with everything asked for.
+
+    (conv_weight, weight, bias, conv_bias, scaled_weight, input_scale, input_shift); has_statistics: ``var`` is the
+    inverse of the batch's deviation.
+    """
+    dtype = wide(dy.dtype)
+    z = convolution(input.to(dtype), conv_weight.to(dtype), None, stride, padding, dilation, groups)
+    dv = (dy if result is None else FROM_RESULT[activation](dy, result)).to(dtype)
+    channels = dy.size(1)
+    gain = (
+        torch.ones(channels, dtype=dtype, device=dy.device) if weight is None else weight.to(dtype)
+    ) * scaling_factor
+    if var is None:
+        invstd = torch.ones_like(gain)
+    else:
+        invstd = var.to(dtype) if has_statistics else torch.rsqrt(var.to(dtype) + eps)
+    dims = [d for d in range(dy.dim()) if d != 1]
+    center = torch.zeros_like(gain) if mean is None else mean.to(dtype)
+    if has_statistics:
+        center = z.mean(dims)
+    elif conv_bias is not None:
+        center = center - conv_bias.to(dtype)
+    count = dy.numel() // channels
+    dbias = dv.sum(dims)
+    dweight = (dv * (z - per_channel(center, dy.dim()))).sum(dims) * invstd
+    scale = -dweight / count * invstd if has_statistics else torch.zeros_like(gain)
+    shift = -scale * center - dbias / count if has_statistics else torch.zeros_like(gain)
+    factor = gain * invstd
+    dz = (dv + z * per_channel(scale, dy.dim()) + per_channel(shift, dy.dim())) * per_channel(factor, dy.dim())
+    w = conv_weight.to(dtype).detach().requires_grad_()
+    with torch.enable_grad():
+        again = convolution(input.to(dtype).detach(), w, None, stride, padding, dilation, groups)
+    (dw,) = torch.autograd.grad(again, w, dz)
+    of_bn = weight.dtype if weight is not None else dtype if mean is None else mean.dtype
+    dcb = torch.zeros_like(dbias) if has_statistics else dbias * factor
+    return (
+        dw.to(conv_weight.dtype),
+        (dweight * scaling_factor).to(of_bn),
+        (dbias * scaling_factor).to(of_bn),
+        dcb.to(dy.dtype if conv_bias is None else conv_bias.dtype),
+        (conv_weight.to(dtype) * factor.view(-1, *[1] * (dy.dim() - 1))).to(conv_weight.dtype),
+        scale,
+        shift,
+    )
+
+
 def bn_scale_backward_sums(
     dy: Tensor,
     input: Tensor,

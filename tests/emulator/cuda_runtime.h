@@ -235,6 +235,9 @@ inline int atomicMin(int* address, int value) {
 inline uint32_t atomicOr(uint32_t* address, uint32_t value) {
   return atomic(address, [&](uint32_t before) { return before | value; });
 }
+inline uint32_t atomicMax(uint32_t* address, uint32_t value) {
+  return atomic(address, [&](uint32_t before) { return std::max(before, value); });
+}
 inline int atomicMax(int* address, int value) {
   return atomic(address, [&](int before) { return std::max(before, value); });
 }

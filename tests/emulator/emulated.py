@@ -354,6 +354,69 @@ def conv_bn_scale_train(
     return y
 
 
+class _Weight(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((f"stride_{name}", ctypes.c_int64) for name in "kcrs")]
+
+
+class _Wgrad(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "result")),
+        ("activation", ctypes.c_int),
+        ("w", _Weight),
+        ("has_statistics", ctypes.c_bool),
+        *((name, _Buffer) for name in ("mean", "var", "weight", "conv_bias")),
+        *((name, ctypes.c_double) for name in ("scaling_factor", "eps")),
+        *((name, _Weight) for name in ("dw", "scaled_weight")),
+        *((name, _Buffer) for name in ("dweight", "dbias", "dconv_bias", "input_scale", "input_shift")),
+    ]
+
+
+def _weight(x: Tensor | None) -> _Weight:
+    return _Weight() if x is None else _Weight(x.data_ptr(), *x.stride())
+
+
+def conv_bn_wgrad(
+    dy: Tensor,
+    result: Tensor | None,
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    scaling_factor: float,
+    eps: float,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    has_statistics: bool = False,
+    capability: int = 90,
+) -> tuple[Tensor, ...]:
+    """As the op ``_conv_bn_wgrad`` with everything asked for. dy has the layout that is computed in."""
+    pairs = _pairs(input, stride, padding, dilation)
+    last = not dy.is_contiguous()
+    x = _dense(input, last, 4)
+    channels = conv_weight.size(0)
+    dw, scaled = conv_weight.clone().fill_(math.nan), conv_weight.clone().fill_(math.nan)
+    dweight, dbias, dconv_bias, scale, shift = torch.full((5, channels), math.nan)
+    sizes = (*x.shape, channels, *conv_weight.shape[2:], *dy.shape[2:], *itertools.chain(*pairs))
+    problem = _Problem(*sizes, groups, x.element_size(), last, False, False)
+    operands = _Wgrad(
+        *(_pointer(x).value, _pointer(dy).value, _pointer(result).value),
+        list(reference.ACTIVATIONS).index(activation),
+        *(_weight(conv_weight), has_statistics, *map(_buffer, (mean, var, weight, conv_bias)), scaling_factor, eps),
+        *map(_weight, (dw, scaled)),
+        *map(_buffer, (dweight, dbias, dconv_bias, scale, shift)),
+    )
+    _call(
+        *(capability, "emulated_conv_wgrad", ctypes.byref(problem), ctypes.byref(operands), _element(x)),
+    )
+    return dw, dweight, dbias, dconv_bias, scaled, scale, shift
+
+
 # ---- elementwise -----------------------------------------------------------------------------------------------------
 
 

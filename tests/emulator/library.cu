@@ -7,6 +7,7 @@
 
 #include "kernels/batch_norm/backward.cuh"
 #include "kernels/conv/train.cuh"
+#include "kernels/conv/wgrad_stem_sm80/finish.cuh"
 #include "machine.h"
 
 namespace fused_conv_bn {
@@ -108,6 +109,32 @@ const char* emulated_conv_train(const Conv2d* problem, const ConvOperands* opera
     const auto train = ConvTrainPlan<T>::make({*plan, source->second}, c, kGpu, static_cast<T*>(operands->y));
     std::vector<double> workspace = make_workspace(train.workspace(c));
     return train.launch({c, *operands, kGpu, *epilogue}, *bn, workspace.data(), nullptr);
+  }));
+}
+
+const char* emulated_conv_wgrad(const Conv2d* problem, const WgradOperands* operands, int element, uint64_t seed) {
+  const Conv2d& c = *problem;
+  const WgradOperands& o = *operands;
+  const auto plan = WgradStemSm80::make(c, kGpu, o.result != nullptr, o.has_statistics);
+  if (!plan.has_value()) {
+    return "not covered";
+  }
+  emulated::begin(seed);
+  const auto elements = [&](int64_t count) { return static_cast<size_t>(count * c.element_bytes); };
+  emulated::allow(o.x, elements(c.N * c.C * c.H * c.W));
+  for (const void* data : {o.dy, o.result}) {
+    emulated::allow(data, elements(c.N * c.K * c.P * c.Q));
+  }
+  for (const void* data : {o.w.data, o.dw.data, o.scaled_weight.data}) {
+    emulated::allow(data, elements(c.K * c.C * c.R * c.S));
+  }
+  for (const ChannelBuffer* b : {&o.mean, &o.var, &o.weight, &o.conv_bias, &o.dweight, &o.dbias, &o.dconv_bias,
+                                 &o.input_scale, &o.input_shift}) {
+    emulated::allow(b->data, static_cast<size_t>(c.K) * bytes_of(b->element));
+  }
+  std::vector<double> workspace = make_workspace(plan->workspace());
+  return answer(dispatch_element(static_cast<Element>(element), [&](auto tag) {
+    return plan->launch<decltype(tag)>({c, o, kGpu}, workspace.data(), nullptr);
   }));
 }
 

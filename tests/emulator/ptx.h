@@ -110,6 +110,9 @@ inline void cp_async_cg_shared_global(uint32_t to, const void* from, int size, i
   copy_async(to, from, size, bytes);
 }
 inline void cp_async_ca_shared_global(uint32_t to, const void* from, int size) { copy_async(to, from, size, size); }
+inline void cp_async_ca_shared_global(uint32_t to, const void* from, int size, int bytes) {
+  copy_async(to, from, size, bytes);
+}
 inline void cp_async_commit_group() { copy_async_commit(); }
 inline void cp_async_wait_group(int groups) { copy_async_wait(groups); }
 inline void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(uint32_t to, const void* from,
@@ -212,6 +215,26 @@ inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(const List<float, 
 inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(const List<float, 4>& d, const List<uint32_t, 4>& a,
                                                                 const List<uint32_t, 2>& b, const List<float, 4>& c) {
   multiply_16x8x16(Half::bfloat16, d, a, b, c);
+}
+
+struct MatrixRow {
+  uint32_t row[4];
+  List<uint32_t, 4> to;
+};
+inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(const List<uint32_t, 4>& to, uint32_t address) {
+  MatrixRow own{{}, to};
+  load_shared(address, own.row, 16);
+  meet_in_warp("ldmatrix.sync", 0xffffffffu, &own, false, [](void* const(&lanes)[kWarp]) {
+    const auto value = [&](unsigned matrix, unsigned row, unsigned col) {
+      return static_cast<MatrixRow*>(lanes[matrix * 8 + row])->row[col / 2] >> col % 2 * 16 & 0xffff;
+    };
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      for (unsigned m = 0; m < 4; ++m) {
+        const unsigned k = lane % 4 * 2;
+        *static_cast<MatrixRow*>(lanes[lane])->to[m] = value(m, k, lane / 4) | value(m, k + 1, lane / 4) << 16;
+      }
+    }
+  });
 }
 
 struct DoubleFragments {

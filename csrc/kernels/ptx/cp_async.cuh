@@ -29,6 +29,13 @@ __device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from,
 __device__ __forceinline__ void copy_async_1(uint32_t to_shared, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_shared), "l"(from) : "memory");
 }
+// 4 or 8 bytes, zeros where the source does not exist.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_small(uint32_t to_shared, const void* from, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to_shared), "l"(from), "n"(kBytes),
+               "r"(exists ? kBytes : 0)
+               : "memory");
+}
 
 // The line that holds this address is to come to L2.
 __device__ __forceinline__ void prefetch_l2(const void* address) {

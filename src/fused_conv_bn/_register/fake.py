@@ -135,6 +135,52 @@ def _bn_scale_backward(
     )
 
 
+@torch.library.register_fake("fused_conv_bn::_conv_bn_wgrad")
+def _conv_bn_wgrad(
+    dy,
+    result,
+    input,
+    conv_weight,
+    conv_bias,
+    mean,
+    var,
+    weight,
+    scaling_factor,
+    eps,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    activation="none",
+    has_statistics=False,
+    needs_conv_weight=True,
+    needs_input=False,
+):
+    wide = _acc_dtype(dy.dtype)
+    last = _suggests_channels_last(conv_weight)
+    dense = torch.channels_last if last else torch.contiguous_format
+
+    def values(wanted, dtype):
+        return dy.new_empty(dy.size(1) if wanted else 0, dtype=dtype)
+
+    def like_weight(wanted):
+        if not wanted:
+            return values(False, conv_weight.dtype)
+        return torch.empty_like(conv_weight, memory_format=dense)
+
+    of_bn = weight.dtype if weight is not None else wide if mean is None else mean.dtype
+    of_input = needs_input and has_statistics
+    return (
+        like_weight(needs_conv_weight),
+        values(True, of_bn),
+        values(True, of_bn),
+        values(conv_bias is not None, wide if conv_bias is None else conv_bias.dtype),
+        like_weight(needs_input),
+        values(of_input, wide),
+        values(of_input, wide),
+    )
+
+
 @torch.library.register_fake("fused_conv_bn::bn_scale_backward_sums")
 def _bn_scale_backward_sums(
     dy,

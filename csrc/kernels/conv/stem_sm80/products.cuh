@@ -2,28 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "block.cuh"
 #include "kernels/common/split_float.cuh"
+#include "kernels/ptx/mma.cuh"
 
 namespace fused_conv_bn::stem_sm80 {
-
-template <typename T>  // float16 or bfloat16
-__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint4& a, const uint2& b) {
-  // a: rows g and g + 8 of the first half of k, then of the second; b: the two halves of k.
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
-  }
-}
 
 template <typename K>
 __device__ __forceinline__ uint4 load_weight(const Block<K>& b, int step, int term, int i) {

@@ -488,9 +488,9 @@ __global__ void __launch_bounds__(kFinishThreads)
 }
 
 template <typename T>
-LagParams<T> lag_params(const FromInputSm90& plan, const Conv2d& c, const ConvOperands& operands, double* records) {
+LagParams<T> lag_params(const FromInputSm90& plan, const Conv2d& c, const void* x, double* records) {
   LagParams<T> p{};
-  p.x = static_cast<const T*>(operands.x);
+  p.x = static_cast<const T*>(x);
   p.image = c.C * c.H * c.W;
   p.C = static_cast<int>(c.C), p.H = static_cast<int>(c.H), p.W = static_cast<int>(c.W);
   p.x_stride_c = static_cast<int>(c.channels_last ? 1 : c.H * c.W);
@@ -532,29 +532,33 @@ FinishParams<T> finish_params(const Conv2d& c, const ConvOperands& operands, con
 }  // namespace from_input
 
 template <typename T>
-cudaError_t FromInputSm90::launch(const Conv2d& c, const ConvOperands& operands, double* workspace,
-                                  const TrainParams& bn, const AffineBuffer& affines, cudaStream_t stream) const {
+cudaError_t FromInputSm90::launch_sums(const Conv2d& c, const void* x, double* workspace, cudaStream_t stream) const {
   using namespace from_input;
-  const LagParams<T> lags = lag_params<T>(*this, c, operands, workspace);
+  const LagParams<T> lags = lag_params<T>(*this, c, x, workspace);
   const bool vectors = !c.channels_last && c.W % 4 == 0 && reinterpret_cast<uintptr_t>(lags.x) % (4 * sizeof(T)) == 0;
   const auto kernel = vectors ? statistics_from_input_kernel<T, true> : statistics_from_input_kernel<T, false>;
   constexpr int kShared = kWarps * kRecordSums * static_cast<int>(sizeof(double));
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (status != cudaSuccess) {
-    return status;
+  if (status == cudaSuccess) {
+    status = launch_kernel(kernel, static_cast<unsigned>(blocks), 32 * kWarps, kShared, true, stream, lags);
   }
-  status = launch_kernel(kernel, static_cast<unsigned>(blocks), 32 * kWarps, kShared, true, stream, lags);
-  if (status != cudaSuccess) {
-    return status;
+  if (status == cudaSuccess) {
+    status = launch_kernel(statistics_from_input_pairs_kernel, kPairGrid, 32 * kPairWarps, 0, true, stream,
+                           pair_params(*this, workspace, workspace + records * int64_t{kRecordSums}));
   }
-  double* const sums = workspace + records * int64_t{kRecordSums};
-  status = launch_kernel(statistics_from_input_pairs_kernel, kPairGrid, 32 * kPairWarps, 0, true, stream,
-                         pair_params(*this, workspace, sums));
+  return status;
+}
+
+template <typename T>
+cudaError_t FromInputSm90::launch(const Conv2d& c, const ConvOperands& operands, double* workspace,
+                                  const TrainParams& bn, const AffineBuffer& affines, cudaStream_t stream) const {
+  using namespace from_input;
+  const cudaError_t status = launch_sums<T>(c, operands.x, workspace, stream);
   if (status != cudaSuccess) {
     return status;
   }
   return launch_kernel(statistics_from_input_finish_kernel<T>, static_cast<unsigned>(c.K), kFinishThreads, 0, true,
-                       stream, finish_params<T>(c, operands, sums, bn, affines));
+                       stream, finish_params<T>(c, operands, sums(workspace), bn, affines));
 }
 
 }  // namespace fused_conv_bn

@@ -92,6 +92,13 @@ inline Range class_range(int index, int64_t size, int64_t results, int64_t pad) 
   return {static_cast<int>(std::clamp<int64_t>(begin, 0, size)), static_cast<int>(std::clamp<int64_t>(end, 0, size))};
 }
 
+// Where sums are: of a pair of taps, the first not behind the second in the filter's order, and their channels; and of one.
+FCB_HD constexpr int pair_sum_index(int tap, int channel, int second_tap, int second_channel) {
+  const int pair = tap * kTaps * kTaps - tap * (tap - 1) / 2 + second_tap - tap;
+  return pair * kPairSums + channel * 4 + second_channel / 2 + second_channel % 2 * 32;
+}
+FCB_HD constexpr int tap_sum_index(int tap, int channel) { return kTapPairs * kPairSums + tap * kChannels + channel; }
+
 }  // namespace from_input
 
 struct FromInputSm90 {
@@ -153,6 +160,10 @@ struct FromInputSm90 {
   template <typename T>
   cudaError_t launch(const Conv2d& problem, const ConvOperands& operands, double* workspace, const TrainParams& bn,
                      const AffineBuffer& affines, cudaStream_t stream) const;
+  // The sums alone, at the workspace's end.
+  template <typename T>
+  cudaError_t launch_sums(const Conv2d& problem, const void* x, double* workspace, cudaStream_t stream) const;
+  const double* sums(const double* workspace) const { return workspace + records * int64_t{from_input::kRecordSums}; }
 #endif
 
  private:

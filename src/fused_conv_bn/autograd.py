@@ -378,19 +378,29 @@ def _is_kept_apart(activation: str, residual_last: bool, *tensors: Tensor | None
 
 
 def _convolved(
-    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, residual: Tensor | None, window: Window
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    window: Window,
+    backward_needs_result: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(input, conv_weight, conv_bias, residual) of the Function: after PyTorch's convolution where its result is kept.
 
     Where autocast casts a convolution's arguments, these are cast.
     """
-    if keeps_result(input, conv_weight, window[3]):
+    if keeps_result(input, conv_weight, window[3], backward_needs_result):
         (residual,) = as_autocast(residual)
         return reference.convolution(input, conv_weight, conv_bias, *window), None, None, residual
     if not _is_any_autocast_enabled():
         return input, conv_weight, conv_bias, residual
     cast: Any = as_autocast(input, conv_weight, residual)
     return cast[0], cast[1], conv_bias, cast[2]
+
+
+def _needs_result(gain: Tensor | None, activation: str) -> bool:
+    """Whether backward needs what an affine is applied to, in evaluation. gain: BatchNorm's weight, or the scale."""
+    return (gain is not None and gain.requires_grad) or activation not in ("none", *reference.FROM_RESULT)
 
 
 def bn_scale(
@@ -409,7 +419,8 @@ def bn_scale(
         y = bn_scale(input, conv_weight, conv_bias, bn, window, (residual, "none", 0.01, False), allow_tf32)
         return reference.activate(y, activation, negative_slope)
     if conv_weight is not None:
-        input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
+        needs = _needs_result(weight, activation)
+        input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window, needs)
     compiling = _is_compiling()
     apply = functools.partial(_apply_compiled, _BnScale) if compiling else _apply_bn_scale
     return apply(
@@ -440,7 +451,8 @@ def scale_shift(
         y = scale_shift(input, conv_weight, scale, shift, window, (residual, "none", 0.01, False), allow_tf32)
         return reference.activate(y, activation, negative_slope)
     if conv_weight is not None:
-        input, conv_weight, _, residual = _convolved(input, conv_weight, None, residual, window)
+        needs = _needs_result(scale, activation)
+        input, conv_weight, _, residual = _convolved(input, conv_weight, None, residual, window, needs)
     compiling = _is_compiling()
     apply = functools.partial(_apply_compiled, _ScaleShift) if compiling else _apply_scale_shift
     return apply(
@@ -469,7 +481,7 @@ def bn_scale_train(
         y = bn_scale_train(input, conv_weight, conv_bias, bn, window, (residual, "none", 0.01, False), allow_tf32)
         return reference.activate(y, activation, negative_slope)
     if conv_weight is not None:
-        input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window)
+        input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window, True)
     compiling = _is_compiling()
     apply = functools.partial(_apply_compiled, _BnScaleTrain) if compiling else _apply_bn_scale_train
     result: Any = apply(

@@ -1,9 +1,10 @@
 """The pass for the gradients of a convolution's weight and of its BatchNorm, by its kernels, against autograd in float64."""
 
-import emulated
 import pytest
 import torch
 from torch.nn import functional as F
+
+import emulated
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -218,7 +218,8 @@ struct WgradStemSm80 {
   }
 
   // has_statistics: BatchNorm takes the batch's.
-  static std::optional<WgradStemSm80> make(const Conv2d& c, const GpuTraits& gpu, bool has_result, bool has_statistics) {
+  static std::optional<WgradStemSm80> make(const Conv2d& c, const GpuTraits& gpu, bool has_result,
+                                           bool has_statistics) {
     using namespace wgrad_stem_sm80;
     if (!supports(c, gpu)) {
       return std::nullopt;

@@ -398,8 +398,13 @@ def _convolved(
     return cast[0], cast[1], conv_bias, cast[2]
 
 
-def _needs_result(gain: Tensor | None, activation: str) -> bool:
-    """Whether backward needs what an affine is applied to, in evaluation. gain: BatchNorm's weight, or the scale."""
+def _needs_result(conv_weight: Tensor, gain: Tensor | None, activation: str) -> bool:
+    """Whether backward needs what an affine is applied to, in evaluation. gain: BatchNorm's weight, or the scale.
+
+    Not of a first layer, which has a kernel of its own: who forgets no_grad() in inference is to have it too.
+    """
+    if conv_weight.shape[1] <= 8:
+        return False
     return (gain is not None and gain.requires_grad) or activation not in ("none", *reference.FROM_RESULT)
 
 
@@ -419,7 +424,7 @@ def bn_scale(
         y = bn_scale(input, conv_weight, conv_bias, bn, window, (residual, "none", 0.01, False), allow_tf32)
         return reference.activate(y, activation, negative_slope)
     if conv_weight is not None:
-        needs = _needs_result(weight, activation)
+        needs = _needs_result(conv_weight, weight, activation)
         input, conv_weight, conv_bias, residual = _convolved(input, conv_weight, conv_bias, residual, window, needs)
     compiling = _is_compiling()
     apply = functools.partial(_apply_compiled, _BnScale) if compiling else _apply_bn_scale
@@ -451,7 +456,7 @@ def scale_shift(
         y = scale_shift(input, conv_weight, scale, shift, window, (residual, "none", 0.01, False), allow_tf32)
         return reference.activate(y, activation, negative_slope)
     if conv_weight is not None:
-        needs = _needs_result(scale, activation)
+        needs = _needs_result(conv_weight, scale, activation)
         input, conv_weight, _, residual = _convolved(input, conv_weight, None, residual, window, needs)
     compiling = _is_compiling()
     apply = functools.partial(_apply_compiled, _ScaleShift) if compiling else _apply_scale_shift

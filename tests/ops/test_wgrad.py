@@ -115,6 +115,17 @@ def test_cuda_gradients(name, dtype, last, activation, trains, cuda):
         assert (error <= bound).all(), (key, (error / bound).max())
 
 
+def test_cuda_opcheck(cuda):
+    args = arguments("problem 73", torch.float32, False, cuda, trains=True)
+    for needs_input in (False, True):
+        torch.library.opcheck(
+            OPS._conv_bn_wgrad.default,
+            args,
+            {"has_statistics": True, "needs_input": needs_input},
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
 def test_cuda_is_deterministic(cuda):
     args = arguments("problem 73", torch.float32, False, cuda, trains=True)
     first, second = (OPS._conv_bn_wgrad(*args, has_statistics=True, needs_input=True) for _ in range(2))

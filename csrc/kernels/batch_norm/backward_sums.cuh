@@ -19,6 +19,14 @@ namespace fused_conv_bn {
 
 constexpr int kSumLoads = 2;   // that a thread has under way of each operand; divides kPlaneLoads
 constexpr int kSumBlocks = 3;  // a multiprocessor's, at a time
+// Those that registers are to suffice for. From 10.0 on the compiler needs many more for the same: with 3 it spilled 900 bytes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T>
+constexpr int kSumColumnBlocks = 1;
+#else
+template <typename T>
+constexpr int kSumColumnBlocks = sizeof(T) == 8 ? kSumBlocks - 1 : kSumBlocks;
+#endif
 // As kSumLoads, of columns.
 template <typename T, int W, bool kOther>
 constexpr int kSumColumnLoads = kOther && W * sizeof(T) == kVecBytes ? 2 : 4;
@@ -185,7 +193,8 @@ __device__ __forceinline__ void add_products(const ColumnSumsParams<T>& p, const
 
 // W: as of bn_stats_columns_kernel.
 template <typename T, int W, bool kOther, bool kBounds>
-__global__ void __launch_bounds__(kStatsThreads, kSumBlocks) backward_sums_columns_kernel(const ColumnSumsParams<T> p) {
+__global__ void __launch_bounds__(kStatsThreads, kSumColumnBlocks<T>)
+    backward_sums_columns_kernel(const ColumnSumsParams<T> p) {
   using Acc = acc_t<T>;
   constexpr int U = kSumColumnLoads<T, W, kOther>;
   __shared__ double sums[2][kStatsThreads * W];

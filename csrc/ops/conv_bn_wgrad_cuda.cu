@@ -4,7 +4,8 @@
 
 #include "conv_choice.h"
 #include "conv_cuda.h"
-#include "kernels/conv/wgrad_stem_sm80/finish.cuh"
+#include "kernels/conv/wgrad_stem_sm80/operands.h"
+#include "kernels/conv/wgrad_stem_sm80/plan.h"
 #include "torch/marshal.h"
 
 namespace fused_conv_bn {
@@ -46,18 +47,6 @@ std::optional<WgradStemSm80> remembered_plan(const PlanKey& key) {
   });
 }
 
-void check_output(const Operand& x, const PlainConv& c) {
-  if (x.dim != c.input.dim || !std::equal(x.sizes, x.sizes + x.dim, c.sizes.begin())) {
-    fail(kOp, ": ", x.name, " has shape ", x.shape(), ", expected ", list_text(c.sizes.data(), c.input.dim),
-         ", the shape of the output");
-  }
-  if (x.dtype != c.input.dtype) {
-    fail(kOp, ": ", x.name, " has dtype ", dtype_name(x.dtype), ", expected ", dtype_name(c.input.dtype),
-         ", the dtype of input");
-  }
-  check_same_device(kOp, x, c.input);
-}
-
 Gradients wgrad_cuda(Tensor dy, OptionalTensor result, Tensor input, Tensor conv_weight, OptionalTensor conv_bias,
                      OptionalTensor mean, OptionalTensor var, OptionalTensor weight, double scaling_factor, double eps,
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
@@ -67,9 +56,9 @@ Gradients wgrad_cuda(Tensor dy, OptionalTensor result, Tensor input, Tensor conv
   const PlainConv c = check_plain_conv(kOp, input, "conv_weight", conv_weight, stride, padding, dilation, groups);
   const Operand gradient("dy", dy);
   const OptionalOperand output = optional_operand("result", result);
-  check_output(gradient, c);
+  check_like_output(kOp, gradient, c);
   if (output.has_value()) {
-    check_output(*output, c);
+    check_like_output(kOp, *output, c);
   }
   WgradOperands o{};
   o.activation = check_derivative(activation_name, output);

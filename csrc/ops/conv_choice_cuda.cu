@@ -5,6 +5,7 @@
 #include "torch/marshal.h"
 
 namespace fused_conv_bn {
+
 const GpuTraits& gpu_traits(int32_t index) {
   static const std::vector<GpuTraits> all = [] {
     int count = 0;

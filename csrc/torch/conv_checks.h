@@ -90,20 +90,25 @@ inline PlainConv check_plain_conv(const char* op, const Tensor& input, const cha
   return c;
 }
 
+// A tensor that lies beside a convolution's output.
+inline void check_like_output(const char* op, const Operand& r, const PlainConv& c) {
+  const Operand& x = c.input;
+  if (r.dim != x.dim || !std::equal(r.sizes, r.sizes + r.dim, c.sizes.begin())) {
+    fail(op, ": ", r.name, " has shape ", r.shape(), ", expected ", list_text(c.sizes.data(), x.dim),
+         ", the shape of the output");
+  }
+  if (r.dtype != x.dtype) {
+    fail(op, ": ", r.name, " has dtype ", dtype_name(r.dtype), ", expected ", dtype_name(x.dtype),
+         ", the dtype of input");
+  }
+  check_same_device(op, r, x);
+}
+
 // The residual of a convolution.
 inline OptionalOperand check_conv_residual(const char* op, const PlainConv& c, const OptionalTensor& residual) {
   const OptionalOperand r = optional_operand("residual", residual);
   if (r.has_value()) {
-    const Operand& x = c.input;
-    if (r->dim != x.dim || !std::equal(r->sizes, r->sizes + r->dim, c.sizes.begin())) {
-      fail(op, ": residual has shape ", r->shape(), ", expected ", list_text(c.sizes.data(), x.dim),
-           ", the shape of the output");
-    }
-    if (r->dtype != x.dtype) {
-      fail(op, ": residual has dtype ", dtype_name(r->dtype), ", expected ", dtype_name(x.dtype),
-           ", the dtype of input");
-    }
-    check_same_device(op, *r, x);
+    check_like_output(op, *r, c);
   }
   return r;
 }

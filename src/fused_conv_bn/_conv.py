@@ -133,8 +133,8 @@ def prefers_weight_pass(dy: Tensor, input: Tensor, weight: Tensor, window: Windo
     """Whether it is faster than the convolution again and PyTorch's gradient of the weight, by measurements.
 
     On an H200, for 8 and 3 channels: with a batch's statistics where the forward's sums over the input are covered
-    (3x3 and stride 1), 440 us of 3400 in float32 and 280 of 3400 in bfloat16 for 3x3 3->64 of 32 images of 224x224,
-    contiguous; without, also with larger filters (7x7/2: 390 of 1100). Not with stride 2 and 3x3, and not with 16
+    (3x3 and stride 1), 365 us of 3200 in float32 and 225 of 3100 in bfloat16 for 3x3 3->64 of 32 images of 224x224,
+    contiguous; without, also with larger filters (7x7/2: 380 of 1140). Not with stride 2 and 3x3, and not with 16
     channels, whose sums over pairs of a patch's values take longer than what they save.
     """
     stride, _, dilation, _ = window

@@ -67,31 +67,34 @@ def elementwise_backward(dy: Tensor, *tensors: Any, **named: Any) -> Any:
     return run(dy, *tensors, **named)
 
 
-def backward(
-    dy: Tensor,
-    input: Tensor | None,
-    conv_weight: Tensor | None,
-    window: Window,
-    allow_tf32: bool,
-    affine: Affine,
-    result: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    negative_slope: float,
-    residual_last: bool,
-    needs: Needs,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of which ``needs`` are, in its order.
+class Call(NamedTuple):
+    """What backward is called with, and what forward saved of its own call.
 
     ``input`` is that of the convolution, or what the affine is applied to where ``conv_weight`` is None.
     """
+
+    dy: Tensor
+    input: Tensor | None
+    conv_weight: Tensor | None
+    window: Window
+    allow_tf32: bool
+    affine: Affine
+    result: Tensor | None
+    residual: Tensor | None
+    activation: str
+    negative_slope: float
+    residual_last: bool
+    needs: Needs
+
+
+def backward(call: Call) -> tuple[Tensor | None, ...]:
+    """The gradients of which ``call.needs`` are, in its order."""
+    dy, input, conv_weight, window, allow_tf32, affine, result, residual = call[:8]
+    activation, negative_slope, residual_last, needs = call[8:]
     if conv_weight is not None and (needs.conv_weight or needs.weight) and not _is_compiling():
         assert input is not None
         if prefers_weight_pass(dy, input, conv_weight, window, affine.invstd is not None):
-            return weight_pass(
-                *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
-                *(activation, negative_slope, residual_last, needs),
-            )
+            return weight_pass(call)
     dx = dw = dr = None
     needs_z = needs.input or needs.conv_weight
     derives = activation != "none"
@@ -133,26 +136,16 @@ def backward(
     return dx, dw, dcb, dg, db, dr
 
 
-def weight_pass(
-    dy: Tensor,
-    input: Tensor,
-    conv_weight: Tensor,
-    window: Window,
-    allow_tf32: bool,
-    affine: Affine,
-    result: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    negative_slope: float,
-    residual_last: bool,
-    needs: Needs,
-) -> tuple[Tensor | None, ...]:
+def weight_pass(call: Call) -> tuple[Tensor | None, ...]:
     """The same where the weight's gradient and BatchNorm's come from one pass over dy and the input.
 
     It takes the activation's derivative along where the result tells it and nothing else wants it. The gradient of the
     convolution's result is a channel's factor times something: the factor goes into the weight that takes it to the
     input's gradient.
     """
+    dy, input, conv_weight, window, allow_tf32, affine, result, residual = call[:8]
+    activation, negative_slope, residual_last, needs = call[8:]
+    assert input is not None and conv_weight is not None
     dx = dr = z = None
     dv = dy
     derives = activation != "none"

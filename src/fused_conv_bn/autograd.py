@@ -36,6 +36,7 @@ from ._conv import (
 from ._dispatch import keywords
 from ._gradients import (
     Affine,
+    Call,
     Needs,
     backward,
     derivative_from,
@@ -152,8 +153,10 @@ class _BnScale(Function):
         else:
             affine = Affine(mean, var, None, weight, bias, conv_bias, factor, eps)
             dx, dw, dcb, dg, db, dr = backward(
-                *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
-                *(activation, slope, last, needs),
+                Call(
+                    *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
+                    *(activation, slope, last, needs),
+                )
             )
         return dx, dw, dcb, None, None, dg, db, dr, None
 
@@ -224,9 +227,11 @@ class _ScaleShift(Function):
             )
         else:
             dx, dw, _, dscale, dshift, dr = backward(
-                *(dy, input, conv_weight, window, allow_tf32, Affine(None, None, None, scale, shift, None)),
-                *(result, residual, activation, slope, last),
-                Needs(needs_x, needs_w, False, needs_scale, needs_shift, needs_r),
+                Call(
+                    *(dy, input, conv_weight, window, allow_tf32, Affine(None, None, None, scale, shift, None)),
+                    *(result, residual, activation, slope, last),
+                    Needs(needs_x, needs_w, False, needs_scale, needs_shift, needs_r),
+                )
             )
         return dx, dw, dscale, dshift, dr, None
 
@@ -313,8 +318,10 @@ class _BnScaleTrain(Function):
         else:
             affine = Affine(mean, None, invstd, weight, bias, None, factor, eps)
             dx, dw, _, dg, db, dr = backward(
-                *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
-                *(activation, slope, last, needs._replace(conv_bias=False)),
+                Call(
+                    *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
+                    *(activation, slope, last, needs._replace(conv_bias=False)),
+                )
             )
             dcb = zeros
         return dx, dw, dcb, None, None, dg, db, dr, None

@@ -7,7 +7,8 @@
 
 #include "kernels/batch_norm/backward.cuh"
 #include "kernels/conv/train.cuh"
-#include "kernels/conv/wgrad_stem_sm80/finish.cuh"
+#include "kernels/conv/wgrad_stem_sm80/operands.h"
+#include "kernels/conv/wgrad_stem_sm80/plan.h"
 #include "machine.h"
 
 namespace fused_conv_bn {

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/activation_backward.h"
 #include "kernels/common/vec.cuh"
 #include "kernels/ptx/cp_async.cuh"
 #include "kernels/ptx/mma.cuh"
@@ -246,9 +247,10 @@ struct ChunkReader {
 
   __device__ __forceinline__ float derivative(float dy, float y) const {
     if (p.activation == Activation::relu) {
-      return y <= 0 ? 0.0f : dy;
+      return derivative_from_result<Activation::relu, T>(dy, y);
     }
-    return p.activation == Activation::sigmoid ? dy * (1 - y) * y : dy * (1 - y * y);
+    return p.activation == Activation::sigmoid ? derivative_from_result<Activation::sigmoid, T>(dy, y)
+                                               : derivative_from_result<Activation::tanh, T>(dy, y);
   }
   __device__ __forceinline__ uint32_t derive(uint32_t dy, uint32_t y) const {
     if constexpr (C::kFloat32) {

@@ -1,4 +1,4 @@
-// The pass (plan.h). A warp has a role: 32 rows of the product by up to kWarpUnits units of columns, for some of a tile's chunks.
+// The pass (plan.h). A warp has a role: 32 rows of the product by up to kMostRoleUnits units of columns, for some of a tile's chunks.
 // All warps share a tile's window. While they multiply a tile, they make the units of the next one and measure the one behind it,
 // some before their products and some after them, so that tensor cores are never all idle; there is one barrier a tile.
 //
@@ -98,7 +98,8 @@ struct Multiplier {
   }
 
   // Units behind the role's last one are that one again. Products follow those that they do not wait for.
-  __device__ __forceinline__ void multiply_step(Sums& acc, const RowFragment<C> (&rows)[2], uint32_t window) const {
+  __device__ __forceinline__ void multiply_step(Sums& acc, const RowFragment<C> (&rows)[kWarpTiles],
+                                                uint32_t window) const {
     if constexpr (C::kTerms == 2) {
       const uint32_t base = window + matrix() / 2 * p.tile.x_term;
 #pragma unroll
@@ -113,7 +114,7 @@ struct Multiplier {
 #pragma unroll
           for (int j = 0; j < 3; ++j) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
+            for (int i = 0; i < kWarpTiles; ++i) {
               mma_m16n8k16<float16>(acc[i][first + j], rows[i].terms[product == 0 ? 1 : 0],
                                     product == 1 ? make_uint2(v[j].z, v[j].w) : make_uint2(v[j].x, v[j].y));
             }
@@ -125,7 +126,7 @@ struct Multiplier {
       for (int j = 0; j < kUnits; j += 2) {  // two units
         const uint4 v = load_matrices_transposed(window + tap(unit(matrix() < 2 ? j : j + 1)));
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kWarpTiles; ++i) {
           mma_m16n8k16<typename C::Factor>(acc[i][j], rows[i].terms[0], make_uint2(v.x, v.y));
           if (j + 1 < kUnits) {
             mma_m16n8k16<typename C::Factor>(acc[i][j + 1], rows[i].terms[0], make_uint2(v.z, v.w));
@@ -137,7 +138,7 @@ struct Multiplier {
 #pragma unroll
       for (int term = 0; term < C::kTerms; ++term) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kWarpTiles; ++i) {
           mma_m16n8k16<typename C::Factor>(acc[i][kUnits], rows[i].terms[term], make_uint2(kOne, kOne));
         }
       }
@@ -146,11 +147,9 @@ struct Multiplier {
 
   __device__ __forceinline__ void multiply(Sums& sums, const ChunkPlace& place, const ChunkReader<C>& reader, int stage,
                                            const float (&columns)[2]) const {
-    RowFragment<C> rows[2][2];
-    float inverses[2][2] = {{1, 1}, {1, 1}};
+    RowFragment<C> rows[2][kWarpTiles];
+    float inverses[kWarpTiles][2] = {{1, 1}, {1, 1}};
     const int pixels = p.tile.p * p.tile.q;
-    const Tile tile = block.tiles().locate(block.tile_index(place.number));
-    const int tile_rows = block.tiles().rows(tile, p), tile_cols = block.tiles().cols(tile, p);
     if constexpr (C::kRows == Rows::gradient) {
       reader.load(stage, rows, inverses);
     } else if constexpr (C::kFloat32) {
@@ -162,7 +161,7 @@ struct Multiplier {
     }
     Sums acc;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kWarpTiles; ++i) {
 #pragma unroll
       for (int j = 0; j <= kUnits; ++j) {
 #pragma unroll
@@ -176,12 +175,13 @@ struct Multiplier {
     for (int step = 0; step < 2; ++step) {
       const int first = place.chunk * kChunk + step * 16;
       if constexpr (C::kRows == Rows::patch) {
+        const Tile tile = block.tiles().locate(block.tile_index(place.number));
         const int pixel = first + matrix() / 2 * 8 + block.lane() % 8;
         const auto [row, col] = locate_pixel(pixel, p.tile_q);
-        const bool inside = row < tile_rows && col < tile_cols;
+        const bool inside = row < block.tiles().rows(tile, p) && col < block.tiles().cols(tile, p);
         const uint32_t at = window_of(pixel, pixels, window);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kWarpTiles; ++i) {
 #pragma unroll
           for (int term = 0; term < C::kTerms; ++term) {
             rows[step][i].terms[term] = load_rows(at, inside, i, term);

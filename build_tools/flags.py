@@ -33,7 +33,8 @@ def source_flags(library: str, source: str) -> list[str]:
     """nvcc's flags for one file: its architectures, and its name, which cuobjdump then prints of what it became."""
     listed = archs(library, source)
     # csrc/kernels/ptx/launch.cuh
-    old_ptx = any(major < 9 and ptx for major, _, _, ptx in map(parse_arch, listed))
+    parsed = [parse_arch(arch) for arch in listed]
+    old_ptx = any(major < 9 and ptx for major, _, _, ptx in parsed) and all(major != 9 for major, *_ in parsed)
     return [
         f"-Xfatbin=--ident={source}",
         *(["-DFCB_HAS_9_0A"] if "9.0a" in listed else []),

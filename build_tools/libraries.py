@@ -49,9 +49,10 @@ def matrix_archs(library: str, source: str = "", matrix: dict = MATRIX) -> list[
 def archs(library: str, source: str = "") -> list[str]:
     """The same with $TORCH_CUDA_ARCH_LIST, of which a file with an entry of its own takes what its kernels can run on.
 
-    That is what is not older than the oldest of the entry; if that has a letter, it alone (9.0a where the list has
-    9.0). Where nothing is left, the file is compiled for the whole list, so that the library is complete; a kernel that
-    cannot be has an empty body there. Not as PTX, which newer GPUs would run, and those do choose these kernels.
+    That is what is not older than the oldest of the entry, with the letter that the entry has (9.0a where the list has
+    9.0); if the oldest has one, it alone. Where nothing is left, the file is compiled for the whole list, so that the
+    library is complete; a kernel that cannot be has an empty body there. Not as PTX, which newer GPUs would run, and
+    those do choose these kernels.
     """
     own = matrix_archs(library, source)
     setting = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
@@ -64,7 +65,8 @@ def archs(library: str, source: str = "") -> list[str]:
     if oldest[2]:
         usable = own if any(parse_arch(arch)[:2] == oldest[:2] for arch in listed) else []
     else:
-        usable = [arch for arch in listed if parse_arch(arch)[:2] >= oldest[:2]]
+        lettered = {parse_arch(arch)[:2]: arch for arch in own if parse_arch(arch)[2]}
+        usable = [lettered.get(parse_arch(arch)[:2], arch) for arch in listed if parse_arch(arch)[:2] >= oldest[:2]]
     return usable or [arch.removesuffix("+PTX") for arch in listed]
 
 

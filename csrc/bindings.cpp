@@ -39,11 +39,13 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   // of the output, `dy`, the input, and the activation's `result` where it has a derivative. has_statistics: BatchNorm took
   // the batch's; then `var` is its inverse deviation. Of what is not asked for, empty tensors. The gradient of the
   // convolution's result, over what is in `scaled_weight` beside the weight, is dy + input_scale * result + input_shift.
+  // input_sums: what _conv_bn_scale_train_sums returned for this input.
   m.def(
       "_conv_bn_wgrad(Tensor dy, Tensor? result, Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? mean, "
       "Tensor? var, Tensor? weight, float scaling_factor, float eps, " FCB_WINDOW
-      ", *, str activation='none', bool has_statistics=False, bool needs_conv_weight=True, bool needs_input=False) "
-      "-> (Tensor conv_weight, Tensor weight, Tensor bias, Tensor conv_bias, Tensor scaled_weight, Tensor input_scale, "
+      ", *, str activation='none', bool has_statistics=False, bool needs_conv_weight=True, bool needs_input=False, "
+      "Tensor? input_sums=None) -> (Tensor conv_weight, Tensor weight, Tensor bias, Tensor conv_bias, Tensor "
+      "scaled_weight, Tensor input_scale, "
       "Tensor input_shift)");
 
   // What a convolution op would run, in words. _explain_problem: on CUDA, for a problem and a GPU, both as the numbers of
@@ -69,6 +71,10 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   FCB_TRAIN_FORMS("conv_bn_scale_train", "Tensor input, Tensor conv_weight, Tensor? conv_bias, ", FCB_UPDATED, FCB_READ,
                   ", " FCB_WINDOW ", *, " FCB_EPILOGUE ", bool allow_tf32=False")
 #undef FCB_TRAIN_FORMS
+  // For _conv_bn_wgrad: and the sums over the input that the statistics come from, in float64; none if they come from elsewhere.
+  m.def("_conv_bn_scale_train_sums(Tensor input, Tensor conv_weight, Tensor? conv_bias, " FCB_UPDATED ", " FCB_WINDOW
+        ", *, " FCB_EPILOGUE
+        ", bool allow_tf32=False) -> (Tensor output, Tensor mean, Tensor invstd, Tensor input_sums)");
 
   // Gradients of what is before the epilogue's residual_last: y = activation(affine(input) + residual), the affine as bn_scale's
   // with var, as bn_scale_train's with invstd, and as scale_shift's with neither. Each of them in its parameter's dtype; those

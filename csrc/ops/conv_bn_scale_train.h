@@ -46,6 +46,23 @@ struct ConvBnScaleTrain {
     return {y, saved->mean, saved->invstd};
   }
 
+  // And the sums over the input that the statistics come from; none, if they come from elsewhere.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> sums(Tensor input, Tensor conv_weight, OptionalTensor conv_bias,
+                                                         OptionalTensor running_mean, OptionalTensor running_var,
+                                                         OptionalTensor weight, OptionalTensor bias,
+                                                         double scaling_factor, double momentum, double eps,
+                                                         std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                         std::vector<int64_t> dilation, int64_t groups,
+                                                         OptionalTensor residual, StringHandle activation,
+                                                         double negative_slope, bool residual_last, bool allow_tf32) {
+    std::optional<SavedStatistics> saved;
+    const Tensor y = call(
+        "_conv_bn_scale_train_sums", input, conv_weight, stride, padding, dilation, groups,
+        train_operands(conv_bias, running_mean, running_var, weight, bias, scaling_factor, momentum, eps),
+        {residual, take_string(activation), negative_slope, residual_last}, allow_tf32, true, saved, true);
+    return {y, saved->mean, saved->invstd, *saved->input_sums};
+  }
+
   static FunctionalStats functional(Tensor input, Tensor conv_weight, OptionalTensor conv_bias,
                                     OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor weight,
                                     OptionalTensor bias, double scaling_factor, double momentum, double eps,
@@ -65,7 +82,7 @@ struct ConvBnScaleTrain {
   static Tensor call(const char* op, const Tensor& input, const Tensor& conv_weight, const std::vector<int64_t>& stride,
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
                      const TrainOperands& bn, const EpilogueArguments& arguments, bool allow_tf32, bool saves,
-                     std::optional<SavedStatistics>& saved) {
+                     std::optional<SavedStatistics>& saved, bool wants_input_sums = false) {
     const PlainConv c = check_plain_conv(op, input, "conv_weight", conv_weight, stride, padding, dilation, groups);
     const OptionalOperand residual = check_conv_residual(op, c, arguments.residual);
     const Epilogue epilogue = check_epilogue(op, arguments);
@@ -76,7 +93,7 @@ struct ConvBnScaleTrain {
       }
     }
     if (saves) {
-      saved.emplace(c.sizes[1], c.input.dtype, c.input.device);
+      saved.emplace(c.sizes[1], c.input.dtype, c.input.device, wants_input_sums);
     }
     return with_bn_strides(Kernel::run(op, c, bn, saves ? &*saved : nullptr, residual, epilogue, allow_tf32));
   }

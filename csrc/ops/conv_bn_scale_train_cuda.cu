@@ -8,7 +8,7 @@ namespace fused_conv_bn {
 namespace {
 
 struct CudaKernel {
-  static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, const SavedStatistics* saved,
+  static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, SavedStatistics* saved,
                     const OptionalOperand& residual, const Epilogue& epilogue, bool allow_tf32) {
     const CudaConvChoice choice = choose_conv_cuda(op, c, residual.has_value(), true, allow_tf32);
     if (std::holds_alternative<Aten>(choice.plan)) {
@@ -18,7 +18,7 @@ struct CudaKernel {
   }
 
   // An algorithm of this package.
-  static Tensor run_plan(const char* op, const PlainConv& c, const TrainOperands& bn, const SavedStatistics* saved,
+  static Tensor run_plan(const char* op, const PlainConv& c, const TrainOperands& bn, SavedStatistics* saved,
                          const OptionalOperand& residual, const Epilogue& epilogue, const CudaConvChoice& choice) {
     const CudaScope cuda(c.input.device);
     KernelConv conv(c, requirements_of(choice.plan, choice.problem));
@@ -30,9 +30,14 @@ struct CudaKernel {
         DenseCopies any(1);
         DenseCopies& copies = plan.from_output.has_value() ? any : conv.copies;
         conv.operands.residual = residual.has_value() ? copies.data(*residual, conv.channels_last) : nullptr;
+        double* input_sums = nullptr;
+        if (saved != nullptr && saved->input_sums.has_value() && plan.from_input.has_value()) {
+          saved->input_sums = make_workspace(FromInputSm90::kSums, c.input.device);
+          input_sums = static_cast<double*>(saved->input_sums->data_ptr());
+        }
         const ConvCall call{choice.problem, conv.operands, choice.gpu, epilogue};
-        cuda.check_launch(
-            op, plan.launch(call, train_params(bn, saved), static_cast<double*>(workspace.data_ptr()), cuda.stream()));
+        cuda.check_launch(op, plan.launch(call, train_params(bn, saved), static_cast<double*>(workspace.data_ptr()),
+                                          cuda.stream(), input_sums));
       }
     });
     return conv.y;
@@ -45,6 +50,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
   m.impl("conv_bn_scale_train", TORCH_BOX(&ConvBnScaleTrain<CudaKernel>::plain));
   m.impl("conv_bn_scale_train_stats", TORCH_BOX(&ConvBnScaleTrain<CudaKernel>::stats));
   m.impl("conv_bn_scale_train_functional", TORCH_BOX(&ConvBnScaleTrain<CudaKernel>::functional));
+  m.impl("_conv_bn_scale_train_sums", TORCH_BOX(&ConvBnScaleTrain<CudaKernel>::sums));
 }
 
 }  // namespace fused_conv_bn

@@ -37,13 +37,14 @@ Activation check_derivative(const std::string& name, const OptionalOperand& resu
        " result, expected 'relu', 'sigmoid' or 'tanh' with it or 'none' without it");
 }
 
-using PlanKey = std::tuple<Conv2d, int32_t, bool, bool>;  // problem, device, has_result, has_statistics
+// problem, device, has_result, has_statistics, has_input_sums
+using PlanKey = std::tuple<Conv2d, int32_t, bool, bool, bool>;
 
 std::optional<WgradStemSm80> remembered_plan(const PlanKey& key) {
   static RememberedPlans<PlanKey, std::optional<WgradStemSm80>> plans;
   return plans.get(key, [&] {
-    const auto& [problem, device, has_result, has_statistics] = key;
-    return WgradStemSm80::make(problem, gpu_traits(device), has_result, has_statistics);
+    const auto& [problem, device, has_result, has_statistics, has_input_sums] = key;
+    return WgradStemSm80::make(problem, gpu_traits(device), has_result, has_statistics, has_input_sums);
   });
 }
 
@@ -51,7 +52,7 @@ Gradients wgrad_cuda(Tensor dy, OptionalTensor result, Tensor input, Tensor conv
                      OptionalTensor mean, OptionalTensor var, OptionalTensor weight, double scaling_factor, double eps,
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      int64_t groups, StringHandle activation, bool has_statistics, bool needs_conv_weight,
-                     bool needs_input) {
+                     bool needs_input, OptionalTensor input_sums) {
   const std::string activation_name = take_string(activation);
   const PlainConv c = check_plain_conv(kOp, input, "conv_weight", conv_weight, stride, padding, dilation, groups);
   const Operand gradient("dy", dy);
@@ -71,9 +72,19 @@ Gradients wgrad_cuda(Tensor dy, OptionalTensor result, Tensor input, Tensor conv
   }
   const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, false, false));
   const GpuTraits& gpu = gpu_traits(c.input.device.index);
-  const auto plan = problem.has_value()
-                        ? remembered_plan({*problem, c.input.device.index, output.has_value(), has_statistics})
-                        : std::nullopt;
+  if (input_sums.has_value()) {
+    const Operand sums("input_sums", *input_sums);
+    if (sums.dtype != ScalarType::Double || sums.dim != 1 || sums.sizes[0] != FromInputSm90::kSums ||
+        sums.strides[0] != 1 || sums.device != c.input.device || !has_statistics || !problem.has_value() ||
+        !FromInputSm90::supports(*problem, gpu)) {
+      fail(kOp, ": input_sums has shape ", sums.shape(),
+           ", expected what _conv_bn_scale_train_sums returned for this input");
+    }
+    o.input_sums = static_cast<const double*>(input_sums->data_ptr());
+  }
+  const auto plan = problem.has_value() ? remembered_plan({*problem, c.input.device.index, output.has_value(),
+                                                           has_statistics, o.input_sums != nullptr})
+                                        : std::nullopt;
   if (!plan.has_value()) {
     fail(kOp, ": conv_weight has shape ", c.weight.shape(), " with input of shape ", c.input.shape(),
          ", expected a convolution of few channels that ", WgradStemSm80::kName, " covers");

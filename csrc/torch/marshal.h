@@ -47,9 +47,16 @@ inline AffineTensors affine_tensors(const AffineOperands& affine, ScalarType dty
 struct SavedStatistics {
   Tensor mean;
   Tensor invstd;
+  // The sums over a convolution's input that they come from, in float64: there if they are asked for, and empty if they come from
+  // elsewhere.
+  OptionalTensor input_sums;
 
-  SavedStatistics(int64_t channels, ScalarType dtype, const Device& device)
-      : mean(channel_values(channels, dtype, device)), invstd(channel_values(channels, dtype, device)) {}
+  SavedStatistics(int64_t channels, ScalarType dtype, const Device& device, bool wants_input_sums = false)
+      : mean(channel_values(channels, dtype, device)), invstd(channel_values(channels, dtype, device)) {
+    if (wants_input_sums) {
+      input_sums = channel_values(0, ScalarType::Double, device);
+    }
+  }
 
  private:
   static Tensor channel_values(int64_t channels, ScalarType dtype, const Device& device) {

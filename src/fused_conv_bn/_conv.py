@@ -129,6 +129,14 @@ def covers_weight_pass(dy: Tensor, input: Tensor, weight: Tensor, window: Window
     )
 
 
+def leaves_input_sums(input: Tensor, weight: Tensor) -> bool:
+    """Whether the forward may take a batch's statistics from sums over the input, which the weight pass takes too.
+
+    The op ``_conv_bn_scale_train_sums`` returns them then: ``FromInputSm90`` of the CUDA library has few channels.
+    """
+    return weight.shape[1] <= 8 and input.is_cuda and weight.dim() == 4
+
+
 def prefers_weight_pass(dy: Tensor, input: Tensor, weight: Tensor, window: Window, has_statistics: bool) -> bool:
     """Whether it is faster than the convolution again and PyTorch's gradient of the weight, by measurements.
 

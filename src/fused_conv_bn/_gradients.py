@@ -85,12 +85,13 @@ class Call(NamedTuple):
     negative_slope: float
     residual_last: bool
     needs: Needs
+    input_sums: Tensor | None = None
 
 
 def backward(call: Call) -> tuple[Tensor | None, ...]:
     """The gradients of which ``call.needs`` are, in its order."""
     dy, input, conv_weight, window, allow_tf32, affine, result, residual = call[:8]
-    activation, negative_slope, residual_last, needs = call[8:]
+    activation, negative_slope, residual_last, needs = call[8:12]
     if conv_weight is not None and (needs.conv_weight or needs.weight) and not _is_compiling():
         assert input is not None
         if prefers_weight_pass(dy, input, conv_weight, window, affine.invstd is not None):
@@ -144,7 +145,7 @@ def weight_pass(call: Call) -> tuple[Tensor | None, ...]:
     input's gradient.
     """
     dy, input, conv_weight, window, allow_tf32, affine, result, residual = call[:8]
-    activation, negative_slope, residual_last, needs = call[8:]
+    activation, negative_slope, residual_last, needs = call[8:12]
     assert input is not None and conv_weight is not None
     dx = dr = z = None
     dv = dy
@@ -171,6 +172,7 @@ def weight_pass(call: Call) -> tuple[Tensor | None, ...]:
             has_statistics=trains,
             needs_conv_weight=needs.conv_weight,
             needs_input=needs.input,
+            input_sums=call.input_sums,
         )
         if needs.input:
             dz = dv

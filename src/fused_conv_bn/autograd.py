@@ -31,6 +31,7 @@ from ._conv import (
     Window,
     as_autocast,
     keeps_result,
+    leaves_input_sums,
     without_autocast,
 )
 from ._dispatch import keywords
@@ -50,6 +51,7 @@ _ops = torch.ops.fused_conv_bn
 _bn_scale, _conv_bn_scale = _ops.bn_scale.default, _ops.conv_bn_scale.default
 _scale_shift, _conv_scale_shift = _ops.scale_shift.default, _ops.conv_scale_shift.default
 _bn_stats, _conv_bn_stats = _ops.bn_scale_train_stats.default._op, _ops.conv_bn_scale_train_stats.default._op
+_conv_bn_sums = _ops._conv_bn_scale_train_sums.default._op
 _bn_functional = _ops.bn_scale_train_functional.default
 _conv_bn_functional = _ops.conv_bn_scale_train_functional.default
 _is_compiling = torch.compiler.is_compiling
@@ -259,10 +261,13 @@ class _BnScaleTrain(Function):
     ) -> tuple[Tensor, ...]:
         factor, momentum, eps, window, activation, slope, last, allow_tf32, functional = numbers
         named = keywords(residual, activation, slope, last, allow_tf32 and conv_weight is not None)
+        op: Any
         if conv_weight is None:
             op = _bn_functional if functional else _bn_stats
             return op(input, running_mean, running_var, weight, bias, factor, momentum, eps, **named)
-        op = _conv_bn_functional if functional else _conv_bn_stats
+        op = _conv_bn_functional
+        if not functional:
+            op = _conv_bn_sums if leaves_input_sums(input, conv_weight) else _conv_bn_stats
         bn = running_mean, running_var, weight, bias, factor, momentum, eps
         return op(input, conv_weight, conv_bias, *bn, *window, **named)
 
@@ -287,13 +292,14 @@ class _BnScaleTrain(Function):
             output[0] if from_result else None,
             output[1] if keeps else None,
             output[2] if keeps else None,
+            output[3] if len(output) == 4 and output[3].numel() > 0 and (needs[1] or needs[5]) else None,
         )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *statistics: Any) -> Any:
         if dy is None:
             return (None,) * 9
-        input, conv_weight, weight, bias, residual, result, mean, invstd = ctx.saved_tensors
+        input, conv_weight, weight, bias, residual, result, mean, invstd, sums = ctx.saved_tensors
         factor, _, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs = Needs(*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:8])
         if mean is None:  # the residual's alone
@@ -320,7 +326,7 @@ class _BnScaleTrain(Function):
             dx, dw, _, dg, db, dr = backward(
                 Call(
                     *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
-                    *(activation, slope, last, needs._replace(conv_bias=False)),
+                    *(activation, slope, last, needs._replace(conv_bias=False), sums),
                 )
             )
             dcb = zeros

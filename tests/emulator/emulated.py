@@ -366,6 +366,7 @@ class _Wgrad(ctypes.Structure):
         ("has_statistics", ctypes.c_bool),
         *((name, _Buffer) for name in ("mean", "var", "weight", "conv_bias")),
         *((name, ctypes.c_double) for name in ("scaling_factor", "eps")),
+        ("input_sums", ctypes.c_void_p),
         *((name, _Weight) for name in ("dw", "scaled_weight")),
         *((name, _Buffer) for name in ("dweight", "dbias", "dconv_bias", "input_scale", "input_shift")),
     ]
@@ -407,7 +408,14 @@ def conv_bn_wgrad(
     operands = _Wgrad(
         *(_pointer(x).value, _pointer(dy).value, _pointer(result).value),
         list(reference.ACTIVATIONS).index(activation),
-        *(_weight(conv_weight), has_statistics, *map(_buffer, (mean, var, weight, conv_bias)), scaling_factor, eps),
+        *(
+            _weight(conv_weight),
+            has_statistics,
+            *map(_buffer, (mean, var, weight, conv_bias)),
+            scaling_factor,
+            eps,
+            None,
+        ),
         *map(_weight, (dw, scaled)),
         *map(_buffer, (dweight, dbias, dconv_bias, scale, shift)),
     )

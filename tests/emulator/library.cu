@@ -116,7 +116,7 @@ const char* emulated_conv_train(const Conv2d* problem, const ConvOperands* opera
 const char* emulated_conv_wgrad(const Conv2d* problem, const WgradOperands* operands, int element, uint64_t seed) {
   const Conv2d& c = *problem;
   const WgradOperands& o = *operands;
-  const auto plan = WgradStemSm80::make(c, kGpu, o.result != nullptr, o.has_statistics);
+  const auto plan = WgradStemSm80::make(c, kGpu, o.result != nullptr, o.has_statistics, o.input_sums != nullptr);
   if (!plan.has_value()) {
     return "not covered";
   }

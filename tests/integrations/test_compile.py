@@ -205,7 +205,8 @@ def test_every_overload_is_opchecked() -> None:
     checked = {op for op, *_ in (*CALLS.values(), *MORE_CALLS.values())} | {OPS.fold_bn.default, OPS.cuda_archs.default}
     checked |= {OPS.conv_scale_shift.default}  # in ops/test_conv_integration.py
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in ops/test_train_integration.py
-    checked |= {OPS._conv_bn_wgrad.default}  # CUDA alone, and not for torch.compile: in ops/test_wgrad.py
+    # CUDA alone, and not for torch.compile: in ops/test_wgrad.py
+    checked |= {OPS._conv_bn_wgrad.default, OPS._conv_bn_scale_train_sums.default}
     # What takes no tensor or returns none.
     checked |= {
         getattr(OPS, name).default for name in ("_explain", "_explain_problem", "_use_algorithm", "_check_algorithm")

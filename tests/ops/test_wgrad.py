@@ -124,6 +124,41 @@ def test_cuda_opcheck(cuda):
             {"has_statistics": True, "needs_input": needs_input},
             test_utils=("test_schema", "test_faketensor"),
         )
+    torch.library.opcheck(
+        OPS._conv_bn_scale_train_sums.default,
+        (*args[2:4], None, None, None, None, None, 2.0, 0.1, 1e-5, *args[10:]),
+        {},
+        test_utils=("test_schema",),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["problem 73", "odd planes", "1 channel", "16 channels"])
+def test_cuda_sums_of_the_forward(name, dtype, cuda):
+    """They are those that backward would compute itself, and the forward's other results do not depend on them."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the statistics come from the input on compute capability 9.0 alone")
+    dy, _, x, w, cb, *_, weight, factor, eps, stride, padding, dilation, groups = arguments(name, dtype, False, cuda)
+    window = stride, padding, dilation, groups
+    bn = None, None, weight, None, factor, 0.1, eps
+    covered = PROBLEMS[name][1] <= 8 and max(PROBLEMS[name][5]) <= 3
+    with fcb.use_algorithm(*("stem_sm90", "from_input") if covered else ()):
+        *others, sums = OPS._conv_bn_scale_train_sums(x, w, cb, *bn, *window)
+        for got, want in zip(others, OPS.conv_bn_scale_train_stats(x, w, cb, *bn, *window), strict=True):
+            assert torch.equal(got, want)
+    assert sums.dtype == torch.float64 and (sums.numel() > 0) == covered
+    if covered:
+        args = dy, None, x, w, None, others[1], others[2], weight, factor, eps, *window
+        named = dict(has_statistics=True, needs_input=True)
+        for got, want in zip(
+            OPS._conv_bn_wgrad(*args, **named, input_sums=sums), OPS._conv_bn_wgrad(*args, **named), strict=True
+        ):
+            assert torch.equal(got, want)
+        for bad in (sums[1:], sums.float(), sums.cpu()):
+            with pytest.raises(RuntimeError, match="input_sums has shape .*, expected what _conv_bn_scale_train_sums"):
+                OPS._conv_bn_wgrad(*args, **named, input_sums=bad)
+        with pytest.raises(RuntimeError, match="input_sums has shape"):
+            OPS._conv_bn_wgrad(*args, input_sums=sums)
 
 
 def test_cuda_is_deterministic(cuda):

@@ -45,16 +45,17 @@ def test_every_entry_for_kernels_names_files_of_its_own() -> None:
 
 @pytest.mark.parametrize(("kernels", "name"), KERNELS)
 def test_archs_of_kernels_are_some_of_the_library(kernels: dict[str, list[str]], name: str) -> None:
-    """Either all from one on, so that no newer GPU is left out, or those that have a letter: code for no other GPU."""
+    """Either all from one on, so that no newer GPU is left out, or one that has a letter: code for no other GPU."""
     assert kernels.keys() == {"sources", *CUDA_LIBRARIES}
     archs, of_library = kernels[name], MATRIX["libraries"][name]["archs"]
-    if any(arch[-1] in "af" for arch in archs):
-        assert all(any(other.startswith(arch[:-1]) for other in of_library) for arch in archs)
+    numbers = [re.sub(r"[af]?(\+PTX)?$", "", arch) for arch in archs]
+    assert set(numbers) <= {arch.removesuffix("+PTX") for arch in of_library}
+    if archs[0][-1] in "af":
+        assert len(archs) == 1
     else:
         for capability in [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)]:
-            oldest = tuple(map(int, archs[0].split(".")))
+            oldest = tuple(map(int, numbers[0].split(".")))
             assert _loader.covers(capability, " ".join(archs)) is (capability >= oldest)
-        assert set(archs) <= set(of_library)
 
 
 def test_loader_finds_the_files_of_the_matrix(tmp_path: Path) -> None:
@@ -100,21 +101,27 @@ def test_archs_are_those_of_the_matrix(libraries: ModuleType, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("setting", "conv", "newest"),
+    ("setting", "conv", "newest", "both"),
     [
-        ("9.0", ["9.0"], ["9.0a"]),
-        ("9.0a", ["9.0a"], ["9.0a"]),
-        ("7.5;9.0+PTX", ["9.0+PTX"], ["9.0a"]),
-        ("8.6 12.0+PTX", ["8.6", "12.0+PTX"], ["8.6", "12.0"]),
-        ("7.5,8.0", ["8.0"], ["7.5", "8.0"]),
-        ("7.5+PTX", ["7.5"], ["7.5"]),
+        ("9.0", ["9.0"], ["9.0a"], ["9.0a"]),
+        ("9.0a", ["9.0a"], ["9.0a"], ["9.0a"]),
+        ("7.5;9.0+PTX", ["9.0+PTX"], ["9.0a"], ["9.0a"]),
+        ("8.6 12.0+PTX", ["8.6", "12.0+PTX"], ["8.6", "12.0"], ["8.6", "12.0+PTX"]),
+        ("7.5,8.0", ["8.0"], ["7.5", "8.0"], ["8.0"]),
+        ("7.5+PTX", ["7.5"], ["7.5"], ["7.5"]),
     ],
 )
 def test_arch_list_and_kernels_that_not_every_gpu_runs(
-    libraries: ModuleType, monkeypatch: pytest.MonkeyPatch, setting: str, conv: list[str], newest: list[str]
+    libraries: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    conv: list[str],
+    newest: list[str],
+    both: list[str],
 ) -> None:
     kernels = [
         {"sources": ["ops/conv_h_cuda"], "cu12": ["9.0a"]},
+        {"sources": ["ops/conv_w_cuda"], "cu12": ["8.0+PTX", "9.0a"]},
         {"sources": ["ops/conv_*"], "cu12": ["8.0", "9.0+PTX"]},
     ]
     monkeypatch.setitem(libraries.MATRIX, "kernels", kernels)
@@ -123,6 +130,7 @@ def test_arch_list_and_kernels_that_not_every_gpu_runs(
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", setting)
     assert libraries.archs("cu12", "ops/conv_h_cuda.cu") == newest
     assert libraries.archs("cu12", "ops/conv_x_cuda.cu") == conv
+    assert libraries.archs("cu12", "ops/conv_w_cuda.cu") == both
     assert libraries.archs("cu12", "ops/scale_shift_cuda.cu") == libraries.archs("cu12") == re.split("[ ;,]", setting)
 
 
@@ -133,7 +141,8 @@ def test_arch_list_and_kernels_that_not_every_gpu_runs(
         ("9.0", False),
         ("8.0;9.0+PTX", False),
         ("8.0+PTX", True),
-        ("7.5+PTX 9.0", True),
+        ("7.5+PTX 9.0", False),  # those that wait have their own code
+        ("8.0+PTX 10.0", True),
         ("10.0+PTX", False),
     ],
 )

@@ -45,16 +45,18 @@ struct ConvTrainPlan {
   // Doubles. Where the statistics come first: the affines, then what these are gathered in.
   int64_t workspace(const Conv2d& c) const {
     return from_output.has_value()  ? from_output->workspace()
-           : from_input.has_value() ? affine_doubles(c) + from_input->workspace()
+           : from_input.has_value() ? affine_doubles(c) + from_input->workspace() + FromInputSm90::kSums
                                     : affine_doubles(c) + *partials * c.K * kMomentsDoubles;
   }
 
-  // Of the call's operands the affine is of no account. Its epilogue is the op's.
-  cudaError_t launch(const ConvCall& call, const TrainParams& bn, double* workspace, cudaStream_t stream) const {
+  // Of the call's operands the affine is of no account. Its epilogue is the op's. input_sums: where the sums over the input are to
+  // be left, if the statistics come from them.
+  cudaError_t launch(const ConvCall& call, const TrainParams& bn, double* workspace, cudaStream_t stream,
+                     double* input_sums = nullptr) const {
     return std::visit(
         [&]<typename Plan>(const Plan& plan) {
           if constexpr (Plan::kGathersMoments) {
-            return statistics_first(plan, call, bn, workspace, stream);
+            return statistics_first(plan, call, bn, workspace, input_sums, stream);
           } else {
             return convolution_first(call, bn, workspace, stream);
           }
@@ -68,14 +70,15 @@ struct ConvTrainPlan {
 
   template <typename Plan>
   cudaError_t statistics_first(const Plan& plan, const ConvCall& call, TrainParams bn, double* workspace,
-                               cudaStream_t stream) const {
+                               double* input_sums, cudaStream_t stream) const {
     const Conv2d& c = call.problem;
     const AffineBuffer affines{workspace, static_cast<uint32_t>(c.K), kElement<T>};
     double* const sums = workspace + affine_doubles(c);
     bn.spare_centers = true;
     cudaError_t status;
     if (from_input.has_value()) {
-      status = from_input->template launch<T>(c, call.operands, sums, bn, affines, stream);
+      double* const all = input_sums == nullptr ? sums + from_input->workspace() : input_sums;
+      status = from_input->template launch<T>(c, call.operands, sums, all, bn, affines, stream);
     } else {
       auto* const moments = reinterpret_cast<Moments*>(sums);
       status = plan.template launch_moments<T>({c, plain(call.operands), call.gpu, Epilogue{}}, moments, stream);

@@ -155,6 +155,7 @@ def _conv_bn_wgrad(
     has_statistics=False,
     needs_conv_weight=True,
     needs_input=False,
+    input_sums=None,
 ):
     wide = _acc_dtype(dy.dtype)
     last = _suggests_channels_last(conv_weight)
@@ -291,6 +292,12 @@ def _conv_bn_scale_train_functional(
 @torch.library.register_fake("fused_conv_bn::conv_bn_scale_train_stats")
 def _conv_bn_scale_train_stats(*args, **kwargs):
     return _conv_bn_scale_train_functional(*args, **kwargs)[:3]
+
+
+@torch.library.register_fake("fused_conv_bn::_conv_bn_scale_train_sums")
+def _conv_bn_scale_train_sums(input, *args, **kwargs):
+    # Whether there are sums is up to the kernel that is chosen: none are always right.
+    return *_conv_bn_scale_train_stats(input, *args, **kwargs), input.new_empty(0, dtype=torch.float64)
 
 
 @torch.library.register_fake("fused_conv_bn::conv_bn_scale_train")

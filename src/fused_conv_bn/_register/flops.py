@@ -33,6 +33,7 @@ def _register_with(flop_counter: Any) -> None:
         _ops.conv_bn_scale_train,
         _ops.conv_bn_scale_train_stats,
         _ops.conv_bn_scale_train_functional,
+        _ops._conv_bn_scale_train_sums,
     ]
     flop_counter.register_flop_formula([t for t in targets if t not in flop_counter.flop_registry])(_conv_flop)
 

@@ -80,19 +80,18 @@ struct ChunkReader {
         copy(p.result, next, block.chunk_stage(stage) + C::kChunkTensor);
       }
     }
-    copy_async_commit();
   }
 
   // fragments: of each step and tile of rows. inverses: float32: what their scales have to be undone by, for a lane's two rows
   // in each tile.
-  __device__ __forceinline__ void load(int stage, RowFragment<C> (&fragments)[2][kWarpTiles],
+  __device__ __forceinline__ void load(int stage, RowFragment<C> (&fragments)[kSteps][kWarpTiles],
                                        float (&inverses)[kWarpTiles][2]) const {
     const uint32_t start = block.chunk_stage(stage);
     if constexpr (C::kFloat32) {
       load_float32(start, fragments, inverses);
     } else {
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int i = 0; i < kWarpTiles; ++i) {
           uint4 v = load_halves(start, step, i);
@@ -108,17 +107,6 @@ struct ChunkReader {
  private:
   static __device__ __forceinline__ int g() { return threadIdx.x % 32 / 4; }
   static __device__ __forceinline__ int t() { return threadIdx.x % 4; }
-
-  template <int kCopy>
-  __device__ __forceinline__ static void copy_piece(uint32_t target, const T* source, bool exists) {
-    if constexpr (kCopy == 16) {
-      copy_async(target, source, exists);
-    } else if constexpr (kCopy >= 4) {
-      copy_async_small<kCopy>(target, source, exists);
-    } else {
-      store_shared(target, exists ? __ldg(reinterpret_cast<const uint16_t*>(source)) : uint16_t{0});
-    }
-  }
 
   __device__ __forceinline__ void copy(const T* from, const NextChunk& next, uint32_t target) const {
     switch (p.copy_bytes) {
@@ -137,10 +125,10 @@ struct ChunkReader {
   template <int kCopy>
   __device__ __forceinline__ void copy_by(const T* from, const NextChunk& next, uint32_t target) const {
     constexpr int kElements = kCopy / kBytes, kPieces = (C::kChannelsLast ? kWarpRows : kChunk) / kElements;
-    constexpr int kLines = 32 / kPieces;  // at once, of so many pieces
+    constexpr int kAcross = kPieces < 32 ? kPieces : 32, kLines = 32 / kAcross;  // at once
     constexpr int kAllLines = C::kChannelsLast ? kChunk : kWarpRows;
     const T* const start = from + next.start;
-    const int line = block.lane() / kPieces, piece = block.lane() % kPieces * kElements;
+    const int line = block.lane() / kAcross, piece = block.lane() % kAcross * kElements;
     const auto offset_of = [&](int pixel) {
       const auto [row, col] = locate_pixel(pixel, p.tile_q);
       return row < next.rows && col < next.cols ? row * p.Q + col : -1;
@@ -157,18 +145,21 @@ struct ChunkReader {
         copy_piece<kCopy>(target + i * C::kChunkPitch, pixel < 0 ? from : own + pixel * p.K, pixel >= 0);
       }
     } else {
-      const int pixel = offset_of(next.place.chunk * kChunk + piece);
       const int plane = p.P * p.Q;
       const int channels = p.K - first_channel - line;
-      const T* own = pixel < 0 ? from : start + line * plane + pixel;
-      const int64_t step = pixel < 0 ? 0 : int64_t{kLines} * plane;
       target += line * C::kChunkPitch + piece * kBytes;
 #pragma unroll
-      for (int i = 0; i < kAllLines; i += kLines) {
-        if (i < channels) {
-          copy_piece<kCopy>(target + i * C::kChunkPitch, own, pixel >= 0);
+      for (int j = 0; j < kPieces; j += kAcross) {
+        const int pixel = offset_of(next.place.chunk * kChunk + piece + j * kElements);
+        const T* own = pixel < 0 ? from : start + line * plane + pixel;
+        const int64_t step = pixel < 0 ? 0 : int64_t{kLines} * plane;
+#pragma unroll
+        for (int i = 0; i < kAllLines; i += kLines) {
+          if (i < channels) {
+            copy_piece<kCopy>(target + i * C::kChunkPitch + j * kCopy, own, pixel >= 0);
+          }
+          own += step;
         }
-        own += step;
       }
     }
   }
@@ -204,12 +195,12 @@ struct ChunkReader {
     }
   }
 
-  __device__ __forceinline__ void load_float32(uint32_t start, RowFragment<C> (&fragments)[2][kWarpTiles],
+  __device__ __forceinline__ void load_float32(uint32_t start, RowFragment<C> (&fragments)[kSteps][kWarpTiles],
                                                float (&inverses)[kWarpTiles][2]) const {
-    float2 values[2][kWarpTiles][2][2];  // step, tile, row, half of k
+    float2 values[kSteps][kWarpTiles][2][2];  // step, tile, row, half of k
     float most[kWarpTiles][2] = {};
 #pragma unroll
-    for (int e = 0; e < 8 * kWarpTiles; ++e) {
+    for (int e = 0; e < 4 * kSteps * kWarpTiles; ++e) {
       const int step = e / (4 * kWarpTiles), i = e / 4 % kWarpTiles, row = e / 2 % 2, second = e % 2;
       float2 v = load_floats(start, step, i, row, second);
       if (p.result != nullptr) {
@@ -230,7 +221,7 @@ struct ChunkReader {
       inverses[e / 2][e % 2] = exp2_of(-exponent);
     }
 #pragma unroll
-    for (int e = 0; e < 2 * kWarpTiles; ++e) {
+    for (int e = 0; e < kSteps * kWarpTiles; ++e) {
       const int step = e / kWarpTiles, i = e % kWarpTiles;
       uint32_t high[4], low[4];
 #pragma unroll

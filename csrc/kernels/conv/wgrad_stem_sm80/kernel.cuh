@@ -1,6 +1,5 @@
-// The pass (plan.h). A warp has a role: 32 rows of the product by up to kMostRoleUnits units of columns, for some of a tile's chunks.
-// All warps share a tile's window. While they multiply a tile, they make the units of the next one and measure the one behind it,
-// some before their products and some after them, so that tensor cores are never all idle; there is one barrier a tile.
+// The pass (plan.h). Consumers multiply, producers make the window of the next tile meanwhile (window.cuh). A consumer has a role: 32
+// rows of the product by up to kMostRoleUnits units of columns, for some of the chunks of all tiles. It copies its own chunks of dy.
 //
 // Tensor cores cut off what does not fit when they add, so that long sums lose more than float32 does. A chunk's sums start at 0,
 // and are added to float32 sums by the usual rule; those of warps and blocks are added up in float64.
@@ -12,6 +11,7 @@
 
 #include "chunk.cuh"
 #include "kernels/ptx/launch.cuh"
+#include "kernels/ptx/wgmma.cuh"
 #include "params.cuh"
 #include "window.cuh"
 
@@ -28,8 +28,8 @@ template <typename C>
 struct Role {
   const Block<C>& block;
   const Params<typename C::T>& p = block.p;
-  const int index = blockIdx.y * p.tile.block_roles + block.warp() % p.tile.block_roles;
-  const int group = block.warp() / p.tile.block_roles;
+  const int index = blockIdx.y * p.tile.block_roles + block.consumer() % p.tile.block_roles;
+  const int group = block.consumer() / p.tile.block_roles;
   const bool exists = index < p.tile.roles;
   const int row_tile = index / p.tile.columns() * kWarpTiles;  // the first one
   const int column = index % p.tile.columns();
@@ -147,14 +147,14 @@ struct Multiplier {
 
   __device__ __forceinline__ void multiply(Sums& sums, const ChunkPlace& place, const ChunkReader<C>& reader, int stage,
                                            const float (&columns)[2]) const {
-    RowFragment<C> rows[2][kWarpTiles];
-    float inverses[kWarpTiles][2] = {{1, 1}, {1, 1}};
+    RowFragment<C> rows[kSteps][kWarpTiles];
+    float inverses[kWarpTiles][2] = {};  // float32
     const int pixels = p.tile.p * p.tile.q;
     if constexpr (C::kRows == Rows::gradient) {
       reader.load(stage, rows, inverses);
     } else if constexpr (C::kFloat32) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int e = 0; e < 2 * kWarpTiles; ++e) {
         const int unit = min((role.row_tile + e / 2) * 2 + e % 2, p.tile.units - 1);
         inverses[e / 2][e % 2] = column_inverse(block, place.number, unit / p.tile.block_units, block.lane() / 4);
       }
@@ -172,7 +172,7 @@ struct Multiplier {
     }
     const uint32_t window = block.window(place.number);
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       const int first = place.chunk * kChunk + step * 16;
       if constexpr (C::kRows == Rows::patch) {
         const Tile tile = block.tiles().locate(block.tile_index(place.number));
@@ -195,35 +195,16 @@ struct Multiplier {
   }
 };
 
-// Calls, which get the parameters anew: what a call may write to would otherwise be read anew everywhere, and so would a copy of
-// what lies around the parameters. Inlined, they leave too few registers for the sums.
-template <typename C>
-__device__ __noinline__ void start_copies(const Params<typename C::T>& p, uint32_t number) {
-  const Block<C> block{p};
-  Window<C>{block}.start_copies(number);
-}
-template <typename C>
-__device__ __noinline__ void measure(const Params<typename C::T>& p, uint32_t number) {
-  const Block<C> block{p};
-  Window<C>{block}.measure(number);
-}
-template <typename C>
-__device__ __noinline__ void build(const Params<typename C::T>& p, uint32_t number) {
-  const Block<C> block{p};
-  Window<C>{block}.build(number);
-}
-
 template <typename C, int kUnits>
-struct Pass {
+struct Consumer {
   using Sums = SumsOf<C, kUnits>;
-  Block<C> block;
+  const Block<C>& block;
   const Params<typename C::T>& p = block.p;
 
   __device__ __forceinline__ void run() const {
     const Role<C> role{block};
     const ChunkReader<C> reader{block, role.row_tile * 16};
     const Multiplier<C, kUnits> multiplier{block, role};
-    set_up();
     Sums sums = {};
     // Chunks whose copies are under way run ahead by kChunkStages - 1.
     NextChunk ahead = reader.find({0, role.group});
@@ -232,79 +213,46 @@ struct Pass {
       if constexpr (C::kRows == Rows::gradient) {
         if (role.exists) {
           reader.start_copies(ahead, ahead_stage);
-        } else {
-          copy_async_commit();
         }
+        copy_async_commit();
         ahead_stage = ahead_stage + 1 == kChunkStages ? 0 : ahead_stage + 1;
         ahead.place.chunk += p.tile.groups;
         if (ahead.place.chunk >= p.tile.chunks) {
-          ahead = reader.find({ahead.place.number + 1, role.group});
+          ahead = reader.find({ahead.place.number + 1, ahead.place.chunk - p.tile.chunks});
         }
-      } else {
-        copy_async_commit();
       }
     };
     wait_for_previous();
 #pragma unroll 1
-    for (uint32_t number = 0; number < kRawStages; ++number) {
-      start_copies<C>(p, number);
-    }
-    copy_async_commit();
-#pragma unroll 1
     for (int i = 0; i < kChunkStages - 1; ++i) {
       start_chunk();
     }
-    copy_async_wait_all_but<kChunkStages - 1>();
-    int stage = 0;
+    int stage = 0, chunk = role.group;
 #pragma unroll 1
-    for (int number = -2; number < 0 || block.tile_index(number) < p.tiles; ++number) {
-      __syncthreads();
-      if (number >= 0) {
-        start_copies<C>(p, number + kRawStages);
-        if (threadIdx.x < kMostChannels) {
-          block.most(number + 3)[threadIdx.x] = 0;
-        }
-      }
-      int chunks = 0;
-      // Some warps make units before their products, the others after them.
-      const bool early = block.warp() % 2 != 0;
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        if ((half == 0) == early) {
-          if (number >= -1) {
-            build<C>(p, number + 1);
-          }
-          measure<C>(p, number + 2);
-          continue;
-        }
-        if (number < 0) {
-          continue;
-        }
-        float columns[2] = {1, 1};
-        if constexpr (C::kFloat32) {
+    for (uint32_t number = 0; block.exists(number); ++number) {
+      block.wait(kFull, number);
+      float columns[2] = {1, 1};
+      if constexpr (C::kFloat32) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            columns[e] = column_inverse(block, number, role.channel_block, block.lane() % 4 * 2 + e);
-          }
-        }
-#pragma unroll 1
-        for (int chunk = role.group; chunk < p.tile.chunks; chunk += p.tile.groups) {
-          __syncwarp();  // nobody reads the stage any more that is to be filled
-          start_chunk();
-          copy_async_wait_all_but<kChunkStages - 1>();
-          __syncwarp();
-          if (role.exists) {
-            multiplier.multiply(sums, {static_cast<uint32_t>(number), chunk}, reader, stage, columns);
-          }
-          stage = stage + 1 == kChunkStages ? 0 : stage + 1;
-          ++chunks;
+        for (int e = 0; e < 2; ++e) {
+          columns[e] = column_inverse(block, number, role.channel_block, block.lane() % 4 * 2 + e);
         }
       }
-      // Copies of raw rows came before this tile's first chunk.
-      if (chunks >= 2) {
-        copy_async_wait_all_but<1>();
-      } else {
-        copy_async_wait_all_but<0>();
+      // The groups take turns through all tiles.
+#pragma unroll 1
+      for (; chunk < p.tile.chunks; chunk += p.tile.groups) {
+        __syncwarp();  // nobody reads the stage any more that is to be filled
+        start_chunk();
+        copy_async_wait_all_but<kChunkStages - 1>();
+        __syncwarp();
+        if (role.exists) {
+          multiplier.multiply(sums, {number, chunk}, reader, stage, columns);
+        }
+        stage = stage + 1 == kChunkStages ? 0 : stage + 1;
+      }
+      chunk -= p.tile.chunks;
+      if (block.exists(number + kWindows)) {
+        block.arrive(kEmpty, number);
       }
     }
     let_next_begin();
@@ -312,29 +260,10 @@ struct Pass {
   }
 
  private:
-  __device__ __forceinline__ void set_up() const {
-    Header& header = block.header();
-    if (threadIdx.x < kScaleSlots * kMostChannels) {
-      header.most[threadIdx.x / kMostChannels][threadIdx.x % kMostChannels] = 0;
-    }
-    if (threadIdx.x < 4) {
-      header.zeros[threadIdx.x] = 0;
-    }
-    for (int unit = threadIdx.x; unit < p.tile.units; unit += blockDim.x) {
-      const int channel_block = unit / p.tile.block_units, of_block = unit % p.tile.block_units;
-      const int r = of_block / p.tile.row_units;
-      const int column = of_block % p.tile.row_units * (8 / p.tile.slots) * p.dilation_w;
-      const int place = column % p.stride_w * p.tile.phase_cols + column / p.stride_w;
-      header.taps[unit] = (channel_block * static_cast<int>(p.x_plane.divisor) + r * p.dilation_h * p.tile.x_pitch +
-                           place) *
-                          16;
-    }
-  }
-
   // The sums of all groups, as lanes have them.
   __device__ __forceinline__ void write(const Role<C>& role, const Sums& sums) const {
     copy_async_wait_all_but<0>();
-    __syncthreads();
+    block.sync_consumers();  // and producers write nothing any more
     const uint32_t start = block.shared() + kHeaderBytes;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
@@ -344,19 +273,19 @@ struct Pass {
         if (unit < p.tile.role_units || j == kUnits) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int at = block.warp() * p.tile.role_sums() + i * p.tile.tile_sums() + (unit * 4 + e) * 32 +
+            const int at = block.consumer() * p.tile.role_sums() + i * p.tile.tile_sums() + (unit * 4 + e) * 32 +
                            block.lane();
             store_shared(start + at * 4, __float_as_uint(sums[i][j][e]));
           }
         }
       }
     }
-    __syncthreads();
+    block.sync_consumers();
     const int first_role = blockIdx.y * p.tile.block_roles;
     const int role_sums = p.tile.role_sums();
     const int count = min(p.tile.block_roles, p.tile.roles - first_role) * role_sums;
     double* const target = p.partials + (static_cast<int64_t>(blockIdx.x) * p.tile.roles + first_role) * role_sums;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    for (int i = block.consumer() * 32 + block.lane(); i < count; i += 32 * p.tile.consumers()) {
       double sum = 0;
       for (int group = 0; group < p.tile.groups; ++group) {
         sum += __uint_as_float(load_shared_1(start + (group * p.tile.block_roles * role_sums + i) * 4));
@@ -366,11 +295,45 @@ struct Pass {
   }
 };
 
+template <typename C>
+__device__ __forceinline__ void set_up(const Block<C>& block) {
+  const auto& p = block.p;
+  Header& header = block.header();
+  if (threadIdx.x < 4) {
+    header.zeros[threadIdx.x] = 0;
+  }
+  for (int unit = threadIdx.x; unit < p.tile.units; unit += blockDim.x) {
+    const int channel_block = unit / p.tile.block_units, of_block = unit % p.tile.block_units;
+    const int r = of_block / p.tile.row_units;
+    const int column = of_block % p.tile.row_units * (8 / p.tile.slots) * p.dilation_w;
+    const int place = column % p.stride_w * p.tile.phase_cols + column / p.stride_w;
+    const int row = channel_block * p.tile.x_rows + r * p.dilation_h;
+    header.taps[unit] = (row * p.tile.x_pitch + place) * 16;
+  }
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kThreads = 32 * (kWarps90.producers + kWarps90.consumers);
+#else
+constexpr int kThreads = 32 * (kWarpsElsewhere.producers + kWarpsElsewhere.consumers);
+#endif
+
 template <typename T, bool kChannelsLast, Rows kRows, int kUnits>
-__global__ void __launch_bounds__(32 * kMostWarps, 1) wgrad_stem_sm80_kernel(const __grid_constant__ Params<T> params) {
+__global__ void __launch_bounds__(kThreads, 1) wgrad_stem_sm80_kernel(const __grid_constant__ Params<T> params) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   using C = Config<T, kChannelsLast, kRows>;
-  Pass<C, kUnits>{Block<C>{params}}.run();
+  const Block<C> block{params};
+  set_up(block);
+  __syncthreads();
+  if (block.warp() < params.tile.producers) {
+    release_registers<56>();
+    Producer<C>{block}.run();
+  } else {
+    acquire_registers<152>();
+    if (block.consumer() < params.tile.consumers()) {
+      Consumer<C, kUnits>{block}.run();
+    }
+  }
 #endif
 }
 

@@ -29,13 +29,12 @@ Params<T> make_params(const WgradCall& call, const Layout& tile, double* partial
   p.tiles_q = FastDiv(tile.tiles_q);
   p.tiles_p = FastDiv(tile.tiles_p);
   p.tile_q = FastDiv(tile.q);
-  p.x_pitch = FastDiv(tile.x_pitch);
   p.phase_cols = FastDiv(tile.phase_cols);
-  p.x_plane = FastDiv(tile.x_rows * tile.x_pitch);
-  p.raw_row = FastDiv(tile.x_rows);
+  p.raw_rows = FastDiv(tile.x_rows);
   const auto address = [](const void* data) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16); };
   p.copy_bytes = copy_bytes(c, tile, std::gcd(address(p.dy), address(p.result)));
-  p.x_words = (c.W * (c.channels_last ? c.C : 1) * c.element_bytes) % 4 == 0 && is_aligned(p.x, 4);
+  p.input_copy_bytes = input_copy_bytes(c, address(p.x));
+  p.raw_pieces = FastDiv(tile.raw_pitch * c.element_bytes / p.input_copy_bytes);
   return p;
 }
 
@@ -45,7 +44,7 @@ cudaError_t launch_kernel_of(Kernel kernel, const Params<T>& p, int blocks, cuda
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   tile.shared_memory);
   return status != cudaSuccess ? status
-                               : launch_kernel(kernel, dim3(blocks, tile.role_blocks()), 32 * tile.warps(),
+                               : launch_kernel(kernel, dim3(blocks, tile.role_blocks()), tile.threads,
                                                tile.shared_memory, true, stream, p);
 }
 
@@ -74,7 +73,7 @@ cudaError_t WgradStemSm80::launch(const WgradCall& call, double* workspace, cuda
   double* const of_input = all + sums();
   cudaError_t status = launch_pass<Rows::gradient, T>(call, gradient, gradient_blocks, workspace, stream);
   if (status == cudaSuccess && from_input.has_value()) {
-    status = from_input->template launch_sums<T>(c, call.operands.x, of_input, stream);
+    status = from_input->template launch_sums<T>(c, call.operands.x, of_input + FromInputSm90::kSums, of_input, stream);
   } else if (status == cudaSuccess && patch.has_value()) {
     status = launch_pass<Rows::patch, T>(call, *patch, patch_blocks, patch_partials, stream);
   }
@@ -85,8 +84,8 @@ cudaError_t WgradStemSm80::launch(const WgradCall& call, double* workspace, cuda
                            0, true, stream, of_gradient, of_patch, all);
   }
   if (status == cudaSuccess) {
-    const PatchSums patch_sums{from_input ? from_input->sums(of_input) : all + gradient_sums(), from_input.has_value(),
-                               patch.value_or(gradient)};
+    const double* const input_sums = from_input ? of_input : call.operands.input_sums;
+    const PatchSums patch_sums{patch ? all + gradient_sums() : input_sums, !patch, patch.value_or(gradient)};
     const FinishParams<T> p{call.operands,
                             gradient,
                             all,

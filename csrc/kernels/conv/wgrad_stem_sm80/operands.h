@@ -25,6 +25,7 @@ struct WgradOperands {
   ChannelBuffer mean, var, weight, conv_bias;
   double scaling_factor;
   double eps;
+  const double* input_sums;        // the forward's sums over the input (statistics/from_input_sm90)
   WeightBuffer dw, scaled_weight;  // scaled_weight: w * a
   ChannelBuffer dweight, dbias, dconv_bias;
   ChannelBuffer input_scale, input_shift;  // dv + input_scale * z + input_shift is the gradient of z, over a

@@ -10,6 +10,8 @@
 #include "kernels/common/fast_div.h"
 #include "kernels/common/vec.cuh"
 #include "kernels/conv/tile.cuh"
+#include "kernels/ptx/cp_async.cuh"
+#include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/shared.cuh"
 #include "plan.h"
 
@@ -25,11 +27,11 @@ struct Params : Extents {
   Layout tile;
   uint32_t tiles;
   FastDiv tiles_q, tiles_p, tile_q;
-  FastDiv x_pitch, phase_cols, x_plane;  // x_plane: units of a block of channels
-  FastDiv raw_row;                       // rows of a channel's window
-  int copy_bytes;                        // of dy, at once: 16, 8, 4 or an element
-  bool x_words;                          // rows of x begin at multiples of 4 bytes
-  Activation activation;                 // relu, sigmoid or tanh
+  FastDiv phase_cols, raw_rows;  // raw_rows: of a channel's window
+  FastDiv raw_pieces;            // of a row, by input_copy_bytes
+  int copy_bytes;                // of dy, at once: 16, 8, 4 or an element
+  int input_copy_bytes;          // of x
+  Activation activation;         // relu, sigmoid or tanh
 };
 
 // T: of the tensors. kRows: what the patch is multiplied with.
@@ -42,11 +44,14 @@ struct Config {
   using Factor = std::conditional_t<kFloat32, float16, T>;
   static constexpr int kTerms = kFloat32 ? 2 : 1;
   static constexpr int kBytes = sizeof(T);
-  static constexpr int kChunkPitch = chunk_pitch(kBytes);
-  static constexpr int kChunkTensor = 32 * kChunkPitch;
+  static constexpr int kChunkPitch = chunk_pitch(kBytes, kChannelsLast);
+  static constexpr int kChunkTensor = (kChannelsLast ? kChunk : kWarpRows) * kChunkPitch;
 };
 
-// Shared memory behind the header: two windows of units, raw stages, and each warp's stages of dy.
+// Named barriers; 0 is __syncthreads()'s. kFull and kEmpty: one for each window.
+enum BarrierId { kProducersOnly = 1, kConsumersOnly = 2, kFull = 3, kEmpty = kFull + kWindows };
+
+// Shared memory behind the header: windows of units, a window's rows as they lie in memory, and each consumer's stages of dy.
 template <typename C>
 struct Block {
   const Params<typename C::T>& p;
@@ -57,26 +62,52 @@ struct Block {
   }
   __device__ __forceinline__ uint32_t shared() const { return shared_address(&header()); }
   __device__ __forceinline__ uint32_t window(uint32_t number) const {
-    return shared() + kHeaderBytes + number % 2 * C::kTerms * p.tile.x_term;
+    return shared() + kHeaderBytes + number % kWindows * C::kTerms * p.tile.x_term;
   }
-  __device__ __forceinline__ uint32_t raw(uint32_t number) const {
-    return shared() + kHeaderBytes + 2 * C::kTerms * p.tile.x_term + number % kRawStages * p.tile.raw_bytes;
+  __device__ __forceinline__ uint32_t raw() const {
+    return shared() + kHeaderBytes + kWindows * C::kTerms * p.tile.x_term;
   }
+  // Of a consumer.
   __device__ __forceinline__ uint32_t chunk_stage(int stage) const {
-    return shared() + kHeaderBytes + 2 * C::kTerms * p.tile.x_term + kRawStages * p.tile.raw_bytes +
-           (warp() * kChunkStages + stage) * p.tile.chunk_bytes;
+    return raw() + p.tile.raw_bytes + (consumer() * kChunkStages + stage) * p.tile.chunk_bytes;
   }
-  __device__ __forceinline__ uint32_t* most(uint32_t number) const { return header().most[number % kScaleSlots]; }
+  __device__ __forceinline__ uint32_t* most(uint32_t number) const { return header().most[number % kWindows]; }
 
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ int consumer() const { return warp() - p.tile.producers; }
+
+  // A window is full, or empty, once all producers and consumers have been here. Those who do not wait only arrive.
+  __device__ __forceinline__ void wait(BarrierId barrier, uint32_t number) const {
+    named_barrier_sync(barrier + number % kWindows, 32 * (p.tile.producers + p.tile.consumers()));
+  }
+  __device__ __forceinline__ void arrive(BarrierId barrier, uint32_t number) const {
+    named_barrier_arrive(barrier + number % kWindows, 32 * (p.tile.producers + p.tile.consumers()));
+  }
+  __device__ __forceinline__ void sync_producers() const { named_barrier_sync(kProducersOnly, 32 * p.tile.producers); }
+  __device__ __forceinline__ void sync_consumers() const {
+    named_barrier_sync(kConsumersOnly, 32 * p.tile.consumers());
+  }
 
   __device__ __forceinline__ TileGridOf<const FastDiv&> tiles() const {
     return {p.tile.p, p.tile.q, p.tiles_q, p.tiles_p};
   }
-  // The block's tile of this number, by number * gridDim.x + blockIdx.x.
+  // The block's tiles have numbers.
   __device__ __forceinline__ uint32_t tile_index(uint32_t number) const { return blockIdx.x + number * gridDim.x; }
+  __device__ __forceinline__ bool exists(uint32_t number) const { return tile_index(number) < p.tiles; }
 };
+
+// Copies so many bytes, or writes zeros; the source's address is one that exists.
+template <int kCopy, typename T>
+__device__ __forceinline__ void copy_piece(uint32_t target, const T* source, bool exists) {
+  if constexpr (kCopy == 16) {
+    copy_async(target, source, exists);
+  } else if constexpr (kCopy >= 4) {
+    copy_async_small<kCopy>(target, source, exists);
+  } else {
+    store_shared(target, exists ? __ldg(reinterpret_cast<const uint16_t*>(source)) : uint16_t{0});
+  }
+}
 
 // Puts the largest magnitude of a channel or a row into [2^14, 2^15); numbers that far from 1 stay in float32's range.
 __device__ __forceinline__ int scale_exponent(uint32_t most) {

@@ -3,10 +3,10 @@
 
 namespace fused_conv_bn {
 
-#define FCB_INSTANTIATE(T)                                                                                       \
-  template cudaError_t FromInputSm90::launch<T>(const Conv2d&, const ConvOperands&, double*, const TrainParams&, \
-                                                const AffineBuffer&, cudaStream_t) const;                        \
-  template cudaError_t FromInputSm90::launch_sums<T>(const Conv2d&, const void*, double*, cudaStream_t) const;
+#define FCB_INSTANTIATE(T)                                                                                    \
+  template cudaError_t FromInputSm90::launch<T>(const Conv2d&, const ConvOperands&, double*, double*,         \
+                                                const TrainParams&, const AffineBuffer&, cudaStream_t) const; \
+  template cudaError_t FromInputSm90::launch_sums<T>(const Conv2d&, const void*, double*, double*, cudaStream_t) const;
 FCB_INSTANTIATE(float)
 FCB_INSTANTIATE(float16)
 FCB_INSTANTIATE(bfloat16)

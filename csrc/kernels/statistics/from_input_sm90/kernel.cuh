@@ -532,7 +532,8 @@ FinishParams<T> finish_params(const Conv2d& c, const ConvOperands& operands, con
 }  // namespace from_input
 
 template <typename T>
-cudaError_t FromInputSm90::launch_sums(const Conv2d& c, const void* x, double* workspace, cudaStream_t stream) const {
+cudaError_t FromInputSm90::launch_sums(const Conv2d& c, const void* x, double* workspace, double* sums,
+                                       cudaStream_t stream) const {
   using namespace from_input;
   const LagParams<T> lags = lag_params<T>(*this, c, x, workspace);
   const bool vectors = !c.channels_last && c.W % 4 == 0 && reinterpret_cast<uintptr_t>(lags.x) % (4 * sizeof(T)) == 0;
@@ -544,21 +545,21 @@ cudaError_t FromInputSm90::launch_sums(const Conv2d& c, const void* x, double* w
   }
   if (status == cudaSuccess) {
     status = launch_kernel(statistics_from_input_pairs_kernel, kPairGrid, 32 * kPairWarps, 0, true, stream,
-                           pair_params(*this, workspace, workspace + records * int64_t{kRecordSums}));
+                           pair_params(*this, workspace, sums));
   }
   return status;
 }
 
 template <typename T>
-cudaError_t FromInputSm90::launch(const Conv2d& c, const ConvOperands& operands, double* workspace,
+cudaError_t FromInputSm90::launch(const Conv2d& c, const ConvOperands& operands, double* workspace, double* sums,
                                   const TrainParams& bn, const AffineBuffer& affines, cudaStream_t stream) const {
   using namespace from_input;
-  const cudaError_t status = launch_sums<T>(c, operands.x, workspace, stream);
+  const cudaError_t status = launch_sums<T>(c, operands.x, workspace, sums, stream);
   if (status != cudaSuccess) {
     return status;
   }
   return launch_kernel(statistics_from_input_finish_kernel<T>, static_cast<unsigned>(c.K), kFinishThreads, 0, true,
-                       stream, finish_params<T>(c, operands, sums(workspace), bn, affines));
+                       stream, finish_params<T>(c, operands, sums, bn, affines));
 }
 
 }  // namespace fused_conv_bn

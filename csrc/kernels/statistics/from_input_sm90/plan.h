@@ -151,19 +151,20 @@ struct FromInputSm90 {
     return plan;
   }
 
-  // Doubles: the records, then the sums of each pair of taps and of each tap.
-  int64_t workspace() const { return records * int64_t{from_input::kRecordSums} + from_input::kAllSums; }
+  // Doubles: the records; and the sums of each pair of taps and of each tap.
+  int64_t workspace() const { return records * int64_t{from_input::kRecordSums}; }
+  static constexpr int64_t kSums = from_input::kAllSums;
 
 #if defined(__CUDACC__)
   // T: float, float16, bfloat16. The plan was made for the problem; operands: the input and the weight. Leaves the channels'
   // affines, and their running statistics.
   template <typename T>
-  cudaError_t launch(const Conv2d& problem, const ConvOperands& operands, double* workspace, const TrainParams& bn,
-                     const AffineBuffer& affines, cudaStream_t stream) const;
-  // The sums alone, at the workspace's end.
+  cudaError_t launch(const Conv2d& problem, const ConvOperands& operands, double* workspace, double* sums,
+                     const TrainParams& bn, const AffineBuffer& affines, cudaStream_t stream) const;
+  // The sums alone.
   template <typename T>
-  cudaError_t launch_sums(const Conv2d& problem, const void* x, double* workspace, cudaStream_t stream) const;
-  const double* sums(const double* workspace) const { return workspace + records * int64_t{from_input::kRecordSums}; }
+  cudaError_t launch_sums(const Conv2d& problem, const void* x, double* workspace, double* sums,
+                          cudaStream_t stream) const;
 #endif
 
  private:

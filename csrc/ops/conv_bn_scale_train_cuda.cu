@@ -10,7 +10,8 @@ namespace {
 struct CudaKernel {
   static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, SavedStatistics* saved,
                     const OptionalOperand& residual, const Epilogue& epilogue, bool allow_tf32) {
-    const CudaConvChoice choice = choose_conv_cuda(op, c, residual.has_value(), true, allow_tf32);
+    const bool keeps_sums = saved != nullptr && saved->input_sums.has_value();
+    const CudaConvChoice choice = choose_conv_cuda(op, c, residual.has_value(), true, allow_tf32, keeps_sums);
     if (std::holds_alternative<Aten>(choice.plan)) {
       return normalise_convolution<run_bn_scale_train_cuda>(op, plain_convolution(c), bn, saved, residual, epilogue);
     }

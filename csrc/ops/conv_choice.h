@@ -78,9 +78,9 @@ inline ConvPlan choose_plan(const char* op, const Asked& asked, const std::optio
 
 // The same of statistics.
 inline ConvStatistics choose_statistics(const char* op, const Asked& asked, const ConvPlan& plan, const Conv2d& problem,
-                                        const GpuTraits& gpu) {
+                                        const GpuTraits& gpu, bool keeps_sums = false) {
   if (asked.by_rule()) {
-    return select_statistics(plan, problem, gpu);
+    return select_statistics(plan, problem, gpu, keeps_sums);
   }
   const ConvStatistics statistics = find_statistics(op, asked).second;
   if (!has_statistics(statistics, plan, problem, gpu)) {
@@ -148,9 +148,9 @@ class RememberedPlans {
 // Of the CUDA library: a device, asked for once.
 const GpuTraits& gpu_traits(int32_t index);
 
-// The same, for ops that have a convolution in them.
+// The same, for ops that have a convolution in them. keeps_sums: see select_statistics().
 CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
-                                bool allow_tf32);
+                                bool allow_tf32, bool keeps_sums = false);
 
 // _explain, but for the device: describe(PlainConv, has_residual, has_statistics, allow_tf32).
 template <auto* describe>

@@ -68,7 +68,7 @@ std::string describe(const PlainConv& c, bool has_residual, bool has_statistics,
 }  // namespace
 
 CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
-                                bool allow_tf32) {
+                                bool allow_tf32, bool keeps_sums) {
   const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, has_residual, allow_tf32));
   const int32_t device = c.input.device.index;
   CudaConvChoice choice{{}, problem.value_or(Conv2d{}), gpu_traits(device)};
@@ -79,7 +79,7 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
   if (has_statistics) {
     const Asked statistics = asked(thread_choice.statistics, "use_algorithm's statistics", default_statistics,
                                    kStatisticsVariable);
-    choice.statistics = choose_statistics(op, statistics, choice.plan, choice.problem, choice.gpu);
+    choice.statistics = choose_statistics(op, statistics, choice.plan, choice.problem, choice.gpu, keeps_sums);
   }
   return choice;
 }

@@ -94,7 +94,7 @@ def backward(call: Call) -> tuple[Tensor | None, ...]:
     activation, negative_slope, residual_last, needs = call[8:12]
     if conv_weight is not None and (needs.conv_weight or needs.weight) and not _is_compiling():
         assert input is not None
-        if prefers_weight_pass(dy, input, conv_weight, window, affine.invstd is not None):
+        if prefers_weight_pass(dy, input, conv_weight, window, affine.invstd is not None, needs.input):
             return weight_pass(call)
     dx = dw = dr = None
     needs_z = needs.input or needs.conv_weight

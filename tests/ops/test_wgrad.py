@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_conv_bn as fcb
-from fused_conv_bn import _conv, reference
+from fused_conv_bn import _conv, _gradients, reference
 
 OPS = torch.ops.fused_conv_bn
 
@@ -229,17 +229,62 @@ def test_cuda_bad_arguments(argument, value, message, cuda):
         OPS._conv_bn_wgrad(*args)
 
 
+def record_weight_passes(monkeypatch) -> list[str]:
+    """Of each call of the op: whether the forward's sums came along."""
+    calls = []
+    real = _gradients._conv_bn_wgrad
+
+    def recorded(*args, **named):
+        calls.append("none" if named["input_sums"] is None else "sums")
+        return real(*args, **named)
+
+    monkeypatch.setattr(_gradients, "_conv_bn_wgrad", recorded)
+    return calls
+
+
+@pytest.mark.parametrize("trains,needs_input", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "C,taps,stride,dtype", [(3, 3, 2, torch.float32), (16, 3, 1, torch.float16), (3, 7, 2, torch.float32)]
+)
+def test_cuda_autograd_by_rule(C, taps, stride, dtype, trains, needs_input, cuda, monkeypatch):
+    """Either way the gradients are those of float64."""
+    calls = record_weight_passes(monkeypatch)
+    torch.manual_seed(1)
+    x = torch.rand(8, C, 120 * stride, 120 * stride, device=cuda).to(dtype).requires_grad_(needs_input)
+    w = (torch.randn(24, C, taps, taps, device=cuda) * 0.2).to(dtype).requires_grad_()
+    g, b = (torch.randn(24, device=cuda, requires_grad=True) for _ in range(2))
+    mean, var = torch.randn(24, device=cuda), torch.rand(24, device=cuda) + 0.1
+
+    def run(wide):
+        t = [v.detach().to(wide or v.dtype).requires_grad_(v.requires_grad) for v in (x, w, g, b)]
+        m, v = mean.to(wide or mean.dtype), var.to(wide or var.dtype)
+        window = (stride, stride), (1, 1)
+        if wide:
+            z = F.conv2d(t[0], t[1], None, *window)
+            y = F.batch_norm(z, None if trains else m, None if trains else v, t[2], t[3], trains, 0.1, 1e-5) * 1.5
+        elif trains:
+            y = fcb.conv_bn_scale_train(*t[:2], None, None, None, *t[2:], 1.5, 0.1, 1e-5, *window)
+        else:
+            y = fcb.conv_bn_scale(*t[:2], None, m, v, *t[2:], 1.5, 1e-5, *window)
+        generator = torch.Generator(cuda).manual_seed(2)
+        dy = torch.randn(y.shape, device=cuda, generator=generator).to(dtype).to(y.dtype)
+        return torch.autograd.grad(y, [v for v in t if v.requires_grad], dy)
+
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        ours, want = run(None), run(torch.float64)
+    takes = not trains or (torch.cuda.get_device_capability() == (9, 0) and taps == 3 and (C == 3 or not needs_input))
+    assert calls == (["none"] if takes else [])
+    for gradient, true in zip(ours, want, strict=True):
+        assert (gradient.double() - true).norm() / true.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("needs_input", [False, True])
 @pytest.mark.parametrize("activation,residual", [("none", False), ("relu", False), ("relu", True), ("silu", True)])
 @pytest.mark.parametrize("trains", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 def test_cuda_autograd_takes_it(last, trains, activation, residual, needs_input, cuda, monkeypatch):
     """Where it is preferred, the gradients of conv_bn_scale and conv_bn_scale_train are the ones that float64 gives."""
-    calls = []
-    real = _conv.prefers_weight_pass
-    import fused_conv_bn._gradients as gradients
-
-    monkeypatch.setattr(gradients, "prefers_weight_pass", lambda *a: calls.append(real(*a)) or calls[-1])
+    calls = record_weight_passes(monkeypatch)
     torch.manual_seed(1)
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.rand(8, 8, 130, 120, device=cuda).contiguous(memory_format=layout).requires_grad_(needs_input)
@@ -270,7 +315,8 @@ def test_cuda_autograd_takes_it(last, trains, activation, residual, needs_input,
 
     with torch.backends.cudnn.flags(allow_tf32=False):
         ours, want = run(torch.float32), run(torch.float64)
-    assert calls == [True]
+    # The activation's derivative takes a pass of its own that the sums have nothing to do with.
+    assert calls == ["sums" if trains and torch.cuda.get_device_capability() == (9, 0) else "none"]
     for key, gradient in ours.items():
         if trains and key == "cb":
             continue

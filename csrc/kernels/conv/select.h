@@ -91,8 +91,10 @@ inline bool has_statistics(ConvStatistics statistics, const ConvPlan& plan, cons
          (std::visit([](const auto& p) { return p.kGathersMoments; }, plan) && FromInputSm90::supports(problem, gpu));
 }
 
-inline ConvStatistics select_statistics(const ConvPlan& plan, const Conv2d& problem, const GpuTraits& gpu) {
-  const bool input = FromInputSm90::is_faster(problem) &&
+// keeps_sums: backward wants the sums over the input, and else takes them itself.
+inline ConvStatistics select_statistics(const ConvPlan& plan, const Conv2d& problem, const GpuTraits& gpu,
+                                        bool keeps_sums = false) {
+  const bool input = (keeps_sums || FromInputSm90::is_faster(problem)) &&
                      has_statistics(ConvStatistics::from_input, plan, problem, gpu);
   return input ? ConvStatistics::from_input : ConvStatistics::from_output;
 }

@@ -90,17 +90,14 @@ struct ChunkReader {
     if constexpr (C::kFloat32) {
       load_float32(start, fragments, inverses);
     } else {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int i = 0; i < kWarpTiles; ++i) {
-          uint4 v = load_halves(start, step, i);
-          if (p.result != nullptr) {
-            v = derive(v, load_halves(start + C::kChunkTensor, step, i));
-          }
-          fragments[step][i].terms[0] = v;
-        }
-      }
+      for_each_tile([&](int step, int i) { fragments[step][i].terms[0] = load_halves(start, step, i); });
+      derive_by([&](auto derivative) {
+        for_each_tile([&](int step, int i) {
+          uint4& v = fragments[step][i].terms[0];
+          const uint4 y = load_halves(start + C::kChunkTensor, step, i);
+          v = make_uint4(derivative(v.x, y.x), derivative(v.y, y.y), derivative(v.z, y.z), derivative(v.w, y.w));
+        });
+      });
     }
   }
 
@@ -121,24 +118,25 @@ struct ChunkReader {
     }
   }
 
-  // A lane has the same pixels or channels in all lines.
+  // A lane has the same pixels or channels in all lines. What its addresses are made of goes through empty assembly, or the
+  // compiler works each of them out anew.
   template <int kCopy>
   __device__ __forceinline__ void copy_by(const T* from, const NextChunk& next, uint32_t target) const {
     constexpr int kElements = kCopy / kBytes, kPieces = (C::kChannelsLast ? kWarpRows : kChunk) / kElements;
     constexpr int kAcross = kPieces < 32 ? kPieces : 32, kLines = 32 / kAcross;  // at once
     constexpr int kAllLines = C::kChannelsLast ? kChunk : kWarpRows;
-    const T* const start = from + next.start;
-    const int line = block.lane() / kAcross, piece = block.lane() % kAcross * kElements;
+    int line = block.lane() / kAcross, piece = block.lane() % kAcross * kElements;
     const auto offset_of = [&](int pixel) {
       const auto [row, col] = locate_pixel(pixel, p.tile_q);
       return row < next.rows && col < next.cols ? row * p.Q + col : -1;
     };
+    target += line * C::kChunkPitch + piece * kBytes;
+    asm volatile("" : "+r"(target));
     if constexpr (C::kChannelsLast) {
       if (first_channel + piece >= p.K) {
         return;
       }
-      const T* const own = start + piece;
-      target += line * C::kChunkPitch + piece * kBytes;
+      const T* const own = from + next.start + piece;
 #pragma unroll
       for (int i = 0; i < kAllLines; i += kLines) {
         const int pixel = offset_of(next.place.chunk * kChunk + i + line);
@@ -146,19 +144,22 @@ struct ChunkReader {
       }
     } else {
       const int plane = p.P * p.Q;
-      const int channels = p.K - first_channel - line;
-      target += line * C::kChunkPitch + piece * kBytes;
+      int channels = p.K - first_channel - line;
+      asm volatile("" : "+r"(channels));
+      const int64_t own = next.start + line * plane;
 #pragma unroll
       for (int j = 0; j < kPieces; j += kAcross) {
         const int pixel = offset_of(next.place.chunk * kChunk + piece + j * kElements);
-        const T* own = pixel < 0 ? from : start + line * plane + pixel;
-        const int64_t step = pixel < 0 ? 0 : int64_t{kLines} * plane;
+        const T* source = pixel < 0 ? from : from + own + pixel;
+        int64_t step = pixel < 0 ? 0 : int64_t{kLines} * plane;
+        asm volatile("" : "+l"(step));
 #pragma unroll
         for (int i = 0; i < kAllLines; i += kLines) {
           if (i < channels) {
-            copy_piece<kCopy>(target + i * C::kChunkPitch + j * kCopy, own, pixel >= 0);
+            copy_piece<kCopy>(target + i * C::kChunkPitch + j * kCopy, source, pixel >= 0);
           }
-          own += step;
+          source += step;
+          asm volatile("" : "+l"(source));
         }
       }
     }
@@ -198,18 +199,24 @@ struct ChunkReader {
   __device__ __forceinline__ void load_float32(uint32_t start, RowFragment<C> (&fragments)[kSteps][kWarpTiles],
                                                float (&inverses)[kWarpTiles][2]) const {
     float2 values[kSteps][kWarpTiles][2][2];  // step, tile, row, half of k
-    float most[kWarpTiles][2] = {};
+    const auto for_each = [&](auto act) {
+      for_each_tile([&](int step, int i) {
 #pragma unroll
-    for (int e = 0; e < 4 * kSteps * kWarpTiles; ++e) {
-      const int step = e / (4 * kWarpTiles), i = e / 4 % kWarpTiles, row = e / 2 % 2, second = e % 2;
-      float2 v = load_floats(start, step, i, row, second);
-      if (p.result != nullptr) {
-        const float2 y = load_floats(start + C::kChunkTensor, step, i, row, second);
-        v = {derivative(v.x, y.x), derivative(v.y, y.y)};
-      }
-      values[step][i][row][second] = v;
+        for (int e = 0; e < 4; ++e) {
+          act(values[step][i][e / 2][e % 2], step, i, e / 2, e % 2);
+        }
+      });
+    };
+    for_each([&](float2& v, int step, int i, int row, int second) { v = load_floats(start, step, i, row, second); });
+    derive_by([&](auto derivative) {
+      for_each([&](float2& v, int step, int i, int row, int second) {
+        v = derivative(v, load_floats(start + C::kChunkTensor, step, i, row, second));
+      });
+    });
+    float most[kWarpTiles][2] = {};
+    for_each([&](const float2& v, int, int i, int row, int) {
       most[i][row] = fmaxf(most[i][row], fmaxf(fabsf(v.x), fabsf(v.y)));
-    }
+    });
     float scales[kWarpTiles][2];
 #pragma unroll
     for (int e = 0; e < 2 * kWarpTiles; ++e) {
@@ -234,26 +241,44 @@ struct ChunkReader {
     }
   }
 
+  template <typename Act>
+  __device__ __forceinline__ static void for_each_tile(Act act) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i) {
+        act(step, i);
+      }
+    }
+  }
+
   // ---- the activation's derivative, by its result ----
 
-  __device__ __forceinline__ float derivative(float dy, float y) const {
+  // act gets it as a function, if there is one to take: code of its own, since jumps around it would come between the loads.
+  template <typename Act>
+  __device__ __forceinline__ void derive_by(Act act) const {
+    if (p.result == nullptr) {
+      return;
+    }
     if (p.activation == Activation::relu) {
-      return derivative_from_result<Activation::relu, T>(dy, y);
-    }
-    return p.activation == Activation::sigmoid ? derivative_from_result<Activation::sigmoid, T>(dy, y)
-                                               : derivative_from_result<Activation::tanh, T>(dy, y);
-  }
-  __device__ __forceinline__ uint32_t derive(uint32_t dy, uint32_t y) const {
-    if constexpr (C::kFloat32) {
-      return dy;
+      act(Derivative<Activation::relu>{});
+    } else if (p.activation == Activation::sigmoid) {
+      act(Derivative<Activation::sigmoid>{});
     } else {
-      const float2 a = unpack_pair(T(), dy), b = unpack_pair(T(), y);
-      return pack_pair(T(), derivative(a.x, b.x), derivative(a.y, b.y));
+      act(Derivative<Activation::tanh>{});
     }
   }
-  __device__ __forceinline__ uint4 derive(const uint4& dy, const uint4& y) const {
-    return make_uint4(derive(dy.x, y.x), derive(dy.y, y.y), derive(dy.z, y.z), derive(dy.w, y.w));
-  }
+  template <Activation kActivation>
+  struct Derivative {
+    __device__ __forceinline__ float2 operator()(const float2& dy, const float2& y) const {
+      return {derivative_from_result<kActivation, T>(dy.x, y.x), derivative_from_result<kActivation, T>(dy.y, y.y)};
+    }
+    // A pair in 16 bits.
+    __device__ __forceinline__ uint32_t operator()(uint32_t dy, uint32_t y) const {
+      const float2 v = (*this)(unpack_pair(T(), dy), unpack_pair(T(), y));
+      return pack_pair(T(), v.x, v.y);
+    }
+  };
 };
 
 }  // namespace fused_conv_bn::wgrad_stem_sm80

@@ -34,8 +34,6 @@ struct Role {
   const int row_tile = index / p.tile.columns() * kWarpTiles;  // the first one
   const int column = index % p.tile.columns();
   const int channel_block = column / p.tile.block_columns;
-  const int first_unit = channel_block * p.tile.block_units + column % p.tile.block_columns * p.tile.role_units;
-  const int units = min(p.tile.role_units, (channel_block + 1) * p.tile.block_units - first_unit);
 };
 
 // Adds a chunk's sums. inverses: of the scales of a lane's rows; columns: of its columns.
@@ -86,7 +84,9 @@ struct Multiplier {
   __device__ __forceinline__ int tap(int unit) const {
     return static_cast<int>(load_shared_1(shared_address(block.header().taps + unit)));
   }
-  __device__ __forceinline__ int unit(int j) const { return role.first_unit + min(j, role.units - 1); }
+  __device__ __forceinline__ uint32_t role_taps() const {
+    return shared_address(block.header().role_taps[role.column]);
+  }
 
   // The patch as rows: tile i of them, in a term.
   __device__ __forceinline__ uint4 load_rows(uint32_t window, bool inside, int i, int term) const {
@@ -104,11 +104,9 @@ struct Multiplier {
       const uint32_t base = window + matrix() / 2 * p.tile.x_term;
 #pragma unroll
       for (int first = 0; first < kUnits; first += 3) {
-        uint4 v[3];  // both terms of a unit
-#pragma unroll
-        for (int j = 0; j < 3; ++j) {
-          v[j] = load_matrices_transposed(base + tap(unit(first + j)));
-        }
+        const uint4 taps = load_shared_4(role_taps() + first / 3 * 16);
+        const uint4 v[3] = {load_matrices_transposed(base + taps.x), load_matrices_transposed(base + taps.y),
+                            load_matrices_transposed(base + taps.z)};  // both terms of a unit
 #pragma unroll
         for (int product = 0; product < 3; ++product) {
 #pragma unroll
@@ -122,9 +120,16 @@ struct Multiplier {
         }
       }
     } else {
+      const uint32_t own = role_taps() + matrix() / 2 * (kRoleTaps * 2);
+      const uint4 taps = load_shared_4(own);
 #pragma unroll
       for (int j = 0; j < kUnits; j += 2) {  // two units
-        const uint4 v = load_matrices_transposed(window + tap(unit(matrix() < 2 ? j : j + 1)));
+        const uint32_t tap = j < 2   ? taps.x
+                             : j < 4 ? taps.y
+                             : j < 6 ? taps.z
+                             : j < 8 ? taps.w
+                                     : load_shared_1(own + 16);
+        const uint4 v = load_matrices_transposed(window + tap);
 #pragma unroll
         for (int i = 0; i < kWarpTiles; ++i) {
           mma_m16n8k16<typename C::Factor>(acc[i][j], rows[i].terms[0], make_uint2(v.x, v.y));
@@ -302,13 +307,24 @@ __device__ __forceinline__ void set_up(const Block<C>& block) {
   if (threadIdx.x < 4) {
     header.zeros[threadIdx.x] = 0;
   }
-  for (int unit = threadIdx.x; unit < p.tile.units; unit += blockDim.x) {
+  const auto tap_of = [&](int unit) {
     const int channel_block = unit / p.tile.block_units, of_block = unit % p.tile.block_units;
     const int r = of_block / p.tile.row_units;
     const int column = of_block % p.tile.row_units * (8 / p.tile.slots) * p.dilation_w;
     const int place = column % p.stride_w * p.tile.phase_cols + column / p.stride_w;
     const int row = channel_block * p.tile.x_rows + r * p.dilation_h;
-    header.taps[unit] = (row * p.tile.x_pitch + place) * 16;
+    return (row * p.tile.x_pitch + place) * 16;
+  };
+  for (int unit = threadIdx.x; unit < p.tile.units; unit += blockDim.x) {
+    header.taps[unit] = tap_of(unit);
+  }
+  for (int i = threadIdx.x; i < p.tile.columns() * kRoleTaps; i += blockDim.x) {
+    const int column = i / kRoleTaps, place = i % kRoleTaps;
+    // float32: three units and nothing. 16 bits: even ones, then odd ones.
+    const int j = C::kTerms == 2 ? place / 4 * 3 + min(place % 4, 2) : place % 8 * 2 + place / 8;
+    const int first = column % p.tile.block_columns * p.tile.role_units;
+    header.role_taps[column][place] = tap_of(column / p.tile.block_columns * p.tile.block_units +
+                                             min(first + min(j, p.tile.role_units - 1), p.tile.block_units - 1));
   }
 }
 

@@ -59,6 +59,8 @@ FCB_HD constexpr int chunk_pitch(int element_bytes, bool channels_last) {
 }
 constexpr int kMostRoleUnits = 9;  // columns that a warp has, in units of 8
 constexpr int kFewUnits = 6;       // another kernel's
+constexpr int kMostColumns = 16;   // roles side by side
+constexpr int kRoleTaps = 16;
 
 // How a patch is made of units.
 struct Layout {
@@ -101,6 +103,8 @@ struct Header {
   uint32_t most[kWindows][kMostChannels];  // magnitudes of a tile's input, by channel, as bits
   uint32_t zeros[4];                       // a unit
   int taps[kMostUnits];                    // where units are, from a pixel's window on, in bytes
+  // The same of a role's units, in the order in which loads of 16 bytes want them. Behind the last one it is there again.
+  int role_taps[kMostColumns][kRoleTaps];
 };
 constexpr int kHeaderBytes = (sizeof(Header) + 127) / 128 * 128;
 
@@ -148,6 +152,9 @@ inline std::optional<Layout> make_layout(const Conv2d& c, const GpuTraits& gpu, 
   const int64_t all_rows = rows == Rows::gradient ? c.K : round_up(t.units, 2) * 8;
   t.block_columns = static_cast<int>(ceil_div(t.block_units, kMostRoleUnits));
   t.role_units = static_cast<int>(ceil_div(t.block_units, t.block_columns));
+  if (t.columns() > kMostColumns) {
+    return std::nullopt;
+  }
   t.roles = static_cast<int>(ceil_div(all_rows, kWarpRows)) * t.columns();
   const int role_blocks = static_cast<int>(ceil_div(t.roles, consumers));
   t.block_roles = static_cast<int>(ceil_div(t.roles, role_blocks));

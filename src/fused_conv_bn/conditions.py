@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -97,6 +98,14 @@ def transformed() -> bool:
     return _transforms_active() or forward_ad._current_level >= 0
 
 
+def sync_group(bn: nn.Module) -> Any:
+    """The processes whose batches ``bn`` takes its statistics from; None if they are this process' own."""
+    if type(bn) is not _SyncBatchNorm or not (bn.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
 # ---- the modules -----------------------------------------------------------------------------------------------------
 
 
@@ -118,8 +127,8 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
     if type(bn) is not _BatchNorm2d:
         if type(bn) is not _SyncBatchNorm:
             return f"bn is of class {type(bn).__name__}, not nn.BatchNorm2d itself"
-        if bn.training or bn._buffers.get("running_mean") is None:
-            return "SyncBatchNorm takes the statistics of all processes' batches"
+        if (_is_compiling() or (isinstance(x, Tensor) and not x.is_cuda)) and sync_group(bn) is not None:
+            return "SyncBatchNorm takes the statistics of all processes' batches, on CUDA and not compiled"
         if _SyncBatchNorm.forward is not _SYNC_FORWARD:
             return "SyncBatchNorm's class has another forward"
     if (

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from . import _activations, autograd, conditions
+from . import _activations, _sync, autograd, conditions
 from ._conv import autocast_dtype
 from ._dispatch import keywords
 from .conditions import PLAIN_TENSORS, Operands, operands, why_refused
-from .reference import ACTIVATIONS, activate, check_activation
+from .reference import ACTIVATIONS, activate, check_activation, convolution
 
 _ops = torch.ops.fused_conv_bn
 # As torch.compile knows them, and as they are called quickest.
@@ -325,6 +325,10 @@ class ConvBnScale2d(nn.Module):
         if batches is not None:
             batches.add_(1)
         try:
+            group = conditions.sync_group(bn)
+            if group is not None:
+                z = convolution(x, weight, conv_bias, *window)
+                return _sync.bn_scale_train(z, *batch_norm, group, *epilogue)
             if grad:
                 return autograd.bn_scale_train(x, weight, conv_bias, batch_norm, window, epilogue)
             if _is_compiling():

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fused_conv_bn as fcb
+from fused_conv_bn import _sync, reference
 from training_pairs import Network, networks
 
 Data = list[tuple[Tensor, Tensor]]
@@ -117,7 +118,6 @@ def ddp_compiled(model: Network, data: Data, device: torch.device) -> dict[str, 
 
 
 def ddp_sync_batch_norm(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
-    """PyTorch's own ops in training mode, so that both are the same."""
     return train(ddp(nn.SyncBatchNorm.convert_sync_batchnorm(model), device), data)
 
 
@@ -194,6 +194,63 @@ CUDA_RUNS: dict[str, Run] = {"ddp, SyncBatchNorm": ddp_sync_batch_norm}
 IN_16_BITS = frozenset({"ddp, autocast", "fsdp, mixed precision"})
 
 
+# ---- the statistics of all batches -----------------------------------------------------------------------------------
+
+# Shape behind the batch, sizes of the processes' batches, activation, residual_last (None: no residual), channels_last.
+SYNC_CASES: dict[str, tuple[tuple[int, ...], tuple[int, int], str, bool | None, bool]] = {
+    "plain": ((5, 6, 7), (4, 4), "none", None, False),
+    "relu, channels_last": ((8, 9, 4), (3, 2), "relu", None, True),
+    "residual and relu": ((6, 5, 5), (2, 5), "relu", False, False),
+    "silu and residual": ((3, 8), (7, 2), "silu", True, False),
+    "residual and gelu, channels_last": ((4, 6, 6), (3, 3), "gelu", False, True),
+    "an empty batch": ((5, 4, 4), (6, 0), "silu", False, False),
+    "one value in a process": ((7,), (2, 1), "none", None, False),
+}
+
+
+def sync_case(name: str, rank: int, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], ...]:
+    """What F.batch_norm makes of both batches in float64, and what ours makes of them: this process' part."""
+    shape, sizes, activation, last, channels_last = SYNC_CASES[name]
+    generator = torch.Generator().manual_seed(3)
+
+    def batch() -> Tensor:
+        t = torch.randn(sum(sizes), *shape, generator=generator, dtype=torch.float64) * 2 + 3
+        return t.to(device).to(memory_format=torch.channels_last) if channels_last else t.to(device)
+
+    z, dy, residual = batch().to(dtype), batch().to(dtype), batch().to(dtype)
+    weight, bias, mean, var = torch.rand(4, shape[0], generator=generator, dtype=torch.float64).to(device, dtype) + 0.5
+    part = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
+    results = []
+    for mine in (False, True):
+        cut = (lambda t: t[part]) if mine else torch.Tensor.double
+        leaves = [cut(t).detach().clone().requires_grad_() for t in (z, residual)]
+        leaves += [(t if mine else t.double()).clone().requires_grad_() for t in (weight, bias)]
+        running = [(t if mine else t.double()).clone() for t in (mean, var)]
+        x, r, w, b = leaves
+        r = None if last is None else r
+        if mine:
+            y = _sync.bn_scale_train(
+                x, *running, w, b, 1.5, 0.3, 1e-5, dist.group.WORLD, r, activation, 0.01, bool(last)
+            )
+        else:
+            v = nn.functional.batch_norm(x, *running, w, b, True, 0.3, 1e-5) * 1.5
+            v = v if r is None or last else v + r
+            y = reference.activate(v, activation, 0.01)
+            y = y + r if last else y
+        names = [n for n in ("z", "residual", "weight", "bias") if n != "residual" or last is not None]
+        of = dict(zip(("z", "residual", "weight", "bias"), leaves, strict=True))
+        found = dict(zip(names, torch.autograd.grad(y, [of[n] for n in names], cut(dy)), strict=True))
+        if mine:
+            for n in ("weight", "bias"):
+                dist.all_reduce(found[n])
+        else:
+            y = y[part]
+            found |= {n: found[n][part] for n in ("z", "residual") if n in found}
+        found |= {"y": y, "running_mean": running[0], "running_var": running[1]}
+        results.append({n: t.detach().double().cpu() for n, t in found.items()})
+    return tuple(results)
+
+
 class Fused(torch.utils._python_dispatch.TorchDispatchMode):
     """Whether an op of this package ran."""
 
@@ -224,6 +281,9 @@ def run(rank: int, world: int, device_type: str, folder: str) -> None:
             for model in networks(torch.Generator().manual_seed(7), "cpu", dtype):
                 results.append(of(model.to(device), data_of(rank, device, dtype), device))
             found[name] = results
+        for name in SYNC_CASES:
+            for dtype in (torch.float64, torch.float32):
+                found[f"sync, {name}, {dtype}"] = sync_case(name, rank, device, dtype)
         # Under a sharded block the fused op runs: its parameters are plain while it does.
         _, ours = networks(torch.Generator().manual_seed(7), "cpu", torch.float64)
         block = fully_shard(ours.to(device).stem, mesh=init_device_mesh(device_type, (world,)))

@@ -65,5 +65,19 @@ def test_as_plain_pytorch(name: str, device: str, found: Found) -> None:
             torch.testing.assert_close(mine[key], others[key], msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", distributed_steps.SYNC_CASES)
+def test_statistics_of_all_batches(name: str, dtype: torch.dtype, device: str, found: Found) -> None:
+    """As one process with all of them, and its gradients of weight and bias are the sums over the processes'."""
+    unit = torch.finfo(dtype).eps
+    for of_process in found:
+        want, got = of_process[f"sync, {name}, {dtype}"]
+        for key in want:
+            most = 64 * unit * want[key].abs().max() if want[key].numel() else 0.0
+            torch.testing.assert_close(
+                got[key], want[key], rtol=16 * unit, atol=float(most), msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
 def test_the_fused_op_runs_in_a_sharded_block(found: Found) -> None:
     assert all(of_process["fused"] for of_process in found)

@@ -235,7 +235,7 @@ struct Consumer {
     int stage = 0, chunk = role.group;
 #pragma unroll 1
     for (uint32_t number = 0; block.exists(number); ++number) {
-      block.wait(kFull, number);
+      block.hand_over();
       float columns[2] = {1, 1};
       if constexpr (C::kFloat32) {
 #pragma unroll
@@ -256,9 +256,6 @@ struct Consumer {
         stage = stage + 1 == kChunkStages ? 0 : stage + 1;
       }
       chunk -= p.tile.chunks;
-      if (block.exists(number + kWindows)) {
-        block.arrive(kEmpty, number);
-      }
     }
     let_next_begin();
     write(role, sums);

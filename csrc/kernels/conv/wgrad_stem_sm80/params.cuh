@@ -48,8 +48,8 @@ struct Config {
   static constexpr int kChunkTensor = (kChannelsLast ? kChunk : kWarpRows) * kChunkPitch;
 };
 
-// Named barriers; 0 is __syncthreads()'s. kFull and kEmpty: one for each window.
-enum BarrierId { kProducersOnly = 1, kConsumersOnly = 2, kFull = 3, kEmpty = kFull + kWindows };
+// Named barriers; 0 is __syncthreads()'s.
+enum BarrierId { kAllBarrier = 1, kProducersBarrier = 2, kConsumersBarrier = 3 };
 
 // Shared memory behind the header: windows of units, a window's rows as they lie in memory, and each consumer's stages of dy.
 template <typename C>
@@ -77,16 +77,15 @@ struct Block {
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ int consumer() const { return warp() - p.tile.producers; }
 
-  // A window is full, or empty, once all producers and consumers have been here. Those who do not wait only arrive.
-  __device__ __forceinline__ void wait(BarrierId barrier, uint32_t number) const {
-    named_barrier_sync(barrier + number % kWindows, 32 * (p.tile.producers + p.tile.consumers()));
+  // Once a tile: producers have made its window, and consumers have read the one before, which is the next one's place.
+  __device__ __forceinline__ void hand_over() const {
+    named_barrier_sync(kAllBarrier, 32 * (p.tile.producers + p.tile.consumers()));
   }
-  __device__ __forceinline__ void arrive(BarrierId barrier, uint32_t number) const {
-    named_barrier_arrive(barrier + number % kWindows, 32 * (p.tile.producers + p.tile.consumers()));
+  __device__ __forceinline__ void sync_producers() const {
+    named_barrier_sync(kProducersBarrier, 32 * p.tile.producers);
   }
-  __device__ __forceinline__ void sync_producers() const { named_barrier_sync(kProducersOnly, 32 * p.tile.producers); }
   __device__ __forceinline__ void sync_consumers() const {
-    named_barrier_sync(kConsumersOnly, 32 * p.tile.consumers());
+    named_barrier_sync(kConsumersBarrier, 32 * p.tile.consumers());
   }
 
   __device__ __forceinline__ TileGridOf<const FastDiv&> tiles() const {

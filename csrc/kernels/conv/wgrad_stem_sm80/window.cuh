@@ -23,9 +23,6 @@ struct Producer {
     start_copies(0);
 #pragma unroll 1
     for (uint32_t number = 0; block.exists(number); ++number) {
-      if (number >= kWindows) {
-        block.wait(kEmpty, number);
-      }
       if (C::kFloat32 && threadIdx.x < kMostChannels) {
         block.most(number)[threadIdx.x] = 0;
       }
@@ -36,9 +33,9 @@ struct Producer {
         block.sync_producers();
       }
       build(number);
-      block.arrive(kFull, number);
       block.sync_producers();
       start_copies(number + 1);
+      block.hand_over();
     }
   }
 

@@ -64,3 +64,9 @@ def test_rows_are_not_repeated() -> None:
         ("wheel", "wheels"),
         ("row", "compat"),
     ]
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """``make test`` collects all of them in one run, and pytest imports them by these. CI runs some folders apart."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)

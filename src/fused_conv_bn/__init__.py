@@ -12,6 +12,7 @@ except ImportError as error:
     raise
 
 from . import _register, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
+from ._fuse import Report, fuse, report, unfuse  # noqa: E402
 from .algorithms import explain, use_algorithm  # noqa: E402
 from .conditions import export_ops  # noqa: E402
 from .modules import ConvBnScale2d  # noqa: E402
@@ -30,6 +31,7 @@ from .ops import (  # noqa: E402
 __version__ = "0.1.0"
 __all__ = [
     "ConvBnScale2d",
+    "Report",
     "bn_scale",
     "bn_scale_",
     "bn_scale_train",
@@ -40,8 +42,11 @@ __all__ = [
     "explain",
     "export_ops",
     "fold_bn",
+    "fuse",
     "reference",
+    "report",
     "scale_shift",
     "scale_shift_",
+    "unfuse",
     "use_algorithm",
 ]

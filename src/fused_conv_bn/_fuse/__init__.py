@@ -1,0 +1,48 @@
+"""Whole models: ``fuse`` puts the fused ops into them, and ``report`` says what came of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .report import Report, report
+from .root import restore, swap
+
+__all__ = ["Report", "fuse", "report", "unfuse"]
+
+
+def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
+    """Runs a model's convolutions with their BatchNorms, residuals and activations as fused ops. Returns the model.
+
+    The model stays what it is: its class by isinstance(), its parameters, buffers, children, hooks and state_dict. What
+    its forward computes is captured when it is called, part by part where the whole cannot be traced, and in evaluation
+    mode the first call is compared with the model's own forward. :func:`unfuse` takes everything back.
+
+    Args:
+        model: an nn.Module.
+        example_inputs: a tensor or a tuple of arguments to call the model with now, under ``no_grad``, in the mode that
+            it is in; its buffers are left as they are. Without them the first call captures.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model is of type {type(model).__name__}, expected an nn.Module")
+    swap(model)
+    if example_inputs is not None:
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        buffers = {b: b.detach().clone() for b in model.buffers()}
+        with torch.random.fork_rng(), torch.no_grad():
+            model(*args)
+            for b, before in buffers.items():
+                b.copy_(before)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives the model back the classes that :func:`fuse` took. Returns the model."""
+    for m in model.modules():
+        restore(m)
+    return model

@@ -1,0 +1,211 @@
+"""What a module's forward computes, as a torch.fx graph of the convolutions, BatchNorms and ops in it.
+
+Whole models cannot be traced, most of their modules can. So a trace begins at a module that is called, its *root*, goes
+into everything that torch.fx can follow, and leaves the rest as calls of modules (*leaves*). What breaks a trace
+becomes a leaf, and the trace is tried again; where the root's own forward breaks it, its children are roots.
+
+A trace is of one kind of call: arguments that are no tensors are taken as they came, and so are the modes of the
+modules that it went through. Where torch.fx would record something else than what happens, it is stopped: a tensor
+that is asked for its class, an autocast or a grad mode of the forward's own, an attribute that a forward changes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..modules import ConvBnScale2d
+
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
+"""Arguments that a trace takes as they are."""
+
+
+class Refused(Exception):
+    """Why a forward cannot be captured, in one sentence."""
+
+
+class Arguments:
+    """A call's arguments by name: its tensors, and what is baked into a trace."""
+
+    def __init__(self, signature: inspect.Signature, root: nn.Module, args: Any, kwargs: Any) -> None:
+        try:
+            bound = signature.bind(root, *args, **kwargs)
+        except TypeError as error:
+            raise Refused(f"its arguments do not fit: {error}") from None
+        bound.apply_defaults()
+        self.tensors: dict[str, Tensor] = {}
+        self.constants: dict[str, Any] = {}
+        for name, value in list(bound.arguments.items())[1:]:
+            kind = signature.parameters[name].kind
+            if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                if value:
+                    raise Refused(f"it takes any number of arguments, *{name}")
+            elif type(value) in (Tensor, nn.Parameter):
+                self.tensors[name] = value
+            elif type(value) in CONSTANTS:
+                self.constants[name] = value
+            else:
+                raise Refused(f"its argument {name} is a {type(value).__name__}")
+
+    @property
+    def key(self) -> Any:
+        return tuple(self.tensors), tuple((name, type(v), v) for name, v in self.constants.items())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+# Ops whose result is a tensor if one of their arguments is.
+_OF_TENSORS = frozenset(
+    {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, operator.neg}
+)
+_TENSOR_METHODS = frozenset(
+    {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "mean", "clone", "float"}
+)
+_NO_TENSOR = frozenset({"size", "dim", "numel", "item", "tolist", "stride", "data_ptr", "chunk", "split", "unbind"})
+
+
+def _is_tensor(node: fx.Node, root: nn.Module) -> bool | None:
+    """Whether a node's value is a tensor; None if nobody knows."""
+    if node.op == "placeholder":
+        return True
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        known = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+            module, (nn.RNNBase, nn.MultiheadAttention, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
+        )
+        return True if known else None
+    if node.op == "call_method":
+        return True if node.target in _TENSOR_METHODS else None
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if node.target in _OF_TENSORS or name in ("cat", "stack", "relu", "max_pool2d", "adaptive_avg_pool2d"):
+            return True
+    return None
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaves: set[nn.Module], arguments: Arguments, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.leaves, self.arguments, self.forward_of_root = leaves, arguments, forward
+        self.inlined: list[nn.Module] = []
+        self.culprit: nn.Module | None = None
+        self.modes = self._modes()
+
+    @staticmethod
+    def _modes() -> tuple[bool, ...]:
+        enabled = torch.is_autocast_enabled
+        return torch.is_grad_enabled(), enabled("cpu"), enabled("cuda")
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if m in self.leaves or has_hooks(m) or "forward" in m.__dict__ or m._compiled_call_impl is not None:
+            return True
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, ConvBnScale2d)):
+            return True
+        return bool(super().is_leaf_module(m, module_qualified_name))
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            if not self.is_leaf_module(m, self.path_of_module(m)):
+                self.inlined.append(m)
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.culprit = self.culprit or m
+            raise
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self._modes() != self.modes:
+            raise Refused("it changes grad mode or autocast")
+        return super().create_node(*args, **kwargs)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.arguments.tensors]
+        names, constants = list(self.arguments.tensors), self.arguments.constants
+        self.root_fn = root_fn
+
+        def call(*values: Any) -> Any:
+            return self.forward_of_root(self.root, **dict(zip(names, values, strict=True)), **constants)
+
+        return call, proxies
+
+
+@contextlib.contextmanager
+def _classes_are_asked(tracer: _Tracer) -> Iterator[None]:
+    """isinstance() of a traced value: what is known, or the trace ends."""
+    real = builtins.isinstance
+
+    def asked(value: Any, classes: Any) -> bool:
+        # PyTorch's own questions are torch.fx's business.
+        of_torch = type(value) is fx.Proxy and sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
+        if type(value) is fx.Proxy and value.tracer is tracer and not of_torch:
+            wanted = classes if type(classes) is tuple else (classes,)
+            if any(c is Tensor for c in wanted):
+                if _is_tensor(value.node, tracer.root):
+                    return True
+                raise Refused("it asks what class a value is")
+        return real(value, classes)
+
+    builtins.isinstance = asked
+    try:
+        yield
+    finally:
+        builtins.isinstance = real
+
+
+class Captured:
+    """A root's graph, the modules that the trace went through, and those that it left as leaves for want of better."""
+
+    def __init__(self, graph: fx.Graph, inlined: list[nn.Module], leaves: dict[nn.Module, str]) -> None:
+        self.graph, self.inlined, self.leaves = graph, inlined, leaves
+
+
+def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Captured:
+    """Traces ``forward(root, ...)``. Raises :class:`Refused` where the root's own forward cannot be."""
+    leaves: dict[nn.Module, str] = {}
+    while True:
+        tracer = _Tracer(set(leaves), arguments, forward)
+        before = {m: dict(m.__dict__) for m in root.modules()}
+        try:
+            with _classes_are_asked(tracer), torch.no_grad() if not tracer.modes[0] else contextlib.nullcontext():
+                graph = tracer.trace(root)
+        except Exception as error:
+            reason = str(error) if type(error) is Refused else f"torch.fx cannot follow it: {error}".split("\n")[0]
+            if tracer.culprit is None or tracer.culprit is root or tracer.culprit in leaves:
+                raise Refused(reason) from None
+            # All of the class: whatever broke one of them breaks the others.
+            for m in root.modules():
+                if type(m) is type(tracer.culprit) and m is not root:
+                    leaves[m] = reason
+            continue
+        finally:
+            changed = _restore(before)
+        inlined = [root, *tracer.inlined]
+        if root in changed:
+            raise Refused("it changes its own attributes")
+        if broken := [m for m in changed if m in inlined and m not in leaves]:
+            leaves |= dict.fromkeys(broken, "it changes its own attributes")
+            continue
+        return Captured(graph, inlined, leaves)
+
+
+def _restore(before: dict[nn.Module, dict[str, Any]]) -> list[nn.Module]:
+    """Takes back what a trace did to modules' attributes; returns those modules."""
+    changed = []
+    for m, attributes in before.items():
+        now = m.__dict__
+        if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+            now.clear()
+            now.update(attributes)
+            changed.append(m)
+    return changed

@@ -1,0 +1,377 @@
+"""fuse(model) of small models that other rewriters get wrong: the same results, and exactly the groups that there are."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_conv_bn as fcb
+
+
+class Model(nn.Module):
+    """A stem and what a test makes of it: ``run(self, x)``."""
+
+    def __init__(self, run: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.c, self.b, self.r = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.c2, self.b2 = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def in_place_after(m: Any, x: Tensor) -> Tensor:
+    y = m.c(x)
+    z = m.b(y)
+    y.add_(1)
+    return z + y
+
+
+def shared_input_written(m: Any, x: Tensor) -> Tensor:
+    """What the convolution reads is written before what follows its BatchNorm."""
+    x = x + 0
+    y = m.b(m.c(x))
+    x.mul_(2)
+    return y + x
+
+
+def asked_for_its_class(m: Any, x: Tensor) -> Tensor:
+    y = m.b(m.c(x))
+    if isinstance(y, Tensor):
+        y = y * 3
+    return y
+
+
+def own_autocast(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m.c(x)
+    return m.b(y.float())
+
+
+def in_a_list(m: Any, x: Tensor) -> Tensor:
+    for layer in [m.c, m.b, m.r]:
+        x = layer(x)
+    return x
+
+
+# What runs, and the groups that the report has then.
+MODELS: dict[str, tuple[Callable[..., Tensor], list[str]]] = {
+    "plain": (lambda m, x: m.r(m.b(m.c(x))), ["conv bn relu"]),
+    "no activation": (lambda m, x: m.b(m.c(x)), ["conv bn"]),
+    "factor": (lambda m, x: m.b(m.c(x)) * 0.5, ["conv bn * 0.5"]),
+    "add and relu": (lambda m, x: F.relu(m.b(m.c(x)) + x), ["conv bn add relu"]),
+    "add from the right": (lambda m, x: F.silu(x + m.b(m.c(x))), ["conv bn add silu"]),
+    "activation, then add": (lambda m, x: x + F.silu(m.b(m.c(x))), ["conv bn silu add"]),
+    "two of them added": (
+        lambda m, x: F.relu(m.b(m.c(x)) + m.b2(m.c2(x))),
+        ["conv bn add relu", "conv bn"],
+    ),
+    "a chain": (lambda m, x: F.gelu(m.b2(m.c2(m.r(m.b(m.c(x)))))), ["conv bn relu", "conv bn gelu"]),
+    "conv also without bn": (lambda m, x: m.b(m.c(x)) + m.c(x), ["conv bn add"]),
+    "applied twice": (lambda m, x: m.b(m.c(m.b(m.c(x)))), ["conv bn"]),
+    "one conv, two bns": (lambda m, x: (y := m.c(x), m.b(y) + m.b2(y))[1], ["bn add", "bn"]),
+    "one bn behind two convs": (lambda m, x: m.b(m.c(x)) + m.b(m.c2(x)), ["conv bn add", "conv bn"]),
+    "bn also of x alone": (lambda m, x: m.b(m.c(x)) + m.b(x), ["conv bn add", "bn"]),
+    "conv's result read twice": (lambda m, x: (y := m.c(x), m.b(y) * y)[1], ["bn"]),
+    "other order than registered": (lambda m, x: m.b2(m.c(F.relu(m.b(m.c2(x))))), ["conv bn", "conv bn relu"]),
+    "two sizes": (lambda m, x: m.b(m.c(x)).mean() + m.b(m.c(x[..., ::2, ::2])), ["conv bn add"]),
+    "written after it was read": (in_place_after, ["bn"]),
+    "input written in between": (shared_input_written, ["conv bn"]),
+    "relu's input read again": (lambda m, x: (y := m.b(m.c(x)), F.relu(y) + y)[1], ["conv bn"]),
+    "asks for a class": (asked_for_its_class, ["conv bn * 3"]),
+    "autocast of its own": (own_autocast, []),
+    "a list of layers": (in_a_list, ["conv bn relu"]),
+    "a branch by value": (lambda m, x: m.b(m.c(x)) if x.sum() > 0 else m.b(m.c(-x)), []),
+    "a branch by shape": (lambda m, x: m.b(m.c(x)) if x.shape[0] > 1 else x, []),
+    "scaled by a tensor": (lambda m, x: m.b(m.c(x)) * x, ["conv bn"]),
+    "bn behind cat": (
+        lambda m, x: F.relu(m.b(torch.cat([x[:, :2], x[:, 2:]], 1)) + x),
+        ["bn add relu"],
+    ),
+    "broadcast residual": (lambda m, x: m.b(m.c(x)) + x.mean((2, 3), True), ["conv bn add"]),
+}
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
+            for t, low, high in (
+                (m.running_mean, -1, 1),
+                (m.running_var, 0.5, 2),
+                (m.weight, 0.5, 1.5),
+                (m.bias, -1, 1),
+            ):
+                with torch.no_grad():
+                    t.copy_(torch.rand(t.shape, generator=generator) * (high - low) + low)
+    return model
+
+
+def model_of(name: str, **modules: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    return randomised(Model(MODELS[name][0], **modules))
+
+
+def data(seed: int = 2) -> Tensor:
+    return torch.randn(2, 4, 7, 9, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6 * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation(name: str) -> None:
+    model = model_of(name).eval()
+    want = [model(data(s)) for s in (2, 3)]
+    keys, state = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    assert fcb.fuse(model) is model and fcb.fuse(model) is model
+    for x, expected in zip((data(2), data(3)), want, strict=True):
+        close(model(x), expected)
+    assert fcb.report(model).groups() == MODELS[name][1]
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    fcb.unfuse(model)
+    assert type(model) is Model and torch.equal(model(data(2)), want[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training(name: str) -> None:
+    """Results, gradients and statistics."""
+    plain, fused = model_of(name).train(), fcb.fuse(model_of(name).train())
+    for s in (2, 3):
+        results = []
+        for model in (plain, fused):
+            x = data(s).requires_grad_()
+            y = model(x)
+            try:
+                y.square().mean().backward()
+            except RuntimeError:  # eager refuses what was written after it was saved, a BatchNorm that ran twice too
+                assert model is plain
+                return
+            results.append((y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()))
+        for got, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(
+                got, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.detach().abs().max()))
+            )
+
+
+@pytest.mark.parametrize("where", ["conv", "bn", "relu", "block", "pre-hook", "all modules"])
+def test_hooks_that_come_later(where: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = model_of("plain")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x)
+
+    model = fcb.fuse(Outer().eval())
+    want = model(data())
+    calls: list[str] = []
+    hook = lambda module, *a: calls.append(type(module).__name__)  # noqa: E731
+    of = {"conv": model.block.c, "bn": model.block.b, "relu": model.block.r, "block": model.block}
+    if where == "all modules":
+        handle = nn.modules.module.register_module_forward_hook(hook)
+    elif where == "pre-hook":
+        handle = model.block.c.register_forward_pre_hook(hook)
+    else:
+        handle = of[where].register_forward_hook(hook)
+    close(model(data()), want)
+    assert len(calls) == (5 if where == "all modules" else 1)
+    handle.remove()
+    close(model(data()), want)
+    assert len(calls) == (5 if where == "all modules" else 1)
+
+
+def test_copies_and_pickles() -> None:
+    model = fcb.fuse(model_of("add and relu").eval(), data())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.c.weight.mul_(2)
+    fresh = model_of("add and relu").eval()
+    close(model(data()), fresh(data()))
+    with torch.no_grad():
+        fresh.c.weight.mul_(2)
+    close(twin(data()), fresh(data()))
+    assert fcb.report(twin).groups() == ["conv bn add relu"]
+
+
+class Picklable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, residual: Tensor | None = None) -> Tensor:
+        y = self.b(self.c(x)) * scale
+        return y if residual is None else y + residual
+
+
+def test_pickle_is_that_of_the_class() -> None:
+    model = fcb.fuse(randomised(Picklable()).eval(), data())
+    for loaded in (pickle.loads(pickle.dumps(model)), torch.load(saved(model), weights_only=False)):
+        assert type(loaded) is Picklable
+        close(loaded(data()), model(data()))
+
+
+def saved(model: nn.Module) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_other_arguments_are_other_captures() -> None:
+    plain = randomised(Picklable()).eval()
+    model = fcb.fuse(copy.deepcopy(plain))
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((data(),), {}),
+        ((data(), 2.0), {}),
+        ((data(),), {"scale": 3.0}),
+        ((data(),), {"residual": data(5)}),
+        ((data(), 0.5), {"residual": data(5)}),
+    ]
+    for args, kwargs in (*calls, *calls):
+        close(model(*args, **kwargs), plain(*args, **kwargs))
+
+
+def test_modes_and_replaced_modules() -> None:
+    plain, model = model_of("plain"), fcb.fuse(model_of("plain"))
+    for mode in (False, True, False, True):
+        close(model.train(mode)(data()), plain.train(mode)(data()))
+    for m in (plain, model):
+        m.b.eval()
+    close(model(data()), plain(data()))
+    for m in (plain, model):
+        torch.manual_seed(9)
+        m.eval().c = nn.Conv2d(4, 4, 1)
+    close(model(data()), plain(data()))
+    close(model.double()(data().double()), plain.double()(data().double()))
+    model.load_state_dict(plain.state_dict())
+    close(model(data().double()), plain(data().double()))
+
+
+def test_parts_of_a_model_that_cannot_be_traced() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+            self.heads = nn.ModuleList([model_of("plain"), model_of("a branch by value")])
+
+        def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+            y = self.body(x[0])
+            return {str(i): head(y) for i, head in enumerate(self.heads)}
+
+    plain = randomised(Heads().eval())
+    model = fcb.fuse(copy.deepcopy(plain))
+    for _ in range(2):
+        got, want = model([data()]), plain([data()])
+        for k in want:
+            close(got[k], want[k])
+    report = fcb.report(model)
+    assert report.groups() == ["conv bn relu", "conv bn relu"]
+    assert "its argument x is a list" in str(report) and "control flow" in str(report)
+
+
+@pytest.mark.parametrize("kind", ["1d", "3d", "linear", "transposed", "dropout", "frozen parts", "no statistics"])
+def test_other_layers(kind: str) -> None:
+    torch.manual_seed(3)
+    layers: dict[str, tuple[list[nn.Module], tuple[int, ...], list[str]]] = {
+        "1d": ([nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU()], (2, 4, 9), ["bn relu"]),
+        "3d": ([nn.Conv3d(4, 6, 2), nn.BatchNorm3d(6), nn.Hardswish()], (2, 4, 5, 4, 3), ["bn hardswish"]),
+        "linear": ([nn.Linear(4, 6), nn.BatchNorm1d(6), nn.SiLU()], (3, 4), ["bn silu"]),
+        "transposed": (
+            [nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.LeakyReLU(0.2)],
+            (2, 4, 5, 5),
+            ["bn leaky_relu"],
+        ),
+        "dropout": (
+            [nn.Conv2d(4, 6, 3), nn.Dropout(0.5), nn.BatchNorm2d(6), nn.Identity(), nn.ReLU6()],
+            (2, 4, 5, 5),
+            ["conv bn relu6"],
+        ),
+        "frozen parts": (
+            [nn.Conv2d(4, 6, 3).requires_grad_(False), nn.BatchNorm2d(6, affine=False), nn.Tanh()],
+            (2, 4, 5, 5),
+            ["conv bn tanh"],
+        ),
+        "no statistics": (
+            [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False), nn.Mish()],
+            (2, 4, 5, 5),
+            ["conv bn mish"],
+        ),
+    }
+    modules, shape, groups = layers[kind]
+    plain = nn.Sequential(*modules)
+    if kind != "frozen parts":
+        randomised(plain)
+    model = fcb.fuse(copy.deepcopy(plain))
+    for training in (False, True, False):
+        x = torch.randn(shape)
+        with torch.random.fork_rng():
+            want = plain.train(training)(x)
+        with torch.random.fork_rng():
+            close(model.train(training)(x), want)
+    assert fcb.report(model).groups() == groups
+
+
+def test_threads() -> None:
+    plain = model_of("a chain").eval()
+    want, model = plain(data()), fcb.fuse(copy.deepcopy(plain))
+    results: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: results.append(model(data()))) for _ in range(20)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 20
+    for got in results:
+        close(got, want)
+
+
+def test_a_capture_that_is_wrong_is_dropped() -> None:
+    """What torch.fx records without an error, and wrongly: here, what a closure has."""
+    seen: list[int] = []
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        seen.append(1)
+        return m.b(m.c(x)) * len(seen)
+
+    torch.manual_seed(1)
+    model = fcb.fuse(randomised(Model(run)).eval())
+    model(data())
+    assert "another result than its forward" in str(fcb.report(model))
+    before = len(seen)
+    model(data())
+    assert len(seen) == before + 1
+
+
+def test_report_of_any_model() -> None:
+    model = model_of("a chain").eval()
+    assert "fuse(model) was not called" in str(fcb.report(model))
+    fcb.fuse(model)
+    assert fcb.report(model).counts == {"pending": 4}
+    model(data())
+    report = fcb.report(model)
+    assert report.counts == {"fused": 4} and report.to_dict()["counts"] == {"fused": 4}
+    assert str(fcb.report(nn.Linear(1, 1))) == "no convolution and no BatchNorm"
+    with pytest.raises(TypeError, match="fuse: model is of type int, expected an nn.Module"):
+        fcb.fuse(3)  # type: ignore[arg-type]
+
+
+def test_compiled() -> None:
+    model = fcb.fuse(model_of("add and relu").eval())
+    want = model(data())
+    close(torch.compile(model, backend="eager", fullgraph=True)(data()), want)

@@ -160,7 +160,7 @@ def test_update_bn(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/fuse.md"])
 def test_a_document_s_sessions_print_what_they_say(name: str) -> None:
     failed, attempted = doctest.testfile(str(ROOT / name), module_relative=False)
     assert attempted > 5 and not failed

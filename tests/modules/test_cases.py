@@ -87,7 +87,7 @@ def test_c02_fused_optimisers(optimizer: Any, mode: str, device: str) -> None:
     for _ in range(3):
         check(m, x)
         m.train(mode != "eval")
-        m(x).square().sum().backward()
+        m(x).square().mean().backward()  # a sum diverges, and so do roundings
         steps.step()
         m.eval()
         check(m, x)

@@ -44,9 +44,8 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
       "_conv_bn_wgrad(Tensor dy, Tensor? result, Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? mean, "
       "Tensor? var, Tensor? weight, float scaling_factor, float eps, " FCB_WINDOW
       ", *, str activation='none', bool has_statistics=False, bool needs_conv_weight=True, bool needs_input=False, "
-      "Tensor? input_sums=None) -> (Tensor conv_weight, Tensor weight, Tensor bias, Tensor conv_bias, Tensor "
-      "scaled_weight, Tensor input_scale, "
-      "Tensor input_shift)");
+      "Tensor? input_sums=None) -> (Tensor conv_weight, Tensor weight, Tensor bias, Tensor conv_bias, "
+      "Tensor scaled_weight, Tensor input_scale, Tensor input_shift)");
 
   // What a convolution op would run, in words. _explain_problem: on CUDA, for a problem and a GPU, both as the numbers of
   // Conv2d and GpuTraits (kernels/conv/problem.h) in their order.

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from ._dispatch import keywords
 from ._gradients import derivative_from
+from .autograd import Epilogue, TrainedBatchNorm
 
 _ops = torch.ops.fused_conv_bn
 _bn_scale, _bn_moments = _ops.bn_scale.default._op, _ops.bn_moments.default._op
@@ -95,25 +96,11 @@ class _SyncBnScaleTrain(Function):
         return dz if needs_z else None, None, None, dw, db, dr, None
 
 
-def bn_scale_train(
-    z: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scaling_factor: float,
-    momentum: float,
-    eps: float,
-    group: Any,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    residual_last: bool = False,
-) -> Tensor:
+def bn_scale_train(z: Tensor, bn: TrainedBatchNorm, epilogue: Epilogue, group: Any) -> Tensor:
     """:func:`fused_conv_bn.bn_scale_train` with the statistics of the batches of all processes in ``group``.
 
     All of them call it, and all run backward or none does. A batch may be empty. No second derivatives.
     """
-    numbers = scaling_factor, momentum, eps, activation, negative_slope, residual_last, group
-    y: Tensor = _SyncBnScaleTrain.apply(z, running_mean, running_var, weight, bias, residual, numbers)
+    residual, *of_epilogue = epilogue
+    y: Tensor = _SyncBnScaleTrain.apply(z, *bn[:4], residual, (*bn[4:], *of_epilogue, group))
     return y

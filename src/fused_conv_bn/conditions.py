@@ -98,9 +98,26 @@ def transformed() -> bool:
     return _transforms_active() or forward_ad._current_level >= 0
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def hooks_for_all() -> bool:
+    """Whether a hook is registered for all modules."""
+    return bool(
+        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
+    )
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def sync_group(bn: nn.Module) -> Any:
     """The processes whose batches ``bn`` takes its statistics from; None if they are this process' own."""
-    if type(bn) is not _SyncBatchNorm or not (bn.training and dist.is_available() and dist.is_initialized()):
+    if type(bn) is not _SyncBatchNorm or not (bn.training and is_distributed()):
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
@@ -131,18 +148,9 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
             return "SyncBatchNorm takes the statistics of all processes' batches, on CUDA and not compiled"
         if _SyncBatchNorm.forward is not _SYNC_FORWARD:
             return "SyncBatchNorm's class has another forward"
-    if (
-        conv._forward_hooks
-        or conv._forward_pre_hooks
-        or conv._backward_hooks
-        or conv._backward_pre_hooks
-        or bn._forward_hooks
-        or bn._forward_pre_hooks
-        or bn._backward_hooks
-        or bn._backward_pre_hooks
-    ):
+    if has_hooks(conv) or has_hooks(bn):
         return "conv or bn has a hook"
-    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+    if hooks_for_all():
         return "a hook for all modules is registered"
     if (
         _Conv2d.forward is not _CONV_FORWARD

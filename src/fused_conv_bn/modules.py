@@ -328,7 +328,7 @@ class ConvBnScale2d(nn.Module):
             group = conditions.sync_group(bn)
             if group is not None:
                 z = convolution(x, weight, conv_bias, *window)
-                return _sync.bn_scale_train(z, *batch_norm, group, *epilogue)
+                return _sync.bn_scale_train(z, batch_norm, epilogue, group)
             if grad:
                 return autograd.bn_scale_train(x, weight, conv_bias, batch_norm, window, epilogue)
             if _is_compiling():

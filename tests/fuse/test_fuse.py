@@ -358,6 +358,54 @@ def test_a_capture_that_is_wrong_is_dropped() -> None:
     assert len(seen) == before + 1
 
 
+def asks_for_a_number_s_class(m: Any, x: Tensor) -> Tensor:
+    y = m.b(m.c(x))
+    half = x.shape[2] + 1
+    return y * 3 if isinstance(half, Tensor) else y
+
+
+def fails_where_the_graph_does(m: Any, x: Tensor) -> Tensor:
+    """A value that only a trace lacks."""
+    return m.b(m.c(x)) + (x if not hasattr(x, "node") else x[..., :1, :2])
+
+
+@pytest.mark.parametrize("run", [asks_for_a_number_s_class, fails_where_the_graph_does])
+def test_what_a_trace_sees_otherwise(run: Callable[..., Tensor]) -> None:
+    torch.manual_seed(1)
+    plain = randomised(Model(run)).eval()
+    model = fcb.fuse(copy.deepcopy(plain))
+    for _ in range(2):
+        close(model(data()), plain(data()))
+
+
+def test_a_wrong_call_is_the_user_s() -> None:
+    model = fcb.fuse(model_of("plain").eval())
+    with pytest.raises(TypeError, match="positional argument"):
+        model(data(), data())
+    model(data())
+    assert fcb.report(model).groups() == ["conv bn relu"]
+
+
+def test_statistics_keep_their_order() -> None:
+    """A BatchNorm alone that goes to training mode, in a model that calls it twice."""
+    plain = model_of("one bn behind two convs").eval()
+    model = fcb.fuse(copy.deepcopy(plain), data())
+    for m in (plain, model):
+        m.b.train()
+    for _ in range(2):
+        close(model(data()), plain(data()))
+    for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+        close(a.double(), b.double())
+
+
+def test_the_first_call_leaves_what_others_saved() -> None:
+    """A backward that is still to come may have saved the buffers."""
+    part = model_of("plain").eval()
+    y = part(data().requires_grad_())
+    fcb.fuse(part)(data())
+    y.sum().backward()
+
+
 def test_report_of_any_model() -> None:
     model = model_of("a chain").eval()
     assert "fuse(model) was not called" in str(fcb.report(model))

@@ -229,9 +229,8 @@ def sync_case(name: str, rank: int, device: torch.device, dtype: torch.dtype) ->
         x, r, w, b = leaves
         r = None if last is None else r
         if mine:
-            y = _sync.bn_scale_train(
-                x, *running, w, b, 1.5, 0.3, 1e-5, dist.group.WORLD, r, activation, 0.01, bool(last)
-            )
+            epilogue = r, activation, 0.01, bool(last)
+            y = _sync.bn_scale_train(x, (*running, w, b, 1.5, 0.3, 1e-5), epilogue, dist.group.WORLD)
         else:
             v = nn.functional.batch_norm(x, *running, w, b, True, 0.3, 1e-5) * 1.5
             v = v if r is None or last else v + r

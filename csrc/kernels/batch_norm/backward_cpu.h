@@ -2,8 +2,8 @@
 //
 // Both go by blocks of elements, whose dv is computed on the stack, once: the first pass leaves it where a result is to be.
 // A block lies in one plane; where planes are short, blocks are pieces of rows, of some periods of the channels each (as in
-// scale_shift_cpu.h), and elements have numbers of their own. The work is cut by the tensor's shape alone and its parts are merged in their order, so
-// that results are the same bits however many threads there are.
+// scale_shift_cpu.h), and elements have numbers of their own. The work is cut by the tensor's shape alone and its parts are merged
+// in their order, so that results are the same bits however many threads there are.
 #pragma once
 
 #include <algorithm>

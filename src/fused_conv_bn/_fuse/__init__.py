@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from .report import Report, report
-from .root import restore, swap
+from .root import restore, swap, undisturbed
 
 __all__ = ["Report", "fuse", "report", "unfuse"]
 
@@ -33,11 +32,8 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     swap(model)
     if example_inputs is not None:
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        buffers = {b: b.detach().clone() for b in model.buffers()}
-        with torch.random.fork_rng(), torch.no_grad():
+        with undisturbed(model):
             model(*args)
-            for b, before in buffers.items():
-                b.copy_(before)
     return model
 
 

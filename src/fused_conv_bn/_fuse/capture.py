@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..conditions import has_hooks
 from ..modules import ConvBnScale2d
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
@@ -33,13 +34,10 @@ class Refused(Exception):
 
 
 class Arguments:
-    """A call's arguments by name: its tensors, and what is baked into a trace."""
+    """A call's arguments by name: its tensors, and what is baked into a trace. TypeError if they are not the forward's."""
 
     def __init__(self, signature: inspect.Signature, root: nn.Module, args: Any, kwargs: Any) -> None:
-        try:
-            bound = signature.bind(root, *args, **kwargs)
-        except TypeError as error:
-            raise Refused(f"its arguments do not fit: {error}") from None
+        bound = signature.bind(root, *args, **kwargs)
         bound.apply_defaults()
         self.tensors: dict[str, Tensor] = {}
         self.constants: dict[str, Any] = {}
@@ -60,39 +58,31 @@ class Arguments:
         return tuple(self.tensors), tuple((name, type(v), v) for name, v in self.constants.items())
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-# Ops whose result is a tensor if one of their arguments is.
+# What returns a tensor if its first argument is one. (Of a shape the same make numbers.)
 _OF_TENSORS = frozenset(
     {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, operator.neg}
 )
+_TENSOR_FUNCTIONS = frozenset({"relu", "max_pool2d", "adaptive_avg_pool2d"})
 _TENSOR_METHODS = frozenset(
     {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "mean", "clone", "float"}
 )
-_NO_TENSOR = frozenset({"size", "dim", "numel", "item", "tolist", "stride", "data_ptr", "chunk", "split", "unbind"})
 
 
-def _is_tensor(node: fx.Node, root: nn.Module) -> bool | None:
-    """Whether a node's value is a tensor; None if nobody knows."""
+def _is_tensor(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node's value is a tensor for sure."""
     if node.op == "placeholder":
         return True
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        known = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
-            module, (nn.RNNBase, nn.MultiheadAttention, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
-        )
-        return True if known else None
-    if node.op == "call_method":
-        return True if node.target in _TENSOR_METHODS else None
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        if node.target in _OF_TENSORS or name in ("cat", "stack", "relu", "max_pool2d", "adaptive_avg_pool2d"):
-            return True
-    return None
+        several = nn.RNNBase, nn.MultiheadAttention, nn.AdaptiveMaxPool2d, nn.MaxPool2d
+        return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, several)
+    name = getattr(node.target, "__name__", node.target)
+    if node.op == "call_function" and name in ("cat", "stack"):
+        return True
+    known = (node.op == "call_method" and name in _TENSOR_METHODS) or (
+        node.op == "call_function" and (node.target in _OF_TENSORS or name in _TENSOR_FUNCTIONS)
+    )
+    return known and any(_is_tensor(n, root) for n in node.all_input_nodes[:1])
 
 
 class _Tracer(fx.Tracer):
@@ -132,7 +122,6 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.arguments.tensors]
         names, constants = list(self.arguments.tensors), self.arguments.constants
-        self.root_fn = root_fn
 
         def call(*values: Any) -> Any:
             return self.forward_of_root(self.root, **dict(zip(names, values, strict=True)), **constants)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import _activations
-from .capture import has_hooks
+from ..conditions import has_hooks
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -47,7 +47,6 @@ class Group:
     nodes: list[fx.Node]
     factor: float = 1.0
     residual: fx.Node | None = None
-    adds: bool = False  # there is a residual: the node itself goes with the graph
     residual_last: bool = False
     activation: str = "none"
     negative_slope: float = 0.01
@@ -57,7 +56,7 @@ class Group:
         parts = ["bn"] if self.conv is None else ["conv", "bn"]
         if self.factor != 1.0:
             parts.append(f"* {self.factor:g}")
-        if self.adds and not self.residual_last:
+        if self.residual is not None and not self.residual_last:
             parts.append("add")
         if self.activation != "none":
             parts.append(self.activation)
@@ -137,9 +136,10 @@ def _passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 class Matcher:
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], is_leaf_free: set[str]) -> None:
-        """is_leaf_free: paths of modules that may be swallowed, since nobody watches their calls."""
-        self.graph, self.modules, self.free = graph, modules, is_leaf_free
+    """Finds the groups of a graph. ``free``: paths of modules whose calls nobody watches, so that they may go."""
+
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], free: set[str]) -> None:
+        self.graph, self.modules, self.free = graph, modules, free
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
         self.why: dict[str, str] = {}
@@ -283,4 +283,4 @@ class Matcher:
             mine = other.op == "call_module" and len(other.users) == 1 and not _passes(other, self.modules)
             if not mine or is_in_place(other, self.modules):
                 return None
-        return {"residual": other, "adds": True, "residual_last": group.activation != "none"}
+        return {"residual": other, "residual_last": group.activation != "none"}

@@ -7,26 +7,29 @@ they are; a swap is undone by giving the class back.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
+import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as _module
 
 from .. import conditions
+from ..conditions import has_hooks
 from ..modules import ConvBnScale2d
-from .blocks import block_of, plain_of
-from .capture import Arguments, Refused, capture, has_hooks
+from .blocks import block_of
+from .capture import Arguments, Refused, capture
 from .patterns import Matcher, norm_act_parts
 
 STATE = "_fused_conv_bn"
 _lock = threading.RLock()
 _is_compiling = torch.compiler.is_compiling
+_signature = functools.lru_cache(maxsize=None)(inspect.signature)
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -58,19 +61,19 @@ class Entry:
             if parts := norm_act_parts(modules[g.bn]):
                 silent |= {modules[g.bn], *parts}
         self.silent = [(m, type(m)) for m in silent]
-        watched = {*captured.inlined, *silent}
+        watched = {*captured.inlined, *silent, *(modules[g.bn] for g in self.groups)}
         self.modes = [(m, m.training) for m in watched]
         self.bindings = []
         for path in {*called, *(paths[m] for m in captured.inlined[1:])}:
             parent, _, name = path.rpartition(".")
             self.bindings.append((modules[parent]._modules, name, modules[path]))
         self.run = self._compile(graph)
-        self.checked = False
+        # Whether the next call is compared: not in training, nor where others would see that the forward runs again.
+        self.unchecked = not (root.training or conditions.is_distributed() or any(map(has_hooks, root.modules())))
 
     def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
         # Placeholders of the graph are the tensors; the root and the entry come before them.
-        first = next(iter(graph.nodes))
-        with graph.inserting_before(first):
+        with graph.inserting_before(next(iter(graph.nodes))):
             entry = graph.placeholder("fused_entry")
         for index, group in enumerate(self.groups):
             last = group.nodes[-1]
@@ -89,8 +92,6 @@ class Entry:
         scope = dict(code.globals)
         exec(compile(code.src, "<fused_conv_bn.fuse>", "exec"), scope)
         run: Callable[..., Any] = scope["forward"]
-        for group in self.groups:  # nodes are of no more use, and copies of models copy what they hold
-            group.nodes, group.input, group.residual = [], None, None  # type: ignore[assignment]
         return run
 
     def holds(self) -> bool:
@@ -117,11 +118,11 @@ class State:
         self.refused: dict[Any, str] = {}
 
 
-def _leave_alone(root: nn.Module, values: Any) -> bool:
+def _leave_alone(values: Any) -> bool:
     """Whether the class' own forward is to run, whatever was captured."""
     if _is_compiling() or conditions.transformed() or torch._C._get_tracing_state() is not None:
         return True
-    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+    if conditions.hooks_for_all():
         return True
     return any(isinstance(v, fx.Proxy) for v in values)
 
@@ -129,10 +130,12 @@ def _leave_alone(root: nn.Module, values: Any) -> bool:
 def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: State = root.__dict__[STATE]
     own = of.forward
-    if state.reason is not None or state.owner is not root or _leave_alone(root, (*args, *kwargs.values())):
+    if state.reason is not None or state.owner is not root or _leave_alone((*args, *kwargs.values())):
         return own(root, *args, **kwargs)
     try:
-        arguments = Arguments(inspect.signature(own), root, args, kwargs)
+        arguments = Arguments(_signature(own), root, args, kwargs)
+    except TypeError:
+        return own(root, *args, **kwargs)  # which says so
     except Refused as refused:
         return _refuse(root, state, str(refused), own, args, kwargs)
     key = arguments.key, root.training
@@ -153,13 +156,9 @@ def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs
             return _refuse(root, state, str(refused), own, args, kwargs)
     if not entry.groups:
         return own(root, *args, **kwargs)
-    if not entry.checked and not root.training and not _is_distributed() and not any(map(has_hooks, root.modules())):
+    if entry.unchecked:
         return _checked(root, state, key, entry, own, arguments, args, kwargs)
     return entry.run(root, entry, *arguments.tensors.values())
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwargs: Any) -> Any:
@@ -189,35 +188,48 @@ class _ComparedBlock:
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         block = self.of.entry.blocks[self.index]
-        expected = plain_of(block, x, residual)
+        expected = block._forward_plain(x, residual)
         difference = _difference(block.forward(x, residual), expected)
         if difference is not None and self.of.problem is None:
             self.of.problem = f"the op for {self.of.entry.groups[self.index].bn} gave {difference}"
         return expected
 
 
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Calls of a model that leave its buffers and the random state as they were, under ``no_grad``."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for b, before in buffers:
+                if not torch.equal(b, before):  # what was only read may be saved for a backward
+                    b.copy_(before)
+
+
 def _checked(
     root: nn.Module, state: State, key: Any, entry: Entry, own: Any, arguments: Arguments, args: Any, kwargs: Any
 ) -> Any:
     """The first evaluation call: both ways, compared. A mismatch drops the capture."""
-    devices = [] if not torch.cuda.is_available() else list(range(torch.cuda.device_count()))
-    buffers = {b: b.detach().clone() for b in root.buffers()}
+
+    def copies() -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in arguments.tensors.items()}
+
     compared = _Compared(entry)
-    results = []
-    for graph in (False, True):
-        copies = {name: t.detach().clone() for name, t in arguments.tensors.items()}
-        with torch.random.fork_rng(devices), torch.no_grad():
-            if graph:
-                results.append(entry.run(root, compared, *copies.values()))
-            else:
-                results.append(own(root, **copies, **arguments.constants))
-            for b, before in buffers.items():
-                b.copy_(before)
+    with undisturbed(root):
+        expected = own(root, **copies(), **arguments.constants)
+    try:
+        with undisturbed(root):
+            difference = _difference(entry.run(root, compared, *copies().values()), expected)
+    except Exception as error:
+        difference = f"{type(error).__name__}: {error}"
     problem = compared.problem
-    if problem is None and (difference := _difference(results[1], results[0])) is not None:
+    if problem is None and difference is not None:
         problem = f"its graph gave another result than its forward: {difference}"
     if problem is None:
-        entry.checked = True
+        entry.unchecked = False
         return entry.run(root, entry, *arguments.tensors.values())
     state.refused[key] = problem
     state.entries.pop(key, None)
@@ -296,6 +308,11 @@ def is_root(m: nn.Module) -> bool:
 
 def swap(m: nn.Module) -> None:
     """Makes a module a root. Nothing is captured before it is called."""
+    with _lock:
+        _swap(m)
+
+
+def _swap(m: nn.Module) -> None:
     if is_root(m) or "forward" in m.__dict__ or isinstance(m, (ConvBnScale2d, torch.jit.ScriptModule)):
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:

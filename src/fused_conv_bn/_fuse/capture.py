@@ -34,7 +34,7 @@ class Refused(Exception):
 
 
 class Arguments:
-    """A call's arguments by name: its tensors, and what is baked into a trace. TypeError if they are not the forward's."""
+    """A call's arguments by name: its tensors, and what is baked into a trace. TypeError if they do not fit."""
 
     def __init__(self, signature: inspect.Signature, root: nn.Module, args: Any, kwargs: Any) -> None:
         bound = signature.bind(root, *args, **kwargs)

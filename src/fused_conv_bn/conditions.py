@@ -37,9 +37,20 @@ _BN_FORWARD, _BN_CHECK, _SYNC_FORWARD = (
     nn.SyncBatchNorm.forward,
 )
 _F_CONV2D, _F_BATCH_NORM = F.conv2d, F.batch_norm
+_METHODS = [
+    (of, name, getattr(of, name))
+    for of, names in (
+        *((conv, ("forward", "_conv_forward")) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+        *((bn, ("forward", "_check_input_dim")) for bn in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+        (nn.SyncBatchNorm, ("forward",)),
+        (nn.Module, ("__call__", "_call_impl")),
+        (F, ("conv1d", "conv2d", "conv3d", "batch_norm")),
+    )
+    for name in names
+]
 
 _REPLACEABLE_NAMES = "forward", "_conv_forward", "_check_input_dim", "_call_impl", "_slow_forward"
-_REPLACEABLE = frozenset(_REPLACEABLE_NAMES)
+OWN_METHODS = frozenset(_REPLACEABLE_NAMES)
 """Methods that an instance may have of its own."""
 
 _global_forward_hooks = _module._global_forward_hooks
@@ -111,6 +122,20 @@ def hooks_for_all() -> bool:
     )
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class' forward: to hooks, a method of its own, or its compiler."""
+    own = not module.__dict__.keys().isdisjoint(OWN_METHODS) or module._compiled_call_impl is not None
+    return own or has_hooks(module)
+
+
+def methods_replaced() -> bool:
+    """Whether somebody put something else in the place of what PyTorch's convolutions and BatchNorms run."""
+    for of, name, method in _METHODS:
+        if getattr(of, name) is not method:
+            return True
+    return False
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -169,7 +194,7 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
     if compiling:  # torch.compile does not know isdisjoint()
         if any(name in conv.__dict__ or name in bn.__dict__ for name in _REPLACEABLE_NAMES):
             return "conv or bn has a forward of its own"
-    elif not (conv.__dict__.keys().isdisjoint(_REPLACEABLE) and bn.__dict__.keys().isdisjoint(_REPLACEABLE)):
+    elif not (conv.__dict__.keys().isdisjoint(OWN_METHODS) and bn.__dict__.keys().isdisjoint(OWN_METHODS)):
         return "conv or bn has a forward of its own"
     if conv._compiled_call_impl is not None or bn._compiled_call_impl is not None:
         return "conv or bn is compiled by itself"

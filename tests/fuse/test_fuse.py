@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +87,7 @@ MODELS: dict[str, tuple[Callable[..., Tensor], list[str]]] = {
     "bn also of x alone": (lambda m, x: m.b(m.c(x)) + m.b(x), ["conv bn add", "bn"]),
     "conv's result read twice": (lambda m, x: (y := m.c(x), m.b(y) * y)[1], ["bn"]),
     "other order than registered": (lambda m, x: m.b2(m.c(F.relu(m.b(m.c2(x))))), ["conv bn", "conv bn relu"]),
-    "two sizes": (lambda m, x: m.b(m.c(x)).mean() + m.b(m.c(x[..., ::2, ::2])), ["conv bn add"]),
+    "two sizes": (lambda m, x: m.b(m.c(x)).mean() + m.b(m.c(x[..., ::2, ::2])), ["conv bn"]),
     "written after it was read": (in_place_after, ["bn"]),
     "input written in between": (shared_input_written, ["conv bn"]),
     "relu's input read again": (lambda m, x: (y := m.b(m.c(x)), F.relu(y) + y)[1], ["conv bn"]),
@@ -100,7 +101,17 @@ MODELS: dict[str, tuple[Callable[..., Tensor], list[str]]] = {
         lambda m, x: F.relu(m.b(torch.cat([x[:, :2], x[:, 2:]], 1)) + x),
         ["bn add relu"],
     ),
-    "broadcast residual": (lambda m, x: m.b(m.c(x)) + x.mean((2, 3), True), ["conv bn add"]),
+    "broadcast residual": (lambda m, x: m.b(m.c(x)) + x.mean((2, 3), True), ["conv bn"]),
+    "conv without bn": (lambda m, x: F.relu(m.c(x)), ["conv relu"]),
+    "conv without bn, added": (lambda m, x: F.silu(x + m.c(x)), ["conv add silu"]),
+    "conv, activation, added": (lambda m, x: m.c(x).sigmoid() + x, ["conv sigmoid add"]),
+    "conv without bn in front of one": (lambda m, x: m.b(F.relu(m.c(x))), ["conv relu", "bn"]),
+    "conv times a number": (lambda m, x: F.relu(m.c(x) * 2), []),
+    "conv that others read": (lambda m, x: (y := m.c(x), F.relu(y) + y)[1], []),
+    "conv and bn, and a conv to add": (lambda m, x: m.b(m.c(x)) + m.c2(x), ["conv bn add"]),
+    "hardtanh": (lambda m, x: F.hardtanh(m.b(m.c(x)), 0.0, 6.0), ["conv bn relu6"]),
+    "another hardtanh": (lambda m, x: F.hardtanh(m.b(m.c(x)), 0.0), ["conv bn"]),
+    "functional dropout": (lambda m, x: F.relu(F.dropout(m.b(m.c(x)), 0.5, False)), ["conv bn relu"]),
 }
 
 
@@ -285,13 +296,58 @@ def test_parts_of_a_model_that_cannot_be_traced() -> None:
     assert "its argument x is a list" in str(report) and "control flow" in str(report)
 
 
-@pytest.mark.parametrize("kind", ["1d", "3d", "linear", "transposed", "dropout", "frozen parts", "no statistics"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("1d", "3d", "linear", "tokens", "transposed", "dropout", "frozen parts", "no statistics"),
+        *(
+            "inherits",
+            "own forward",
+            "parametrised",
+            "padding",
+            "cumulative",
+            "lone",
+            "1d bias",
+            "frozen",
+        ),
+        *("frozen otherwise", "frozen eps"),
+    ],
+)
 def test_other_layers(kind: str) -> None:
     torch.manual_seed(3)
     layers: dict[str, tuple[list[nn.Module], tuple[int, ...], list[str]]] = {
-        "1d": ([nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU()], (2, 4, 9), ["bn relu"]),
-        "3d": ([nn.Conv3d(4, 6, 2), nn.BatchNorm3d(6), nn.Hardswish()], (2, 4, 5, 4, 3), ["bn hardswish"]),
+        "1d": ([nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU()], (2, 4, 9), ["conv bn relu"]),
+        "3d": ([nn.Conv3d(4, 6, 2), nn.BatchNorm3d(6), nn.Hardswish()], (2, 4, 5, 4, 3), ["conv bn hardswish"]),
         "linear": ([nn.Linear(4, 6), nn.BatchNorm1d(6), nn.SiLU()], (3, 4), ["bn silu"]),
+        "tokens": ([nn.Linear(4, 6), nn.BatchNorm1d(5), nn.SiLU()], (3, 5, 4), ["bn silu"]),
+        "inherits": ([Named(4, 6, 3), NamedNorm(6), nn.ReLU()], (2, 4, 5, 5), ["conv bn relu"]),
+        "own forward": ([Doubled(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()], (2, 4, 5, 5), ["bn relu"]),
+        "parametrised": (
+            [nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6), nn.ReLU()],
+            (2, 4, 5, 5),
+            ["bn relu"],
+        ),
+        "padding": (
+            [nn.Conv3d(4, 6, 3, padding=1, padding_mode="circular"), nn.BatchNorm3d(6), nn.ReLU()],
+            (2, 4, 5, 4, 3),
+            ["conv bn relu"],
+        ),
+        "cumulative": (
+            [
+                nn.Conv1d(4, 6, 3),
+                nn.BatchNorm1d(6, momentum=None),
+                nn.ReLU(),
+                nn.BatchNorm1d(6, momentum=None),
+                nn.ReLU(),
+            ],
+            (2, 4, 9),
+            ["conv bn relu", "bn relu"],
+        ),
+        "lone": ([nn.AvgPool2d(2), nn.BatchNorm2d(4), nn.ReLU(inplace=True)], (2, 4, 6, 6), ["bn relu"]),
+        "1d bias": ([nn.Conv1d(4, 6, 3, groups=2), nn.GELU()], (2, 4, 9), ["conv gelu"]),
+        "frozen": ([nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6), nn.ReLU()], (2, 4, 6, 6), ["conv bn relu"]),
+        "frozen otherwise": ([nn.Conv2d(4, 6, 3), frozen_of_its_own(6), nn.ReLU()], (2, 4, 6, 6), []),
+        "frozen eps": ([nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6, 0.1), nn.ReLU()], (2, 4, 6, 6), ["conv bn relu"]),
         "transposed": (
             [nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.LeakyReLU(0.2)],
             (2, 4, 5, 5),
@@ -325,6 +381,121 @@ def test_other_layers(kind: str) -> None:
         with torch.random.fork_rng():
             close(model.train(training)(x), want)
     assert fcb.report(model).groups() == groups
+
+
+class Named(nn.Conv2d):
+    """A subclass that computes what its base does."""
+
+
+class NamedNorm(nn.BatchNorm2d):
+    pass
+
+
+class Doubled(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2 * super()._conv_forward(input, weight, bias)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision and detectron2 have it: no parameters and no modes."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, value in ("weight", 1.5), ("bias", 0.5), ("running_mean", 0.3), ("running_var", 0.7):
+            self.register_buffer(name, value + torch.rand(channels) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (t.reshape(1, -1, 1, 1) for t in self.buffers())
+        scale = weight * (var + self.eps).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def frozen_of_its_own(channels: int) -> nn.Module:
+    """One of the same name that computes something else."""
+
+    class Other(FrozenBatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).abs()
+
+    Other.__name__ = "FrozenBatchNorm2d"
+    return Other(channels)
+
+
+def test_old_weight_norm() -> None:
+    """A hook makes the weight before each call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)).eval()
+    want = model(data())
+    close(fcb.fuse(model)(data()), want)
+    with torch.no_grad():
+        model[0].weight_g.mul_(2)
+    got = model(data())
+    close(got, fcb.unfuse(model)(data()))
+
+
+def test_a_frozen_norm_is_followed() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6), nn.ReLU()).train()
+    x = torch.randn(2, 4, 6, 6)
+    fused = fcb.fuse(copy.deepcopy(model))
+    for change in (
+        lambda m: None,
+        lambda m: setattr(m[1], "eps", 0.5),
+        lambda m: m[1].weight.mul_(2),
+        lambda m: setattr(m[1], "bias", m[1].bias + 1),
+        lambda m: m.eval(),
+        lambda m: m.double().float(),
+    ):
+        for m in (model, fused):
+            change(m)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                close(fused(x), model(x))
+    assert fcb.report(fused).groups() == ["conv bn relu"]
+
+
+def test_dimensions_that_eager_refuses() -> None:
+    """nn.BatchNorm1d takes no images, whatever an op would take."""
+    for layers, shape in (
+        ([nn.Conv2d(4, 6, 3), nn.BatchNorm1d(6)], (2, 4, 5, 5)),
+        ([nn.Identity(), nn.BatchNorm2d(4), nn.ReLU()], (2, 4, 5)),
+        ([nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)], (4, 5, 5)),
+        ([nn.Conv2d(4, 6, 3), nn.ReLU()], (2, 5, 5, 5)),
+    ):
+        plain = nn.Sequential(*layers).eval()
+        model = fcb.fuse(copy.deepcopy(plain))
+        for m in (plain, model, model):
+            with pytest.raises((ValueError, RuntimeError)) as error:
+                m(torch.randn(shape))
+            if m is plain:
+                want = str(error.value)
+            assert str(error.value) == want
+    unbatched = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU()).eval()
+    close(fcb.fuse(copy.deepcopy(unbatched))(x := torch.randn(4, 5, 5)), unbatched(x))
+
+
+def test_reasons_are_of_a_closed_list() -> None:
+    from fused_conv_bn._fuse.patterns import REASONS
+
+    reasons = set()
+    for name in MODELS:
+        model = fcb.fuse(model_of(name).eval())
+        reasons |= {row.reason for row in fcb.report(model).rows}
+        model(data())
+        rows = fcb.report(model).rows
+        assert all((row.state == "fused") == (not row.reason) and row.text for row in rows)
+        reasons |= {row.reason for row in rows}
+    assert reasons <= {"", *REASONS} and {"alone", "normalised", "no call", "no capture", "pending"} <= reasons
+
+
+def test_algorithms_of_the_shapes_seen() -> None:
+    model = fcb.fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval())
+    x = torch.randn(1, 3, 64, 256)
+    model(x)
+    rows = {row.path: row for row in fcb.report(model).rows}
+    assert rows["0"].algorithm == fcb.explain(x, model[0].weight)
+    assert rows["1"].algorithm == rows["3"].algorithm == "" and f"[{rows['0'].algorithm}]" in str(fcb.report(model))
 
 
 def test_threads() -> None:

@@ -1,86 +1,301 @@
-"""What runs in the place of a group of nodes: modules that stay where they are in the model, called as one op."""
+"""What runs in the place of a group of nodes: modules that stay where they are in the model, called as one op.
+
+A block has three ways to run. ``forward`` takes any call, with gradients and in training. ``quick`` is for a call in
+evaluation that needs no gradient, of modules that the root has looked at already: it calls the op and asks nothing.
+``plain`` is what the model's own forward does there.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..conditions import has_hooks
+from .. import autograd, ops
+from .._dispatch import keywords
+from ..algorithms import explain
 from ..modules import ConvBnScale2d
-from .patterns import NORMS, Group, norm_act_parts
+from .layers import class_of_conv, frozen_twin, norm_of, twin_of
+from .patterns import Group
 
-_FORWARD = nn.BatchNorm2d.forward
-
-
-def block_of(group: Group, modules: dict[str, nn.Module]) -> ConvBnScale2d | NormActBlock:
-    bn = modules[group.bn]
-    conv = None if group.conv is None else modules[group.conv]
-    return NormActBlock(conv, bn, group) if norm_act_parts(bn) else _block(conv, bn, group)
-
-
-def _block(conv: nn.Module | None, bn: nn.Module, group: Group) -> ConvBnScale2d:
-    """Of modules that stay where they are, and are no children of a model's because of it."""
-    kind = NormBlock if conv is None else ConvBnScale2d
-    block = kind.__new__(kind)
-    nn.Module.__init__(block)
-    block._modules.update(conv=nn.Identity() if conv is None else conv, bn=bn)
-    block.scaling_factor = group.factor
-    block.activation, block.negative_slope = group.activation, group.negative_slope
-    block.residual_last = group.residual_last
-    return block
+_ops = torch.ops.fused_conv_bn
+_conv_bn, _conv, _bn = (
+    _ops.conv_bn_scale.default._op,
+    _ops.conv_scale_shift.default._op,
+    _ops.bn_scale.default._op,
+)
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+_DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: (2, 3, 4, 5)}
+_REFUSALS = RuntimeError, TypeError, KeyError
+"""What an op refuses, before it writes anything, is PyTorch's to take, or to refuse in its own words."""
 
 
-class NormBlock(ConvBnScale2d):
-    """A BatchNorm behind anything, with what follows it: one pass in evaluation, PyTorch's ops in training mode.
-
-    Its convolution is an nn.Identity.
-    """
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        bn = self.bn
-        if (
-            bn.training
-            or bn.running_mean is None
-            or type(bn) not in NORMS
-            or has_hooks(bn)
-            or "forward" in bn.__dict__
-            or type(bn).forward is not _FORWARD
-            or x.device.type not in ("cpu", "cuda")
-            or (residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype))
-        ):
-            return self._forward_plain(x, residual)
-        try:
-            return ops.bn_scale(
-                *(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.scaling_factor, bn.eps),  # type: ignore[arg-type]
-                residual=residual,
-                activation=self.activation,
-                negative_slope=self.negative_slope,
-                residual_last=self.residual_last,
-            )
-        except (RuntimeError, TypeError):  # what the op refuses is PyTorch's to take, or to refuse in its own words
-            return self._forward_plain(x, residual)
+def block_of(group: Group, conv: nn.Module | None, bn: nn.Module | None) -> Block:
+    if bn is None:
+        return ConvBlock(group, conv, None)
+    if conv is None:
+        return NormBlock(group, None, bn)
+    return ConvNormBlock(group, conv, bn)
 
 
-class NormActBlock:
-    """timm's BatchNormAct2d: a BatchNorm with an activation in it, of which the group knows.
+class Block:
+    """``conv`` and ``bn``: the model's own modules, one of them may be None."""
 
-    The block has a plain BatchNorm in its place, with the same tensors: those that it has whenever it is called.
-    """
+    def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
+        self.conv, self.bn = conv, bn
+        self.norm = None if bn is None else norm_of(bn)
+        self.conv_twin: Any = None
+        if conv is not None:
+            of = class_of_conv(conv)
+            assert of is not None
+            self.conv_twin = twin_of(conv, of)
+        self.bn_twin: Any = None
+        if bn is not None:
+            assert self.norm is not None
+            self.bn_twin = frozen_twin(bn) if self.norm.frozen else twin_of(bn, self.norm.of)
+        # The op's arguments that are not the modules' own, and an instance that knows how to train with them.
+        self.op = op = ConvBnScale2d.__new__(ConvBnScale2d)
+        nn.Module.__init__(op)
+        op._modules.update(conv=self.conv_twin, bn=self.bn_twin)
+        op.scaling_factor = self.factor = float(group.factor)
+        op.activation, op.negative_slope = group.activation, group.negative_slope
+        op.residual_last = group.residual_last
+        # What the op does not get when it is what the op takes anyway: arguments cost time.
+        self.named = keywords(None, op.activation, op.negative_slope, op.residual_last)
+        zeros = conv is None or (conv.padding_mode == "zeros" and type(conv.padding) is tuple)
+        self.is_quick = zeros and not (bn is not None and (self.bn_twin.training or self._statistics() is None))
 
-    def __init__(self, conv: nn.Module | None, bn: nn.Module, group: Group) -> None:
-        twin = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
-        nn.Module.__init__(twin)
-        twin.__dict__.update(_parameters=bn._parameters, _buffers=bn._buffers)
-        self.bn, self.twin, self.block = bn, twin, _block(conv, twin, group)
+    def _statistics(self) -> Any:
+        return self.bn_twin._buffers["running_mean"]
 
-    def _follow(self) -> ConvBnScale2d:
-        for name in ("training", "eps", "momentum", "track_running_stats", "affine", "num_features"):
-            self.twin.__dict__[name] = self.bn.__dict__[name]
-        return self.block
+    def follow(self) -> None:
+        """What a twin has a copy of."""
+        if self.norm is not None and self.norm.frozen:
+            self.bn_twin.__dict__["eps"] = float(getattr(self.bn, "eps", 1e-5))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y: Tensor = self._follow().forward(x, residual)
+        raise NotImplementedError
+
+    def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        op = self.op
+        y = x if self.conv is None else self.conv(x)
+        if self.bn is not None:
+            y = self.bn(y)
+        fresh = self.bn is not None or self.conv is not None
+        if op.scaling_factor != 1.0:
+            y = y * op.scaling_factor
+        if residual is not None and not op.residual_last:
+            y = y + residual
+        if self.norm is None or self.norm.activation == "none":
+            y = op._activated(y, fresh and not y.requires_grad)
+        if residual is not None and op.residual_last:
+            y = y + residual
         return y
 
-    def _forward_plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return self._follow()._forward_plain(x, residual)
+    def algorithm(self, x: Tensor, residual: Tensor | None) -> str | None:
+        """What :func:`explain` says of the convolution."""
+        conv = self.conv_twin
+        if conv is None or not self.is_quick:
+            return None
+        try:
+            window = conv.stride, conv.padding, conv.dilation, conv.groups
+            return explain(x, conv._parameters["weight"], *window, residual=residual is not None)
+        except RuntimeError:
+            return None
+
+    def _needs_grad(self, *tensors: Tensor | None) -> bool:
+        return _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class ConvNormBlock(Block):
+    def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
+        super().__init__(group, conv, bn)
+        # Of two dimensions it is what ConvBnScale2d is. In others no way leads to its op's checks.
+        pair = type(self.conv_twin), type(self.bn_twin)
+        self.is_2d = pair in ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv2d, nn.SyncBatchNorm))
+        self.is_pair = pair[1] in (_NORMS[pair[0]], nn.SyncBatchNorm)
+        self.is_quick &= self.is_pair
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self.follow()
+        if self.is_2d:
+            y: Tensor = self.op.forward(x, residual)
+            return y
+        conv, bn, op = self.conv_twin, self.bn_twin, self.op
+        c, p, b = conv._parameters, bn._parameters, bn._buffers
+        tensors = c["weight"], c["bias"], b["running_mean"], b["running_var"], p["weight"], p["bias"]
+        if not _fits(x, residual, conv) or conv.padding_mode != "zeros" or type(conv.padding) is not tuple:
+            return self.plain(x, residual)
+        if not self.is_pair or (type(bn) is nn.SyncBatchNorm and bn.training):
+            return self.plain(x, residual)
+        if (tensors[2] is None or tensors[3] is None) and not bn.training:
+            return self.plain(x, residual)
+        weight, conv_bias, norm = *tensors[:2], tensors[2:]
+        window = conv.stride, conv.padding, conv.dilation, conv.groups
+        grad = self._needs_grad(x, residual, *tensors)
+        try:
+            if bn.training:
+                return op._train(bn, x, weight, conv_bias, *norm, self.factor, window, residual, grad)
+            if not grad:
+                return self.quick(x, residual)
+            epilogue = residual, op.activation, op.negative_slope, op.residual_last
+            return autograd.bn_scale(x, weight, conv_bias, (*norm, self.factor, bn.eps), window, epilogue)
+        except _REFUSALS:
+            return self.plain(x, residual)
+
+    def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if type(x) is not Tensor:
+            return self.plain(x, residual)
+        conv, bn = self.conv_twin.__dict__, self.bn_twin.__dict__
+        c, p, b = conv["_parameters"], bn["_parameters"], bn["_buffers"]
+        try:
+            y: Tensor = _conv_bn(
+                x,
+                c["weight"],
+                c["bias"],
+                b["running_mean"],
+                b["running_var"],
+                p["weight"],
+                p["bias"],
+                self.factor,
+                bn["eps"],
+                conv["stride"],
+                conv["padding"],
+                conv["dilation"],
+                conv["groups"],
+                residual=residual,
+                **self.named,
+            )
+            return y
+        except _REFUSALS:
+            return self.forward(x, residual) if self.is_2d else self.plain(x, residual)
+
+
+class ConvBlock(Block):
+    """A convolution without a BatchNorm. Its bias is the op's shift."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv = self.conv_twin
+        c = conv._parameters
+        if not self._needs_grad(x, residual, c["weight"], c["bias"]):
+            return self.quick(x, residual)
+        # PyTorch's ops take no longer there on the CPU.
+        if not x.is_cuda or not self.is_quick or not _fits(x, residual, conv) or _is_any_autocast_enabled():
+            return self.plain(x, residual)
+        op = self.op
+        try:
+            return ops.conv_scale_shift(
+                *(x, c["weight"], None, _shift(c["bias"])),
+                *(conv.stride, conv.padding, conv.dilation, conv.groups),
+                residual=residual,
+                activation=op.activation,
+                negative_slope=op.negative_slope,
+                residual_last=op.residual_last,
+            )
+        except _REFUSALS:
+            return self.plain(x, residual)
+
+    def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv = self.conv_twin.__dict__
+        c = conv["_parameters"]
+        if type(x) is not Tensor or not self.is_quick or _is_any_autocast_enabled():
+            return self.plain(x, residual)
+        try:
+            y: Tensor = _conv(
+                x,
+                c["weight"],
+                None,
+                _shift(c["bias"]),
+                conv["stride"],
+                conv["padding"],
+                conv["dilation"],
+                conv["groups"],
+                residual=residual,
+                **self.named,
+            )
+            return y
+        except _REFUSALS:
+            return self.plain(x, residual)
+
+
+class NormBlock(Block):
+    """A BatchNorm behind anything."""
+
+    def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
+        super().__init__(group, conv, bn)
+        self.dimensions = _DIMENSIONS[type(self.bn_twin)]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self.follow()
+        bn, op = self.bn_twin, self.op
+        p, b = bn._parameters, bn._buffers
+        if type(x) is not Tensor or x.dim() not in self.dimensions or _is_any_autocast_enabled():
+            return self.plain(x, residual)
+        try:
+            if bn.training:
+                return self._train(x, residual)
+            return ops.bn_scale(
+                *(x, b["running_mean"], b["running_var"], p["weight"], p["bias"], self.factor, bn.eps),
+                residual=residual,
+                activation=op.activation,
+                negative_slope=op.negative_slope,
+                residual_last=op.residual_last,
+            )
+        except _REFUSALS:
+            return self.plain(x, residual)
+
+    def _train(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        bn, op = self.bn_twin, self.op
+        p, b = bn._parameters, bn._buffers
+        # Alone it is PyTorch's, and so are buffers that nobody tracks and an average over all batches.
+        batches = b.get("num_batches_tracked")
+        if not bn.track_running_stats or batches is None or bn.momentum is None or type(bn) is nn.SyncBatchNorm:
+            return self.plain(x, residual)
+        if op.activation == "none" and residual is None:
+            return self.plain(x, residual)
+        y = ops.bn_scale_train(
+            *(x, b["running_mean"], b["running_var"], p["weight"], p["bias"], self.factor, bn.momentum, bn.eps),
+            residual=residual,
+            activation=op.activation,
+            negative_slope=op.negative_slope,
+            residual_last=op.residual_last,
+        )
+        batches.add_(1)
+        return y
+
+    def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        bn = self.bn_twin.__dict__
+        p, b = bn["_parameters"], bn["_buffers"]
+        if type(x) is not Tensor or x.dim() not in self.dimensions:
+            return self.plain(x, residual)
+        try:
+            y: Tensor = _bn(
+                x,
+                b["running_mean"],
+                b["running_var"],
+                p["weight"],
+                p["bias"],
+                self.factor,
+                bn["eps"],
+                residual=residual,
+                **self.named,
+            )
+            return y
+        except _REFUSALS:
+            return self.plain(x, residual)
+
+
+def _shift(bias: Tensor | None) -> Tensor | None:
+    return bias if bias is None or bias.dtype.itemsize >= 4 else bias.float()
+
+
+def _fits(x: Tensor, residual: Tensor | None, conv: nn.Module) -> bool:
+    """Whether the op has such an input at all: a plain one, with a batch dimension, outside of autocast."""
+    plain = type(x) is Tensor and (residual is None or type(residual) is Tensor)
+    return plain and x.dim() == len(conv.kernel_size) + 2 and not _is_any_autocast_enabled()  # type: ignore[arg-type]

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..conditions import has_hooks
+from ..conditions import is_watched
 from ..modules import ConvBnScale2d
+from .layers import is_conv, is_norm
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 """Arguments that a trace takes as they are."""
@@ -99,9 +100,7 @@ class _Tracer(fx.Tracer):
         return torch.is_grad_enabled(), enabled("cpu"), enabled("cuda")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m in self.leaves or has_hooks(m) or "forward" in m.__dict__ or m._compiled_call_impl is not None:
-            return True
-        if isinstance(m, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, ConvBnScale2d)):
+        if m in self.leaves or is_watched(m) or is_conv(m) or is_norm(m) or isinstance(m, ConvBnScale2d):
             return True
         return bool(super().is_leaf_module(m, module_qualified_name))
 

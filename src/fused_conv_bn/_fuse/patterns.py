@@ -1,19 +1,22 @@
-"""Which nodes of a graph one fused op computes: a convolution, its BatchNorm, a factor, a residual, an activation."""
+"""Which nodes of a graph one fused op computes: a convolution, its BatchNorm, a factor, a residual, an activation.
+
+The matcher knows dataflow. What a node is, :class:`Words` tell it: there are two kinds of graphs, those of modules that
+are called, and those of torch.compile, which have functions alone.
+"""
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import _activations
-from ..conditions import has_hooks
+from .layers import class_of_conv, is_conv, is_norm, norm_of
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _MULTIPLIES = (operator.mul, operator.imul, torch.mul)
 # What returns memory of its own.
@@ -34,26 +37,65 @@ _FRESH = (
 _FRESH_FUNCTIONS = frozenset(
     {operator.add, operator.mul, torch.add, torch.mul, torch.cat, F.relu, F.silu, F.max_pool2d}
 )
-_PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d)
+_PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+REASONS = {
+    "class": "it is of class {}, and no op computes what that does",
+    "arguments": "it is called with more than its input",
+    "watched": "a hook watches it, or it has a forward of its own",
+    "readers": "its convolution's result is read by others as well",
+    "producer": "what it reads is not the result of a convolution that an op has",
+    "taken": "its convolution belongs to another group",
+    "alone": "nothing that its op could do as well follows it",
+    "normalised": "the BatchNorm that reads its result is not in its group",
+    "order": "what it reads is written before its BatchNorm is called",
+    "broadcast": "the residual is of another shape or dtype than the result",
+    "no capture": "{}",
+    "mismatch": "{}",
+    "no call": "no captured call reaches it",
+    "pending": "what it is in was not called yet",
+    "not fused": "fuse(model) was not called",
+}
+"""Why a convolution or a BatchNorm is in no group: all kinds of reasons that a report gives."""
+
+
+class Why(NamedTuple):
+    """A kind of :data:`REASONS`, and the sentence."""
+
+    kind: str
+    text: str
+
+
+def why(kind: str, *details: object) -> Why:
+    return Why(kind, REASONS[kind].format(*details))
 
 
 @dataclass
 class Group:
     """Nodes in the order in which they run; the last one is what others read."""
 
-    conv: str | None  # None: the BatchNorm is behind something else
-    bn: str
+    conv: fx.Node | None  # None: the BatchNorm is behind something else
+    bn: fx.Node | None  # None: the convolution has no BatchNorm
     input: fx.Node
     nodes: list[fx.Node]
     factor: float = 1.0
     residual: fx.Node | None = None
+    adds: str = ""  # the name of the node that adds it
     residual_last: bool = False
     activation: str = "none"
     negative_slope: float = 0.01
-    swallowed: list[str] = field(default_factory=list)  # other modules that are not called any more
+    swallowed: list[fx.Node] = field(default_factory=list)  # those that are not called any more, beside conv and bn
+    note: str = ""  # why the convolution in front is not in it
+
+    @property
+    def head(self) -> fx.Node:
+        """The node that gives the group its name."""
+        found = self.bn or self.conv
+        assert found is not None
+        return found
 
     def describe(self) -> str:
-        parts = ["bn"] if self.conv is None else ["conv", "bn"]
+        parts = [name for name, node in (("conv", self.conv), ("bn", self.bn)) if node is not None]
         if self.factor != 1.0:
             parts.append(f"* {self.factor:g}")
         if self.residual is not None and not self.residual_last:
@@ -65,141 +107,239 @@ class Group:
         return " ".join(parts)
 
 
-def norm_act_parts(bn: nn.Module) -> list[nn.Module]:
-    """The modules in timm's BatchNormAct2d, which are called behind its BatchNorm: its dropout and its activation."""
-    if type(bn).__name__ != "BatchNormAct2d" or not type(bn).__module__.startswith("timm."):
-        return []
-    return [m for m in (bn._modules.get("drop"), bn._modules.get("act")) if m is not None]
+class NormCall(NamedTuple):
+    """A BatchNorm's call: what it reads, what it is, and the activation that is in it."""
+
+    input: fx.Node
+    identity: object
+    activation: str = "none"
+    negative_slope: float = 0.01
+    trains: bool = False
 
 
-def norm_activation(bn: nn.Module) -> tuple[str, float | None] | None:
-    """(name, slope) of what is called behind its BatchNorm; None for modules that are no such thing, or not known."""
-    parts = norm_act_parts(bn)
-    if len(parts) != 2 or not isinstance(bn, nn.BatchNorm2d) or type(parts[0]) is not nn.Identity:
-        return None
-    if any(map(has_hooks, (bn, *parts))):
-        return None
-    return _activations.named(parts[1])
+class Words(Protocol):
+    """What the nodes of one kind of graph are."""
 
+    def conv(self, node: fx.Node) -> fx.Node | Why | None:
+        """What a convolution reads; why no op has this one; None for what is none."""
 
-def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether it writes to one of its arguments, or may."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
-    if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        inplace = node.kwargs.get("inplace", len(node.args) > 1 and node.args[1] is True)
-        return (
-            name in ("iadd", "imul", "isub", "itruediv", "setitem")
-            or (name.endswith("_") and not name.endswith("__"))
-            or inplace is True
-            or "out" in node.kwargs
-        )
-    return False
+    def norm(self, node: fx.Node) -> NormCall | Why | None:
+        """The same of a BatchNorm."""
 
+    def activation(self, node: fx.Node) -> tuple[str, float | None] | None:
+        """(name, negative slope) of a node that is an activation of its first argument and nothing else."""
 
-def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, float | None] | None:
-    """(name, negative slope) of a node that is an activation of its first argument and nothing else."""
-    if node.op == "call_module":
-        found = _activations.named(modules[str(node.target)])
-        return None if found is None or found[0] == "none" else found
-    if node.op == "call_method":
-        name = str(node.target).rstrip("_")
-        return (name, None) if name in ("relu", "sigmoid", "tanh") and not node.kwargs else None
-    if node.op != "call_function":
-        return None
-    arguments = dict(zip(("input", "a", "b"), node.args, strict=False)) | node.kwargs
-    arguments.pop("inplace", None)
-    if node.target is F.hardtanh and [arguments.pop("min_val", None), arguments.pop("max_val", None)] == [0.0, 6.0]:
-        return "relu6", None
-    if node.target is F.gelu and arguments.get("approximate", "none") in ("none", "tanh"):
-        return ("gelu_tanh" if arguments.get("approximate") == "tanh" else "gelu"), None
-    if node.target is F.leaky_relu:
-        slope = arguments.get("negative_slope", arguments.get("a", 0.01))
-        return ("leaky_relu", slope) if isinstance(slope, float) else None
-    found = _activations.named(node.target) if callable(node.target) else None
-    if found is None or found[0] == "none" or any(isinstance(v, fx.Node) for k, v in arguments.items() if k != "input"):
-        return None
-    return found
-
-
-def _passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether it returns its argument: nn.Identity, and a dropout or torchvision's stochastic depth in evaluation."""
-    if node.op == "call_function" and getattr(node.target, "__name__", "") == "stochastic_depth":
-        return (list(node.args) + [node.kwargs.get("training", True)])[3:4] == [False]
-    if node.op != "call_module" or type(module := modules[str(node.target)]) not in _PASSES:
-        return False
-    return type(module) is nn.Identity or not module.training
-
-
-class Matcher:
-    """Finds the groups of a graph. ``free``: paths of modules whose calls nobody watches, so that they may go."""
-
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], free: set[str]) -> None:
-        self.graph, self.modules, self.free = graph, modules, free
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.taken: set[fx.Node] = set()
-        self.why: dict[str, str] = {}
-
-    def groups(self) -> list[Group]:
-        found = []
-        for node in self.graph.nodes:
-            if node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.modules.batchnorm._BatchNorm):
-                group = self.group_of(node)
-                if isinstance(group, str):
-                    self.why[str(node.target)] = group
-                    module = self.modules[str(node.target)]
-                    known = type(module) in NORMS or norm_activation(module) is not None
-                    if not known or len(node.args) != 1 or node.kwargs:
-                        continue
-                    group = Group(None, str(node.target), node.args[0], [node])
-                    self.begin(group)
-                    self.extend(group)
-                self.taken |= set(group.nodes)
-                found.append(group)
-        return found
-
-    def begin(self, group: Group) -> None:
-        """With what the BatchNorm has in itself."""
-        found = norm_activation(self.modules[group.bn])
-        if found is not None:
-            group.activation, slope = found
-            group.negative_slope = 0.01 if slope is None else slope
+    def passes(self, node: fx.Node) -> bool:
+        """Whether it returns its argument: nn.Identity, and a dropout or a stochastic depth in evaluation."""
 
     def may_go(self, node: fx.Node) -> bool:
         """Whether nobody watches its call."""
+
+    def is_fresh(self, node: fx.Node) -> bool:
+        """Whether its result is memory of its own."""
+
+    def is_in_place(self, node: fx.Node) -> bool:
+        """Whether it writes to one of its arguments, or may."""
+
+
+class FunctionWords:
+    """What nodes are that call functions and methods. Both kinds of graphs have them."""
+
+    def activation(self, node: fx.Node) -> tuple[str, float | None] | None:
+        if node.op == "call_method":
+            name = str(node.target).rstrip("_")
+            return (name, None) if name in ("relu", "sigmoid", "tanh") and not node.kwargs else None
+        if node.op != "call_function":
+            return None
+        arguments = dict(zip(("input", "a", "b"), node.args, strict=False)) | node.kwargs
+        arguments.pop("inplace", None)
+        if node.target is F.hardtanh:
+            limits = [
+                node.kwargs.get("min_val", (*node.args, -1.0)[1]),
+                node.kwargs.get("max_val", (*node.args, 1.0, 1.0)[2]),
+            ]
+            return ("relu6", None) if limits == [0.0, 6.0] else None
+        if node.target in (F.gelu, torch._C._nn.gelu) and arguments.get("approximate", "none") in ("none", "tanh"):
+            return ("gelu_tanh" if arguments.get("approximate") == "tanh" else "gelu"), None
+        if node.target in (F.leaky_relu, torch._C._nn.leaky_relu):
+            slope = arguments.get("negative_slope", arguments.get("a", 0.01))
+            return ("leaky_relu", slope) if isinstance(slope, float) else None
+        found = _activations.named(node.target) if callable(node.target) else None
+        if found is None or found[0] == "none":
+            return None
+        return None if any(isinstance(v, fx.Node) for k, v in arguments.items() if k != "input") else found
+
+    def passes(self, node: fx.Node) -> bool:
+        if node.op != "call_function":
+            return False
+        if getattr(node.target, "__name__", "") == "stochastic_depth":
+            return (list(node.args) + [node.kwargs.get("training", True)])[3:4] == [False]
+        if node.target in (F.dropout, F.dropout2d, F.dropout3d):
+            return (list(node.args) + [node.kwargs.get("training", True)] * 2)[2] is False
+        return False
+
+    def may_go(self, node: fx.Node) -> bool:
+        return True
+
+    def is_fresh(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
+
+    def is_in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_method":
+            name = str(node.target)
+            return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+        if node.op == "call_function":
+            name = getattr(node.target, "__name__", "")
+            inplace = node.kwargs.get("inplace", len(node.args) > 1 and node.args[1] is True)
+            return (
+                name in ("iadd", "imul", "isub", "itruediv", "setitem")
+                or (name.endswith("_") and not name.endswith("__"))
+                or inplace is True
+                or "out" in node.kwargs
+            )
+        return False
+
+
+class ModuleWords(FunctionWords):
+    """Graphs of modules that are called. ``free``: paths of those whose calls nobody watches, so that they may go."""
+
+    def __init__(self, modules: dict[str, nn.Module], free: set[str]) -> None:
+        self.modules, self.free = modules, free
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def conv(self, node: fx.Node) -> fx.Node | Why | None:
+        m = self.module(node)
+        if m is None or not is_conv(m):
+            return None
+        if class_of_conv(m) is None:
+            return why("class", type(m).__name__)
+        return self._input(node)
+
+    def norm(self, node: fx.Node) -> NormCall | Why | None:
+        m = self.module(node)
+        if m is None or not is_norm(m):
+            return None
+        found = norm_of(m)
+        if found is None:
+            return why("class", type(m).__name__)
+        read = self._input(node)
+        if isinstance(read, Why):
+            return read
+        return NormCall(read, m, found.activation, found.negative_slope, m.training and not found.frozen)
+
+    def _input(self, node: fx.Node) -> fx.Node | Why:
+        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            return why("arguments")
+        return node.args[0] if self.may_go(node) else why("watched")
+
+    def activation(self, node: fx.Node) -> tuple[str, float | None] | None:
+        m = self.module(node)
+        if m is None:
+            return super().activation(node)
+        found = _activations.named(m)
+        return None if found is None or found[0] == "none" else found
+
+    def passes(self, node: fx.Node) -> bool:
+        m = self.module(node)
+        if m is None:
+            return super().passes(node)
+        if type(m) in _PASSES:
+            return type(m) is nn.Identity or not m.training
+        return type(m).__name__ in ("DropPath", "StochasticDepth") and _is_drop_path(m)
+
+    def may_go(self, node: fx.Node) -> bool:
         return node.op != "call_module" or str(node.target) in self.free
+
+    def is_fresh(self, node: fx.Node) -> bool:
+        m = self.module(node)
+        return super().is_fresh(node) if m is None else isinstance(m, _FRESH) and not self.is_in_place(node)
+
+    def is_in_place(self, node: fx.Node) -> bool:
+        m = self.module(node)
+        return super().is_in_place(node) if m is None else bool(getattr(m, "inplace", False))
+
+
+def _is_drop_path(m: nn.Module) -> bool:
+    """timm's and torchvision's, which return their argument in evaluation."""
+    return not m.training and type(m).__module__.split(".")[0] in ("timm", "torchvision")
+
+
+class Matcher:
+    """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape."""
+
+    def __init__(self, graph: fx.Graph, words: Words, broadcast: frozenset[str] = frozenset()) -> None:
+        self.graph, self.words, self.broadcast = graph, words, broadcast
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.taken: set[fx.Node] = set()
+        self.why: dict[fx.Node, Why] = {}
+
+    def groups(self) -> list[Group]:
+        """Those with a BatchNorm first: a convolution's result is its BatchNorm's before it is anybody else's."""
+        found = []
+        for node in self.graph.nodes:
+            call = self.words.norm(node)
+            if call is None:
+                continue
+            group = call if isinstance(call, Why) else self.group_of(node, call)
+            if isinstance(group, Why):
+                self.why[node] = group
+                continue
+            self.taken |= set(group.nodes)
+            found.append(group)
+        for node in self.graph.nodes:
+            read = self.words.conv(node)
+            if read is None or node in self.taken:
+                continue
+            if isinstance(read, Why):
+                self.why[node] = read
+                continue
+            group = Group(node, None, read, [node])
+            self.extend(group, trains=None)
+            if len(group.nodes) == 1:
+                behind = any(self.words.norm(reader) is not None for reader in node.users)
+                self.why[node] = why("normalised" if behind else "alone")
+                continue
+            self.taken |= set(group.nodes)
+            found.append(group)
+        return sorted(found, key=lambda g: self.order[g.nodes[0]])
 
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
-    def group_of(self, bn: fx.Node) -> Group | str:
-        module = self.modules[str(bn.target)]
-        known = type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm_activation(module) is not None
-        if not known:
-            return f"it is of class {type(module).__name__}, which no fused op covers yet"
-        if len(bn.args) != 1 or bn.kwargs or not isinstance(bn.args[0], fx.Node):
-            return "it is called with more than its input"
+    def group_of(self, bn: fx.Node, call: NormCall) -> Group | Why:
+        trains = call.identity if call.trains else None
+        with_conv = self.conv_in_front(bn, call)
+        if isinstance(with_conv, Group):
+            group = with_conv
+        else:
+            group = Group(None, bn, call.input, [bn], note=with_conv.text)
+            self.why[bn] = with_conv
+        group.activation, group.negative_slope = call.activation, call.negative_slope
+        self.extend(group, trains)
+        return group
+
+    def conv_in_front(self, bn: fx.Node, call: NormCall) -> Group | Why:
         between: list[fx.Node] = []
-        conv = bn.args[0]
-        while _passes(conv, self.modules) and self.may_go(conv):
+        conv = call.input
+        while self.words.passes(conv) and self.words.may_go(conv):
             between.insert(0, conv)
-            conv = conv.args[0]  # type: ignore[assignment]
-        if conv.op != "call_module" or type(self.modules[str(conv.target)]) is not nn.Conv2d:
-            return "what it reads is not the result of an nn.Conv2d"
-        if len(conv.args) != 1 or conv.kwargs:
-            return "its convolution is called with more than its input"
+            conv = conv.all_input_nodes[0]
+        read = self.words.conv(conv)
+        if read is None:
+            return why("producer")
+        if isinstance(read, Why):
+            return read
         if any(self.only_reader(n) is None for n in (conv, *between)):
-            return "its convolution's result is read by others as well"
+            return why("readers")
         if conv in self.taken:
-            return "its convolution belongs to another group"
-        group = Group(str(conv.target), str(bn.target), conv.args[0], [conv, *between, bn])  # type: ignore[arg-type]
-        group.swallowed += [str(n.target) for n in between if n.op == "call_module"]
-        self.begin(group)
-        self.extend(group)
+            return why("taken")
+        group = Group(conv, bn, read, [conv, *between], swallowed=between)
+        # The convolution is computed where its BatchNorm is.
+        if not self.may_move_to(group, bn, None, call.identity if call.trains else None):
+            return why("order")
+        group.nodes.append(bn)
         return group
 
     def memory_of(self, node: fx.Node) -> set[fx.Node]:
@@ -210,25 +350,23 @@ class Matcher:
             if n in found:
                 continue
             found.add(n)
-            if n.op == "call_module":
-                module = self.modules[str(n.target)]
-                fresh = isinstance(module, _FRESH) and not is_in_place(n, self.modules)
-            else:
-                fresh = n.op == "call_function" and n.target in _FRESH_FUNCTIONS
-            if not fresh:
+            if not self.words.is_fresh(n):
                 waiting += n.all_input_nodes
         return found
 
-    def may_move_to(self, group: Group, node: fx.Node, residual: fx.Node | None) -> bool:
-        """Whether nothing that the group reads is written between its convolution and this node."""
+    def may_move_to(self, group: Group, node: fx.Node, residual: fx.Node | None, trains: object) -> bool:
+        """Whether nothing that the group reads is written between its first node and this one.
+
+        ``trains``: the BatchNorm, if it writes its statistics: calls of one stay in their order.
+        """
         inside = {*group.nodes, node}
         first, last = self.order[group.nodes[0]], self.order[node]
         between = [n for n, i in self.order.items() if first < i < last and n not in inside]
-        # In training mode a BatchNorm writes its statistics: calls of one stay in their order.
-        bn = self.modules[group.bn]
-        if bn.training and any(n.op == "call_module" and self.modules[str(n.target)] is bn for n in between):
-            return False
-        writes = [n for n in between if is_in_place(n, self.modules)]
+        if trains is not None:
+            calls = [call for n in between if isinstance(call := self.words.norm(n), NormCall)]
+            if any(call.identity is trains for call in calls):
+                return False
+        writes = [n for n in between if self.words.is_in_place(n)]
         if not writes:
             return True
         read = self.memory_of(group.input) | (set() if residual is None else self.memory_of(residual))
@@ -237,32 +375,31 @@ class Matcher:
             n is not residual and any(self.memory_of(a) & read for a in n.all_input_nodes[:1]) for n in writes
         )
 
-    def extend(self, group: Group) -> None:
+    def extend(self, group: Group, trains: object) -> None:
         """What follows, as far as one op has it: a factor, a residual, an activation, or a residual behind it."""
         last = group.nodes[-1]
         waiting: list[fx.Node] = []  # of those that return their argument: they go along with what follows
         while (node := self.only_reader(last)) is not None and node not in self.taken:
-            if _passes(node, self.modules) and self.may_go(node):
+            if self.words.passes(node) and self.words.may_go(node):
                 waiting.append(node)
                 last = node
                 continue
             change = self.step(group, node, last)
-            if change is None or not self.may_move_to(group, node, change.get("residual", group.residual)):
+            if change is None or not self.may_move_to(group, node, change.get("residual", group.residual), trains):
                 return
             for name, value in change.items():
                 setattr(group, name, value)
-            swallowed = [*waiting, node]
-            group.nodes += swallowed
-            group.swallowed += [str(n.target) for n in swallowed if n.op == "call_module"]
+            group.nodes += [*waiting, node]
+            group.swallowed = [*group.swallowed, *waiting, node]
             waiting, last = [], node
 
     def step(self, group: Group, node: fx.Node, last: fx.Node) -> dict[str, Any] | None:
         """What of the group changes when this node, the only reader of what is its result by now, comes along."""
-        found = activation_of(node, self.modules)
+        found = self.words.activation(node)
         if found is not None:
-            if group.activation != "none" or group.residual_last or node.args[:1] != (last,):
+            if group.activation != "none" or group.residual_last or node.all_input_nodes[:1] != [last]:
                 return None
-            if not self.may_go(node):
+            if not self.words.may_go(node):
                 return None
             return {"activation": found[0], "negative_slope": 0.01 if found[1] is None else found[1]}
         if node.op != "call_function" and not (node.op == "call_method" and node.target in ("add", "add_", "mul")):
@@ -271,16 +408,16 @@ class Matcher:
             return None
         other = node.args[1] if node.args[0] is last else node.args[0]
         if node.target in (*_MULTIPLIES, "mul"):
-            if not isinstance(other, (int, float)) or group.residual is not None or group.activation != "none":
+            if type(other) not in (int, float) or group.residual is not None or group.activation != "none":
                 return None
-            return {"factor": group.factor * other}
+            return {"factor": group.factor * other} if group.bn is not None else None  # type: ignore[operator]
         if node.target not in (*_ADDS, "add", "add_") or not isinstance(other, fx.Node) or other is last:
             return None
-        if group.residual is not None:
+        if group.residual is not None or node.name in self.broadcast:
             return None
-        if is_in_place(node, self.modules) and node.args[0] is not last:
+        if self.words.is_in_place(node) and node.args[0] is not last:
             # What it adds to is overwritten: nobody else may have it.
-            mine = other.op == "call_module" and len(other.users) == 1 and not _passes(other, self.modules)
-            if not mine or is_in_place(other, self.modules):
+            mine = len(other.users) == 1 and self.words.is_fresh(other) and not self.words.passes(other)
+            if not mine:
                 return None
-        return {"residual": other, "residual_last": group.activation != "none"}
+        return {"residual": other, "adds": node.name, "residual_last": group.activation != "none"}

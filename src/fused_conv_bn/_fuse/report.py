@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from .root import STATE, State, is_root
+from .layers import is_conv, is_norm
+from .patterns import Why, why
+from .root import STATE, Entry, State, is_root
 
-_CONVS, _NORMS = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
+
+class Row(NamedTuple):
+    """A convolution or a BatchNorm.
+
+    ``path``: in the model. ``module``: ``"conv"`` or ``"bn"``. ``state``: ``"fused"``, ``"left"``, ``"pending"`` (what
+    it is in was not called yet) or ``"not called"``. ``text``: what it was fused with, or why not. ``reason``: the kind
+    of that, one of ``REASONS`` in ``_fuse/patterns.py``; empty for what is fused. ``algorithm``: what computes a fused
+    convolution, for the shapes of the first call in evaluation mode, as :func:`fused_conv_bn.explain` says.
+    """
+
+    path: str
+    module: str
+    state: str
+    text: str
+    reason: str = ""
+    algorithm: str = ""
 
 
 class Report:
-    """A line for each convolution and BatchNorm: ``path``, ``kind`` and ``text``. Prints as a table.
+    """``rows``: a :class:`Row` for each convolution and BatchNorm; ``not_captured``: what was not captured, and why.
 
-    ``kind`` is ``"fused"``, ``"left"`` (with the reason), ``"pending"`` (what it is in was not called yet) or
-    ``"not called"``.
+    Prints as a table.
     """
 
-    def __init__(self, rows: list[dict[str, str]], roots: dict[str, str]) -> None:
-        self.rows, self.roots = rows, roots
+    def __init__(self, rows: list[Row], not_captured: dict[str, str]) -> None:
+        self.rows, self.not_captured = rows, not_captured
 
     @property
     def counts(self) -> dict[str, int]:
-        kinds = [row["kind"] for row in self.rows]
-        return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+        """How many rows are of each state."""
+        states = [row.state for row in self.rows]
+        return {state: states.count(state) for state in dict.fromkeys(states)}
 
     def groups(self) -> list[str]:
-        """What the fused convolutions were fused with, and the BatchNorms that are behind none, in their order."""
-        fused = [row["text"] for row in self.rows if row["kind"] == "fused" and not row["text"].startswith("with ")]
+        """What the groups are, such as ``"conv bn relu"``, in the order of what gives them their rows."""
+        fused = [row.text for row in self.rows if row.state == "fused" and not row.text.startswith("with ")]
         return [text.split(",")[0] for text in fused]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "counts": self.counts, "not captured": self.roots}
+        """All of it, of lists, dictionaries, numbers and strings."""
+        return {
+            "rows": [row._asdict() for row in self.rows],
+            "counts": self.counts,
+            "groups": {group: self.groups().count(group) for group in dict.fromkeys(self.groups())},
+            "not captured": self.not_captured,
+        }
 
     def __str__(self) -> str:
-        width = max([len(row["path"]) for row in self.rows], default=0)
-        lines = [f"{row['path']:{width}}  {row['kind']:10}  {row['text']}" for row in self.rows]
-        lines += [f"{path or '(the model)'} is not captured: {reason}" for path, reason in self.roots.items()]
-        total = ", ".join(f"{n} {kind}" for kind, n in self.counts.items()) or "no convolution and no BatchNorm"
+        width = max([len(row.path) for row in self.rows], default=0)
+        lines = [
+            f"{row.path:{width}}  {row.state:10}  {row.text}" + (f" [{row.algorithm}]" if row.algorithm else "")
+            for row in self.rows
+        ]
+        lines += [f"{path or '(the model)'} is not captured: {reason}" for path, reason in self.not_captured.items()]
+        total = ", ".join(f"{n} {state}" for state, n in self.counts.items()) or "no convolution and no BatchNorm"
         return "\n".join([*lines, total])
 
     __repr__ = __str__
@@ -46,45 +72,61 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """What became of each convolution and BatchNorm of ``model``, by what was captured until now. Also of none."""
-    texts: dict[nn.Module, tuple[str, str]] = {}
-    roots: dict[str, str] = {}
-    pending: set[nn.Module] = set()
-    for root_path, root in model.named_modules():
-        if not is_root(root):
-            continue
+    modules = dict(model.named_modules())
+    roots = {path: m for path, m in modules.items() if is_root(m)}
+    rows: dict[nn.Module, Row] = {}
+    not_captured: dict[str, str] = {}
+    for path, root in roots.items():
         state: State = root.__dict__[STATE]
         entries = [e for of_key in state.entries.values() for e in of_key]
-        if state.reason is not None:
-            roots[root_path] = state.reason
-        for reason in state.refused.values():
-            roots[root_path] = reason
-        if not entries and state.reason is None and not state.refused:
-            pending |= {m for m in root.modules() if isinstance(m, (_CONVS, _NORMS))}
+        reasons = [*filter(None, [state.reason]), *state.refused.values()]
+        if reasons:
+            not_captured[path] = reasons[-1]
         for entry in reversed(entries):
-            for path in entry.called:
-                m = root.get_submodule(path)
-                if isinstance(m, (_CONVS, _NORMS)):
-                    why = entry.why.get(path, "no BatchNorm reads its result alone" if isinstance(m, _CONVS) else "")
-                    texts.setdefault(m, ("left", why))
-            for group in entry.groups:
-                bn = root.get_submodule(group.bn)
-                if group.conv is None:
-                    texts[bn] = "fused", f"{group.describe()}, one pass: {entry.why[group.bn]}"
-                else:
-                    texts[root.get_submodule(group.conv)] = "fused", group.describe()
-                    texts[bn] = "fused", f"with {group.conv}"
-    rows = []
-    any_root = any(is_root(m) for m in model.modules())
-    for path, m in model.named_modules():
-        if not isinstance(m, (_CONVS, _NORMS)):
-            continue
-        otherwise = (
-            ("pending", "its root was not called yet")
-            if m in pending
-            else ("not called", "no captured call reaches it")
-        )
-        if not any_root:
-            otherwise = "left", "the model was not fused: fuse(model) was not called"
-        kind, text = texts.get(m, otherwise)
-        rows.append({"path": path, "module": "conv" if isinstance(m, _CONVS) else "bn", "kind": kind, "text": text})
-    return Report(rows, roots)
+            rows |= _rows_of(root, entry, rows)
+    found = []
+    for path, m in modules.items():
+        if is_conv(m) or is_norm(m):
+            state_of, text, reason, algorithm = "left", "", "", ""
+            if m in rows:
+                _, _, state_of, text, reason, algorithm = rows[m]
+            else:
+                state_of, (reason, text) = _otherwise(path, roots, not_captured)
+            found.append(Row(path, "conv" if is_conv(m) else "bn", state_of, text, reason, algorithm))
+    return Report(found, not_captured)
+
+
+def _rows_of(root: nn.Module, entry: Entry, known: dict[nn.Module, Row]) -> dict[nn.Module, Row]:
+    """Of one capture. What is fused in any is fused."""
+    rows: dict[nn.Module, Row] = {}
+    for path in entry.called:
+        m = root.get_submodule(path)
+        if (is_conv(m) or is_norm(m)) and m not in known:
+            reason = entry.why.get(path, why("alone"))
+            rows[m] = Row("", "", "left", reason.text, reason.kind)
+    for group in entry.groups:
+        conv, bn = (None if n is None else root.get_submodule(str(n.target)) for n in (group.conv, group.bn))
+        if conv is not None:
+            rows[conv] = Row("", "", "fused", group.describe(), "", entry.algorithms.get(str(group.conv.target), ""))  # type: ignore[union-attr]
+        if bn is not None:
+            text = f"{group.describe()}, one pass: {group.note}" if group.conv is None else f"with {group.conv.target}"
+            rows[bn] = Row("", "", "fused", text)
+    return rows
+
+
+def _otherwise(path: str, roots: dict[str, nn.Module], not_captured: dict[str, str]) -> tuple[str, Why]:
+    """Of what no capture has: its state and the reason."""
+    if not roots:
+        return "left", why("not fused")
+    above = [p for p in roots if p == "" or path.startswith(p + ".")]
+    nearest = max(above, key=len, default=None)
+    if nearest is None:
+        return "not called", why("no call")
+    state: State = roots[nearest].__dict__[STATE]
+    if state.refused:
+        return "left", why("mismatch", not_captured[nearest])
+    if state.reason is not None:
+        return "left", why("no capture", f"{nearest or 'the model'} is not captured: {state.reason}")
+    if not state.entries and not any(roots[p].__dict__[STATE].entries for p in above):
+        return "pending", why("pending")
+    return "not called", why("no call")

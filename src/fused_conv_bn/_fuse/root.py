@@ -14,72 +14,99 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .. import conditions
-from ..conditions import has_hooks
+from ..conditions import OWN_METHODS, PLAIN_TENSORS, has_hooks, is_watched
 from ..modules import ConvBnScale2d
 from .blocks import block_of
 from .capture import Arguments, Refused, capture
-from .patterns import Matcher, norm_act_parts
+from .patterns import Matcher, ModuleWords
 
 STATE = "_fused_conv_bn"
 _lock = threading.RLock()
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def _call_block(entry: Entry | _Compared, index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    return entry.blocks[index].forward(x, residual)
+Block = Callable[..., Tensor]
+
+
+def _call(calls: list[Block], index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    return calls[index](x, residual)
 
 
 class Entry:
     """One kind of call of a root: what runs, and what has to be as it was."""
 
-    def __init__(self, root: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        forward: Callable[..., Any],
+        arguments: Arguments,
+        broadcast: frozenset[str] = frozenset(),
+    ) -> None:
         captured = capture(root, forward, arguments)
         graph = captured.graph
         modules = dict(root.named_modules(remove_duplicate=False))
         paths: dict[nn.Module, str] = {}
         for path, m in modules.items():
             paths.setdefault(m, path)
-        called = [str(n.target) for n in graph.nodes if n.op == "call_module"]
-        free = {path for path in called if not has_hooks(modules[path])}
-        matcher = Matcher(graph, modules, free)
+        self.called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+        free = {path for path in self.called if not is_watched(modules[path])}
+        matcher = Matcher(graph, ModuleWords(modules, free), broadcast)
         self.groups = matcher.groups()
-        self.why = matcher.why
+        self.why = {str(node.target): reason for node, reason in matcher.why.items()}
         self.leaves = {paths[m]: reason for m, reason in captured.leaves.items()}
-        self.called = set(called)
-        self.blocks = [block_of(g, modules) for g in self.groups]
+
+        def module(node: fx.Node | None) -> nn.Module | None:
+            return None if node is None else modules[str(node.target)]
+
+        self.blocks = [block_of(g, module(g.conv), module(g.bn)) for g in self.groups]
+        self.algorithms: dict[str, str] = {}
         # Modules whose calls are gone, so that nobody sees hooks of theirs.
-        silent = {*captured.inlined[1:], *(modules[p] for g in self.groups for p in g.swallowed)}
-        for g in self.groups:
-            if parts := norm_act_parts(modules[g.bn]):
-                silent |= {modules[g.bn], *parts}
+        silent = {*captured.inlined[1:]}
+        for g, block in zip(self.groups, self.blocks, strict=True):
+            silent |= {
+                m for n in (g.conv, g.bn, *g.swallowed) if n is not None and n.op == "call_module" and (m := module(n))
+            }
+            silent |= set(block.norm.parts if block.norm is not None else ())
         self.silent = [(m, type(m)) for m in silent]
-        watched = {*captured.inlined, *silent, *(modules[g.bn] for g in self.groups)}
-        self.modes = [(m, m.training) for m in watched]
+        self.modes = [(m, m.training) for m in {root, *silent}]
         self.bindings = []
-        for path in {*called, *(paths[m] for m in captured.inlined[1:])}:
+        for path in {*self.called, *(paths[m] for m in captured.inlined[1:])}:
             parent, _, name = path.rpartition(".")
             self.bindings.append((modules[parent]._modules, name, modules[path]))
+        # The dictionaries whose tensors an op gets, and what a twin has a copy of.
+        self.tensors: list[dict[str, Any]] = []
+        self.eps: list[tuple[nn.Module, float]] = []
+        for block in self.blocks:
+            for m in (block.conv, block.bn):
+                self.tensors += [] if m is None else [m._parameters, m._buffers]
+            if block.norm is not None and block.norm.frozen:
+                self.eps.append((block.bn, block.bn_twin.eps))  # type: ignore[arg-type]
+        self.full: list[Block] = [b.forward for b in self.blocks]
+        self.quick: list[Block] = [b.quick if b.is_quick else b.forward for b in self.blocks]
         self.run = self._compile(graph)
         # Whether the next call is compared: not in training, nor where others would see that the forward runs again.
         self.unchecked = not (root.training or conditions.is_distributed() or any(map(has_hooks, root.modules())))
 
     def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
-        # Placeholders of the graph are the tensors; the root and the entry come before them.
+        # Placeholders of the graph are the tensors; the root and the blocks' calls come before them.
         with graph.inserting_before(next(iter(graph.nodes))):
-            entry = graph.placeholder("fused_entry")
+            calls = graph.placeholder("fused_calls")
         for index, group in enumerate(self.groups):
             last = group.nodes[-1]
             with graph.inserting_before(last):
-                arguments = (entry, index, group.input, *(() if group.residual is None else (group.residual,)))
-                fused = graph.call_function(_call_block, arguments)
+                arguments = (calls, index, group.input, *(() if group.residual is None else (group.residual,)))
+                fused = graph.call_function(_call, arguments)
             last.replace_all_uses_with(fused)
             for node in reversed(group.nodes):
                 graph.erase_node(node)
@@ -103,9 +130,21 @@ class Entry:
             if m.training is not training:
                 return False
         for m, of in self.silent:
-            if type(m) is not of or has_hooks(m) or "forward" in m.__dict__:
+            d = m.__dict__
+            if (
+                type(m) is not of
+                or d["_forward_hooks"]
+                or d["_forward_pre_hooks"]
+                or d["_backward_hooks"]
+                or d["_backward_pre_hooks"]
+                or not d.keys().isdisjoint(OWN_METHODS)
+                or d.get("_compiled_call_impl") is not None
+            ):
                 return False
-        return True
+        for m, eps in self.eps:
+            if m.eps != eps:
+                return False
+        return PLAIN_TENSORS.issuperset(map(type, chain.from_iterable(map(dict.values, self.tensors))))
 
 
 class State:
@@ -117,20 +156,35 @@ class State:
         self.reason: str | None = None  # why it is not captured
         self.refused: dict[Any, str] = {}
 
+    def keep(self, key: Any, entry: Entry) -> None:
+        """The newest first, and no more than four of one kind."""
+        found = self.entries.setdefault(key, [])
+        found.insert(0, entry)
+        del found[4:]
+
+    def drop(self, key: Any, entry: Entry) -> None:
+        if entry in self.entries.get(key, ()):
+            self.entries[key].remove(entry)
+
 
 def _leave_alone(values: Any) -> bool:
     """Whether the class' own forward is to run, whatever was captured."""
     if _is_compiling() or conditions.transformed() or torch._C._get_tracing_state() is not None:
         return True
-    if conditions.hooks_for_all():
+    if conditions.hooks_for_all() or conditions.methods_replaced():
         return True
     return any(isinstance(v, fx.Proxy) for v in values)
 
 
 def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    state: State = root.__dict__[STATE]
+    state: State | None = root.__dict__.get(STATE)
     own = of.forward
-    if state.reason is not None or state.owner is not root or _leave_alone((*args, *kwargs.values())):
+    if (
+        state is None  # unfused under a class that FSDP made of ours
+        or state.reason is not None
+        or state.owner is not root
+        or _leave_alone((*args, *kwargs.values()))
+    ):
         return own(root, *args, **kwargs)
     try:
         arguments = Arguments(_signature(own), root, args, kwargs)
@@ -148,8 +202,7 @@ def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs
                 entry = next((e for e in state.entries.get(key, ()) if e.holds()), None)
                 if entry is None:
                     entry = Entry(root, own, arguments)
-                    state.entries.setdefault(key, []).insert(0, entry)
-                    del state.entries[key][4:]
+                    state.keep(key, entry)
                     for path in entry.leaves:
                         swap_children(root.get_submodule(path))
         except Refused as refused:
@@ -158,7 +211,8 @@ def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs
         return own(root, *args, **kwargs)
     if entry.unchecked:
         return _checked(root, state, key, entry, own, arguments, args, kwargs)
-    return entry.run(root, entry, *arguments.tensors.values())
+    quick = not (_is_grad_enabled() or _is_any_autocast_enabled())
+    return entry.run(root, entry.quick if quick else entry.full, *arguments.tensors.values())
 
 
 def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwargs: Any) -> Any:
@@ -170,7 +224,7 @@ def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwa
 
 
 class _Compared:
-    """In an entry's place, for one call: its groups by PyTorch's ops, and each compared with the fused op.
+    """An entry's calls, for once: its groups by PyTorch's ops, and each compared with the fused op.
 
     What the graph makes of these is what the forward makes, bit by bit, unless the graph is wrong. So a wrong graph and
     a wrong group show, however much a model makes of roundings.
@@ -179,19 +233,22 @@ class _Compared:
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         self.problem: str | None = None
-        self.blocks = [_ComparedBlock(self, i) for i in range(len(entry.blocks))]
+        self.broadcast: set[str] = set()
+        self.calls: list[Block] = [functools.partial(self._call, i) for i in range(len(entry.blocks))]
 
-
-class _ComparedBlock:
-    def __init__(self, of: _Compared, index: int) -> None:
-        self.of, self.index = of, index
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        block = self.of.entry.blocks[self.index]
-        expected = block._forward_plain(x, residual)
-        difference = _difference(block.forward(x, residual), expected)
-        if difference is not None and self.of.problem is None:
-            self.of.problem = f"the op for {self.of.entry.groups[self.index].bn} gave {difference}"
+    def _call(self, index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        group, block = self.entry.groups[index], self.entry.blocks[index]
+        expected = block.plain(x, residual)
+        if residual is not None and (residual.shape != expected.shape or residual.dtype != expected.dtype):
+            self.broadcast.add(group.adds)
+            return expected
+        difference = _difference(self.entry.full[index](x, residual), expected)
+        if difference is None and block.is_quick:
+            difference = _difference(self.entry.quick[index](x, residual), expected)
+        if difference is not None and self.problem is None:
+            self.problem = f"the op for {group.head.target} gave {difference}"
+        if (algorithm := block.algorithm(x, residual)) is not None:
+            self.entry.algorithms[str(group.conv.target)] = algorithm  # type: ignore[union-attr]
         return expected
 
 
@@ -217,20 +274,28 @@ def _checked(
     def copies() -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in arguments.tensors.items()}
 
-    compared = _Compared(entry)
     with undisturbed(root):
         expected = own(root, **copies(), **arguments.constants)
-    try:
-        with undisturbed(root):
-            difference = _difference(entry.run(root, compared, *copies().values()), expected)
-    except Exception as error:
-        difference = f"{type(error).__name__}: {error}"
+    for _ in range(2):
+        compared = _Compared(entry)
+        try:
+            with undisturbed(root):
+                difference = _difference(entry.run(root, compared.calls, *copies().values()), expected)
+        except Exception as error:
+            difference = f"{type(error).__name__}: {error}"
+        if not compared.broadcast:
+            break
+        # What adds a tensor of another shape runs by itself.
+        with _lock:
+            state.drop(key, entry)
+            entry = Entry(root, own, arguments, frozenset(compared.broadcast))
+            state.keep(key, entry)
     problem = compared.problem
     if problem is None and difference is not None:
         problem = f"its graph gave another result than its forward: {difference}"
     if problem is None:
         entry.unchecked = False
-        return entry.run(root, entry, *arguments.tensors.values())
+        return entry.run(root, entry.full, *arguments.tensors.values())
     state.refused[key] = problem
     state.entries.pop(key, None)
     return own(root, *args, **kwargs)
@@ -335,5 +400,6 @@ def swap_children(m: nn.Module) -> None:
 
 def restore(m: nn.Module) -> None:
     if is_root(m):
-        m.__class__ = type(m)._fused_conv_bn_class  # type: ignore[attr-defined]
+        if "_fused_conv_bn_class" in type(m).__dict__:
+            m.__class__ = type(m)._fused_conv_bn_class  # type: ignore[attr-defined]
         del m.__dict__[STATE]

@@ -12,6 +12,7 @@ import copy
 import copyreg
 import functools
 import inspect
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import conditions
-from ..conditions import OWN_METHODS, PLAIN_TENSORS, has_hooks, is_watched
+from ..conditions import PLAIN_TENSORS, has_hooks, is_watched
 from ..modules import ConvBnScale2d
 from .blocks import block_of
 from .capture import Arguments, Refused, capture
@@ -29,6 +31,7 @@ from .patterns import Matcher, ModuleWords
 
 STATE = "_fused_conv_bn"
 _lock = threading.RLock()
+_training = operator.itemgetter("training")
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -94,6 +97,9 @@ class Entry:
                 self.eps.append((block.bn, block.bn_twin.eps))  # type: ignore[arg-type]
         self.full: list[Block] = [b.forward for b in self.blocks]
         self.quick: list[Block] = [b.quick if b.is_quick else b.forward for b in self.blocks]
+        self.watched = [m for m, _ in self.modes]
+        self.parents = list({id(parent): parent for parent, _, _ in self.bindings}.values())
+        self._look()
         self.run = self._compile(graph)
         # Whether the next call is compared: not in training, nor where others would see that the forward runs again.
         self.unchecked = not (root.training or conditions.is_distributed() or any(map(has_hooks, root.modules())))
@@ -123,6 +129,25 @@ class Entry:
 
     def holds(self) -> bool:
         """Whether all is as it was when this was captured."""
+        return (self._stamp() == self.stamp or self._holds()) and (
+            PLAIN_TENSORS.issuperset(map(type, chain.from_iterable(map(dict.values, self.tensors))))
+        )
+
+    def _stamp(self) -> Any:
+        """What changes with anything that :meth:`_holds` looks at, or nearly: a hook has its number from a counter of
+        all hooks, and a module that has got a method of its own has an attribute more."""
+        dicts = self.dicts
+        return (
+            RemovableHandle.next_id,
+            list(map(type, self.watched)),
+            list(map(len, dicts)),
+            list(map(_training, dicts)),
+            list(chain.from_iterable(map(dict.values, self.parents))),
+            any(self.hooks),
+            [m.eps for m, _ in self.eps] if self.eps else None,
+        )
+
+    def _holds(self) -> bool:
         for modules, name, m in self.bindings:
             if modules.get(name) is not m:
                 return False
@@ -130,21 +155,18 @@ class Entry:
             if m.training is not training:
                 return False
         for m, of in self.silent:
-            d = m.__dict__
-            if (
-                type(m) is not of
-                or d["_forward_hooks"]
-                or d["_forward_pre_hooks"]
-                or d["_backward_hooks"]
-                or d["_backward_pre_hooks"]
-                or not d.keys().isdisjoint(OWN_METHODS)
-                or d.get("_compiled_call_impl") is not None
-            ):
+            if type(m) is not of or is_watched(m):
                 return False
-        for m, eps in self.eps:
-            if m.eps != eps:
-                return False
-        return PLAIN_TENSORS.issuperset(map(type, chain.from_iterable(map(dict.values, self.tensors))))
+        if any(m.eps != eps for m, eps in self.eps):
+            return False
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        self.dicts = [m.__dict__ for m in self.watched]
+        names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+        self.hooks = [d[name] for m, _ in self.silent for d in (m.__dict__,) for name in names]
+        self.stamp = self._stamp()
 
 
 class State:

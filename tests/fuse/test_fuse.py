@@ -594,3 +594,51 @@ def test_compiled() -> None:
     model = fcb.fuse(model_of("add and relu").eval())
     want = model(data())
     close(torch.compile(model, backend="eager", fullgraph=True)(data()), want)
+
+
+def test_buffers_are_read_when_the_graph_runs() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.r(m.b(m.c(x))) * m.b.running_var.sqrt().reshape(1, -1, 1, 1) + m.table[0]
+
+    torch.manual_seed(1)
+    model = randomised(Model(run)).eval()
+    model.register_buffer("table", torch.rand(2, 4, 1, 1))
+    fused = fcb.fuse(copy.deepcopy(model))
+    for _ in range(2):
+        for m in (model, fused):
+            m.b.running_var.mul_(2)
+            m.table = m.table + 1
+        close(fused(data()), model(data()))
+    assert fcb.report(fused).groups() == ["conv bn relu"]
+
+
+def test_one_capture_for_what_an_outer_one_has() -> None:
+    """Parts of what was captured are roots by themselves only where their parent could not be captured."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Sequential(nn.ReLU()))
+
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            return self.layers(xs[0])
+
+    model = fcb.fuse(Parts().eval())
+    model([data()])
+    captured = [m for m in model.modules() if (state := m.__dict__.get("_fused_conv_bn")) is not None and state.entries]
+    assert captured == [model.layers]
+
+
+def test_rows_of_what_runs_without_a_capture() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(4, 4, 1)
+
+        def forward(self, xs: list[Tensor]) -> list[Tensor]:
+            return [self.c(x) for x in xs]
+
+    model = fcb.fuse(Head().eval())
+    model([data()])
+    (row,) = fcb.report(model).rows
+    assert (row.state, row.reason) == ("left", "no capture") and "its argument xs is a list" in row.text

@@ -6,6 +6,7 @@ The processes are started anew and import this file, so that it needs pytest for
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_conv_bn as fcb
 from fused_conv_bn import _sync, reference
+from fused_conv_bn._fuse.root import is_root
 from training_pairs import Network, networks
 
 Data = list[tuple[Tensor, Tensor]]
@@ -168,7 +170,7 @@ def fsdp_of_layers(model: Network, data: Data, device: torch.device) -> dict[str
 
 def fsdp_mixed_precision(model: Network, data: Data, device: torch.device) -> dict[str, Tensor]:
     """16-bit parameters with float32 statistics, which PyTorch's BatchNorm does not take: the plain one is in float32."""
-    fused = isinstance(model.stem, fcb.ConvBnScale2d)
+    fused = isinstance(model.stem, fcb.ConvBnScale2d) or is_root(model)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return train(sharded(model, device, **({"mp_policy": half} if fused else {})), data)
 
@@ -264,7 +266,7 @@ class Fused(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def run(rank: int, world: int, device_type: str, folder: str) -> None:
-    """Writes (plain, ours) of every run, or the error, to the folder."""
+    """Writes (plain, of ConvBnScale2d, plain and fuse()) of every run, or the error, to the folder."""
     torch.set_num_threads(1)
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
@@ -279,20 +281,20 @@ def run(rank: int, world: int, device_type: str, folder: str) -> None:
             torch._dynamo.reset()
             torch.manual_seed(10)  # of the weights, in all processes
             dtype = torch.float32 if name in IN_16_BITS else torch.float64
-            results = []
-            for model in networks(torch.Generator().manual_seed(7), "cpu", dtype):
-                results.append(of(model.to(device), data_of(rank, device, dtype), device))
-            found[name] = results
+            plain, ours = networks(torch.Generator().manual_seed(7), "cpu", dtype)
+            models = plain, ours, fcb.fuse(copy.deepcopy(plain))
+            found[name] = [of(model.to(device), data_of(rank, device, dtype), device) for model in models]
         for name in SYNC_CASES:
             for dtype in (torch.float64, torch.float32):
                 found[f"sync, {name}, {dtype}"] = sync_case(name, rank, device, dtype)
         # Under a sharded block the fused op runs: its parameters are plain while it does.
-        _, ours = networks(torch.Generator().manual_seed(7), "cpu", torch.float64)
-        block = fully_shard(ours.to(device).stem, mesh=init_device_mesh(device_type, (world,)))
-        assert isinstance(block, fcb.ConvBnScale2d)
-        with torch.no_grad(), Fused() as fused:
-            block(data_of(rank, device, torch.float64)[0][0])
-        found["fused"] = fused.ran
+        plain, ours = networks(torch.Generator().manual_seed(7), "cpu", torch.float64)
+        found["fused"] = []
+        for model in (ours, fcb.fuse(plain)):
+            model = sharded(model.to(device), device)
+            with torch.no_grad(), Fused() as fused:
+                model(data_of(rank, device, torch.float64)[0][0])
+            found["fused"].append(fused.ran)
     except Exception as error:
         sys.stderr.write(f"process {rank}, after {list(found)}\n")
         raise error

@@ -87,6 +87,8 @@ def _is_tensor(node: fx.Node, root: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # buffers are read when the graph runs, as parameters are
+
     def __init__(self, leaves: set[nn.Module], arguments: Arguments, forward: Callable[..., Any]) -> None:
         super().__init__()
         self.leaves, self.arguments, self.forward_of_root = leaves, arguments, forward
@@ -180,7 +182,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
             changed = _restore(before)
         inlined = [root, *tracer.inlined]
         if root in changed:
-            raise Refused("it changes its own attributes")
+            raise Refused("it changes its own attributes, or makes tensors of its own")
         if broken := [m for m in changed if m in inlined and m not in leaves]:
             leaves |= dict.fromkeys(broken, "it changes its own attributes")
             continue

@@ -1,4 +1,4 @@
-"""``python -m fused_conv_bn {info,demo}``: what is installed, and a check with timings."""
+"""``python -m fused_conv_bn {info,demo,bench}``: what is installed, a check with timings, and those of any model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import _bench
 from ._demo import demo
 from ._info import info
 
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo_parser = commands.add_parser("demo", help="check and time a small model against PyTorch, within a minute")
     demo_parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     demo_parser.set_defaults(main=demo)
+    _bench.add_command(commands)
     args = parser.parse_args(argv)
     return int(args.main(args))
 

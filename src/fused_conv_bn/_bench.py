@@ -17,7 +17,7 @@ import fused_conv_bn as fcb
 
 from ._cli_model import UsageError, load
 from ._demo import why_no_gpu
-from ._model_times import Case, Record, measure
+from ._model_times import LARGE, Case, Record, measure
 from ._table import table
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -167,7 +167,7 @@ def text(record: Record) -> str:
     copy, variants, groups = record["copy"], record["variants"], record["groups"]
     what = "of all gradients together" if record["mode"] == "train" else "the largest one over the largest result"
     against = "eager's" if record["errors against"] == "eager" else record["errors against"]
-    rows = [("", "median", "over eager", "error")]
+    rows = [("", "median", "speed-up", "error")]
     for v in variants:
         error = "" if v["error"] is None else f"{v['error']:.1e}"
         if v["problem"] is None:
@@ -182,6 +182,10 @@ def text(record: Record) -> str:
     ]
     if problems := [f"{v['name']} was not timed: {v['problem']}" for v in variants if v["problem"] is not None]:
         parts.append("\n".join(problems))
+    if (variants[0]["error"] or 0.0) > LARGE:
+        parts.append(
+            "Eager's own error leaves the check little to say: the dtype has too few bits, or layers are random."
+        )
     if groups:
         parts += [_groups_head(record), table(_group_rows(groups[:SLOWEST]), numbers_from=3)]
     elif record["report"]:
@@ -201,7 +205,7 @@ def _groups_head(record: Record) -> str:
 
 
 def _group_rows(groups: list[Record]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("group", "ops", "input", "calls", "fused", "PyTorch's", "over PyTorch's")]
+    rows: list[tuple[str, ...]] = [("group", "ops", "input", "calls", "fused", "PyTorch's", "speed-up")]
     for g in groups:
         times = _us(g["fused_us"]), _us(g["pytorch_us"]), f"{g['speed-up']:.2f}x"
         rows.append((g["group"], g["ops"], _shape(g["shape"]), str(g["calls"]), *times))

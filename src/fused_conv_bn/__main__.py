@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from . import _bench
 from ._demo import demo
 from ._info import info
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fused_conv_bn", description="fused_conv_bn from the command line.")
+    parser = _Parser(prog="python -m fused_conv_bn", description="fused_conv_bn from the command line.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, loaded and usable").set_defaults(main=info)
     demo_parser = commands.add_parser("demo", help="check and time a small model against PyTorch, within a minute")

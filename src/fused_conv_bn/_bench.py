@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -27,13 +27,6 @@ DEFAULT_BATCH, DEFAULT_SIZE = 1, (3, 224, 224)
 EAGER_COLOUR, OUR_COLOUR, OTHER_COLOUR = "#D55E00", "#0072B2", "#007a5a"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong without the list of all options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
 def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
@@ -41,7 +34,6 @@ def add_command(commands: Any) -> None:
         description="Checks a model as it is, fused, frozen and as a CUDA graph, times all of them in turns, and then "
         "each group of fused layers. Inputs are random, and so are weights, unless MODEL loads its own.",
     )
-    parser.__class__ = _Parser
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -188,7 +180,7 @@ def text(record: Record) -> str:
         )
     if groups:
         parts += [_groups_head(record), table(_group_rows(groups[:SLOWEST]), numbers_from=3)]
-    elif record["report"]:
+    elif any(v["name"] == "fused" and v["problem"] is None for v in variants):
         parts.append("Nothing was fused: fcb.report(model) says why.")
     return "\n\n".join(parts)
 

@@ -151,7 +151,8 @@ def title(record: Record) -> str:
     inputs = ", ".join(map(_shape, record["inputs"]))
     layout = ", channels_last" if record["channels_last"] else ""
     mode = "training steps" if record["mode"] == "train" else "eval"
-    device = f"CPU, {record['threads']} threads" if record["device"] == "CPU" else record["device"]
+    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    device = f"CPU, {threads}" if record["device"] == "CPU" else record["device"]
     return f"{record['model']} on {inputs}, {record['dtype']}{layout}, {mode}, {device}"
 
 

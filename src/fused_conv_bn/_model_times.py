@@ -31,7 +31,7 @@ SAMPLE_US = {"cuda": 1e4, "cpu": 2e4}  # what is timed at once, so that the cloc
 GROUP_SAMPLE_US = 2e3
 SECONDS = 20.0  # of the whole, where nobody says how many rounds
 ROUNDS = 5, 50
-GROUP_ROUNDS = 9
+PASSES, GROUP_ROUNDS = 5, 3  # over all groups, so that what else the machine does meets no group alone
 COPY_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}  # larger than caches
 # How much larger than eager's an error may be. Each is one draw of what thousands of roundings make of a model, and
 # wrong layers are wrong by far more. fuse() itself compares each group of layers, by tolerances for one group.
@@ -385,7 +385,7 @@ def measure(case: Case, rounds: int | None) -> Record:
     fused = timed.get("fused")
     if fused is not None and fused.model is not None:
         record["report"] = fcb.report(fused.model).counts
-        record["groups"] = group_times(fused.model, case, min(count, GROUP_ROUNDS))
+        record["groups"] = group_times(fused.model, case, min(count, PASSES))
     return record
 
 
@@ -393,10 +393,10 @@ def measure(case: Case, rounds: int | None) -> Record:
 
 
 class _TimedBlock:
-    """In the place of a group's block, for one call of the model: times the block on what it is called with."""
+    """In the place of a group's block, while the model is called: times the block on what it is called with."""
 
-    def __init__(self, block: Any, row: Record, parameters: list[Tensor], owner: _Groups) -> None:
-        self.block, self.row, self.parameters, self.owner = block, row, parameters, owner
+    def __init__(self, block: Any, names: tuple[str, str], parameters: list[Tensor], owner: _Groups) -> None:
+        self.block, self.names, self.parameters, self.owner = block, names, parameters, owner
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.owner.time(self, x, residual)
@@ -404,32 +404,29 @@ class _TimedBlock:
         return y
 
 
+_Key = tuple[str, str, tuple[int, ...]]  # path, ops, shape
+
+
 class _Groups:
-    def __init__(self, case: Case, rounds: int, steps: Iterator[Any]) -> None:
-        self.case, self.rounds, self.steps = case, rounds, steps
-        self.rows: dict[tuple[str, tuple[int, ...]], Record] = {}
+    def __init__(self, case: Case, steps: Iterator[Any]) -> None:
+        self.case, self.steps = case, steps
+        self.calls: dict[_Key, int] = {}  # in this pass
+        self.times: dict[_Key, dict[str, list[float]]] = {}
 
     def time(self, timed: _TimedBlock, x: Tensor, residual: Tensor | None) -> None:
         """One that is called again with the same shape is counted."""
-        key = timed.row["group"], tuple(x.shape)
-        if key in self.rows:
-            self.rows[key]["calls"] += 1
+        key = *timed.names, tuple(x.shape)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] > 1:
             return
         next(self.steps, None)
         calls = {
             "fused": self.call(timed.block.forward, x, residual, timed.parameters),
             "plain": self.call(timed.block._forward_plain, x, residual, timed.parameters),
         }
-        times = Race(calls, self.case.on_cuda, GROUP_SAMPLE_US, device_only=True).run(range(self.rounds))
-        fused_us, plain_us = (median(times[name]) for name in ("fused", "plain"))
-        self.rows[key] = {
-            **timed.row,
-            "shape": list(x.shape),
-            "calls": 1,
-            "fused_us": fused_us,
-            "pytorch_us": plain_us,
-            "speed-up": plain_us / fused_us,
-        }
+        race = Race(calls, self.case.on_cuda, GROUP_SAMPLE_US, device_only=True)
+        for name, times in race.run(range(GROUP_ROUNDS)).items():
+            self.times.setdefault(key, {}).setdefault(name, []).extend(times)
 
     def call(self, of: Callable[..., Tensor], x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor]) -> Call:
         if not self.case.train:
@@ -441,32 +438,44 @@ class _Groups:
         dy = torch.randn_like(of(*inputs))
         return lambda: torch.autograd.grad(of(*inputs), leaves, dy, allow_unused=True)
 
+    def rows(self) -> list[Record]:
+        """Slowest first."""
+        rows = []
+        for key, times in self.times.items():
+            path, ops, shape = key
+            row: Record = {"group": path, "ops": ops, "shape": list(shape), "calls": self.calls[key]}
+            fused_us, pytorch_us = median(times["fused"]), median(times["plain"])
+            rows.append({**row, "fused_us": fused_us, "pytorch_us": pytorch_us, "speed-up": pytorch_us / fused_us})
+        return sorted(rows, key=lambda row: -float(row["fused_us"]) * int(row["calls"]))
 
-def group_times(model: nn.Module, case: Case, rounds: int) -> list[Record]:
-    """Of each group of a fused model: its op and PyTorch's ops for it, on what it reads in the model. Slowest first."""
+
+def group_times(model: nn.Module, case: Case, passes: int) -> list[Record]:
+    """Of each group of a fused model: its op and PyTorch's ops for it, on what it reads in the model."""
     entries = []
     for path, root in model.named_modules():
         if is_root(root):
             state = root.__dict__[STATE]
             entries += [(path, root, e) for of_key in state.entries.values() for e in of_key if e.groups]
-    total = sum(len(entry.groups) for _, _, entry in entries)
+    total = passes * sum(len(entry.groups) for _, _, entry in entries)
     if not total:
         return []
-    groups = _Groups(case, rounds, iter(progress(range(total), "time each group")))
+    groups = _Groups(case, iter(progress(range(total), "time each group")))
     own = [entry.blocks for _, _, entry in entries]
     try:
         for path, root, entry in entries:
             timed = []
             for group, block in zip(entry.groups, entry.blocks, strict=True):
                 modules = [root.get_submodule(name) for name in (group.conv, group.bn) if name is not None]
-                row = {"group": f"{path}.{group.conv or group.bn}".lstrip("."), "ops": group.describe()}
-                timed.append(_TimedBlock(block, row, [p for m in modules for p in m.parameters()], groups))
+                names = f"{path}.{group.conv or group.bn}".lstrip("."), group.describe()
+                timed.append(_TimedBlock(block, names, [p for m in modules for p in m.parameters()], groups))
             entry.blocks = timed
-        with undisturbed(model), torch.set_grad_enabled(case.train):
-            model(*case.inputs)
+        for _ in range(passes):
+            groups.calls.clear()
+            with undisturbed(model), torch.set_grad_enabled(case.train):
+                model(*case.inputs)
     finally:
         for (_, _, entry), blocks in zip(entries, own, strict=True):
             entry.blocks = blocks
         for _ in groups.steps:  # the bar's end
             pass
-    return sorted(groups.rows.values(), key=lambda row: -float(row["fused_us"]) * int(row["calls"]))
+    return groups.rows()

@@ -349,6 +349,18 @@ def test_rivals_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(order) == "aaabbb" + "bbbaaa"
 
 
+@pytest.mark.parametrize("device_only", [False, True])
+def test_a_gpu_is_held_back_before_each_sample_of_a_group(monkeypatch: pytest.MonkeyPatch, device_only: bool) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("sync "))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep " if cycles > 0 else "none "))
+    monkeypatch.setattr(_model_times, "call_us", lambda call, on_cuda: (call(), 4.0)[1])
+    race = Race({"a": lambda: order.append("a ")}, True, 7.0, device_only)
+    order.clear()
+    race.run(range(2))
+    assert "".join(order) == 2 * ("sync a sleep a a " if device_only else "sync a a a ")
+
+
 def twice(x_of: Callable[[Tensor], Tensor]) -> nn.Module:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -1,22 +1,32 @@
-"""``python -m fused_conv_bn {info,demo}``: what is installed, and a check with timings."""
+"""``python -m fused_conv_bn {info,demo,bench}``: what is installed, a check with timings, and those of any model."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from . import _bench
 from ._demo import demo
 from ._info import info
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fused_conv_bn", description="fused_conv_bn from the command line.")
+    parser = _Parser(prog="python -m fused_conv_bn", description="fused_conv_bn from the command line.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, loaded and usable").set_defaults(main=info)
     demo_parser = commands.add_parser("demo", help="check and time a small model against PyTorch, within a minute")
     demo_parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     demo_parser.set_defaults(main=demo)
+    _bench.add_command(commands)
     args = parser.parse_args(argv)
     return int(args.main(args))
 

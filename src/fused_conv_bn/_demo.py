@@ -34,17 +34,21 @@ class Model(nn.Module):
         return self.bn(self.conv(x)) * self.scaling_factor
 
 
+def why_no_gpu() -> str:
+    """Why torch or this build cannot use the GPU; empty where both can."""
+    if not torch.cuda.is_available() or _loader.cuda_archs() is None:
+        return "no GPU that torch and this build can use"
+    capability = torch.cuda.get_device_capability()
+    if not _loader.covers(capability, _loader.cuda_archs() or ""):
+        return f"this build has no code for compute capability {capability[0]}.{capability[1]}"
+    return ""
+
+
 def choose_device(wanted: str | None) -> str:
     """The GPU if torch and this build can use it, else the CPU."""
     if wanted == "cpu":
         return "cpu"
-    why = ""
-    if not torch.cuda.is_available() or _loader.cuda_archs() is None:
-        why = "no GPU that torch and this build can use"
-    else:
-        capability = torch.cuda.get_device_capability()
-        if not _loader.covers(capability, _loader.cuda_archs() or ""):
-            why = f"this build has no code for compute capability {capability[0]}.{capability[1]}"
+    why = why_no_gpu()
     if not why:
         return "cuda"
     if wanted == "cuda":

@@ -471,7 +471,7 @@ def group_times(model: nn.Module, case: Case, passes: int) -> list[Record]:
     name = "full" if case.train else "quick"
     own = [getattr(entry, name) for _, _, entry in entries]
     try:
-        for path, root, entry in entries:
+        for path, _, entry in entries:
             timed = []
             for group, block, call in zip(entry.groups, entry.blocks, getattr(entry, name), strict=True):
                 modules = [m for m in (block.conv, block.bn) if m is not None]

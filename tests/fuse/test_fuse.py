@@ -56,7 +56,7 @@ def asked_for_its_class(m: Any, x: Tensor) -> Tensor:
 
 
 def own_autocast(m: Any, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y = m.c(x)
     return m.b(y.float())
 
@@ -140,32 +140,36 @@ def data(seed: int = 2) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6 * float(b.detach().abs().max()))
+    largest = float(b.detach().abs().max()) if b.numel() else 0.0
+    torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6 * largest)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_evaluation(name: str) -> None:
-    model = model_of(name).eval()
-    want = [model(data(s)) for s in (2, 3)]
+def test_evaluation(name: str, device: str) -> None:
+    model = model_of(name).eval().to(device)
+    inputs = data(2).to(device), data(3).to(device)
+    want = [model(x) for x in inputs]
     keys, state = list(model.state_dict()), copy.deepcopy(model.state_dict())
     assert fcb.fuse(model) is model and fcb.fuse(model) is model
-    for x, expected in zip((data(2), data(3)), want, strict=True):
-        close(model(x), expected)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for x, expected in zip(inputs, want, strict=True):
+                close(model(x), expected)
     assert fcb.report(model).groups() == MODELS[name][1]
     assert list(model.state_dict()) == keys
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
     fcb.unfuse(model)
-    assert type(model) is Model and torch.equal(model(data(2)), want[0])
+    assert type(model) is Model and torch.equal(model(inputs[0]), want[0])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_training(name: str) -> None:
+def test_training(name: str, device: str) -> None:
     """Results, gradients and statistics."""
-    plain, fused = model_of(name).train(), fcb.fuse(model_of(name).train())
+    plain, fused = model_of(name).train().to(device), fcb.fuse(model_of(name).train().to(device))
     for s in (2, 3):
         results = []
         for model in (plain, fused):
-            x = data(s).requires_grad_()
+            x = data(s).to(device).requires_grad_()
             y = model(x)
             try:
                 y.square().mean().backward()
@@ -642,3 +646,84 @@ def test_rows_of_what_runs_without_a_capture() -> None:
     model([data()])
     (row,) = fcb.report(model).rows
     assert (row.state, row.reason) == ("left", "no capture") and "its argument xs is a list" in row.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dtypes_and_layouts(dtype: torch.dtype, layout: torch.memory_format, device: str) -> None:
+    """Of each op at once: with BatchNorm, without one, one alone."""
+    torch.manual_seed(4)
+    layers = [
+        nn.Conv2d(4, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.Conv2d(6, 5, 1),
+        nn.ReLU(),
+        nn.BatchNorm2d(5),
+        nn.GELU(),
+    ]
+    plain = randomised(nn.Sequential(*layers)).eval().to(device, dtype, memory_format=layout)
+    exact = copy.deepcopy(plain).double()
+    fused = fcb.fuse(copy.deepcopy(plain))
+    x = data().to(device, dtype, memory_format=layout)
+    with torch.no_grad():
+        want = exact(x.double())
+        off = (plain(x).double() - want).abs().max()
+        for _ in range(2):
+            y = fused(x)
+            assert y.dtype == dtype and y.stride() == plain(x).stride()
+            # Twice eager's, and the rounding of the result where eager has less by chance.
+            assert (y.double() - want).abs().max() <= 2 * off + torch.finfo(dtype).eps * want.abs().max()
+    assert fcb.report(fused).groups() == ["conv bn silu", "conv relu", "bn gelu"]
+
+
+def test_autocast(device: str) -> None:
+    torch.manual_seed(5)
+    layers = [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.SiLU()]
+    plain = randomised(nn.Sequential(*layers)).eval().to(device)
+    fused = fcb.fuse(copy.deepcopy(plain))
+    x = data().to(device)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                with torch.autocast(device, torch.bfloat16):
+                    y, want = fused(x), plain(x)
+                assert y.dtype == want.dtype
+                torch.testing.assert_close(y, want, rtol=0.05, atol=0.05)
+            close(fused(x), plain(x))
+
+
+def test_exported_and_functional() -> None:
+    """Exported programs are those of the model itself, and functional calls use the tensors that they are given."""
+    model = model_of("add and relu").eval()
+    fused = fcb.fuse(copy.deepcopy(model), data())
+    program = torch.export.export(fused, (data(),))
+    assert not any("fused_conv_bn" in str(n.target) for n in program.graph.nodes)
+    close(program.module()(data()), model(data()))
+    other = {name: t * 2 for name, t in model.state_dict().items()}
+    for _ in range(2):
+        close(torch.func.functional_call(fused, other, data()), torch.func.functional_call(model, other, data()))
+    close(fused(data()), model(data()))
+
+
+def test_data_parallel() -> None:
+    """A replica, as DataParallel makes it, runs its own forward on its own tensors."""
+    model = model_of("plain").eval()
+    fused = fcb.fuse(copy.deepcopy(model), data())
+    replica = fused._replicate_for_data_parallel()
+    assert replica is not fused
+    close(replica(data()), model(data()))
+
+
+def test_moves_and_dtypes_of_a_fused_model() -> None:
+    model = model_of("a chain").eval()
+    fused = fcb.fuse(copy.deepcopy(model), data())
+    for m in (model, fused):
+        m.double().to(memory_format=torch.channels_last)
+    close(fused(data().double()), model(data().double()))
+    for m in (model, fused):
+        m.float().load_state_dict(model_of("a chain").state_dict())
+        m.requires_grad_(False)
+        nn.utils.fusion.fuse_conv_bn_eval(m.c, m.b)
+    close(fused(data()), model(data()))
+    assert fcb.report(fused).groups() == ["conv bn relu", "conv bn gelu"]

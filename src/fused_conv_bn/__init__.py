@@ -12,7 +12,7 @@ except ImportError as error:
     raise
 
 from . import _register, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
-from ._fuse import Report, fuse, report, unfuse  # noqa: E402
+from ._fuse import Report, fuse, report, thaw, unfuse  # noqa: E402
 from .algorithms import explain, use_algorithm  # noqa: E402
 from .conditions import export_ops  # noqa: E402
 from .modules import ConvBnScale2d  # noqa: E402
@@ -47,6 +47,7 @@ __all__ = [
     "report",
     "scale_shift",
     "scale_shift_",
+    "thaw",
     "unfuse",
     "use_algorithm",
 ]

@@ -516,6 +516,29 @@ def test_threads() -> None:
         close(got, want)
 
 
+def test_other_threads_during_a_trace() -> None:
+    """torch.fx puts methods of its own on nn.Module while it traces. Models of other threads are no part of that."""
+    other = model_of("plain").eval()
+    want = other(data())
+    found: list[Any] = []
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        if not isinstance(x, torch.fx.Proxy):
+            return m.b(m.c(x))
+        thread = threading.Thread(target=lambda: found.append((other(data()), other.c.weight, m.c.weight)))
+        thread.start()
+        thread.join()
+        return m.b(m.c(x))
+
+    model = fcb.fuse(model_of("no activation").eval())
+    model.run = run
+    model(data())
+    ((y, weight, own),) = found
+    assert type(y) is Tensor and weight is other.c.weight and own is model.c.weight
+    close(y, want)
+    assert fcb.report(model).groups() == ["conv bn"]
+
+
 def test_a_capture_that_is_wrong_is_dropped() -> None:
     """What torch.fx records without an error, and wrongly: here, what a closure has."""
     seen: list[int] = []

@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from .report import Report, report
+from .root import freeze as freeze_roots
 from .root import restore, swap, undisturbed
 
-__all__ = ["Report", "fuse", "report", "unfuse"]
+__all__ = ["Report", "fuse", "report", "thaw", "unfuse"]
 
 
-def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
+def fuse(model: nn.Module, example_inputs: Any = None, *, freeze: bool = False) -> nn.Module:
     """Runs a model's convolutions with their BatchNorms, residuals and activations as fused ops. Returns the model.
 
     The model stays what it is: its class by isinstance(), its parameters, buffers, children, hooks and state_dict. What
@@ -23,17 +24,41 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         model: an nn.Module.
         example_inputs: a tensor or a tuple of arguments to call the model with now, under ``no_grad``, in the mode that
             it is in; its buffers are left as they are. Without them the first call captures.
+        freeze: makes the model a snapshot for inference on the CPU. Each part, when it is called for the first time,
+            folds BatchNorms and factors into the weights and packs them for oneDNN, in float32 and bfloat16. From then
+            on it does not see changes of the parameters, until :func:`thaw` or :func:`unfuse`, or until
+            ``freeze=True`` again, for a new snapshot. Results have no gradients. Parameters stay as they are.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        RuntimeError: ``freeze``, and a module of the model is in training mode. A frozen model's calls raise it, too,
+            and where an argument requires grad.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model is of type {type(model).__name__}, expected an nn.Module")
+    if freeze:
+        training = next((path or "the model itself" for path, m in model.named_modules() if m.training), None)
+        if training is not None:
+            raise RuntimeError(f"fuse: freeze is True, and {training} is in training mode, expected model.eval()")
+    swap(model)
+    if freeze:
+        freeze_roots(model, True)
+    if example_inputs is not None:
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        with undisturbed(model):
+            model(*args)
+    return model
+
+
+def thaw(model: nn.Module) -> nn.Module:
+    """Makes a model that was frozen by ``fuse(model, freeze=True)`` fused and live again. Returns the model.
 
     Raises:
         TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: model is of type {type(model).__name__}, expected an nn.Module")
-    swap(model)
-    if example_inputs is not None:
-        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        with undisturbed(model):
-            model(*args)
+        raise TypeError(f"thaw: model is of type {type(model).__name__}, expected an nn.Module")
+    freeze_roots(model, False)
     return model
 
 

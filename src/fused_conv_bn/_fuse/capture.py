@@ -16,6 +16,7 @@ import contextlib
 import inspect
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,6 +96,7 @@ class _Tracer(fx.Tracer):
         self.inlined: list[nn.Module] = []
         self.culprit: nn.Module | None = None
         self.modes = self._modes()
+        self.thread = threading.get_ident()
 
     @staticmethod
     def _modes() -> tuple[bool, ...]:
@@ -106,7 +108,16 @@ class _Tracer(fx.Tracer):
             return True
         return bool(super().is_leaf_module(m, module_qualified_name))
 
+    # While it traces, torch.fx has methods of its own on nn.Module, for all threads. Others are let through.
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         try:
             if not self.is_leaf_module(m, self.path_of_module(m)):
                 self.inlined.append(m)

@@ -27,6 +27,7 @@ from ..conditions import PLAIN_TENSORS, has_hooks, is_watched
 from ..modules import ConvBnScale2d
 from .blocks import block_of
 from .capture import Arguments, Refused, capture
+from .frozen import frozen_call, refuse_training, run_frozen
 from .patterns import Matcher, ModuleWords
 
 STATE = "_fused_conv_bn"
@@ -55,7 +56,10 @@ class Entry:
         forward: Callable[..., Any],
         arguments: Arguments,
         broadcast: frozenset[str] = frozenset(),
+        frozen: bool = False,
     ) -> None:
+        if frozen:
+            refuse_training(root)
         captured = capture(root, forward, arguments)
         graph = captured.graph
         modules = dict(root.named_modules(remove_duplicate=False))
@@ -96,14 +100,24 @@ class Entry:
                 self.tensors += [] if m is None else [m._parameters, m._buffers]
             if block.norm is not None and block.norm.frozen:
                 self.eps.append((block.bn, block.bn_twin.eps))  # type: ignore[arg-type]
-        self.full: list[Block] = [b.forward for b in self.blocks]
-        self.quick: list[Block] = [b.quick if b.is_quick else b.forward for b in self.blocks]
+        self.full: list[Block] = []
+        self.quick: list[Block] = []
+        self.thaw()
+        if frozen:
+            self.frozen = True
+            self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
         self.watched = [m for m, _ in self.modes]
         self.parents = list({id(parent): parent for parent, _, _ in self.bindings}.values())
         self._look()
         self.run = self._compile(graph)
         # Whether the next call is compared: not in training, nor where others would see that the forward runs again.
         self.unchecked = not (root.training or conditions.is_distributed() or any(map(has_hooks, root.modules())))
+
+    def thaw(self) -> None:
+        """Live blocks: each reads the parameters of its modules when it is called."""
+        self.frozen = False
+        self.full = [b.forward for b in self.blocks]
+        self.quick = [b.quick if b.is_quick else b.forward for b in self.blocks]
 
     def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
         # Placeholders of the graph are the tensors; the root and the blocks' calls come before them.
@@ -175,9 +189,14 @@ class State:
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
+        self.frozen = False
         self.entries: dict[Any, list[Entry]] = {}
         self.reason: str | None = None  # why it is not captured
         self.refused: dict[Any, str] = {}
+
+    def freeze(self, frozen: bool) -> None:
+        """What was captured goes: a new snapshot, or none."""
+        self.frozen, self.entries, self.refused = frozen, {}, {}
 
     def keep(self, key: Any, entry: Entry) -> None:
         """The newest first, and no more than four of one kind."""
@@ -204,11 +223,19 @@ def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs
     own = of.forward
     if (
         state is None  # unfused under a class that FSDP made of ours
-        or state.reason is not None
+        or (state.reason is not None and not state.frozen)
         or state.owner is not root
         or root in getattr(_own_ways, "modules", ())
         or _leave_alone((*args, *kwargs.values()))
     ):
+        return own(root, *args, **kwargs)
+    if state.frozen:
+        return run_frozen(root, (*args, *kwargs.values()), lambda: _run(root, state, own, args, kwargs))
+    return _run(root, state, own, args, kwargs)
+
+
+def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if state.reason is not None:
         return own(root, *args, **kwargs)
     try:
         arguments = Arguments(_signature(own), root, args, kwargs)
@@ -225,16 +252,16 @@ def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs
             with _lock:
                 entry = next((e for e in state.entries.get(key, ()) if e.holds()), None)
                 if entry is None:
-                    entry = Entry(root, own, arguments)
+                    entry = Entry(root, own, arguments, frozen=state.frozen)
                     state.keep(key, entry)
                     for path in entry.called:
                         m = root.get_submodule(path)
                         if path in entry.leaves:
-                            swap_children(m)
+                            swap_children(m, state.frozen)
                         elif isinstance(m, nn.Sequential) or not type(m).__module__.startswith(
                             ("torch.nn.", "torch.ao.")
                         ):
-                            swap(m)  # a hook watches its call, FSDP's for instance
+                            swap(m, state.frozen)  # a hook watches its call, FSDP's for instance
         except Refused as refused:
             return _refuse(root, state, str(refused), own, args, kwargs)
     if not entry.groups:
@@ -249,7 +276,7 @@ def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwa
     """Where the root's own forward is the trouble, its children are roots."""
     with _lock:
         state.reason = reason
-        swap_children(root)
+        swap_children(root, state.frozen)
     return own(root, *args, **kwargs)
 
 
@@ -272,12 +299,13 @@ class _Compared:
         if residual is not None and (residual.shape != expected.shape or residual.dtype != expected.dtype):
             self.broadcast.add(group.adds)
             return expected
-        difference = _difference(self.entry.quick[index](x, residual), expected)
+        got = self.entry.quick[index](x, residual)
+        difference = _difference(got, expected)
         if difference is not None and self.problem is None:
             self.problem = f"the op for {group.head.target} gave {difference}"
         if (algorithm := block.algorithm(x, residual)) is not None:
             self.entry.algorithms[str(group.conv.target)] = algorithm  # type: ignore[union-attr]
-        return expected
+        return expected if got.stride() == expected.stride() else torch.empty_like(got).copy_(expected)
 
 
 @contextlib.contextmanager
@@ -330,7 +358,7 @@ def _checked(
         # What adds a tensor of another shape runs by itself.
         with _lock:
             state.drop(key, entry)
-            entry = Entry(root, own, arguments, frozenset(compared.broadcast))
+            entry = Entry(root, own, arguments, frozenset(compared.broadcast), entry.frozen)
             state.keep(key, entry)
     problem = compared.problem
     if problem is None and difference is not None:
@@ -338,6 +366,9 @@ def _checked(
     if problem is None:
         entry.unchecked = False
         return entry.run(root, entry.full, *arguments.tensors.values())
+    if entry.frozen:  # what cannot be frozen may be fused: a model that reads the strides of a result, say
+        entry.thaw()
+        return _checked(root, state, key, entry, own, arguments, args, kwargs)
     state.refused[key] = problem
     state.entries.pop(key, None)
     return own(root, *args, **kwargs)
@@ -419,31 +450,40 @@ def is_root(m: nn.Module) -> bool:
     return STATE in m.__dict__
 
 
-def swap(m: nn.Module) -> None:
+def swap(m: nn.Module, frozen: bool = False) -> None:
     """Makes a module a root. Nothing is captured before it is called."""
     with _lock:
-        _swap(m)
+        _swap(m, frozen)
 
 
-def _swap(m: nn.Module) -> None:
+def _swap(m: nn.Module, frozen: bool) -> None:
     if is_root(m) or "forward" in m.__dict__ or isinstance(m, (ConvBnScale2d, torch.jit.ScriptModule)):
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:
         return
-    m.__dict__[STATE] = State(m)
+    m.__dict__[STATE] = state = State(m)
+    state.frozen = frozen
     m.__class__ = fused_class(type(m))
 
 
-def swap_children(m: nn.Module) -> None:
+def swap_children(m: nn.Module, frozen: bool = False) -> None:
     """Those that are called: containers that are not (nn.ModuleList) have children of their own."""
     for child in m.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            swap_children(child)
+            swap_children(child, frozen)
         else:
-            swap(child)
+            swap(child, frozen)
             # A container that its parent only iterates over is never called, and its children are.
             if isinstance(child, nn.Sequential):
-                swap_children(child)
+                swap_children(child, frozen)
+
+
+def freeze(m: nn.Module, frozen: bool) -> None:
+    """Makes all roots in ``m`` snapshots of what their parameters are when they are called next, or live again."""
+    with _lock:
+        for root in m.modules():
+            if is_root(root):
+                root.__dict__[STATE].freeze(frozen)
 
 
 def restore(m: nn.Module) -> None:

@@ -1,0 +1,236 @@
+"""A group as a snapshot for inference on the CPU: BatchNorm folded, the weight packed once in oneDNN's own layout.
+
+What a group computes is then one primitive of oneDNN: a convolution with a bias, and post-ops for the residual and the
+activation. The ops are those that inductor's freezing uses. In channels_last oneDNN adds a bias behind all products, so
+that a shift may be one. Where nothing can be packed the live block runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .._dispatch import keywords
+from .blocks import Block, ConvBlock, ConvNormBlock, NormBlock
+from .patterns import Group
+
+Call: TypeAlias = Callable[..., Tensor]
+PostOp: TypeAlias = tuple[str, list[float], str]
+"""An activation in oneDNN: its name, its numbers and its algorithm."""
+
+_ops = torch.ops.fused_conv_bn
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_REFUSALS = RuntimeError, TypeError
+_POST_OPS: dict[str, PostOp] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "silu": ("swish", [], ""),
+    "hardswish": ("hardswish", [], ""),
+    "sigmoid": ("sigmoid", [], ""),
+    "hardsigmoid": ("hardsigmoid", [], ""),
+    "tanh": ("tanh", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+}
+_AFTER_A_RESIDUAL = {"none": None, "relu": "relu"}
+"""Those that oneDNN's op has behind a residual."""
+
+
+def frozen_call(block: Block, group: Group) -> Call:
+    """What runs for one group in a snapshot, without gradients, in the place of ``block.forward``."""
+    if not block.is_quick or (block.bn_twin is not None and block.bn_twin.training):
+        return block.forward
+    if isinstance(block, NormBlock):
+        return _FrozenNorm(block).forward
+    if isinstance(block, (ConvNormBlock, ConvBlock)) and type(block.conv_twin) is nn.Conv2d and _has_packing():
+        return _FrozenConv(block, group).forward
+    return block.forward
+
+
+@functools.cache
+def _has_packing() -> bool:
+    """Whether this build of PyTorch has the ops, and the processor the instructions that make the bias come last."""
+    pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight")
+        and pointwise is not None
+        and {"default", "binary"} <= set(pointwise.overloads())
+        and _bias_comes_last()
+    )
+
+
+def _takes(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return supported is not None and bool(supported())
+    return dtype == torch.float32
+
+
+def _pack(weight: Tensor, window: tuple[list[int], list[int], list[int], int], input_size: list[int]) -> Tensor:
+    packed: Tensor = torch.ops.aten.mkldnn_reorder_conv2d_weight.default(weight.to_mkldnn(), *window, input_size)
+    return packed
+
+
+def _bias_comes_last() -> bool:
+    """Asks oneDNN: 1x1, 3x3 and depthwise convolutions of small products and a large bias.
+
+    Added first, the bias would round every partial sum, which shows as an error of many of its last bits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for channels, kernel, groups in ((256, 1, 1), (64, 3, 1), (64, 3, 64)):
+        x = torch.rand(1, channels, 6, 6, generator=generator)
+        weight = torch.rand(32 if groups == 1 else channels, channels // groups, kernel, kernel, generator=generator)
+        bias = torch.full((weight.shape[0],), 2.0**14)
+        padding = kernel // 2
+        exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), 1, padding, 1, groups)
+        window = [padding] * 2, [1, 1], [1, 1], groups
+        y = torch.ops.mkldnn._convolution_pointwise.default(
+            x, _pack(weight, window, list(x.shape)), bias, *window, "none", [], ""
+        )
+        # The products' sum is below 2**10, of which the last bits do not matter; one rounding of the result is 2**-10.
+        if float((y.double() - exact).abs().max()) > 1.25 * 2.0**-10:
+            return False
+    return True
+
+
+class _FrozenNorm:
+    """A BatchNorm alone, folded on the first call."""
+
+    def __init__(self, block: NormBlock) -> None:
+        self.block = block
+        self.folded: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        block = self.block
+        if type(x) is not Tensor or x.dim() not in block.dimensions or _is_any_autocast_enabled():
+            return block.forward(x, residual)
+        try:
+            if self.folded is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.folded = _affine(block, None)
+            y: Tensor = _ops.scale_shift.default._op(x, *self.folded, residual=residual, **block.named)
+            return y
+        except _REFUSALS:
+            return block.forward(x, residual)
+
+
+def _affine(block: Block, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a block's BatchNorm and its factor."""
+    p, b = block.bn_twin._parameters, block.bn_twin._buffers
+    block.follow()
+    tensors = b["running_mean"], b["running_var"], p["weight"], p["bias"]
+    return ops.fold_bn(*tensors, block.factor, block.bn_twin.eps, conv_bias)
+
+
+class _FrozenConv:
+    """A convolution with what follows it, packed on the first call: for its dtype, and for its size in the first place.
+
+    Other sizes run with the same weight, calls of another dtype, on another device or under autocast the live block.
+    """
+
+    def __init__(self, block: Block, group: Group) -> None:
+        self.block = block
+        conv = block.conv_twin
+        self.window = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+        self.lock = threading.Lock()
+        self.dtype: torch.dtype | None = None  # what is packed
+        self.weight = self.bias = torch.empty(0)
+        # What is no post-op of oneDNN is one pass behind, in place.
+        name, slope = group.activation, group.negative_slope
+        op = ("leaky_relu", [slope], "") if name == "leaky_relu" else _POST_OPS.get(name)
+        adds = group.residual is not None
+        self.adds_inside = adds and name in _AFTER_A_RESIDUAL and not group.residual_last and conv.groups == 1
+        self.after_residual = _AFTER_A_RESIDUAL.get(name)
+        if op is None or (adds and not group.residual_last):
+            op, self.behind = _POST_OPS["none"], keywords(None, name, slope, group.residual_last)
+        else:
+            self.behind = {}
+        self.op: PostOp = op
+        self.needs_pass = (adds and not self.adds_inside) or bool(self.behind)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if type(x) is not Tensor or not x.is_cpu or _is_any_autocast_enabled() or x.dim() != 4:
+            return self.block.forward(x, residual)
+        if x.dtype is not self.dtype and not self._packed_for(x):
+            return self.block.forward(x, residual)
+        pointwise = torch.ops.mkldnn._convolution_pointwise
+        y: Tensor
+        try:
+            if self.adds_inside and residual is not None:
+                y = pointwise.binary._op(
+                    *(x, residual, self.weight, self.bias, *self.window), "add", None, self.after_residual, [], None
+                )
+                return y
+            y = pointwise.default._op(x, self.weight, self.bias, *self.window, *self.op)
+            if self.needs_pass:
+                _ops.scale_shift_.default._op(y, None, None, residual=residual, **self.behind)
+            return y
+        except _REFUSALS:
+            return self.block.forward(x, residual)
+
+    def _packed_for(self, x: Tensor) -> bool:
+        """Whether the weight is packed for such calls, after packing it where this is the first one."""
+        with self.lock:
+            if self.dtype is None and _takes(x.dtype) and x.numel() > 0:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._pack(x)
+            return self.dtype is x.dtype
+
+    def _pack(self, x: Tensor) -> None:
+        block = self.block
+        c = block.conv_twin._parameters
+        weight, bias = c["weight"].detach(), c["bias"]
+        if weight.dtype != x.dtype or not weight.is_cpu:
+            return
+        if block.bn_twin is not None:
+            scale, shift = _affine(block, bias)
+            weight = weight.float() * scale[:, None, None, None]
+        else:
+            shift = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float() * block.factor
+            weight = weight.float() * block.factor
+        self.weight = _pack(weight.to(x.dtype).contiguous(), self.window, list(x.shape))
+        self.bias = shift.to(x.dtype, copy=True)
+        self.dtype = x.dtype
+
+
+# ---- calls of a frozen root ------------------------------------------------------------------------------------------
+
+
+def refuse_training(root: nn.Module) -> None:
+    """A snapshot has no statistics to update."""
+    path = next((path for path, m in root.named_modules() if m.training), None)
+    if path is not None:
+        name = f"its module {path}" if path else "it"
+        raise RuntimeError(f"the model is frozen and {name} is in training mode, expected eval(), or thaw(model) first")
+
+
+def run_frozen(root: nn.Module, values: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+    """A call without gradients, whose results have the memory format that the arguments have."""
+    if root.training:
+        refuse_training(root)
+    if torch.is_grad_enabled():
+        for v in torch.utils._pytree.tree_leaves(values):
+            if isinstance(v, Tensor) and v.requires_grad:
+                raise RuntimeError(
+                    "the model is frozen and computes no gradients, and an argument requires grad: call thaw(model) "
+                    "first, or pass argument.detach()"
+                )
+    with torch.no_grad():
+        result = call()
+    if any(isinstance(v, Tensor) and _is_channels_last(v) for v in values):
+        return result
+    if type(result) is Tensor:
+        return result.contiguous() if _is_channels_last(result) else result
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.contiguous() if _is_channels_last(t) else t, result)
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)

@@ -313,6 +313,8 @@ def swap(m: nn.Module) -> None:
 
 
 def _swap(m: nn.Module) -> None:
+    if (graphs := m.__dict__.get("_graphs")) is not None:  # fcb.graphed's module: the one in it
+        m = graphs.model
     if is_root(m) or "forward" in m.__dict__ or isinstance(m, (ConvBnScale2d, torch.jit.ScriptModule)):
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:

@@ -113,7 +113,7 @@ class Graphs:
     def _refuse_gradients(self, tensors: Sequence[Tensor], watch: Watch) -> None:
         if any(map(_requires_grad, tensors)):
             what = "an argument"
-        elif any(map(_requires_grad, watch.parameters)):
+        elif any(map(_requires_grad, watch.tensors)):
             what = "a parameter"
         else:
             return
@@ -145,6 +145,10 @@ class Graphs:
             self._forget()
             self.watch = None
 
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # when Python ends there may be no device to wait for
+            self._forget()
+
     def _record(self, key: Hashable, call: Call, device: torch.device) -> Recording:
         if any(t.layout is not torch.strided or t.is_quantized for t in call.tensors):
             raise TypeError(NOT_STRIDED)
@@ -162,10 +166,9 @@ class Graphs:
 
     def _warm_up(self, call: Call, side: Any) -> Watch:
         """Calls that leave no trace: whatever libraries and fused modules do at a first call happens here."""
-        first = torch.is_grad_enabled()
-        watch = self.watch
+        grad, watch = torch.is_grad_enabled(), self.watch
         assert watch is not None
-        with side.aside(), undisturbed(self.model), _as_called(first):
+        with side.aside(), undisturbed(self.model), _as_called(grad):
             for left in reversed(range(_WARM_UPS)):
                 if not left and not watch.holds():  # fused modules have found more of them, lazy ones their parameters
                     watch = self._look_again()
@@ -342,16 +345,16 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
         with torch.no_grad():
             y = fast(x)
 
-    The first call of a kind warms up, captures and replays; later ones copy their tensors into the graph's, replay, and
+    The first call of a kind warms up, captures and replays. Later ones copy their tensors into the graph's, replay, and
     copy the results. A kind of call is: the structure of the arguments; shapes, strides, dtypes and device of their
-    tensors; their other values; grad mode, autocast, and PyTorch's flags for TF32, cuDNN and determinism. Warm-ups leave
-    buffers and the random state as they were, and replays draw random numbers as eager calls do.
+    tensors; their other values; grad mode, autocast, and PyTorch's flags for TF32, cuDNN and determinism. Warm-ups
+    leave buffers and the random state as they were, and replays draw random numbers as eager calls do.
 
-    Parameters and buffers that change in place are seen. Ones that were moved or replaced, another mode or class of a
-    module in the model, and other children lead to new captures. Python code runs in the warm-ups and the capture alone.
+    Parameters and buffers that change in place are seen. Ones that were moved or replaced, other children, and another
+    mode or class of a module lead to new captures. Python code runs in the warm-ups and the capture alone.
 
-    A call is the model's own where no argument is on CUDA, with a forward hook (and a warning), and under torch.compile,
-    torch.export, torch.func, traces and modes.
+    A call is the model's own where no argument is on CUDA, with a forward hook (and a warning), and under
+    torch.compile, torch.export, torch.func, traces and modes.
 
     Any thread and any stream may call. Replays wait for each other, since all graphs of the model share memory.
 

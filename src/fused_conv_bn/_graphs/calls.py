@@ -15,7 +15,7 @@ from .. import algorithms, conditions
 
 CONSTANTS = frozenset(
     {
-        *(type(None), bool, int, float, complex, str, bytes, slice),
+        *(type(None), bool, int, float, complex, str, bytes),
         *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
     }
 )
@@ -36,6 +36,7 @@ class Call:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.spec: Any
         self.leaves: Sequence[Any]
+        self.tensors: Sequence[Tensor]
         if not kwargs and {*map(type, args)} == _ONLY_TENSORS:
             self.tensors = self.leaves = args
             self.spec = len(args), ()
@@ -59,7 +60,7 @@ class Call:
             kind = type(v)
             if isinstance(v, Tensor):
                 found.append(Tensor)
-            elif kind in (float, complex, slice):
+            elif kind in (float, complex):
                 found.append((kind, repr(v)))
             elif kind in CONSTANTS or isinstance(v, enum.Enum):
                 found.append((kind, v))
@@ -93,7 +94,16 @@ def call_key(call: Call) -> Hashable:
         ids = [*map(id, tensors)]
         if len({*ids}) != len(ids):
             same = tuple(map(ids.index, ids))
-    return call.spec, call.constants(), described, same, torch.is_grad_enabled(), _autocast(), _flags()
+    return _hashable(call.spec), call.constants(), described, same, torch.is_grad_enabled(), _autocast(), _flags()
+
+
+def _hashable(spec: Any) -> Hashable:
+    """A structure of arguments. Older ones of PyTorch's have no hash where they are of dicts."""
+    try:
+        hash(spec)
+    except TypeError:
+        return repr(spec)
+    return spec
 
 
 def _autocast() -> Hashable:
@@ -109,10 +119,8 @@ def _flags() -> Hashable:
     return (
         *(c._get_cudnn_enabled(), c._get_cudnn_benchmark(), c._get_cudnn_deterministic()),
         *(precision("cuda", "matmul"), precision("cuda", "conv"), precision("cuda", "rnn")),
-        *(
-            c._get_cublas_allow_fp16_reduced_precision_reduction(),
-            c._get_cublas_allow_bf16_reduced_precision_reduction(),
-        ),
+        c._get_cublas_allow_fp16_reduced_precision_reduction(),
+        c._get_cublas_allow_bf16_reduced_precision_reduction(),
         *(c._get_deterministic_algorithms(), torch.get_default_dtype(), _default_devices()),
         algorithms.current(),
     )
@@ -126,7 +134,7 @@ def _default_devices() -> Hashable:
 
 
 def is_watched() -> bool:
-    """Whether someone wants to see what a call runs: a trace, an export, a transform, a mode, a hook for all modules."""
+    """Whether someone wants to see what a call runs: a trace, a transform, a mode, a hook for all modules."""
     if torch._C._get_tracing_state() is not None or conditions.transformed() or conditions.hooks_for_all():
         return True
     if torch._C._len_torch_dispatch_stack():

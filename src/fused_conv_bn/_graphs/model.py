@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .. import conditions
 from .calls import CONSTANTS
 
 _data_ptr, _numel = Tensor.data_ptr, Tensor.numel
+_values: Callable[[Any], Iterable[Any]] = dict.values
 _training = operator.itemgetter("training")
 
 
@@ -24,7 +26,7 @@ class Watch:
         contents = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
         self.filled, self.empty = [d for d in contents if d], [d for d in contents if not d]
         self.hooks = [d for m in self.modules for d in (m._forward_hooks, m._forward_pre_hooks)]
-        self.values = [*itertools.chain.from_iterable(map(dict.values, self.filled))]
+        self.values = [*itertools.chain.from_iterable(map(_values, self.filled))]
         tensors = [v for v in self.values if isinstance(v, Tensor)]
         self.tensors = [t for t in tensors if not is_lazy(t)]
         self.lazy = len(self.tensors) < len(tensors)  # nothing to compare, until they have memory
@@ -45,7 +47,7 @@ class Watch:
         return (
             not self.lazy
             and sum(map(len, self.filled)) == len(self.values)
-            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.filled)), self.values))
+            and all(map(operator.is_, itertools.chain.from_iterable(map(_values, self.filled)), self.values))
             and [*map(_data_ptr, self.tensors)] == self.pointers
             and [*map(_numel, self.parameters)] == self.sizes
             and not any(self.empty)
@@ -66,9 +68,11 @@ class Attributes:
         changed = None
         for m, now, before in zip(self.watch.modules, self.watch.attributes, self.before, strict=True):
             names = [k for k in {**before, **now} if not _is_same(now.get(k, self), before.get(k, self))]
+            for k in names:
+                now.pop(k, None)
+                if k in before:
+                    now[k] = before[k]
             if names:
-                now.clear()
-                now.update(before)
                 changed = changed or f"{type(m).__name__} sets its attribute {names[0]!r}"
         return changed
 

@@ -55,13 +55,13 @@ class Results:
             else:
                 if type(v) is not Tensor or v.layout is not torch.strided or v.device != device:
                     raise TypeError(
-                        f"graphed: the model returned a {type(v).__name__} of layout {v.layout} on {v.device}, expected "
-                        f"strided tensors on {device}"
+                        f"graphed: the model returned a {type(v).__name__} of layout {v.layout} on {v.device}, "
+                        f"expected strided tensors on {device}"
                     )
                 if v.requires_grad:
                     raise RuntimeError(
-                        "graphed: the model returned a tensor that requires a gradient, which a graph does not compute; "
-                        "call it under torch.no_grad()"
+                        "graphed: the model returned a tensor that requires a gradient, which a graph does not "
+                        "compute; call it under torch.no_grad()"
                     )
                 self.places.append(("new", len(self.new)))
                 self.new.append(v)

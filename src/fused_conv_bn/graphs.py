@@ -131,7 +131,7 @@ class Graphs:
     def _forget(self) -> None:
         recordings = [*self.recordings.values()]
         self.recordings.clear()
-        for side in self.sides.values():
+        for side in {r.side for r in recordings}:
             side.free([r.graph for r in recordings if r.side is side], last=True)
 
     def _evict(self, limit: int) -> None:

@@ -25,6 +25,7 @@ import fused_conv_bn as fcb
 from fused_conv_bn import graphs
 from fused_conv_bn._fuse.root import undisturbed
 from fused_conv_bn._graphs import calls
+from fused_conv_bn._graphs.cuda import Cuda
 from fused_conv_bn._graphs.recording import Static
 
 # ---- a stand-in for CUDA ---------------------------------------------------------------------------------------------
@@ -980,6 +981,132 @@ def test_threads(device: str) -> None:
 
     in_threads(4, work)
     assert fast.graphs == 2
+
+
+# ---- what CUDA is asked ----------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """In the place of torch.cuda's streams, events and graphs: what is asked of them, on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.names = iter(("warming", "capturing"))
+        self.pools = iter(("pool 1", "pool 2", "pool 3"))
+        self.current: Any = Stream(self, "the caller's")
+        self.invalid = False
+        for name, stand_in in {
+            "Stream": lambda device: Stream(self, next(self.names)),
+            "Event": lambda: Event(self),
+            "CUDAGraph": lambda: Graph(self),
+            "stream": self.on,
+            "current_stream": lambda device: self.current,
+            "empty_cache": lambda: self.log.append("empty cache"),
+            "graph_pool_handle": lambda: next(self.pools),
+            "is_current_stream_capturing": lambda: False,
+        }.items():
+            assert hasattr(torch.cuda, name)
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        stand_in = lambda device, pool: self.log.append(f"give up {pool}")  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", stand_in, raising=False)
+        monkeypatch.setattr(Cuda, "kind", "cpu")
+
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def since(self) -> list[str]:
+        log, self.log[:] = [*self.log], []
+        return log
+
+
+class Stream:
+    def __init__(self, asked: Asked, name: str) -> None:
+        self.asked, self.name = asked, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.asked.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: Event) -> None:
+        self.asked.log.append(f"{self.name} waits for the last replay")
+
+
+class Event:
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+
+    def record(self, stream: Stream) -> None:
+        self.asked.log.append(f"replayed on {stream.name}")
+
+    def synchronize(self) -> None:
+        self.asked.log.append("wait for the last replay")
+
+
+class Graph:
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        assert capture_error_mode == "thread_local" and self.asked.current.name == "capturing" and not gc.isenabled()
+        self.pool = pool
+        self.asked.log.append(f"capture into {pool}")
+
+    def capture_end(self) -> None:
+        assert self.asked.current.name == "capturing"
+        self.asked.log.append("end")
+        if self.pool and self.asked.invalid:
+            raise RuntimeError("invalidated")
+
+    def replay(self) -> None:
+        self.asked.log.append("replay")
+
+    def reset(self) -> None:
+        self.asked.log.append("reset")
+
+
+@torch.no_grad()
+def test_what_cuda_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch)
+    fails = False
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        if fails and asked.current.name == "capturing":
+            asked.invalid = True
+            raise ValueError("no")
+        return m.c(x)
+
+    fast = graphs.Graphed(graphs.Graphs(Run(run), 2, True, Cuda))
+    warm = ["warming waits for the caller's", "the caller's waits for warming"]
+    fresh = ["the caller's waits for capturing", "empty cache", "capture into None", "end", "reset"]
+    replay = ["the caller's waits for the last replay", "replay", "replayed on the caller's"]
+    freed = ["wait for the last replay", "reset"]
+    fast(image("cpu"))
+    assert asked.since() == [*warm, *fresh, "capture into pool 1", "end", *replay]
+    fast(image("cpu"))
+    assert asked.since() == replay
+    fast(image("cpu", 3))
+    assert asked.since() == [*warm, *fresh, "capture into pool 1", "end", *replay]
+    fast(image("cpu", 4))
+    assert asked.since() == [*warm, *freed, *fresh, "capture into pool 1", "end", *replay]
+    fast.clear()
+    assert asked.since() == [*freed, "reset"]
+    fast(image("cpu"))
+    assert asked.since() == [*warm, *fresh, "capture into pool 2", "end", *replay]
+    fails = True
+    with pytest.raises(RuntimeError, match="cannot be captured: ValueError: no$"):
+        fast(image("cpu", 3))
+    recovered = ["give up pool 2", "reset", "capture into None", "end", "reset", "wait for the last replay"]
+    assert asked.since() == [*warm, *fresh, "capture into pool 2", "end", *recovered]
+    assert asked.current.name == "the caller's" and gc.isenabled() and fast.graphs == 1
+    fails = asked.invalid = False
+    fast(image("cpu", 3))
+    assert asked.since() == [*warm, *fresh, "capture into pool 2", "end", *replay]
+    del fast
+    assert asked.since() == [*freed, "reset"]
 
 
 # ---- CUDA alone ------------------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ class Graphs:
         side, tensors = self.sides[device], call.tensors
         ids = [*map(id, tensors)]
         unique = [*map(ids.index, dict.fromkeys(ids))]
-        statics = side.statics([tensors[i] for i in unique])
+        with torch.inference_mode(False):
+            statics = side.statics([tensors[i] for i in unique])
         recording = Recording(side, statics, None if len(unique) == len(ids) else unique)
         by_id = dict(zip(dict.fromkeys(ids), statics, strict=True))
         args, kwargs = call.with_tensors([by_id[i].tensor for i in ids])

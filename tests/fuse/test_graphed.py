@@ -359,8 +359,8 @@ def by_data(m: Any) -> None:
 
 def by_a_prefix(m: Any) -> None:
     """The same address, and fewer channels."""
-    m[3].weight.data, m[3].bias.data = m[3].weight.data[:2], m[3].bias.data[:2]
-    m[4] = nn.Identity().eval()
+    for t in (*m[3].parameters(), *m[4].parameters(), m[4].running_mean, m[4].running_var):
+        t.data = t.data[:2]
 
 
 def by_parameter(m: Any) -> None:
@@ -548,6 +548,27 @@ def test_autocasts_cache_is_not_part_of_it(device: str) -> None:
             for p in model.parameters():
                 p.add_(0.25)
     assert fast.graphs == 1
+    seen = []
+    with torch.no_grad():  # other threads have the same cache
+        made(Run(lambda m, x: (seen.append(torch.is_autocast_cache_enabled()), m.c(x))[1]), device)(x)
+    assert seen and not any(seen)
+
+
+@torch.no_grad()
+def test_inference_mode_first(device: str) -> None:
+    """Whichever mode captured, the other replays."""
+    model = Run(lambda m, x: F.dropout(m.c(x), 0.5, training=True)).to(device)
+    for first, second in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+        fast = made(model, device)
+        x = image(device)
+        torch.manual_seed(5)
+        expected = [model(x), model(x)]
+        torch.manual_seed(5)
+        with first():
+            assert torch.equal(fast(x), expected[0])
+        with second():
+            assert torch.equal(fast(x), expected[1])
+        assert fast.graphs == 1
 
 
 @torch.no_grad()
@@ -922,6 +943,20 @@ def test_as_a_part_of_another_model() -> None:
         for _ in range(2):
             torch.testing.assert_close(plain(x), expected.detach(), rtol=1e-12, atol=1e-12)
     assert str(fcb.report(plain)).endswith("4 fused")
+
+
+@torch.no_grad()
+def test_fusing_what_is_graphed(device: str) -> None:
+    """It is the model in it that is fused, and its graphs are captured anew."""
+    model = net().to(device)
+    fast, x = made(model, device), image(device)
+    expected = fast(x)
+    assert fcb.fuse(fast, x) is fast and type(fast) is graphs.Graphed and isinstance(model, nn.Sequential)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), expected)
+    assert str(fcb.report(fast)).endswith("4 fused") and fast.graphs == 1
+    assert fcb.unfuse(fast) is fast and type(model) is nn.Sequential
+    assert torch.equal(fast(x), expected) and fast.graphs == 1
 
 
 @torch.no_grad()
@@ -1300,23 +1335,6 @@ def test_devices_do_not_mix(cuda: str) -> None:
     model.cpu()
     x = image("cpu")
     assert torch.equal(fast(x), model(x))
-
-
-@torch.no_grad()
-def test_inference_mode_first(cuda: str) -> None:
-    """Whichever mode captured, the other replays."""
-    model = Run(lambda m, x: F.dropout(m.c(x), 0.5, training=True)).to(cuda)
-    for first, second in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
-        fast = fcb.graphed(model)
-        x = image(cuda)
-        torch.manual_seed(5)
-        expected = [model(x), model(x)]
-        torch.manual_seed(5)
-        with first():
-            assert torch.equal(fast(x), expected[0])
-        with second():
-            assert torch.equal(fast(x), expected[1])
-        assert fast.graphs == 1
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, documents, record, report, report_conv, report_grad_mode, report_steps
+from . import charts, documents, record, report, report_conv, report_grad_mode, report_models, report_steps
 from .common import InaccurateError
 from .run import COMPILE_BUDGETS, CPU_MAX_MB, PARTS, measure
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PARTS,
         metavar="PART",
         help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it, of which train has the batch's "
-        "statistics (default: all; on the CPU bn_scale, bn_scale_train, host, problem_73 and train)",
+        "statistics (default: all but models; on the CPU bn_scale, bn_scale_train, host, problem_73 and train)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_conv.print_tables(found)
     report_grad_mode.print_tables(found)
     report_steps.print_tables(found)
+    report_models.print_tables(found)
     report.print_tables(found)
     if args.charts:
         for path in charts.draw(found, args.charts):

@@ -17,6 +17,7 @@ from .record import Report, Row
 from .report import LAYOUTS, Table, host_table, short
 from .report_conv import floor_us, groups, mean_ratio, slowest
 from .report_grad_mode import forward, kernelbench
+from .report_models import models
 from .report_steps import layer_steps, step_means, steps, worst_step
 
 # Of README: its words, the part and the case.
@@ -196,6 +197,7 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "layer_steps": functools.partial(of_table, layer_steps),
     "step_means": functools.partial(of_table, step_means),
     "worst_step": worst_step,
+    "models": functools.partial(of_table, models),
     "host": functools.partial(of_table, host_table),
 }
 

@@ -22,7 +22,18 @@ import fused_conv_bn
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
 # What has rows, in their order in a record.
-PARTS = ("host", "conv", "train", "activations", "grad_mode", "steps", "short_planes", "bn_scale", "bn_scale_train")
+PARTS = (
+    "host",
+    "conv",
+    "train",
+    "activations",
+    "grad_mode",
+    "steps",
+    "models",
+    "short_planes",
+    "bn_scale",
+    "bn_scale_train",
+)
 
 cudnn: Any = torch.backends.cudnn  # which has types only in part
 

@@ -1,6 +1,6 @@
 """What a run measures: bn_scale and bn_scale_train (bn_scale.py), the convolutions (conv.py), with every activation
-(activations.py), with grad mode on (grad_mode.py), whole steps (steps.py), the host's times (host.py), the CPU's
-short planes (short_planes.py).
+(activations.py), with grad mode on (grad_mode.py), whole steps (steps.py), whole models (models.py), the host's times
+(host.py), the CPU's short planes (short_planes.py).
 
 Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it.
 """
@@ -17,14 +17,15 @@ import torch
 
 import fused_conv_bn as fcb
 
-from . import activations, bn_scale, conv, grad_mode, host, record, short_planes, steps
+from . import activations, bn_scale, conv, grad_mode, host, models, record, short_planes, steps
 from .common import EPS, MB, SCALING_FACTOR, Compiler, progress
 from .layers import GROUPS, ConvCase, StepCase, activation_cases, conv_cases, grad_mode_cases, step_cases
 from .stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, MAX_PAIRS, Stopwatch
 
 CPU_MAX_MB = 64
-COMPILE_BUDGETS = {"bn_scale": 45, "conv": 120, "train": 40, "grad_mode": 60, "steps": 75}  # seconds
-PARTS = ["bn_scale", "bn_scale_train", "host", "activations", "grad_mode", "steps", "conv", *GROUPS]
+COMPILE_BUDGETS = {"bn_scale": 45, "conv": 120, "train": 40, "grad_mode": 60, "steps": 75, "models": 90}  # seconds
+PARTS = ["bn_scale", "bn_scale_train", "host", "activations", "grad_mode", "steps", "models", "conv", *GROUPS]
+BY_NAME = ["models"]  # which take torchvision and timm
 QUICK_TRIALS = 5  # of KernelBench's 100, and on the CPU, where it does not measure
 
 NOTES = {
@@ -49,6 +50,7 @@ PART_NOTES: dict[str, str | dict[str, str]] = {
     "activations": activations.NOTES,
     "grad_mode": grad_mode.NOTES,
     "steps": steps.NOTES,
+    "models": models.NOTES,
 }
 
 
@@ -80,7 +82,11 @@ def measure(args: argparse.Namespace) -> record.Report:
     began = time.perf_counter()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    default = PARTS if device == "cuda" else ["bn_scale", "bn_scale_train", "host", "problem_73", "train"]
+    default = (
+        [p for p in PARTS if p not in BY_NAME]
+        if device == "cuda"
+        else ["bn_scale", "bn_scale_train", "host", "problem_73", "train"]
+    )
     parts = args.only or default
     max_bytes = math.inf if args.max_mb is None and device == "cuda" else (args.max_mb or CPU_MAX_MB) * MB
     sizes, dtypes = bn_scale.SIZES, bn_scale.DTYPES
@@ -96,6 +102,7 @@ def measure(args: argparse.Namespace) -> record.Report:
     convs = {part: of_part for part, of_part in convs.items() if of_part}
     with_each = with_batch(activation_cases(device, args.quick) if "activations" in parts else [], args)
     in_grad_mode = with_batch(grad_mode_cases(device) if "grad_mode" in parts else [], args)
+    whole = models.model_cases(device, args.quick) if "models" in parts else []
     in_steps = selected_steps(args, device) if "steps" in parts else []
     short = short_planes.short_cases() if device == "cpu" and "bn_scale_train" in parts else []
     compilers = {
@@ -122,6 +129,8 @@ def measure(args: argparse.Namespace) -> record.Report:
     for short_case in short:
         checks += short_planes.check_short(short_case)
     checks += activation_bench.check(with_each) + grad_bench.check(in_grad_mode) + step_bench.check(in_steps)
+    model_rows, model_checks = models.ModelBench(device, args.repeats, compilers["models"], watch).time(whole)
+    checks += model_checks
     report: record.Report = {
         **record.describe(device, args.commit),
         "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
@@ -140,6 +149,8 @@ def measure(args: argparse.Namespace) -> record.Report:
         report["grad_mode"] = grad_bench.time(in_grad_mode)
     if in_steps:
         report["steps"] = step_bench.time(in_steps)
+    if whole:
+        report["models"] = model_rows
     if short:
         report["short_planes"] = short_planes.time_short(short, bench.watch, args.repeats)
     for part in cases:

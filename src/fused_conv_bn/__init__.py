@@ -15,6 +15,7 @@ from . import _register, conditions, reference  # noqa: E402, F401  (the ops exi
 from ._fuse import Report, fuse, report, thaw, unfuse  # noqa: E402
 from .algorithms import explain, use_algorithm  # noqa: E402
 from .conditions import export_ops  # noqa: E402
+from .graphs import graphed  # noqa: E402
 from .modules import ConvBnScale2d  # noqa: E402
 from .ops import (  # noqa: E402
     bn_scale,
@@ -43,6 +44,7 @@ __all__ = [
     "export_ops",
     "fold_bn",
     "fuse",
+    "graphed",
     "reference",
     "report",
     "scale_shift",

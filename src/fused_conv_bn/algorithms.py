@@ -12,6 +12,7 @@ from ._conv import as_autocast
 from .conditions import has_cuda_library
 
 _ops = torch.ops.fused_conv_bn
+_was_used = False
 
 
 @contextlib.contextmanager
@@ -42,7 +43,8 @@ def use_algorithm(algorithm: str | None = None, statistics: str | None = None) -
     Raises:
         RuntimeError: an unknown name.
     """
-    before = _use(algorithm or "", statistics or "")
+    global _was_used
+    before, _was_used = _use(algorithm or "", statistics or ""), True
     try:
         yield
     finally:
@@ -55,6 +57,11 @@ def _use(algorithm: str, statistics: str) -> tuple[str, str]:
         return _ops._use_algorithm(algorithm, statistics)
     _ops._check_algorithm(algorithm, statistics)
     return "", ""
+
+
+def current() -> tuple[str, str] | None:
+    """What :func:`use_algorithm` chose for this thread; None if it was never used, which costs nothing to tell."""
+    return _use("", "") if _was_used else None
 
 
 def explain(

@@ -234,6 +234,10 @@ def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs
     return _run(root, state, own, args, kwargs)
 
 
+def _is_in_cuda_graph() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if state.reason is not None:
         return own(root, *args, **kwargs)
@@ -247,6 +251,8 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     if key in state.refused:
         return own(root, *args, **kwargs)
     entry = next((e for e in state.entries.get(key, ()) if e.holds()), None)
+    if (entry is None or entry.unchecked) and _is_in_cuda_graph():
+        return own(root, *args, **kwargs)  # a first call looks at values, which a graph has not
     if entry is None:
         try:
             with _lock:
@@ -457,6 +463,8 @@ def swap(m: nn.Module, frozen: bool = False) -> None:
 
 
 def _swap(m: nn.Module, frozen: bool) -> None:
+    if (graphs := m.__dict__.get("_graphs")) is not None:  # fcb.graphed's module: the one in it
+        m = graphs.model
     if is_root(m) or "forward" in m.__dict__ or isinstance(m, (ConvBnScale2d, torch.jit.ScriptModule)):
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:

@@ -1,0 +1,1 @@
+"""What :mod:`fused_conv_bn.graphs` is made of."""

@@ -1,0 +1,81 @@
+"""A model as it was when its graphs were captured."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .. import conditions
+from .calls import CONSTANTS
+
+_data_ptr, _numel = Tensor.data_ptr, Tensor.numel
+_values: Callable[[Any], Iterable[Any]] = dict.values
+_training = operator.itemgetter("training")
+
+
+class Watch:
+    """A model's modules and tensors as they were. All of it is lists, so that a look at them is a few calls into C."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        contents = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
+        self.filled, self.empty = [d for d in contents if d], [d for d in contents if not d]
+        self.hooks = [d for m in self.modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.values = [*itertools.chain.from_iterable(map(_values, self.filled))]
+        tensors = [v for v in self.values if isinstance(v, Tensor)]
+        self.tensors = [t for t in tensors if not is_lazy(t)]
+        self.lazy = len(self.tensors) < len(tensors)  # nothing to compare, until they have memory
+        for t in self.tensors:
+            if type(t) not in conditions.PLAIN_TENSORS:
+                raise TypeError(
+                    f"graphed: a parameter or buffer of the model is a {type(t).__name__}, expected plain tensors"
+                )
+        self.parameters = [p for p in self.tensors if isinstance(p, nn.Parameter)]
+        self.pointers, self.sizes = [*map(_data_ptr, self.tensors)], [*map(_numel, self.parameters)]
+        self.attributes = [m.__dict__ for m in self.modules]
+        self.types = [*map(type, self.modules)]
+        self.states = [d for d in self.attributes if "training" in d]
+        self.modes = [*map(_training, self.states)]
+
+    def holds(self) -> bool:
+        """Whether each module has the same children, the same tensors in the same memory, class and mode."""
+        return (
+            not self.lazy
+            and sum(map(len, self.filled)) == len(self.values)
+            and all(map(operator.is_, itertools.chain.from_iterable(map(_values, self.filled)), self.values))
+            and [*map(_data_ptr, self.tensors)] == self.pointers
+            and [*map(_numel, self.parameters)] == self.sizes
+            and not any(self.empty)
+            and [*map(type, self.modules)] == self.types
+            and [*map(_training, self.states)] == self.modes
+        )
+
+
+class Attributes:
+    """All attributes of a model's modules, before a call that is to change none of them."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.before = [dict(d) for d in watch.attributes]
+
+    def restore(self) -> str | None:
+        """Takes changes back. Returns what they were, as a sentence's subject, predicate and object."""
+        changed = None
+        for m, now, before in zip(self.watch.modules, self.watch.attributes, self.before, strict=True):
+            names = [k for k in {**before, **now} if not _is_same(now.get(k, self), before.get(k, self))]
+            for k in names:
+                now.pop(k, None)
+                if k in before:
+                    now[k] = before[k]
+            if names:
+                changed = changed or f"{type(m).__name__} sets its attribute {names[0]!r}"
+        return changed
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and type(a) in CONSTANTS and a == b)

@@ -1,0 +1,386 @@
+"""CUDA graphs of a model's calls: ``graphed`` records a call once for each kind of it, and replays it after that.
+
+A replay runs kernels at addresses, and no Python. So whatever the addresses stand for has to stay where it was, and
+whatever Python would do at each call has to be nothing. What is keyed, refused, kept and forgotten is decided here
+without a word of CUDA, which is :class:`Cuda`'s. Tests put a stand-in in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import operator
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from . import conditions
+from ._fuse.root import undisturbed
+from ._graphs.calls import NOT_STRIDED, Call, call_key, is_watched
+from ._graphs.cuda import Cuda
+from ._graphs.model import Attributes, Watch
+from ._graphs.recording import Recording, Results, copies, share_memory
+
+_is_compiling = torch.compiler.is_compiling
+_numel = Tensor.numel
+_requires_grad = operator.attrgetter("requires_grad")
+_WARM_UPS = 3
+
+
+class _InUse(threading.local):
+    """Whether this thread is in a warm-up or a capture: graphed models in the model run plainly there."""
+
+    value = False
+
+
+_in_use = _InUse()
+
+
+class Graphs:
+    """The graphs of a model, the least recently used first."""
+
+    def __init__(self, model: nn.Module, max_graphs: int, clone_outputs: bool, side: Any = Cuda) -> None:
+        self.model, self.max_graphs, self.clone_outputs = model, max_graphs, clone_outputs
+        self.kind, self.new_side, self.is_capturing = side.kind, side, side.is_capturing
+        self.sides: dict[torch.device, Any] = {}
+        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self.watch: Watch | None = None
+        self.lock = threading.Lock()
+        self.warned = False
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model = self.model
+        if _is_compiling() or _in_use.value or is_watched():
+            return model(*args, **kwargs)
+        call = Call(args, kwargs)
+        device = self._device(call.tensors)
+        if device is None:
+            return model(*args, **kwargs)
+        if model.training:
+            raise RuntimeError("graphed: the model is in training mode, expected evaluation mode: call eval() on it")
+        if self.is_capturing():
+            raise RuntimeError(
+                "graphed: the current stream is being captured already, expected none: capture its .module instead"
+            )
+        key = call_key(call)
+        with self.lock:
+            watch = self.watch
+            if watch is None or not watch.holds():
+                watch = self._look_again()
+            if not any(watch.hooks):
+                if torch.is_grad_enabled():
+                    self._refuse_gradients(call.tensors, watch)
+                recording = self.recordings.get(key)
+                if recording is None:
+                    if any(map(_numel, call.tensors)):
+                        return self._record(key, call, device).replay(call.tensors, self.clone_outputs)
+                else:
+                    self.recordings.move_to_end(key)
+                    if not (recording.written and share_memory(call.tensors)):
+                        return recording.replay(call.tensors, self.clone_outputs)
+            elif not (self.warned or watch.lazy):  # lazy modules have hooks until they have parameters
+                self.warned = True
+                warnings.warn(
+                    "graphed: a module of the model has a forward hook, which a replay would not call; the model runs "
+                    "without graphs",
+                    stacklevel=3,
+                )
+        return model(*args, **kwargs)
+
+    def _device(self, tensors: Sequence[Tensor]) -> torch.device | None:
+        """The tensors' device, where graphs are for it. None where the call is the model's own."""
+        if not tensors:
+            return None
+        if len(tensors) == 1 and type(tensors[0]) is Tensor:
+            device: torch.device = tensors[0].device
+            return device if device.type == self.kind else None
+        devices = {t.device for t in tensors}
+        if all(d.type != self.kind for d in devices) or not {*map(type, tensors)} <= conditions.PLAIN_TENSORS:
+            return None
+        if len(devices) > 1:
+            raise ValueError(
+                f"graphed: the arguments have tensors on {' and '.join(sorted(map(str, devices)))}, expected one device"
+            )
+        return devices.pop()
+
+    def _refuse_gradients(self, tensors: Sequence[Tensor], watch: Watch) -> None:
+        if any(map(_requires_grad, tensors)):
+            what = "an argument"
+        elif any(map(_requires_grad, watch.tensors)):
+            what = "a parameter"
+        else:
+            return
+        raise RuntimeError(
+            f"graphed: grad mode is on and {what} requires a gradient, which a graph does not compute; call it under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
+
+    def _look_again(self) -> Watch:
+        """The model is not what the graphs were captured of."""
+        self._forget()
+        self.watch = Watch(self.model)
+        return self.watch
+
+    def _forget(self) -> None:
+        recordings = [*self.recordings.values()]
+        self.recordings.clear()
+        for side in {r.side for r in recordings}:
+            side.free([r.graph for r in recordings if r.side is side], last=True)
+
+    def _evict(self, limit: int) -> None:
+        while len(self.recordings) > limit:
+            _, oldest = self.recordings.popitem(last=False)
+            side = oldest.side
+            side.free([oldest.graph], last=all(r.side is not side for r in self.recordings.values()))
+
+    def clear(self) -> None:
+        with self.lock:
+            self._forget()
+            self.watch = None
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # when Python ends there may be no device to wait for
+            self._forget()
+
+    def _record(self, key: Hashable, call: Call, device: torch.device) -> Recording:
+        if any(t.layout is not torch.strided or t.is_quantized for t in call.tensors):
+            raise TypeError(NOT_STRIDED)
+        if device not in self.sides:
+            self.sides[device] = self.new_side(device)
+        _in_use.value = True
+        try:
+            watch = self._warm_up(call, self.sides[device])
+            self._evict(self.max_graphs - 1)
+            recording = self._capture(call, device, watch)
+        finally:
+            _in_use.value = False
+        self.recordings[key] = recording
+        return recording
+
+    def _warm_up(self, call: Call, side: Any) -> Watch:
+        """Calls that leave no trace: whatever libraries and fused modules do at a first call happens here."""
+        grad, watch = torch.is_grad_enabled(), self.watch
+        assert watch is not None
+        with side.aside(), undisturbed(self.model), _as_called(grad):
+            for left in reversed(range(_WARM_UPS)):
+                if not left and not watch.holds():  # fused modules have found more of them, lazy ones their parameters
+                    watch = self._look_again()
+                args, kwargs = call.with_tensors(copies(call.tensors))
+                self.model(*args, **kwargs)
+        if not watch.holds():
+            self._forget()
+            raise RuntimeError(
+                f"graphed: the forward of {type(self.model).__name__} replaces modules, parameters or buffers at each "
+                "call, which a replay does not"
+            )
+        return watch
+
+    def _capture(self, call: Call, device: torch.device, watch: Watch) -> Recording:
+        for name, t in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            if t.device != device:
+                raise ValueError(f"graphed: {name!r} of the model is on {t.device}, and the arguments are on {device}")
+        side, tensors = self.sides[device], call.tensors
+        ids = [*map(id, tensors)]
+        unique = [*map(ids.index, dict.fromkeys(ids))]
+        with torch.inference_mode(False):
+            statics = side.statics([tensors[i] for i in unique])
+        recording = Recording(side, statics, None if len(unique) == len(ids) else unique)
+        by_id = dict(zip(dict.fromkeys(ids), statics, strict=True))
+        args, kwargs = call.with_tensors([by_id[i].tensor for i in ids])
+        versions = [s.tensor._version for s in statics]
+        attributes = Attributes(watch)
+        mode, name = torch.is_grad_enabled(), type(self.model).__name__
+
+        def run() -> Any:
+            with _as_called(mode):
+                return self.model(*args, **kwargs)
+
+        try:
+            graph, result = side.capture(run)
+        except BaseException as error:
+            attributes.restore()
+            self._give_up(side, [])
+            if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            told = str(error).strip().split("\n")[0]
+            raise RuntimeError(
+                f"graphed: the forward of {name} cannot be captured: {type(error).__name__}: {told}"
+            ) from error
+        try:
+            # What modules keep besides parameters and buffers (anchors, say) is memory that the graph may read.
+            recording.alive = [t for t in tree_leaves(attributes.before) if isinstance(t, Tensor)]
+            if changed := attributes.restore():
+                raise RuntimeError(f"graphed: the forward of {changed} at each call, which a replay does not")
+            recording.graph = graph
+            recording.results = Results(result, [s.tensor for s in statics], watch, device)
+        except BaseException:
+            self._give_up(side, [graph])
+            raise
+        recording.written = [i for i, s in enumerate(statics) if s.tensor._version != versions[i]]
+        return recording
+
+    def _give_up(self, side: Any, graphs: list[Any]) -> None:
+        side.free(graphs, last=all(r.side is not side for r in self.recordings.values()))
+
+
+@contextlib.contextmanager
+def _as_called(grad: bool) -> Iterator[None]:
+    """For a warm-up or a capture: the caller's grad mode, and nothing that outlives it.
+
+    Inference mode is off, so that tensors made here can be written to in any mode. Autocast's cache is off: it keeps
+    weights that were cast in a warm-up, of which a graph would see no change.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(cached)
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+class Graphed(nn.Module):
+    """A model whose calls are replayed. Made by :func:`graphed`.
+
+    It is the model in all but its calls: attributes, parameters, buffers, children, hooks and methods are the model's,
+    and what is set here is set there. ``state_dict()`` has the model's keys, and ``parent.layer = fcb.graphed(layer)``
+    leaves those of the parent as they were.
+    """
+
+    _graphs: Graphs
+
+    def __init__(self, graphs: Graphs) -> None:
+        self.__dict__["_graphs"] = graphs  # and nothing of nn.Module's own
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self.__dict__["_graphs"].model
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are."""
+        return len(self.__dict__["_graphs"].recordings)
+
+    def clear(self) -> None:
+        """Frees all graphs and their memory. The next call captures again.
+
+        It is for changes that a replay cannot see: Python code and attributes of the model that are no tensors, modules
+        or modes.
+        """
+        self.__dict__["_graphs"].clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return self.module(*args, **kwargs)
+        return self.__dict__["_graphs"].call(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_graphs" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.module, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *dir(self.module)})
+
+    def __repr__(self) -> str:
+        return f"graphed({self.module!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        graphs = self.__dict__["_graphs"]
+        return _rebuilt, (graphs.model, graphs.max_graphs, graphs.clone_outputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphed:
+        _, (model, *options) = self.__reduce_ex__(None)
+        return _rebuilt(copy.deepcopy(model, memo), *options)
+
+
+def _rebuilt(model: nn.Module, max_graphs: int, clone_outputs: bool) -> Graphed:
+    return Graphed(Graphs(model, max_graphs, clone_outputs))
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def forwarded(self: Graphed, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.module, name)(*args, **kwargs)
+        return self if result is self.module else result
+
+    forwarded.__name__ = name
+    return forwarded
+
+
+def _attribute(name: str) -> property:
+    return property(lambda self: getattr(self.module, name), lambda self, value: setattr(self.module, name, value))
+
+
+for _name in nn.Module().__dict__:
+    setattr(Graphed, _name, _attribute(_name))
+for _name, _value in vars(nn.Module).items():
+    if callable(_value) and not _name.startswith("__") and _name not in Graphed.__dict__:
+        setattr(Graphed, _name, _method(_name))
+
+
+def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = True) -> Graphed:
+    """The model, with its calls on CUDA captured as CUDA graphs and replayed: one launch for all kernels of a call.
+
+    Example::
+
+        fast = fcb.graphed(fcb.fuse(model.eval()))
+        with torch.no_grad():
+            y = fast(x)
+
+    The first call of a kind warms up, captures and replays. Later ones copy their tensors into the graph's, replay, and
+    copy the results. A kind of call is: the structure of the arguments; shapes, strides, dtypes and device of their
+    tensors; their other values; grad mode, autocast, and PyTorch's flags for TF32, cuDNN and determinism. Warm-ups
+    leave buffers and the random state as they were, and replays draw random numbers as eager calls do.
+
+    Parameters and buffers that change in place are seen. Ones that were moved or replaced, other children, and another
+    mode or class of a module lead to new captures. Python code runs in the warm-ups and the capture alone.
+
+    A call is the model's own where no argument is on CUDA, with a forward hook (and a warning), and under
+    torch.compile, torch.export, torch.func, traces and modes.
+
+    Any thread and any stream may call. Replays wait for each other, since all graphs of the model share memory.
+
+    Args:
+        model: an nn.Module, fused or not, with all its parameters and buffers on the device of its arguments.
+        max_graphs: how many graphs are kept. The least recently used one is freed for a new one.
+        clone_outputs: without it results are the graph's own memory, which the next call overwrites.
+
+    Returns:
+        A :class:`Graphed`: a module with all of the model's attributes and methods, the model as ``module``, and
+        ``clear()``.
+
+    Raises:
+        TypeError: ``model`` is no module, or a ScriptModule. When called: arguments or results that are neither tensors
+            nor simple values.
+        ValueError: ``max_graphs`` is less than 1. When called: tensors on several devices.
+        RuntimeError: when called: the model is in training mode, a gradient is needed, the current stream is being
+            captured, or the model's forward cannot be captured (it waits for results, or changes its own attributes).
+    """
+    if isinstance(model, Graphed):
+        model = model.module
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"graphed: model is of type {type(model).__name__}, expected an nn.Module that is no ScriptModule"
+        )
+    if not isinstance(max_graphs, int) or max_graphs < 1:
+        raise ValueError(f"graphed: max_graphs is {max_graphs!r}, expected an integer of at least 1")
+    return _rebuilt(model, max_graphs, clone_outputs)

@@ -28,6 +28,9 @@ Problem: TypeAlias = tuple[int, ...]
 Choices: TypeAlias = dict[Problem, str]
 """The name of an algorithm for each problem."""
 
+NUMBERS = 23
+"""Of a problem: as many as the libraries want (TunedProblem in csrc/ops/conv_tuned.h)."""
+
 CPU = "cpu"
 """What the library calls the device that it has no name for. The file has the processor's."""
 
@@ -87,7 +90,9 @@ def add(device: str, choices: Choices) -> None:
 
 
 def folder() -> Path:
-    """$XDG_CACHE_HOME/fused_conv_bn, or ~/.cache/fused_conv_bn. Not made before there is something to write."""
+    """$FUSED_CONV_BN_CHOICES, $XDG_CACHE_HOME/fused_conv_bn or ~/.cache/fused_conv_bn. It need not exist."""
+    if named := os.environ.get("FUSED_CONV_BN_CHOICES"):
+        return Path(named)
     cache = os.environ.get("XDG_CACHE_HOME", "")
     return Path(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"), "fused_conv_bn")
 
@@ -120,7 +125,10 @@ def _read(file: Path) -> dict[str, Choices]:
         for problem, algorithm in choices.items():
             if not isinstance(algorithm, str) or not algorithm.isidentifier():
                 raise ValueError(f"{algorithm!r} is no algorithm")
-            found[device][tuple(map(int, problem.split()))] = algorithm
+            numbers = tuple(map(int, problem.split()))
+            if len(numbers) != NUMBERS:
+                raise ValueError(f"a problem has {len(numbers)} numbers, not {NUMBERS}")
+            found[device][numbers] = algorithm
     return found
 
 

@@ -8,11 +8,12 @@ from torch import nn
 
 from .report import Report, report
 from .root import restore, swap, undisturbed
+from .tune import tune as tune_model
 
 __all__ = ["Report", "fuse", "report", "unfuse"]
 
 
-def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
+def fuse(model: nn.Module, example_inputs: Any = None, *, tune: bool = False) -> nn.Module:
     """Runs a model's convolutions with their BatchNorms, residuals and activations as fused ops. Returns the model.
 
     The model stays what it is: its class by isinstance(), its parameters, buffers, children, hooks and state_dict. What
@@ -23,17 +24,25 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         model: an nn.Module.
         example_inputs: a tensor or a tuple of arguments to call the model with now, under ``no_grad``, in the mode that
             it is in; its buffers are left as they are. Without them the first call captures.
+        tune: measures which algorithm is the fastest for each convolution of that call, on the device that it is on.
+            What was measured holds for all convolutions of the same shapes, dtype and layout, also in later processes:
+            it is kept in the user's cache folder.
 
     Raises:
         TypeError: ``model`` is no module.
+        ValueError: ``tune`` without ``example_inputs``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model is of type {type(model).__name__}, expected an nn.Module")
+    if tune and example_inputs is None:
+        raise ValueError("fuse: tune is True and example_inputs is None, expected a tensor or a tuple of arguments")
     swap(model)
     if example_inputs is not None:
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         with undisturbed(model):
             model(*args)
+        if tune:
+            tune_model(model, args)
     return model
 
 

@@ -25,7 +25,7 @@ from .. import _choices
 from .._choices import Problem
 from .._stopwatch import call_us
 from ..algorithms import use_algorithm
-from .root import undisturbed
+from .root import STATE, State, undisturbed
 
 _ops = torch.ops.fused_conv_bn
 _CONV_OPS = {  # and whether they take the batch's statistics
@@ -67,6 +67,10 @@ class _Like:
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
+    def is_channels_last(self) -> bool:
+        of_this = torch.empty_strided(self.shape, self.strides, device="meta")
+        return not of_this.is_contiguous() and of_this.is_contiguous(memory_format=torch.channels_last)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -94,9 +98,8 @@ class Call:
         return named
 
 
-def conv_weight(arguments: dict[str, Any]) -> Tensor:
-    weight: Tensor = arguments["conv_weight"] if "conv_weight" in arguments else arguments["weight"]
-    return weight
+def conv_weight(arguments: dict[str, Any]) -> Any:
+    return arguments["conv_weight"] if "conv_weight" in arguments else arguments["weight"]
 
 
 def _problem_arguments(op: Any, named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,19 +126,26 @@ class Case:
     choice: str = ""
 
     def text(self) -> str:
-        n, c, h, w, k, r, s, _, _, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, _, last = self.problem[:18]
-        like: _Like = dict(next(iter(self.calls)).arguments)["input"]
-        extras = [
-            f"/{stride_h}" if stride_h == stride_w else f"/{stride_h}x{stride_w}",
-            f" pad {pad_h}x{pad_w}" if pad_h or pad_w else "",
-            f" dilation {dil_h}x{dil_w}" if (dil_h, dil_w) != (1, 1) else "",
-            f" groups {groups}" if groups > 1 else "",
-            " residual" if self.problem[18] else "",
-            " training" if self.problem[21] else "",
+        call = next(iter(self.calls))
+        named = dict(call.arguments)
+        (x, weight, stride, padding, dilation, groups), keywords = _problem_arguments(call.op, named)
+
+        def window(values: tuple[int, ...]) -> str:
+            return "x".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+        words = [
+            "x".join(map(str, x.shape)),
+            str(x.dtype).removeprefix("torch."),
+            "channels_last" if x.is_channels_last() else "",
+            f"{weight.shape[0]} of {'x'.join(map(str, weight.shape[2:]))}",
+            f"stride {window(stride)}" if set(stride) != {1} else "",
+            f"padding {window(padding)}" if set(padding) != {0} else "",
+            f"dilation {window(dilation)}" if set(dilation) != {1} else "",
+            f"groups {groups}" if groups != 1 else "",
+            "residual" if keywords["has_residual"] else "",
+            "training" if keywords["has_statistics"] else "",
         ]
-        dtype = str(like.dtype).removeprefix("torch.")
-        layout = " channels_last" if last else ""
-        return f"{n}x{c}x{h}x{w} {dtype}{layout}, {k} of {r}x{s}{''.join(extras)}"
+        return " ".join(filter(None, words))
 
 
 class _Recorder(TorchDispatchMode):
@@ -223,8 +233,10 @@ class _Measured:
             yield
 
     def times(self, names: Sequence[str]) -> dict[str, float]:
+        """In microseconds: on CUDA the median, on the CPU the least, since what else runs there only adds."""
         samples: dict[str, list[float]] = {name: [] for name in names}
-        flush = torch.empty(_flush_bytes(self.named["input"].device), dtype=torch.int8, device=self.named["input"].device)
+        device = self.named["input"].device
+        flush = torch.empty(_flush_bytes(device), dtype=torch.int8, device=device)
         stop = time.perf_counter() + _CPU_SECONDS / max(1, len(self.case.calls))
         for turn in range(_ROUNDS):
             if not self.on_cuda and turn >= _ROUNDS_AT_LEAST and time.perf_counter() > stop:
@@ -234,7 +246,7 @@ class _Measured:
                     self.run()  # what is done once after a choice
                     for _ in range(_SAMPLES):
                         samples[name].append(_device_us(self.run, flush) if self.on_cuda else call_us(self.run, False))
-        return {name: median(values) for name, values in samples.items()}
+        return {name: (median if self.on_cuda else min)(values) for name, values in samples.items()}
 
 
 def _flush_bytes(device: torch.device) -> int:
@@ -336,4 +348,17 @@ def tune(model: nn.Module, args: tuple[Any, ...], again: bool = False) -> list[C
                 _choices.add(device, chosen)
     for case in cases:
         case.choice = case.choice or _choices.known(case.device).get(case.problem, "")
+    if todo:
+        _compare_again(model, args)
     return cases
+
+
+def _compare_again(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """What was compared with the model's own forward is compared again, and reported, as it runs now."""
+    for m in model.modules():
+        state: State | None = m.__dict__.get(STATE)
+        for entry in [] if state is None else [e for of_key in state.entries.values() for e in of_key]:
+            if entry.algorithms:
+                entry.unchecked = True
+    with undisturbed(model):
+        model(*args)

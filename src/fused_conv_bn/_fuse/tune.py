@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ _ROUNDS_AT_LEAST, _CPU_SECONDS = 3, 0.5  # of a problem
 _IMAGES = 4  # that are compared where the images of a batch are independent
 
 cuda: Any = torch.cuda  # which has types only in part
+_measuring = threading.Lock()  # a trial of another thread's would be in the table, too
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def tune(model: nn.Module, args: tuple[Any, ...], again: bool = False) -> list[C
         )
     todo = [case for case in cases if again or case.problem not in _choices.known(case.device)]
     try:
-        with _progress(len(todo)) as advance:
+        with _measuring, _progress(len(todo)) as advance:
             for case in todo:
                 with contextlib.suppress(torch.OutOfMemoryError):
                     measure(case)

@@ -153,7 +153,7 @@ def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) ->
     assert len(measured) == 3
     fcb.fuse(network(), torch.cat([X, X]), tune=True)
     assert len(measured) == 6 and measured[3].startswith("4x3x40x60")
-    tuning.tune(model, (X,), again=True)
+    tuning.tune_cases(model, (X,), again=True)
     assert len(measured) == 9
 
 
@@ -497,8 +497,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: 
     assert "8 of 3x3 training" in capsys.readouterr().out
     assert __main__.main([*command, "--channels-last"]) == 0
     assert capsys.readouterr().out.startswith("There is nothing to choose")
-    with pytest.raises(SystemExit, match="tune: --batch is 0, expected 1 or more"):
-        __main__.main([*command[:4], "--batch", "0"])
+    assert __main__.main(["tune", f"{tmp_path / 'zoo_of_tune.py'}:makes"]) == 2
+    assert capsys.readouterr().err == f"tune: MODEL: {tmp_path / 'zoo_of_tune.py'} has no makes\n"
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main([*command, "--batch", "0"])
+    assert "argument --batch: '0', expected a whole number from 1 on" in capsys.readouterr().err
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import nn
 
 from .report import Report, report
 from .root import restore, swap, undisturbed
-from .tune import tune as tune_model
+from .tune import tune_cases
 
 __all__ = ["Report", "fuse", "report", "unfuse"]
 
@@ -42,7 +42,7 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, tune: bool = False) ->
         with undisturbed(model):
             model(*args)
         if tune:
-            tune_model(model, args)
+            tune_cases(model, args)
     return model
 
 

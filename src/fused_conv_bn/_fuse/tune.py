@@ -322,7 +322,7 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def tune(model: nn.Module, args: tuple[Any, ...], again: bool = False) -> list[Case]:
+def tune_cases(model: nn.Module, args: tuple[Any, ...], again: bool = False) -> list[Case]:
     """Measures what a call of the model has a choice for, and adds it to what is known. Returns all cases.
 
     again: also what is known already.

@@ -8,7 +8,6 @@ from torch import nn
 
 from .report import Report, report
 from .root import restore, swap, undisturbed
-from .tune import tune_cases
 
 __all__ = ["Report", "fuse", "report", "unfuse"]
 
@@ -42,6 +41,8 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, tune: bool = False) ->
         with undisturbed(model):
             model(*args)
         if tune:
+            from .tune import tune_cases  # which takes a tenth of the package's import
+
             tune_cases(model, args)
     return model
 

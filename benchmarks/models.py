@@ -24,12 +24,12 @@ NOTES = {
     "models": "random weights; each BatchNorm's statistics are those of what it reads, its affine is random. In "
     "evaluation mode, under no_grad, channels_last.",
     "forms": "eager: the model. fused: fuse(model). graphed: graphed(fuse(model)), with its copies of input and "
-    "output; eager graphed: graphed(model). frozen: fuse(model, freeze=True), on the CPU. compile: torch.compile of the "
-    "model, on the CPU with its weights frozen.",
+    "output; eager graphed: graphed(model). frozen: fuse(model, freeze=True), on the CPU. compile: torch.compile of "
+    "the model, on the CPU with its weights frozen.",
     "times": "as users run it: the time of some calls in a row over their number, the host's work in it, where a "
     "device waits for that. CUDA: between events. Forms take turns.",
-    "errors": "norm of the error over the norm of the float64 result of the same weights; in 16 bits ours must be within "
-    "max(2 * eager's, one rounding of the dtype).",
+    "errors": "norm of the error over the norm of the float64 result of the same weights; in 16 bits ours must be "
+    "within max(2 * eager's, one rounding of the dtype).",
 }
 
 Form = Callable[[Tensor], Tensor]

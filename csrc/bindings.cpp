@@ -53,6 +53,15 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
         ", *, bool has_residual=False, bool has_statistics=False, bool allow_tf32=False) -> str");
   m.def("_explain_problem(int[] problem, int[] gpu, str algorithm='', str statistics='none') -> str");
 
+  // What tuning needs to know of a convolution, and takes from what it has measured: which algorithms cover it, and the fastest
+  // one for each problem. No numbers and no names where there is nothing to choose. _set_choices replaces all that was set for
+  // the CPU, or for a CUDA device of this name; names have commas between them, and problems the numbers of one after the other.
+  m.def("_candidates(Tensor input, Tensor weight, " FCB_WINDOW
+        ", *, bool has_residual=False, bool has_statistics=False, bool allow_tf32=False) "
+        "-> (str device, int[] problem, str algorithms)");
+  m.def("_set_choices.cpu(int[] problems, str algorithms) -> ()");
+  m.def("_set_choices.cuda(int[] problems, str algorithms, str device) -> ()");
+
   // What the calling thread's convolutions run on CUDA from now on; returns what it was. Names, 'by rule', 'default' for what
   // the environment says, and '' to leave it as it is. No kernel without a CUDA library: _check_algorithm checks the names.
   m.def("_use_algorithm(str algorithm, str statistics) -> (str algorithm, str statistics)");

@@ -7,6 +7,7 @@ with fewer than two. FUSED_CONV_BN_REQUIRE_CUDA=1 (or 2) demands that many GPUs:
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -34,7 +35,12 @@ def _need_gpus(count: int) -> None:
     pytest.skip(message)
 
 
+# What the user has tuned is not for the tests, nor is theirs for the user.
+_choices = tempfile.TemporaryDirectory()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["FUSED_CONV_BN_CHOICES"] = _choices.name
     config.addinivalue_line("markers", "two_gpus: takes two GPUs (set by the fixture of that name)")
 
 

@@ -8,7 +8,8 @@ namespace {
 struct CpuKernel {
   static Tensor run(const char* op, const PlainConv& c, const TrainOperands& bn, const SavedStatistics* saved,
                     const OptionalOperand& residual, const Epilogue& epilogue, bool) {
-    const std::optional<Tensor> direct = direct_convolution({c, {}, std::nullopt, {}});
+    const std::optional<Tensor> direct = direct_convolution({c, {}, std::nullopt, {}},
+                                                            choose_conv_cpu(c, residual.has_value(), true));
     const Tensor y = direct.has_value() ? *direct : plain_convolution(c);
     return normalise_convolution<run_bn_scale_train_cpu>(op, y, bn, saved, residual, epilogue);
   }

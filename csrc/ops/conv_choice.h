@@ -1,4 +1,5 @@
-// What computes a convolution: the algorithm that the user asks for, else the one that is chosen by rule.
+// What computes a convolution: the algorithm that the user asks for, else the one that tuning has found, else the one that is
+// chosen by rule.
 #pragma once
 
 #include <cstring>
@@ -6,6 +7,7 @@
 #include <mutex>
 #include <string>
 
+#include "conv_tuned.h"
 #include "kernels/conv/select.h"
 #include "torch/conv_checks.h"
 
@@ -151,6 +153,19 @@ const GpuTraits& gpu_traits(int32_t index);
 // The same, for ops that have a convolution in them. keeps_sums: see select_statistics().
 CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_residual, bool has_statistics,
                                 bool allow_tf32, bool keeps_sums = false);
+
+// The device's name, the problem's numbers as _set_choices takes them, and the names of the algorithms that cover it, with commas
+// between them. No numbers and no names where there is nothing to choose.
+using Candidates = std::tuple<std::string, std::vector<int64_t>, std::string>;
+
+// _candidates, but for the device: find(PlainConv, has_residual, has_statistics, allow_tf32).
+template <auto* find>
+Candidates candidates(Tensor input, Tensor weight, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                      std::vector<int64_t> dilation, int64_t groups, bool has_residual, bool has_statistics,
+                      bool allow_tf32) {
+  const PlainConv c = check_plain_conv("_candidates", input, "weight", weight, stride, padding, dilation, groups);
+  return find(c, has_residual, has_statistics, allow_tf32);
+}
 
 // _explain, but for the device: describe(PlainConv, has_residual, has_statistics, allow_tf32).
 template <auto* describe>

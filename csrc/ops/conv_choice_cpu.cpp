@@ -1,17 +1,33 @@
-// _explain on the CPU, and what of the choice on CUDA needs no GPU: _explain_problem, and the names that use_algorithm() takes.
+// The choice on the CPU: _explain, _candidates, and the table of tuned choices. And what of the choice on CUDA needs no GPU:
+// _explain_problem, and the names that use_algorithm() takes.
 #include "conv_choice.h"
 #include "conv_direct_cpu.h"
 
 namespace fused_conv_bn {
+
+TunedChoices& tuned_choices() {
+  static TunedChoices choices;
+  return choices;
+}
+
 namespace {
 
-std::string describe([[maybe_unused]] const PlainConv& c, [[maybe_unused]] bool has_residual, bool, bool) {
-#if defined(__x86_64__)
-  if (direct_problem(c, has_residual).has_value()) {
-    return "direct_cpu";
+std::string describe(const PlainConv& c, bool has_residual, bool has_statistics, bool) {
+  const CpuConvChoice choice = choose_conv_cpu(c, has_residual, has_statistics);
+  return std::string(choice.direct ? kDirectName : Aten::kName) + (choice.tuned ? kTuned : "");
+}
+
+Candidates candidates_of(const PlainConv& c, bool has_residual, bool has_statistics, bool) {
+  const CpuConvChoice choice = choose_conv_cpu(c, has_residual, has_statistics);
+  if (!choice.covered) {
+    return {kCpuName, {}, ""};
   }
-#endif
-  return Aten::kName;
+  const TunedProblem problem = tuned_problem_cpu(c, *choice.problem, has_statistics);
+  return {kCpuName, {problem.begin(), problem.end()}, std::string(kDirectName) + "," + Aten::kName};
+}
+
+void set_choices(std::vector<int64_t> problems, StringHandle algorithms) {
+  tuned_choices().set("_set_choices", kCpuName, problems, take_string(algorithms));
 }
 
 std::string explain_problem(std::vector<int64_t> problem, std::vector<int64_t> gpu, StringHandle algorithm_handle,
@@ -68,8 +84,12 @@ void check_algorithm(StringHandle algorithm_handle, StringHandle statistics_hand
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CompositeExplicitAutograd, m) {
   m.impl("_explain_problem", TORCH_BOX(&explain_problem));
   m.impl("_check_algorithm", TORCH_BOX(&check_algorithm));
+  m.impl("_set_choices.cpu", TORCH_BOX(&set_choices));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CPU, m) { m.impl("_explain", TORCH_BOX(&explain<describe>)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CPU, m) {
+  m.impl("_explain", TORCH_BOX(&explain<describe>));
+  m.impl("_candidates", TORCH_BOX(&candidates<candidates_of>));
+}
 
 }  // namespace fused_conv_bn

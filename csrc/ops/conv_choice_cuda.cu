@@ -1,4 +1,5 @@
-// The choice of an algorithm on CUDA: what the user asks for, by use_algorithm() or in the environment, else the rule.
+// The choice of an algorithm on CUDA: what the user asks for, by use_algorithm() or in the environment, else what tuning has found,
+// else the rule.
 #include <cstdlib>
 
 #include "conv_choice.h"
@@ -26,7 +27,30 @@ const GpuTraits& gpu_traits(int32_t index) {
   return all.at(static_cast<size_t>(index));
 }
 
+TunedChoices& tuned_choices() {
+  static TunedChoices choices;
+  return choices;
+}
+
 namespace {
+
+// A device as tuned choices are kept for it: with another driver it is another one. Asked for once.
+const std::string& device_name(int32_t index) {
+  static const std::vector<std::string> all = [] {
+    int count = 0, driver = 0;
+    cudaGetDeviceCount(&count);
+    cudaDriverGetVersion(&driver);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i) {
+      cudaDeviceProp properties{};
+      cudaGetDeviceProperties(&properties, i);
+      names.push_back(std::string(properties.name) + ", driver " + std::to_string(driver / 1000) + "." +
+                      std::to_string(driver % 1000 / 10));
+    }
+    return names;
+  }();
+  return all.at(static_cast<size_t>(index));
+}
 
 std::string variable(const char* name) {
   const char* value = std::getenv(name);
@@ -56,9 +80,46 @@ std::tuple<std::string, std::string> use_algorithm_cuda(StringHandle algorithm_h
   return {name(before.algorithm), name(before.statistics)};
 }
 
-ConvPlan remembered_plan(const Conv2d& problem, int32_t device, const GpuTraits& gpu) {
-  static RememberedPlans<std::pair<Conv2d, int32_t>, ConvPlan> plans;
-  return plans.get({problem, device}, [&] { return select_plan(problem, gpu); });
+// What is tuned, else the rule's. generation: of the tuned choices; 0: the rule alone.
+ConvChoice remembered_choice(const PlainConv& c, const Conv2d& problem, bool has_statistics, const GpuTraits& gpu,
+                             uint64_t generation) {
+  static RememberedPlans<std::tuple<Conv2d, int32_t, uint64_t, bool, bool>, ConvChoice> choices;
+  const int32_t device = c.input.device.index;
+  const bool tuned = generation != 0;  // to the rule neither the dtype nor the statistics make a difference
+  const bool is_bfloat16 = tuned && c.input.dtype == ScalarType::BFloat16;
+  return choices.get({problem, device, generation, is_bfloat16, tuned && has_statistics}, [&] {
+    if (tuned) {
+      const std::string name = tuned_choices().find(device_name(device),
+                                                    tuned_problem(problem, c.input.dtype, has_statistics, 0));
+      if (const std::optional<ConvPlan> plan = make_plan(name, problem, gpu)) {
+        return ConvChoice{.plan = *plan, .tuned = true};
+      }
+    }
+    return ConvChoice{.plan = select_plan(problem, gpu)};
+  });
+}
+
+Candidates candidates_of(const PlainConv& c, bool has_residual, bool has_statistics, bool allow_tf32) {
+  const std::string& device = device_name(c.input.device.index);
+  const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, has_residual, allow_tf32));
+  std::string names;
+  int count = 0;
+  for (const std::string& name : algorithm_names()) {
+    if (problem.has_value() && make_plan(name, *problem, gpu_traits(c.input.device.index)).has_value()) {
+      names.append(count == 0 ? "" : ",").append(name);
+      ++count;
+    }
+  }
+  if (count < 2) {
+    return {device, {}, ""};
+  }
+  const TunedProblem numbers = tuned_problem(*problem, c.input.dtype, has_statistics, 0);
+  return {device, {numbers.begin(), numbers.end()}, names};
+}
+
+void set_choices(std::vector<int64_t> problems, StringHandle algorithms, StringHandle device_handle) {
+  const std::string names = take_string(algorithms), device = take_string(device_handle);
+  tuned_choices().set("_set_choices", device, problems, names);
 }
 
 std::string describe(const PlainConv& c, bool has_residual, bool has_statistics, bool allow_tf32) {
@@ -74,8 +135,13 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
   CudaConvChoice choice{{}, problem.value_or(Conv2d{}), gpu_traits(device)};
   const Asked algorithm = asked(thread_choice.algorithm, "use_algorithm's algorithm", default_algorithm,
                                 kAlgorithmVariable);
-  choice.plan = problem.has_value() && algorithm.by_rule() ? remembered_plan(*problem, device, choice.gpu)
-                                                           : choose_plan(op, algorithm, problem, choice.gpu);
+  if (problem.has_value() && algorithm.by_rule()) {
+    // A user who asks for the rule gets the rule.
+    const uint64_t generation = thread_choice.algorithm == nullptr ? tuned_choices().generation() : 0;
+    static_cast<ConvChoice&>(choice) = remembered_choice(c, *problem, has_statistics, choice.gpu, generation);
+  } else {
+    choice.plan = choose_plan(op, algorithm, problem, choice.gpu);
+  }
   if (has_statistics) {
     const Asked statistics = asked(thread_choice.statistics, "use_algorithm's statistics", default_statistics,
                                    kStatisticsVariable);
@@ -86,8 +152,12 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CompositeExplicitAutograd, m) {
   m.impl("_use_algorithm", TORCH_BOX(&use_algorithm_cuda));
+  m.impl("_set_choices.cuda", TORCH_BOX(&set_choices));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) { m.impl("_explain", TORCH_BOX(&explain<describe>)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
+  m.impl("_explain", TORCH_BOX(&explain<describe>));
+  m.impl("_candidates", TORCH_BOX(&candidates<candidates_of>));
+}
 
 }  // namespace fused_conv_bn

@@ -1,18 +1,46 @@
-// How the ops with a convolution in them reach the CPU kernel for first layers.
+// How the ops with a convolution in them reach the CPU kernel for first layers, and when.
 #pragma once
 
+#include "conv_tuned.h"
 #include "kernels/conv/direct_cpu/kernel.h"
+#include "kernels/conv/registry.h"
 #include "torch/marshal.h"
 
 namespace fused_conv_bn {
 
-#if defined(__x86_64__)
+constexpr const char* kDirectName = "direct_cpu";
+constexpr const char* kCpuName = "cpu";  // of the only device that the library's table has choices for
 
-// The convolution as the kernel sees it, if the kernel is to run.
-inline std::optional<Conv2d> direct_problem(const PlainConv& c, bool has_residual) {
-  const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, has_residual, false));
-  return problem.has_value() && prefers_direct(*problem, use_v3()) ? problem : std::nullopt;
+// What computes a convolution on the CPU, and what that was chosen by.
+struct CpuConvChoice {
+  std::optional<Conv2d> problem;  // nothing for what PyTorch alone computes
+  bool covered = false;           // by the kernel
+  bool direct = false;            // the kernel is to run
+  bool tuned = false;
+};
+
+inline TunedProblem tuned_problem_cpu(const PlainConv& c, const Conv2d& problem, bool has_statistics) {
+  return tuned_problem(problem, c.input.dtype, has_statistics, torch::stable::get_num_threads());
 }
+
+inline CpuConvChoice choose_conv_cpu(const PlainConv& c, bool has_residual, bool has_statistics) {
+  CpuConvChoice choice{narrow_to_2d(conv_problem(c, has_residual, false))};
+#if defined(__x86_64__)
+  if (!choice.problem.has_value()) {
+    return choice;
+  }
+  choice.covered = covers_direct(*choice.problem, use_v3());
+  choice.direct = prefers_direct(*choice.problem, use_v3());
+#endif
+  if (choice.covered && tuned_choices().generation() != 0) {
+    const std::string name = tuned_choices().find(kCpuName, tuned_problem_cpu(c, *choice.problem, has_statistics));
+    choice.tuned = name == kDirectName || name == Aten::kName;
+    choice.direct = choice.tuned ? name == kDirectName : choice.direct;
+  }
+  return choice;
+}
+
+#if defined(__x86_64__)
 
 inline Tensor convolve_direct(const ConvArguments& c, const Conv2d& problem) {
   Copies copies;
@@ -55,10 +83,11 @@ inline Tensor convolve_direct(const ConvArguments& c, const Conv2d& problem) {
 #endif
 
 // Nothing where PyTorch's convolution is to run.
-inline std::optional<Tensor> direct_convolution([[maybe_unused]] const ConvArguments& c) {
+inline std::optional<Tensor> direct_convolution([[maybe_unused]] const ConvArguments& c,
+                                                [[maybe_unused]] const CpuConvChoice& choice) {
 #if defined(__x86_64__)
-  if (const std::optional<Conv2d> problem = direct_problem(c, c.residual.has_value())) {
-    return convolve_direct(c, *problem);
+  if (choice.direct) {
+    return convolve_direct(c, *choice.problem);
   }
 #endif
   return std::nullopt;

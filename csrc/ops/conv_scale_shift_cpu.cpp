@@ -15,7 +15,7 @@ namespace {
 
 struct CpuKernel {
   static Tensor run(const char* op, const ConvArguments& c, bool) {
-    const std::optional<Tensor> direct = direct_convolution(c);
+    const std::optional<Tensor> direct = direct_convolution(c, choose_conv_cpu(c, c.residual.has_value(), false));
     return direct.has_value() ? *direct : convolve_and_apply<run_elementwise_cpu>(op, c);
   }
 };

@@ -11,7 +11,7 @@ except ImportError as error:
         raise SystemExit(str(error)) from None
     raise
 
-from . import _register, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
+from . import _choices, _register, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
 from ._fuse import Report, fuse, report, thaw, unfuse  # noqa: E402
 from .algorithms import explain, use_algorithm  # noqa: E402
 from .conditions import export_ops  # noqa: E402
@@ -30,6 +30,7 @@ from .ops import (  # noqa: E402
 )
 
 __version__ = "0.1.0"
+_choices.load()
 __all__ = [
     "ConvBnScale2d",
     "Report",

@@ -1,4 +1,4 @@
-"""``python -m fused_conv_bn {info,demo,bench}``: what is installed, a check with timings, and those of any model."""
+"""``python -m fused_conv_bn {info,demo,bench,tune}``: what is installed, checks with timings, measured choices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import _bench
+from . import _bench, _tune
 from ._demo import demo
 from ._info import info
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo_parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     demo_parser.set_defaults(main=demo)
     _bench.add_command(commands)
+    _tune.add_command(commands)
     args = parser.parse_args(argv)
     return int(args.main(args))
 

@@ -24,9 +24,9 @@ def use_algorithm(algorithm: str | None = None, statistics: str | None = None) -
         with fcb.use_algorithm("aten"):  # PyTorch's convolution, and one pass behind it
             y = model(x)
 
-    It is for measurements and comparisons: the choice by rule is the fastest known. Where the algorithm does not cover
-    a convolution, the call raises RuntimeError. Blocks nest, and what was set before comes back at their end, also
-    after an error.
+    It is for measurements and comparisons: the choice by rule is the fastest known, and what ``fuse(tune=True)`` has
+    measured comes before it. Where the algorithm does not cover a convolution, the call raises RuntimeError. Blocks
+    nest, and what was set before comes back at their end, also after an error.
 
     It holds for the calling thread: also for compiled functions that are called there, and not for the backward of
     CUDA tensors, which autograd runs in a thread of its own. In all other threads the environment variables
@@ -35,8 +35,8 @@ def use_algorithm(algorithm: str | None = None, statistics: str | None = None) -
     ``await``.
 
     Args:
-        algorithm: ``"stem_sm90"``, ``"stem_sm80"``, ``"depthwise"`` or ``"aten"``; ``"by rule"``; ``"default"`` for
-            what the environment variable says; None to leave it as it is.
+        algorithm: ``"stem_sm90"``, ``"stem_sm80"``, ``"depthwise"`` or ``"aten"``; ``"by rule"``, whatever was
+            measured; ``"default"`` for what the environment variable says; None to leave it as it is.
         statistics: where :func:`conv_bn_scale_train` takes a batch's statistics from, ``"from_output"`` or
             ``"from_input"``; ``"by rule"``, ``"default"`` or None as above.
 
@@ -91,7 +91,8 @@ def explain(
         'aten'
 
     The first word is the algorithm. On CUDA that is one of :func:`use_algorithm`'s, which it follows; on the CPU
-    ``direct_cpu``, a kernel of this package, or ``aten``, PyTorch's convolution and one pass behind it. Under autocast
+    ``direct_cpu``, a kernel of this package, or ``aten``, PyTorch's convolution and one pass behind it. ``tuned`` at
+    the end says that it was measured to be the fastest on this device (``fuse(tune=True)``). Under autocast
     the answer is about the tensors that autocast makes. Where a gradient is needed and the convolution has many terms,
     PyTorch's convolution runs whatever the answer is (see :func:`conv_scale_shift`).
 

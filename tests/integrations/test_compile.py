@@ -209,8 +209,10 @@ def test_every_overload_is_opchecked() -> None:
     checked |= {OPS._conv_bn_wgrad.default, OPS._conv_bn_scale_train_sums.default}
     # What takes no tensor or returns none.
     checked |= {
-        getattr(OPS, name).default for name in ("_explain", "_explain_problem", "_use_algorithm", "_check_algorithm")
+        getattr(OPS, name).default
+        for name in ("_explain", "_explain_problem", "_candidates", "_use_algorithm", "_check_algorithm")
     }
+    checked |= {OPS._set_choices.cpu, OPS._set_choices.cuda}
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_conv_bn::")}
     assert {op.name() for op in checked} == defined
 

@@ -23,13 +23,16 @@ enum class ConvStatistics {
 constexpr std::pair<const char*, ConvStatistics> kConvStatistics[] = {{"from_output", ConvStatistics::from_output},
                                                                       {"from_input", ConvStatistics::from_input}};
 
+constexpr const char* kTuned = ", tuned";  // behind the description of what tuning has chosen
+
 struct ConvChoice {
   ConvPlan plan = Aten{};
   ConvStatistics statistics = ConvStatistics::none;
+  bool tuned = false;  // the plan's algorithm was measured to be the fastest for this problem
 
   std::string describe() const {
     return std::visit([](const auto& p) { return p.describe(); }, plan) +
-           (statistics == ConvStatistics::from_input ? ", statistics from the input" : "");
+           (statistics == ConvStatistics::from_input ? ", statistics from the input" : "") + (tuned ? kTuned : "");
   }
 };
 

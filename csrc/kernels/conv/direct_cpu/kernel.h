@@ -189,7 +189,7 @@ inline void direct_fill(const Conv2d& p, const DirectBuffer& b, const float* ima
   }
 }
 
-// What the kernel is launched for: a problem that prefers_direct() says yes to. operands.affine is not looked at: scale
+// What the kernel is launched for: a problem that covers_direct() says yes to. operands.affine is not looked at: scale
 // and shift have K values.
 struct DirectCall {
   const Conv2d& problem;

@@ -8,6 +8,7 @@ imported. That asks nothing of CUDA: the choices of all GPUs go to the library, 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -100,8 +101,17 @@ def folder() -> Path:
 def path() -> Path:
     from . import __version__
 
-    cudnn = torch.backends.cudnn.version() if torch.version.cuda is not None else None
-    return folder() / f"choices-{__version__}-torch-{torch.__version__}-cudnn-{cudnn}.json"
+    return folder() / f"choices-{__version__}-torch-{torch.__version__}-cudnn-{_cudnn()}.json"
+
+
+def _cudnn() -> str:
+    """The version of cuDNN by its package: the library itself may begin with CUDA when it is asked."""
+    if torch.version.cuda is None:
+        return "none"
+    try:
+        return importlib.metadata.version(f"nvidia-cudnn-cu{torch.version.cuda.partition('.')[0]}")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _in_file(device: str) -> str:

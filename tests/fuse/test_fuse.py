@@ -695,8 +695,10 @@ def test_dtypes_and_layouts(dtype: torch.dtype, layout: torch.memory_format, dev
         for _ in range(2):
             y = fused(x)
             assert y.dtype == dtype and y.stride() == plain(x).stride()
-            # Twice eager's, and the rounding of the result where eager has less by chance.
-            assert (y.double() - want).abs().max() <= 2 * off + torch.finfo(dtype).eps * want.abs().max()
+            # Twice eager's, and what the sums' order is worth in float64, where eager is the exact one itself: its
+            # longest has 36 terms. In others the rounding of the result, where eager has less by chance.
+            units = 18 if dtype == torch.float64 else 1
+            assert (y.double() - want).abs().max() <= 2 * off + units * torch.finfo(dtype).eps * want.abs().max()
     assert fcb.report(fused).groups() == ["conv bn silu", "conv relu", "bn gelu"]
 
 

@@ -118,7 +118,7 @@ def test_the_cycle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(y, expected, rtol=3e-6, atol=3e-6 * float(expected.abs().max()))
 
     (file,) = folder.iterdir()
-    versions = f"choices-{fcb.__version__}-torch-{torch.__version__}-cudnn-{torch.backends.cudnn.version()}.json"
+    versions = f"choices-{fcb.__version__}-torch-{torch.__version__}-cudnn-{_choices._cudnn()}.json"
     assert file == _choices.path() and file.name == versions
     (processor,) = json.loads(file.read_text())
     assert processor.startswith("cpu ") and processor.endswith(torch.backends.cpu.get_cpu_capability())

@@ -180,6 +180,19 @@ class ConvNormBlock(Block):
 class ConvBlock(Block):
     """A convolution without a BatchNorm. Its bias is the op's shift."""
 
+    def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
+        super().__init__(group, conv, bn)
+        self.statistics: tuple[Tensor, Tensor] | None = None
+
+    def _nothing(self, bias: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """A BatchNorm that changes nothing. An op casts a bias of 16 bits inside, and a shift would be a kernel more."""
+        found = self.statistics
+        if found is None or found[0].device != bias.device or found[0].shape != bias.shape:
+            with torch.inference_mode(False):
+                zero, one = (bias.new_full(bias.shape, v, dtype=torch.float32) for v in (0.0, 1.0))
+            found = self.statistics = zero, one
+        return (*found, None, None)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv = self.conv_twin
         c = conv._parameters
@@ -206,19 +219,16 @@ class ConvBlock(Block):
         c = conv["_parameters"]
         if type(x) is not Tensor or not self.is_quick or _is_any_autocast_enabled():
             return self.plain(x, residual)
+        bias = c["bias"]
+        window = conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
+        y: Tensor
         try:
-            y: Tensor = _conv(
-                x,
-                c["weight"],
-                None,
-                _shift(c["bias"]),
-                conv["stride"],
-                conv["padding"],
-                conv["dilation"],
-                conv["groups"],
-                residual=residual,
-                **self.named,
-            )
+            if bias is not None and bias.dtype.itemsize == 2:
+                y = _conv_bn(
+                    x, c["weight"], bias, *self._nothing(bias), 1.0, 0.0, *window, residual=residual, **self.named
+                )
+            else:
+                y = _conv(x, c["weight"], None, bias, *window, residual=residual, **self.named)
             return y
         except _REFUSALS:
             return self.plain(x, residual)

@@ -17,7 +17,8 @@ import inspect
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,28 +37,63 @@ class Refused(Exception):
 
 
 class Arguments:
-    """A call's arguments by name: its tensors, and what is baked into a trace. TypeError if they do not fit."""
+    """A call's arguments: their tensors, also those in lists, tuples and dictionaries, and what is baked into a trace.
+
+    ``tensors``: by names that a graph may have. ``key``: equal for calls that one trace is of. TypeError if they do not
+    fit the signature, or a tensor is of another class.
+    """
 
     def __init__(self, signature: inspect.Signature, root: nn.Module, args: Any, kwargs: Any) -> None:
-        bound = signature.bind(root, *args, **kwargs)
-        bound.apply_defaults()
+        self.bound = signature.bind(root, *args, **kwargs)
+        self.bound.apply_defaults()
         self.tensors: dict[str, Tensor] = {}
-        self.constants: dict[str, Any] = {}
-        for name, value in list(bound.arguments.items())[1:]:
-            kind = signature.parameters[name].kind
-            if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                if value:
-                    raise Refused(f"it takes any number of arguments, *{name}")
-            elif type(value) in (Tensor, nn.Parameter):
-                self.tensors[name] = value
-            elif type(value) in CONSTANTS:
-                self.constants[name] = value
-            else:
-                raise Refused(f"its argument {name} is a {type(value).__name__}")
+        named = list(self.bound.arguments.items())[1:]
+        self.key: Any = tuple((name, self._kind(name, value, name)) for name, value in named)
 
-    @property
-    def key(self) -> Any:
-        return tuple(self.tensors), tuple((name, type(v), v) for name, v in self.constants.items())
+    def _kind(self, argument: str, value: Any, name: str) -> Any:
+        of = type(value)
+        if of is Tensor or of is nn.Parameter:
+            self.tensors[name] = value
+            return Tensor
+        if of in CONSTANTS:
+            return of, value
+        if of is list or of is tuple:
+            return of, tuple(self._kind(argument, v, f"{argument}_{len(self.tensors)}_") for v in value)
+        if of in (dict, OrderedDict) and all(type(k) in (str, int) for k in value):
+            return of, tuple((k, self._kind(argument, v, f"{argument}_{len(self.tensors)}_")) for k, v in value.items())
+        if isinstance(value, (Tensor, fx.Proxy)):
+            raise TypeError(f"argument {argument} is a tensor of another class")  # of this call, and not of the root
+        verb = "is" if name == argument else "has"
+        raise Refused(f"its argument {argument} {verb} a {of.__name__}")
+
+    def call(self, function: Callable[..., Any], root: nn.Module, tensors: Iterable[Any]) -> Any:
+        """Calls it with other tensors in the places of these. Refused if it changes what they are in."""
+        waiting = iter(tensors)
+
+        def rebuilt(value: Any) -> Any:
+            of = type(value)
+            if of is Tensor or of is nn.Parameter:
+                return next(waiting)
+            if of is list or of is tuple:
+                return of(map(rebuilt, value))
+            if of is dict or of is OrderedDict:
+                return of((k, rebuilt(v)) for k, v in value.items())
+            return value
+
+        def flat(value: Any) -> list[Any]:
+            items = (
+                value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+            )
+            return [id(value), *(x for k, v in items for x in (k, *flat(v)))]
+
+        named = {name: rebuilt(value) for name, value in list(self.bound.arguments.items())[1:]}
+        before = flat(named)
+        first = next(iter(self.bound.arguments))
+        bound = inspect.BoundArguments(self.bound.signature, OrderedDict({first: root, **named}))
+        result = function(*bound.args, **bound.kwargs)
+        if flat(named) != before:
+            raise Refused("it changes a list or dictionary that it is given")
+        return result
 
 
 # What returns a tensor if its first argument is one. (Of a shape the same make numbers.)
@@ -97,6 +133,11 @@ class _Tracer(fx.Tracer):
         self.culprit: nn.Module | None = None
         self.modes = self._modes()
         self.thread = threading.get_ident()
+        self.registered: frozenset[nn.Module] = frozenset()
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        self.registered = frozenset(root.modules())
+        return super().trace(root, concrete_args)
 
     @staticmethod
     def _modes() -> tuple[bool, ...]:
@@ -118,6 +159,11 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if m not in self.registered:
+            # A slice of an nn.Sequential is another one, of the same modules.
+            if type(m) is nn.Sequential and self.registered.issuperset(m.children()) and not is_watched(m):
+                return forward(*args, **kwargs)
+            raise Refused("it calls a module that is not registered")
         try:
             if not self.is_leaf_module(m, self.path_of_module(m)):
                 self.inlined.append(m)
@@ -133,10 +179,9 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.arguments.tensors]
-        names, constants = list(self.arguments.tensors), self.arguments.constants
 
         def call(*values: Any) -> Any:
-            return self.forward_of_root(self.root, **dict(zip(names, values, strict=True)), **constants)
+            return self.arguments.call(self.forward_of_root, self.root, values)
 
         return call, proxies
 
@@ -182,7 +227,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
                 graph = tracer.trace(root)
         except Exception as error:
             reason = str(error) if type(error) is Refused else f"torch.fx cannot follow it: {error}".split("\n")[0]
-            if tracer.culprit is None or tracer.culprit is root or tracer.culprit in leaves:
+            if tracer.culprit not in tracer.registered - {root, *leaves}:
                 raise Refused(reason) from None
             # All of the class: whatever broke one of them breaks the others.
             for m in root.modules():

@@ -127,6 +127,11 @@ def _otherwise(path: str, roots: dict[str, nn.Module], not_captured: dict[str, s
         return "left", why("mismatch", not_captured[nearest])
     if state.reason is not None:
         return "left", why("no capture", f"{nearest or 'the model'} is not captured: {state.reason}")
-    if not state.entries and not any(roots[p].__dict__[STATE].entries for p in above):
+    states = {p: roots[p].__dict__[STATE] for p in sorted(above, key=len, reverse=True)}
+    if any(s.entries for s in states.values()):
+        return "not called", why("no call")
+    # A container that is iterated over is not called, and what called its layers could not be captured.
+    refused = next((p for p, s in states.items() if s.reason is not None), None)
+    if refused is None:
         return "pending", why("pending")
-    return "not called", why("no call")
+    return "left", why("no capture", f"{refused or 'the model'} is not captured: {states[refused].reason}")

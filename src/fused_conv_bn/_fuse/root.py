@@ -31,6 +31,8 @@ from .frozen import frozen_call, refuse_training, run_frozen
 from .patterns import Matcher, ModuleWords
 
 STATE = "_fused_conv_bn"
+_MOST_KINDS = 32
+"""Calls that are captured: what is no tensor is baked into a capture, and may be another number each time."""
 _lock = threading.RLock()
 _training = operator.itemgetter("training")
 _is_compiling = torch.compiler.is_compiling
@@ -244,7 +246,7 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     try:
         arguments = Arguments(_signature(own), root, args, kwargs)
     except TypeError:
-        return own(root, *args, **kwargs)  # which says so
+        return own(root, *args, **kwargs)  # which says so, or takes it
     except Refused as refused:
         return _refuse(root, state, str(refused), own, args, kwargs)
     key = arguments.key, root.training
@@ -258,6 +260,8 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
             with _lock:
                 entry = next((e for e in state.entries.get(key, ()) if e.holds()), None)
                 if entry is None:
+                    if len(state.entries) + len(state.refused) >= _MOST_KINDS and key not in state.entries:
+                        raise Refused(f"it was called in {_MOST_KINDS} ways already")
                     entry = Entry(root, own, arguments, frozen=state.frozen)
                     state.keep(key, entry)
                     for path in entry.called:
@@ -347,16 +351,16 @@ def _checked(
 ) -> Any:
     """The first evaluation call: both ways, compared. A mismatch drops the capture."""
 
-    def copies() -> dict[str, Tensor]:
-        return {name: t.detach().clone() for name, t in arguments.tensors.items()}
+    def copies() -> list[Tensor]:
+        return [t.detach().clone() for t in arguments.tensors.values()]
 
     with undisturbed(root), _in_its_own_way(entry.inlined):
-        expected = own(root, **copies(), **arguments.constants)
+        expected = arguments.call(own, root, copies())
     for _ in range(2):
         compared = _Compared(entry)
         try:
             with undisturbed(root):
-                difference = _difference(entry.run(root, compared.calls, *copies().values()), expected)
+                difference = _difference(entry.run(root, compared.calls, *copies()), expected)
         except Exception as error:
             difference = f"{type(error).__name__}: {error}"
         if not compared.broadcast:

@@ -69,7 +69,9 @@ bench: build
 	$(call say,benchmark)
 	@$(PY) -m benchmarks $(ARGS)
 
-# Also without a GPU the tests read the CUDA library's machine code.
+# Also without a GPU the tests read the CUDA library's machine code. In an environment that make installed no model may
+# be missing.
+test: export FUSED_CONV_BN_REQUIRE_MODELS := $(if $(INSTALLED),1,$(FUSED_CONV_BN_REQUIRE_MODELS))
 test: $(CUDA_LIBRARY)
 	$(call say,tests)
 	@$(PY) -m pytest $(ARGS)
@@ -125,12 +127,13 @@ WANTED := $(PYTHON) $(TORCH) $(CUDA_TOOLKIT)
 $(VENV)/.wanted: FORCE
 	$(call record,$(WANTED))
 
-$(INSTALLED): requirements/dev.txt $(VENV)/.wanted
+$(INSTALLED): requirements/dev.txt requirements/models.txt $(VENV)/.wanted
 	$(call say,installing $(TORCH) and the development tools into $(VENV); PyPI has 3 GB of CUDA libraries for torch)
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON=...")'
 	@$(BASE_PYTHON) -m venv --clear $(VENV)
 	@echo '$(WANTED)' > $(VENV)/.wanted
 	@$(PY) -m pip install --quiet '$(TORCH)' '$(CUDA_TOOLKIT)' -r requirements/dev.txt
+	@$(PY) -m pip install --quiet --no-deps -r requirements/models.txt
 	@echo '$(CURDIR)/src' > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fused_conv_bn.pth
 	@touch $@
 endif

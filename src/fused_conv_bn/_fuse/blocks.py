@@ -185,7 +185,7 @@ class ConvBlock(Block):
         self.statistics: tuple[Tensor, Tensor] | None = None
 
     def _nothing(self, bias: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """A BatchNorm that changes nothing: its op casts a bias of 16 bits inside, where a shift takes a kernel more."""
+        """A BatchNorm that changes nothing: its op casts a 16-bit bias inside, where a shift takes a kernel more."""
         found = self.statistics
         if found is None or found[0].device != bias.device or found[0].shape != bias.shape:
             with torch.inference_mode(False):

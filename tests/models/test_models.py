@@ -25,16 +25,6 @@ if MISSING and not int(os.environ.get("FUSED_CONV_BN_REQUIRE_MODELS") or 0):
 import zoo  # noqa: E402
 from zoo import CASES, Case  # noqa: E402
 
-PENDING = {
-    ("test_groups", "faster_rcnn"): "FrozenBatchNorm2d is not fused yet",
-    ("test_groups", "r3d_18"): "three-dimensional convolutions are not fused yet",
-    (
-        "test_nothing_is_left_without_a_reason",
-        "faster_rcnn",
-    ): "what an uncaptured forward calls is said not to be called",
-    ("test_nothing_is_left_without_a_reason", "mask_rcnn"): "what an uncaptured forward calls is said not to be called",
-}
-
 
 @dataclass
 class Subject:
@@ -68,13 +58,6 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _pending(request: pytest.FixtureRequest, subject: Subject) -> None:
-    reason = PENDING.get((request.function.__name__, subject.name))
-    if reason is not None:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-
-
 def difference(got: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest of all tensors' differences, relative to the largest value of each."""
     assert [t.shape for t in got] == [t.shape for t in wanted]
@@ -84,18 +67,19 @@ def difference(got: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def test_groups(subject: Subject) -> None:
-    with_bn, alone, _ = zoo.found(subject.fused)
+    with_bn, alone, without = zoo.found(subject.fused)
     assert with_bn == subject.case.groups
     assert alone == subject.case.alone
+    assert without == subject.case.without
 
 
 def test_nothing_is_left_without_a_reason(subject: Subject) -> None:
     rows = fcb.report(subject.fused).rows
-    assert all(row["text"] for row in rows)
-    assert {row["path"] for row in rows if row["kind"] == "not called"} == subject.case.never_called
-    ran = [row for row in rows if row["kind"] != "not called"]
-    assert {row["kind"] for row in ran if row["module"] == "bn"} <= {"fused"}
-    assert {row["kind"] for row in ran if row["module"] == "conv"} <= {"fused", "left"}
+    assert all(row.text for row in rows)
+    assert {row.path for row in rows if row.state == "not called"} == subject.case.never_called
+    ran = [row for row in rows if row.state != "not called"]
+    assert {row.state for row in ran if row.module == "bn"} <= {"fused"}
+    assert {row.state for row in ran if row.module == "conv"} <= {"fused", "left"}
 
 
 def test_evaluation(subject: Subject) -> None:

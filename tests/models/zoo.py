@@ -112,6 +112,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = ((2, 3, 64, 64), (1, 3, 96, 64))
     before_selection: Callable[[], Any] | None = None  # in a detector: records what its boxes are selected from
     alone: dict[str, int] = field(default_factory=dict)  # BatchNorms behind something else
+    without: dict[str, int] = field(default_factory=dict)  # convolutions without a BatchNorm
     never_called: frozenset[str] = frozenset()  # modules that the forward does not use
 
     def inputs(self, index: int) -> Any:
@@ -199,16 +200,29 @@ CASES: dict[str, Case] = {
     "resnet50": Case(lambda: tv.resnet50(weights=None), {"act": 33, "add-act": 16, "bare": 4}),
     "mobilenet_v2": Case(lambda: tv.mobilenet_v2(weights=None), {"act": 35, "add": 10, "bare": 7}),
     "mobilenetv3_large_100": Case(
-        lambda: timm.create_model("mobilenetv3_large_100"), {"act": 31, "add": 10, "bare": 5}
+        lambda: timm.create_model("mobilenetv3_large_100"),
+        {"act": 31, "add": 10, "bare": 5},
+        without={"conv relu": 8, "conv hardsigmoid": 8, "conv hardswish": 1},
     ),
     "tf_efficientnetv2_s": Case(
         lambda: timm.create_model("tf_efficientnetv2_s"),
         {"act": 65, "add": 33, "bare": 5, "act-add": 2},
         alone={"act": 5},
+        without={"conv silu": 30, "conv sigmoid": 30},
     ),
     "densenet121": Case(lambda: tv.densenet121(weights=None), {"act": 59}, alone={"act": 62}),
-    "faster_rcnn": Case(faster_rcnn, {"act": 33, "add-act": 16, "bare": 4}, before_selection=_rpn_outputs),
-    "mask_rcnn": Case(mask_rcnn, {"act": 41, "add-act": 16, "bare": 12}, before_selection=_rpn_outputs),
+    "faster_rcnn": Case(
+        faster_rcnn,
+        {"act": 33, "add-act": 16, "bare": 4},
+        without={"conv relu": 1},
+        before_selection=_rpn_outputs,
+    ),
+    "mask_rcnn": Case(
+        mask_rcnn,
+        {"act": 41, "add-act": 16, "bare": 12},
+        without={"conv relu": 2},
+        before_selection=_rpn_outputs,
+    ),
     "yolo11n": Case(
         lambda: tasks.DetectionModel("yolo11n.yaml", verbose=False),
         {"act": 66, "act-add": 11, "add": 3, "bare": 1},
@@ -231,7 +245,12 @@ CASES: dict[str, Case] = {
         {"act": 9, "add-act": 8, "bare": 3},
         shapes=((1, 3, 4, 32, 32), (2, 3, 3, 24, 32)),
     ),
-    "regnetv_040": Case(lambda: timm.create_model("regnetv_040"), {"act": 23}, alone={"act": 43}),
+    "regnetv_040": Case(
+        lambda: timm.create_model("regnetv_040"),
+        {"act": 23},
+        alone={"act": 43},
+        without={"conv silu": 22, "conv sigmoid": 22, "conv add": 21, "conv add silu": 1},
+    ),
 }
 
 

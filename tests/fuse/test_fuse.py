@@ -864,3 +864,62 @@ def test_a_tensor_of_another_class_refuses_nothing() -> None:
         assert model(mode.from_tensor(data())).shape == data().shape
     model(data())
     assert fcb.report(model).groups() == ["conv bn relu"]
+
+
+class Toggled(nn.Module):
+    """Attributes that the forward reads, and that are changed between calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.1)
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.adds, self.factor, self.order, self.table = True, 2.0, [0], {"shift": 0.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.b(self.c(x))) * self.factor + self.table["shift"]
+        for _ in self.order:
+            y = self.inner(y)
+        return y + x if self.adds else y
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "flag": lambda m: setattr(m, "adds", False),
+    "number": lambda m: setattr(m, "factor", 3.0),
+    "list in place": lambda m: m.order.append(1),
+    "dictionary in place": lambda m: m.table.update(shift=1.0),
+    "slope": lambda m: setattr(m.act, "negative_slope", 0.5),
+    "padding mode": lambda m: setattr(m.inner[0], "padding_mode", "circular"),
+    "eps": lambda m: setattr(m.b, "eps", 0.5),
+    "another attribute": lambda m: setattr(m, "note", "new"),
+    "gone": lambda m: delattr(m, "adds"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_attributes_that_change(change: str, grad: bool) -> None:
+    torch.manual_seed(8)
+    plain = randomised(Toggled().eval())
+    fused = fcb.fuse(copy.deepcopy(plain), data())
+    with torch.set_grad_enabled(grad):
+        close(fused(data()), plain(data()))
+        for m in (plain, fused):
+            CHANGES[change](m)
+        if change == "gone":
+            with pytest.raises(AttributeError, match="adds"):
+                fused(data())
+            return
+        for _ in range(2):
+            close(fused(data()), plain(data()))
+        for m in (plain, fused):
+            CHANGES["flag"](m)
+        close(fused(data()), plain(data()))
+
+
+def test_an_attribute_that_is_new_at_every_call() -> None:
+    model = fcb.fuse(model_of("plain").eval())
+    want = model(data())
+    for step in range(40):
+        model.step = step
+        close(model(data()), want)
+    assert "it was called in 32 ways already" in str(fcb.report(model))

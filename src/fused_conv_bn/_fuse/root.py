@@ -28,11 +28,12 @@ from ..modules import ConvBnScale2d
 from .blocks import block_of
 from .capture import Arguments, Refused, capture
 from .frozen import frozen_call, refuse_training, run_frozen
+from .layers import is_conv, is_norm
 from .patterns import Matcher, ModuleWords
 
 STATE = "_fused_conv_bn"
 _MOST_KINDS = 32
-"""Calls that are captured: what is no tensor is baked into a capture, and may be another number each time."""
+"""Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""
 _lock = threading.RLock()
 _training = operator.itemgetter("training")
 _is_compiling = torch.compiler.is_compiling
@@ -91,7 +92,8 @@ class Entry:
         self.silent = [(m, type(m)) for m in silent]
         self.modes = [(m, m.training) for m in {root, *silent}]
         self.bindings = []
-        for path in {*self.called, *(paths[m] for m in captured.inlined[1:])}:
+        parts = (p for b in self.blocks if b.norm is not None for p in b.norm.parts)
+        for path in {*self.called, *(paths[m] for m in (*captured.inlined[1:], *parts))}:
             parent, _, name = path.rpartition(".")
             self.bindings.append((modules[parent]._modules, name, modules[path]))
         # The dictionaries whose tensors an op gets, and what a twin has a copy of.
@@ -109,6 +111,13 @@ class Entry:
             self.frozen = True
             self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
         self.watched = [m for m, _ in self.modes]
+        # What a trace has as it was: attributes that are no tensors and no modules.
+        self.attributes: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any], Any]] = []
+        self.names = [_baked(m) for m in self.watched]
+        for m, names in zip(self.watched, self.names, strict=True):
+            if names:
+                get = operator.itemgetter(*names)
+                self.attributes.append((m.__dict__, get, _snapshot(get(m.__dict__))))
         self.parents = list({id(parent): parent for parent, _, _ in self.bindings}.values())
         self._look()
         self.run = self._compile(graph)
@@ -146,7 +155,11 @@ class Entry:
 
     def holds(self) -> bool:
         """Whether all is as it was when this was captured."""
-        return (self._stamp() == self.stamp or self._holds()) and (
+        try:
+            same = self._stamp() == self.stamp
+        except Exception:  # an attribute is gone, or is nothing that can be compared
+            same = False
+        return (same or self._holds()) and (
             PLAIN_TENSORS.issuperset(map(type, chain.from_iterable(map(dict.values, self.tensors))))
         )
 
@@ -162,6 +175,7 @@ class Entry:
             list(chain.from_iterable(map(dict.values, self.parents))),
             any(self.hooks),
             [m.eps for m, _ in self.eps] if self.eps else None,
+            [get(d) for d, get, _ in self.attributes],
         )
 
     def _holds(self) -> bool:
@@ -176,6 +190,10 @@ class Entry:
                 return False
         if any(m.eps != eps for m, eps in self.eps):
             return False
+        if [_baked(m) for m in self.watched] != self.names:
+            return False
+        if not all(_is_same(get(d), saved) for d, get, saved in self.attributes):
+            return False
         self._look()
         return True
 
@@ -184,6 +202,41 @@ class Entry:
         names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
         self.hooks = [d[name] for m, _ in self.silent for d in (m.__dict__,) for name in names]
         self.stamp = self._stamp()
+        *others, _ = self.stamp
+        self.stamp = *others, [saved for _, _, saved in self.attributes]
+
+
+_MODULE = frozenset(nn.Module().__dict__) | {STATE}
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def _baked(m: nn.Module) -> tuple[str, ...]:
+    """Attributes that a trace takes as they are. Convolutions and BatchNorms are not gone into: their ops get them."""
+    if is_conv(m):
+        return ("padding_mode",)
+    if is_norm(m):
+        return ()
+    return tuple(name for name in m.__dict__ if name not in _MODULE)
+
+
+def _snapshot(value: Any) -> Any:
+    """The value, where it can be changed in place a copy of it."""
+    of = type(value)
+    if of in (list, tuple, set):
+        return of(map(_snapshot, value)) if of is not set else set(value)
+    return {k: _snapshot(v) for k, v in value.items()} if of is dict else value
+
+
+def _is_same(value: Any, saved: Any) -> bool:
+    if value is saved:
+        return True
+    if type(value) is not type(saved):
+        return False
+    if type(value) in (list, tuple):
+        return len(value) == len(saved) and all(map(_is_same, value, saved))
+    if type(value) is dict:
+        return list(value) == list(saved) and all(map(_is_same, value.values(), saved.values()))
+    return (type(value) in _SIMPLE or type(value) is set) and bool(value == saved)
 
 
 class State:
@@ -192,13 +245,14 @@ class State:
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
         self.frozen = False
+        self.captures = 0
         self.entries: dict[Any, list[Entry]] = {}
         self.reason: str | None = None  # why it is not captured
         self.refused: dict[Any, str] = {}
 
     def freeze(self, frozen: bool) -> None:
         """What was captured goes: a new snapshot, or none."""
-        self.frozen, self.entries, self.refused = frozen, {}, {}
+        self.frozen, self.entries, self.refused, self.captures = frozen, {}, {}, 0
 
     def keep(self, key: Any, entry: Entry) -> None:
         """The newest first, and no more than four of one kind."""
@@ -260,7 +314,8 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
             with _lock:
                 entry = next((e for e in state.entries.get(key, ()) if e.holds()), None)
                 if entry is None:
-                    if len(state.entries) + len(state.refused) >= _MOST_KINDS and key not in state.entries:
+                    state.captures += 1
+                    if state.captures > _MOST_KINDS:
                         raise Refused(f"it was called in {_MOST_KINDS} ways already")
                     entry = Entry(root, own, arguments, frozen=state.frozen)
                     state.keep(key, entry)

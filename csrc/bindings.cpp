@@ -47,6 +47,14 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
       "Tensor? input_sums=None) -> (Tensor conv_weight, Tensor weight, Tensor bias, Tensor conv_bias, "
       "Tensor scaled_weight, Tensor input_scale, Tensor input_shift)");
 
+  // For snapshots on the CPU, in float32 and channels_last: a weight that was scaled and packed before, (tiles, R, S, C, tile) of
+  // output channels or, depthwise, (R, S, C), and a shift for each output channel of whole tiles. _packed_channels: those of a
+  // tile, or 0 where this kernel is not for the processor.
+  m.def(
+      "_conv_packed(Tensor input, Tensor weight, Tensor shift, int filters, int[1] stride=1, int[1] padding=0, "
+      "int[1] dilation=1, *, " FCB_EPILOGUE ") -> Tensor");
+  m.def("_packed_channels() -> int");
+
   // What a convolution op would run, in words. _explain_problem: on CUDA, for a problem and a GPU, both as the numbers of
   // Conv2d and GpuTraits (kernels/conv/problem.h) in their order.
   m.def("_explain(Tensor input, Tensor weight, " FCB_WINDOW

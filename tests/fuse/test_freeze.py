@@ -16,33 +16,54 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_fuse import MODELS, Model, Picklable, close, data, model_of, randomised
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_conv_bn as fcb
-from fused_conv_bn._fuse import frozen
+from fused_conv_bn import _activations
+from fused_conv_bn._fuse import blocks, frozen
+from fused_conv_bn._fuse.patterns import Group
 from fused_conv_bn.reference import ACTIVATIONS, activate
+
+OPS = "mkldnn._convolution_pointwise", "fused_conv_bn._conv_packed"
+KERNELS = ["own", "oneDNN"]
 
 
 class Counted(TorchDispatchMode):
-    """How often ops are called whose name has a word in it."""
+    """How often the ops are called that take a packed weight."""
 
-    def __init__(self, word: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.word, self.count = word, 0
+        self.calls: list[str] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += self.word in str(op)
+        self.calls += [name for name in OPS if name in str(op)]
         return op(*args, **(kwargs or {}))
 
 
-def packed_calls(model: nn.Module, *args: Any) -> int:
-    with Counted("mkldnn._convolution_pointwise") as counted:
+def packed_calls(model: nn.Module, *args: Any) -> list[str]:
+    with Counted() as counted:
         model(*args)
-    return counted.count
+    return counted.calls
 
 
-needs_packing = pytest.mark.skipif(not frozen._has_packing(), reason="needs oneDNN with AVX2")
+def has_packed() -> bool:
+    return frozen._has_packing() or bool(torch.ops.fused_conv_bn._packed_channels())
+
+
+needs_packing = pytest.mark.skipif(not has_packed(), reason="needs AVX2")
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernel is to run, with what each lacks left to the other."""
+    if request.param == "own" and not torch.ops.fused_conv_bn._packed_channels():
+        pytest.skip("oneDNN is preferred on this processor")
+    if request.param == "oneDNN":
+        if not frozen._has_packing():
+            pytest.skip("needs oneDNN with AVX2")
+        monkeypatch.setattr(frozen, "_own_kernel_takes", lambda conv, pixels: False)
+    return request.param
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,8 +90,8 @@ def test_values(name: str) -> None:
 )
 def test_what_is_packed_runs(name: str, count: int) -> None:
     model = fcb.fuse(model_of(name).eval(), data(), freeze=True)
-    assert packed_calls(model, data()) == count
-    assert packed_calls(fcb.thaw(model), data()) == 0
+    assert len(packed_calls(model, data())) == count
+    assert packed_calls(fcb.thaw(model), data()) == []
 
 
 def errors(got: Tensor, exact: Tensor, unit: Tensor) -> tuple[float, float]:
@@ -100,16 +121,21 @@ CONVS = [
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("conv", CONVS)
 def test_no_less_accurate_than_eager(
-    conv: tuple[int, ...], residual: bool, shift: float, dtype: torch.dtype, generator: torch.Generator
+    conv: tuple[int, ...],
+    residual: bool,
+    shift: float,
+    dtype: torch.dtype,
+    kernel: str,
+    generator: torch.Generator,
 ) -> None:
     """Errors against float64, at most twice eager's own where eager takes oneDNN as well: in channels_last, 16 images.
 
     For few of them, or with one thread, eager may take MKL, which sums long sums in blocks. A large shift shows whether
     it was added first.
     """
-    channels, filters, kernel, stride, groups, size, batch = conv
+    channels, filters, extent, stride, groups, size, batch = conv
     model = nn.Sequential(
-        nn.Conv2d(channels, filters, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(filters)
+        nn.Conv2d(channels, filters, extent, stride, extent // 2, groups=groups, bias=False), nn.BatchNorm2d(filters)
     )
     model[1].running_mean.copy_(shift * torch.randn(filters, generator=generator))
     model[1].running_var.copy_(torch.rand(filters, generator=generator) + 0.5)
@@ -138,7 +164,7 @@ def test_no_less_accurate_than_eager(
         b = double.body[1]
         scale = (b.weight / (b.running_var + b.eps).sqrt()).view(-1, 1, 1)
         convolved = double.body[0]
-        unit = F.conv2d(x.double().abs(), convolved.weight.abs(), None, stride, kernel // 2, 1, groups) * scale.abs()
+        unit = F.conv2d(x.double().abs(), convolved.weight.abs(), None, stride, extent // 2, 1, groups) * scale.abs()
         unit = unit + (b.running_mean.view(-1, 1, 1) * scale).abs() + b.bias.abs().view(-1, 1, 1)
         unit = unit if r is None else unit + r.double().abs()
         args = (x,) if r is None else (x, r)
@@ -147,8 +173,9 @@ def test_no_less_accurate_than_eager(
         eager = errors(last(*many)[:batch], exact, unit)
         fused = fcb.fuse(copy.deepcopy(whole), freeze=True)
         fused(*args)
-        if frozen._has_packing() and frozen._takes(dtype):
-            assert packed_calls(fused, *args) == 1
+        if dtype == torch.float32:
+            own = kernel == "own" and frozen._own_kernel_takes(convolved, size * size)
+            assert packed_calls(fused, *args) == [OPS[1] if own else OPS[0]]
         mine = errors(fused(*args), exact, unit)
     for error, theirs in zip(mine, eager, strict=True):
         # The scale that is in the weight rounds each product once more.
@@ -158,7 +185,7 @@ def test_no_less_accurate_than_eager(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("adds", ["nothing", "before", "behind"])
 @pytest.mark.parametrize("groups", [1, 8])
-def test_every_activation(activation: str, adds: str, groups: int) -> None:
+def test_every_activation(activation: str, adds: str, groups: int, kernel: str) -> None:
     torch.manual_seed(4)
 
     class Whole(nn.Module):
@@ -187,8 +214,7 @@ def test_every_activation(activation: str, adds: str, groups: int) -> None:
     assert fcb.report(model).groups()[0].startswith("conv bn * 3")
     # Each result is rounded at a magnitude of up to 20, and not much more.
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
-    if frozen._has_packing():
-        assert packed_calls(model, x) == 1
+    assert packed_calls(model, x) == [OPS[1] if kernel == "own" else OPS[0]]
 
 
 def test_post_ops_are_the_activations() -> None:
@@ -209,6 +235,88 @@ def test_post_ops_are_the_activations() -> None:
         # A few units in the last place, or of the argument where the function is near 0.
         torch.testing.assert_close(y[finite].double(), act(x[finite].double()), rtol=4e-7, atol=2e-6)
         assert torch.equal(y[x == float("inf")], act(x[x == float("inf")])), activation
+
+
+def test_this_packages_kernel_passes_nan_on() -> None:
+    if not torch.ops.fused_conv_bn._packed_channels():
+        pytest.skip("oneDNN is preferred on this processor")
+    for activation in ("relu", "relu6", "hardsigmoid", "silu"):
+        torch.manual_seed(6)
+        layers = nn.Conv2d(8, 20, 1), nn.BatchNorm2d(20), _activations.module(activation, 0.01)
+        model = fcb.fuse(nn.Sequential(*layers).eval(), torch.randn(1, 8, 5, 5), freeze=True)
+        x = torch.randn(1, 8, 5, 5)
+        x[0, 3, 2, 2] = float("nan")
+        y = model(x)
+        assert y[0, :, 2, 2].isnan().all() and int(y.isnan().sum()) == 20
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("size", [(1, 5, 37), (3, 7, 7), (2, 1, 50), (5, 2, 3), (1, 30, 31)])
+@pytest.mark.parametrize(
+    ("channels", "filters", "kernel_size", "groups", "stride", "padding", "dilation"),
+    [
+        (3, 5, 3, 1, 2, 1, 1),
+        (5, 40, (1, 3), 1, 1, (0, 1), 1),
+        (7, 24, 3, 1, 1, 2, (2, 1)),
+        (130, 17, 3, 1, 1, 1, 1),
+        (9, 33, 2, 1, (2, 1), (1, 0), 1),
+        (33, 8, 1, 1, 1, 0, 1),
+        (600, 16, 1, 1, 2, 1, 1),
+        (24, 24, 3, 24, 1, 1, 1),
+        (56, 56, 5, 56, 2, 2, 1),
+        (8, 8, 3, 8, 1, 3, 2),
+        (64, 64, (7, 1), 64, 1, (3, 4), 1),
+    ],
+)
+def test_this_packages_kernel(
+    channels: int,
+    filters: int,
+    kernel_size: Any,
+    groups: int,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    size: tuple[int, int, int],
+    threads: int,
+) -> None:
+    """Borders, tails of tiles, bands over several images, sums in blocks, and threads that share channels."""
+    torch.manual_seed(7)
+    conv = nn.Conv2d(channels, filters, kernel_size, stride, padding, dilation, groups).eval()
+    x = torch.randn(size[0], channels, *size[1:])
+    before = torch.get_num_threads()
+    try:
+        expected = conv.double()(x.double())
+    except RuntimeError:  # smaller than the filter
+        return
+    if not torch.ops.fused_conv_bn._packed_channels():
+        pytest.skip("oneDNN is preferred on this processor")
+    assert frozen._own_kernel_takes(conv, 1)
+    conv.float()
+    residual = torch.randn(expected.shape)
+    block = blocks.ConvBlock(_group(), conv, None)
+    run = frozen._own_kernel(block, conv.weight.detach(), conv.bias.detach())
+    try:
+        torch.set_num_threads(threads)
+        plain, added = run(x, None), run(x, residual)
+    finally:
+        torch.set_num_threads(before)
+    unit = conv.double().requires_grad_(False)
+    unit.weight.abs_()
+    unit.bias.abs_()
+    # Sums of up to 512 terms, and of those: an error of a rounding for each term would be at the bound.
+    terms = min(512, conv.weight[0].numel()) + 4
+    bound = unit(x.double().abs()) * terms * 2.0**-24
+    assert plain.is_contiguous(memory_format=torch.channels_last)
+    assert bool(((plain.double() - expected).abs() <= bound).all())
+    added_expected = F.relu(expected + residual.double())
+    y = F.relu(added.double())
+    assert bool(((y - added_expected).abs() <= bound + residual.double().abs() * 2.0**-23).all())
+
+
+def _group() -> Group:
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    return Group(node, None, node, [node])
 
 
 @needs_packing
@@ -294,8 +402,8 @@ def test_no_gradient_by_what_is_not_captured() -> None:
         assert not model([data()]).requires_grad
     with pytest.raises(RuntimeError, match="computes no gradients"):
         model([data().requires_grad_()])
-    if frozen._has_packing():
-        assert packed_calls(model, [data()]) == 1
+    if has_packed():
+        assert len(packed_calls(model, [data()])) == 1
 
 
 def test_copies_are_live() -> None:
@@ -392,12 +500,12 @@ def test_compiled_it_is_the_model_itself(no_leftover_graphs: None) -> None:
 
 @needs_packing
 def test_processors_that_add_a_bias_first_run_live() -> None:
-    program = "from fused_conv_bn._fuse import frozen; print(frozen._bias_comes_last(), frozen._has_packing())"
+    program = "import torch; from fused_conv_bn._fuse import frozen; print(frozen._has_packing())"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "SSE41"}
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert result.stdout.split() == ["False", "False"]
+    assert result.stdout.split() == ["False"]
 
 
 def test_on_cuda_it_runs_live(device: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -923,3 +925,313 @@ def test_an_attribute_that_is_new_at_every_call() -> None:
         model.step = step
         close(model(data()), want)
     assert "it was called in 32 ways already" in str(fcb.report(model))
+
+
+# ---- what a review found ---------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), act or nn.ReLU()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn(self.conv(x)))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Net(), Net()])
+        self.down: nn.Module | None = None
+        self.gate = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        if self.gate is not None:
+            x = x * self.gate
+        return x if self.down is None else self.down(x)
+
+
+STRUCTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
+    "sequential appended": (lambda: nn.Sequential(Net(), Net()), lambda m: m.append(nn.Sigmoid())),
+    "list appended": (Layers, lambda m: m.layers.append(nn.Sigmoid())),
+    "list replaced": (Layers, lambda m: setattr(m, "layers", nn.ModuleList([nn.Sigmoid(), m.layers[0]]))),
+    "module added": (Layers, lambda m: setattr(m, "down", nn.Sigmoid())),
+    "parameter gone": (Layers, lambda m: setattr(m, "gate", None)),
+    "approximation": (lambda: Net(nn.GELU()), lambda m: setattr(m.act, "approximate", "tanh")),
+    "limits": (lambda: Net(nn.Hardtanh(0.0, 6.0)), lambda m: setattr(m.act, "max_val", 0.5)),
+    "padding mode": (Net, lambda m: setattr(m.conv, "padding_mode", "circular")),
+    "stride": (Net, lambda m: setattr(m.conv, "stride", 2)),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("training", [False, True])
+def test_structures_that_change(name: str, training: bool) -> None:
+    make, change = STRUCTURES[name]
+    torch.manual_seed(1)
+    plain = randomised(make()).train(training)
+    fused = fcb.fuse(copy.deepcopy(plain))
+    with torch.no_grad():
+        close(fused(data()), plain(data()))
+        for m in (plain, fused):
+            change(m)
+        for _ in range(2):
+            close(fused(data()), plain(data()))
+
+
+def test_a_class_whose_forward_is_replaced() -> None:
+    class Other(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    fused = fcb.fuse(Other().eval())
+    y = fused(data())
+    Other.forward = lambda self, x: 2 * Net.forward(self, x)  # type: ignore[method-assign, assignment]
+    close(fused(data()), 2 * y)
+
+
+def drops_layers(m: Any, x: Tensor) -> Tensor:
+    y = m.r(m.b(m.c(x)))
+    return y if torch.rand(1).item() < 0.5 else m.b2(m.c2(y))
+
+
+def depends_on_grad(m: Any, x: Tensor) -> Tensor:
+    y = m.b(m.c(x))
+    return y * 2 if torch.is_grad_enabled() else y
+
+
+def residual_writes(m: Any, x: Tensor) -> Tensor:
+    x = x + 0
+    return m.b(m.c(x)) + m.r(x)
+
+
+def function_writes(m: Any, x: Tensor) -> Tensor:
+    a = x * 1.5
+    b = F.relu(a, inplace=True)
+    b += m.b(m.c(x))
+    return a
+
+
+def argument_written(m: Any, x: Tensor) -> Tensor:
+    x = x + 0
+    z = x * 3
+    y = m.c(x)
+    torch.mul(z, 2, out=x)
+    return m.b(y)
+
+
+def several_written(m: Any, x: Tensor) -> Tensor:
+    x = x + 0
+    y = m.c(x)
+    torch._foreach_mul_([x * 1, x], 2.0)
+    return m.b(y)
+
+
+def power_in_place(m: Any, x: Tensor) -> Tensor:
+    x = x + 0
+    y = m.c(x)
+    z = x
+    x **= 2
+    return m.b(y) + z
+
+
+def by_class(m: Any, x: Tensor) -> Tensor:
+    y = m.b(m.c(x))
+    return y * 2 if type(y) is Tensor else y
+
+
+def by_attribute(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.c(x.tensors if hasattr(x, "tensors") else x))
+
+
+def by_size(m: Any, x: Tensor) -> Tensor:
+    y = m.b(m.c(x))
+    return y * 2 if x.shape[0] in {3, 5} else y
+
+
+def by_dtype(m: Any, x: Tensor) -> Tensor:
+    y = m.b(m.c(x))
+    return y * 2 if x.dtype is torch.float32 else y
+
+
+def layout_of_the_residual(m: Any, x: Tensor) -> Tensor:
+    r = x.contiguous(memory_format=torch.channels_last)
+    y = r + m.b(m.c(x))
+    return y.permute(0, 2, 3, 1).view(-1, 4)
+
+
+TRICKS = [
+    *(drops_layers, depends_on_grad, residual_writes, function_writes, argument_written, several_written),
+    *(power_in_place, by_class, by_attribute, by_size, by_dtype, layout_of_the_residual),
+]
+
+
+@pytest.mark.parametrize("run", TRICKS)
+@pytest.mark.parametrize("mode", ["eval", "train", "eval, unchecked"])
+def test_tricks(run: Callable[..., Tensor], mode: str) -> None:
+    """Also where nothing is compared."""
+    torch.manual_seed(2)
+    plain = randomised(Model(run)).train(mode == "train")
+    fused = fcb.fuse(copy.deepcopy(plain))
+    if mode == "eval, unchecked":
+        for m in (plain, fused):
+            m.r.register_forward_hook(lambda *_: None)
+    for grad in (False, True):
+        for seed in range(4):
+            with torch.set_grad_enabled(grad):
+                results = []
+                for m in (plain, fused):
+                    torch.manual_seed(seed)
+                    results.append(m(data(seed)))
+                close(results[1], results[0])
+                assert results[1].stride() == results[0].stride()
+    for a, b in zip(fused.buffers(), plain.buffers(), strict=True):
+        close(a.double(), b.double())
+
+
+def test_two_arguments_of_one_memory() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
+            y = self.conv(x)
+            z.mul_(0.5)
+            return self.bn(y) * (2 if x is z else 1)
+
+    plain = randomised(Two().eval())
+    fused = fcb.fuse(copy.deepcopy(plain))
+    with torch.no_grad():
+        for same in (False, True, False):
+            a, b = data(), data()
+            close(fused(a, a if same else data(3)), plain(b, b if same else data(3)))
+            close(a, b)
+
+
+def test_what_a_forward_keeps() -> None:
+    """Dictionaries, lists and tensors on the module, that it fills."""
+
+    class Keeps(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outs: dict[str, Tensor] = {}
+            self.all: list[Tensor] = []
+            self.count = torch.zeros(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(self.conv(x))
+            self.outs["y"] = y
+            self.all.append(y)
+            self.count += 1
+            return self.act(y)
+
+    for training in (False, True):
+        plain = Keeps().train(training)
+        fused = fcb.fuse(copy.deepcopy(plain))
+        with torch.no_grad():
+            for m in (plain, fused):
+                m(data(1)), m(data(2))
+        assert len(fused.all) == len(plain.all) == 2 and fused.count == plain.count == 2
+        for a, b in zip([*fused.all, *fused.outs.values()], [*plain.all, *plain.outs.values()], strict=True):
+            close(a, b)
+
+
+def test_parameters_that_a_forward_writes() -> None:
+    class Writes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.conv.weight.data.mul_(0.9)
+            return super().forward(x)
+
+    plain = Writes().eval()
+    fused = fcb.fuse(copy.deepcopy(plain))
+    with torch.no_grad():
+        for _ in range(3):
+            close(fused(data()), plain(data()))
+    assert "it writes to its parameters or buffers" in str(fcb.report(fused))
+
+
+def test_checkpoints_in_a_forward() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.net, self.reentrant = Net(), reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+    for reentrant in (False, True):
+        model = fcb.fuse(Checkpointed(reentrant).train())
+        model(data().requires_grad_()).sum().backward()
+        assert model.net.bn.num_batches_tracked == 2  # computed again
+
+
+def test_classes_of_results() -> None:
+    class Ordered(Net):
+        def forward(self, x: Tensor) -> Any:
+            return OrderedDict(out=super().forward(x), x=x)
+
+    fused = fcb.fuse(Ordered().eval())
+    for _ in range(2):
+        assert type(fused(data())) is OrderedDict and list(fused(data())) == ["out", "x"]
+    assert fcb.report(fused).groups() == ["conv bn relu"]
+
+
+class Locked(Net):
+    """With what cannot be copied, and a state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def test_classes_with_a_state_of_their_own() -> None:
+    model = Locked().eval()
+    want = model(data())
+    fcb.fuse(model, data())
+    twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert type(loaded) is Locked and twin.lock is not model.lock
+    for m in (model, twin, loaded):
+        close(m(data()), want)
+    assert fcb.report(twin).groups() == ["conv bn relu"]
+
+
+def test_other_tracers_and_signatures() -> None:
+    model = Net().eval()
+    want, signature = model(data()), inspect.signature(model.forward)
+    fcb.fuse(model, data())
+    assert inspect.signature(model.forward) == signature
+    close(torch.fx.symbolic_trace(model)(data()), want)
+    close(torch.jit.trace(model, data())(data()), want)
+    close(model(data()), want)
+    assert fcb.report(model).groups() == ["conv bn relu"]
+
+
+def test_meta_lazy_and_odd_classes() -> None:
+    meta = fcb.fuse(Net().eval().to("meta"))
+    assert meta(torch.empty(2, 4, 5, 5, device="meta")).shape == (2, 4, 5, 5)
+    lazy = fcb.fuse(nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval(), data())
+    assert lazy(data()).shape == (2, 4, 5, 7)
+
+    class Base(nn.Module):
+        def __init_subclass__(cls, *, key: str, **kwargs: Any) -> None:
+            super().__init_subclass__(**kwargs)
+
+    class Odd(Base, key="a"):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    plain = Odd().eval()
+    close(fcb.fuse(copy.deepcopy(plain))(data()), plain(data()))

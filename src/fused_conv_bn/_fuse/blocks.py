@@ -65,7 +65,8 @@ class Block:
         op.residual_last = group.residual_last
         # What the op does not get when it is what the op takes anyway: arguments cost time.
         self.named = keywords(None, op.activation, op.negative_slope, op.residual_last)
-        zeros = conv is None or (conv.padding_mode == "zeros" and type(conv.padding) is tuple)
+        window = () if conv is None else (conv.stride, conv.padding, conv.dilation)
+        zeros = conv is None or (conv.padding_mode == "zeros" and all(type(v) is tuple for v in window))
         self.is_quick = zeros and not (bn is not None and (self.bn_twin.training or self._statistics() is None))
 
     def _statistics(self) -> Any:

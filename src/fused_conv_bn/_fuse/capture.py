@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import inspect
 import operator
+import random
 import sys
 import threading
 from collections import OrderedDict
@@ -27,6 +29,9 @@ from torch import Tensor, fx, nn
 from ..conditions import is_watched
 from ..modules import ConvBnScale2d
 from .layers import is_conv, is_norm
+
+MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+"""Those that every module has."""
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 """Arguments that a trace takes as they are."""
@@ -53,8 +58,11 @@ class Arguments:
     def _kind(self, argument: str, value: Any, name: str) -> Any:
         of = type(value)
         if of is Tensor or of is nn.Parameter:
+            if value.is_meta:
+                raise TypeError(f"argument {argument} has no values")
+            same = next((i for i, t in enumerate(self.tensors.values()) if t is value), None)
             self.tensors[name] = value
-            return Tensor
+            return same, value.dtype, value.device
         if of in CONSTANTS:
             return of, value
         if of is list or of is tuple:
@@ -123,6 +131,26 @@ def _is_tensor(node: fx.Node, root: nn.Module) -> bool:
     return known and any(_is_tensor(n, root) for n in node.all_input_nodes[:1])
 
 
+class _Proxy(fx.Proxy):
+    """Refuses what Python asks of a value in silence, and of a proxy would get an answer that is none."""
+
+    def __getattr__(self, name: str) -> Any:
+        tracer: Any = self.tracer
+        if self.node.op == "placeholder" and name in ("dtype", "device", "is_cuda", "is_cpu"):
+            return getattr(tracer.arguments.tensors[self.node.target], name)
+        if not hasattr(Tensor, name) and not name.startswith("__") and _is_tensor(self.node, tracer.root):
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return super().__getattr__(name)
+
+    def __hash__(self) -> int:
+        raise Refused("it looks a value up")
+
+    def __ipow__(self, other: Any) -> Any:  # torch.fx has none of these, and Python would take those that make a tensor
+        raise Refused("it writes to a tensor in a way that torch.fx has not")
+
+    __imod__ = __ifloordiv__ = __imatmul__ = __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = __ipow__
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # buffers are read when the graph runs, as parameters are
 
@@ -140,9 +168,22 @@ class _Tracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     @staticmethod
-    def _modes() -> tuple[bool, ...]:
+    def _modes() -> tuple[Any, ...]:
         enabled = torch.is_autocast_enabled
-        return torch.is_grad_enabled(), enabled("cpu"), enabled("cuda")
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # checkpoints and offloading have them
+        return torch.is_grad_enabled(), enabled("cpu"), enabled("cuda"), hooks
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) is not dict:
+            if type(a) is not OrderedDict:
+                raise Refused(f"it makes a {type(a).__name__}")
+            return self.create_proxy("call_function", OrderedDict, ([(k, v) for k, v in a.items()],), {}).node
+        if isinstance(a, (list, tuple)) and type(a) not in (list, tuple, torch.Size) and not hasattr(a, "_fields"):
+            raise Refused(f"it makes a {type(a).__name__}")
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self.leaves or is_watched(m) or is_conv(m) or is_norm(m) or isinstance(m, ConvBnScale2d):
@@ -174,7 +215,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if self._modes() != self.modes:
-            raise Refused("it changes grad mode or autocast")
+            raise Refused("it changes grad mode, autocast or what autograd saves")
         return super().create_node(*args, **kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
@@ -193,13 +234,16 @@ def _classes_are_asked(tracer: _Tracer) -> Iterator[None]:
 
     def asked(value: Any, classes: Any) -> bool:
         # PyTorch's own questions are torch.fx's business.
-        of_torch = type(value) is fx.Proxy and sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
-        if type(value) is fx.Proxy and value.tracer is tracer and not of_torch:
-            wanted = classes if type(classes) is tuple else (classes,)
-            if any(c is Tensor for c in wanted):
-                if _is_tensor(value.node, tracer.root):
-                    return True
-                raise Refused("it asks what class a value is")
+        if not (type(value) is _Proxy and value.tracer is tracer):
+            return real(value, classes)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __name__)):
+            return real(value, classes)
+        wanted = classes if type(classes) is tuple else (classes,)
+        # In evaluation mode a first call finds an answer that is wrong.
+        if Tensor in wanted or tracer.root.training:
+            if _is_tensor(value.node, tracer.root):
+                return issubclass(Tensor, classes)
+            raise Refused("it asks what class a value is")
         return real(value, classes)
 
     builtins.isinstance = asked
@@ -221,7 +265,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
     leaves: dict[nn.Module, str] = {}
     while True:
         tracer = _Tracer(set(leaves), arguments, forward)
-        before = {m: dict(m.__dict__) for m in root.modules()}
+        before = _Attributes(root)
         try:
             with _classes_are_asked(tracer), torch.no_grad() if not tracer.modes[0] else contextlib.nullcontext():
                 graph = tracer.trace(root)
@@ -235,23 +279,93 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
                     leaves[m] = reason
             continue
         finally:
-            changed = _restore(before)
+            changed = before.restore()
         inlined = [root, *tracer.inlined]
+        if before.draws:
+            raise Refused("it draws random numbers that are no tensors of its graph")
         if root in changed:
             raise Refused("it changes its own attributes, or makes tensors of its own")
+        if root.training and any("type" in _names(m) for m in inlined):
+            raise Refused("it asks what class a value is")
         if broken := [m for m in changed if m in inlined and m not in leaves]:
             leaves |= dict.fromkeys(broken, "it changes its own attributes")
             continue
         return Captured(graph, inlined, leaves)
 
 
-def _restore(before: dict[nn.Module, dict[str, Any]]) -> list[nn.Module]:
-    """Takes back what a trace did to modules' attributes; returns those modules."""
-    changed = []
-    for m, attributes in before.items():
-        now = m.__dict__
-        if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
-            now.clear()
-            now.update(attributes)
-            changed.append(m)
-    return changed
+def _names(m: nn.Module) -> tuple[str, ...]:
+    """The global names that a forward reads."""
+    if type(m).__module__.startswith("torch."):
+        return ()
+    code = getattr(getattr(type(m), "forward", None), "__code__", None)
+    return () if code is None else code.co_names
+
+
+class _Attributes:
+    """What modules have before a trace: their attributes, what is in those that are containers, plain tensors' values,
+    and the states of the generators."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.of = {m: dict(m.__dict__) for m in root.modules()}
+        self.containers: dict[nn.Module, list[tuple[Any, Any]]] = {}
+        self.tensors: dict[nn.Module, list[tuple[Tensor, int, Tensor]]] = {}
+        for m, attributes in self.of.items():
+            for name, value in attributes.items():
+                if name not in MODULE_ATTRIBUTES:
+                    self._look(m, value)
+        self.generators = self._generators()
+        self.draws = False
+
+    def _look(self, m: nn.Module, value: Any, depth: int = 0) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.setdefault(m, []).append((value, value._version, value.detach().clone()))
+        elif isinstance(value, (list, dict, set)) and depth < 4:
+            self.containers.setdefault(m, []).append((value, copy.copy(value)))
+            for v in value.values() if isinstance(value, dict) else value:
+                self._look(m, v, depth + 1)
+
+    @staticmethod
+    def _generators() -> list[Any]:
+        states: list[Any] = [torch.get_rng_state(), random.getstate()]
+        if (numpy := sys.modules.get("numpy")) is not None:
+            states.append(numpy.random.get_state())
+        return states
+
+    def restore(self) -> list[nn.Module]:
+        """Takes back what a trace did; returns the modules that it did it to."""
+        changed = []
+        for m, attributes in self.of.items():
+            now = m.__dict__
+            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+                now.clear()
+                now.update(attributes)
+                changed.append(m)
+        for m, containers in self.containers.items():
+            for container, saved in containers:
+                if len(container) != len(saved) or not _has_same(container, saved):
+                    container.clear()
+                    container.extend(saved) if isinstance(container, list) else container.update(saved)
+                    changed.append(m)
+        for m, tensors in self.tensors.items():
+            for t, version, saved in tensors:
+                if t._version != version:
+                    with torch.no_grad():
+                        t.copy_(saved)
+                    changed.append(m)
+        after = self._generators()
+        torch.set_rng_state(self.generators[0])
+        random.setstate(self.generators[1])
+        self.draws = not torch.equal(self.generators[0], after[0]) or self.generators[1] != after[1]
+        if len(self.generators) > 2:
+            sys.modules["numpy"].random.set_state(self.generators[2])
+            self.draws |= str(self.generators[2]) != str(after[2])
+        return list(dict.fromkeys(changed))
+
+
+def _has_same(a: Any, b: Any) -> bool:
+    """Whether two containers have the very same things in them."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+    if isinstance(a, set):
+        return {id(v) for v in a} == {id(v) for v in b}
+    return all(v is w for v, w in zip(a, b, strict=True))

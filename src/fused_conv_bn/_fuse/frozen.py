@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._dispatch import keywords
+from ..conditions import conv_output_size
 from .blocks import Block, ConvBlock, ConvNormBlock, NormBlock
 from .patterns import Group
 
@@ -224,7 +225,7 @@ def _own_kernel(block: Block, weight: Tensor, shift: Tensor) -> Call:
 def _one_dnn(block: Block, group: Group, weight: Tensor, bias: Tensor, input_size: list[int]) -> Call:
     conv = block.conv_twin
     window = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
-    packed = _pack(weight, window, input_size)
+    packed, size = _pack(weight, window, input_size), weight.shape
     # What is no post-op of oneDNN is one pass behind, in place.
     name, slope = group.activation, group.negative_slope
     op = ("leaky_relu", [slope], "") if name == "leaky_relu" else _POST_OPS.get(name)
@@ -241,6 +242,9 @@ def _one_dnn(block: Block, group: Group, weight: Tensor, bias: Tensor, input_siz
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         y: Tensor
         if adds_inside:
+            # oneDNN would take one that is broadcast, or that broadcasts the result.
+            if list(residual.shape) != conv_output_size(x.shape, size, window[1], window[0], window[2]):  # type: ignore[union-attr]
+                raise RuntimeError("the residual is of another shape")
             y = binary(x, residual, packed, bias, *window, "add", None, after_residual, [], None)
             return y
         y = unary(x, packed, bias, *window, *op)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import _activations
+from ..modules import ConvBnScale2d
 from .layers import class_of_conv, is_conv, is_norm, norm_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -81,6 +82,7 @@ class Group:
     factor: float = 1.0
     residual: fx.Node | None = None
     adds: str = ""  # the name of the node that adds it
+    residual_first: bool = False  # it is the first of the two: the sum has its strides
     residual_last: bool = False
     activation: str = "none"
     negative_slope: float = 0.01
@@ -182,7 +184,7 @@ class FunctionWords:
         return True
 
     def is_fresh(self, node: fx.Node) -> bool:
-        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
+        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and not self.is_in_place(node)
 
     def is_in_place(self, node: fx.Node) -> bool:
         if node.op == "call_method":
@@ -196,6 +198,7 @@ class FunctionWords:
                 or (name.endswith("_") and not name.endswith("__"))
                 or inplace is True
                 or "out" in node.kwargs
+                or name.startswith("_foreach_")
             )
         return False
 
@@ -258,7 +261,11 @@ class ModuleWords(FunctionWords):
 
     def is_in_place(self, node: fx.Node) -> bool:
         m = self.module(node)
-        return super().is_in_place(node) if m is None else bool(getattr(m, "inplace", False))
+        if m is None:
+            return super().is_in_place(node)
+        # Of a module that nobody knows nobody knows what it writes to.
+        known = type(m).__module__.startswith("torch.nn.") or is_conv(m) or is_norm(m) or isinstance(m, ConvBnScale2d)
+        return bool(getattr(m, "inplace", not known))
 
 
 def _is_drop_path(m: nn.Module) -> bool:
@@ -342,14 +349,20 @@ class Matcher:
         group.nodes.append(bn)
         return group
 
-    def memory_of(self, node: fx.Node) -> set[fx.Node]:
-        """Nodes whose memory this one's result may be: its own, unless it may be a view of an argument."""
-        found, waiting = set(), [node]
+    def memory_of(self, node: fx.Node) -> set[Any]:
+        """Nodes whose memory this one's result may be: its own, unless it may be a view of an argument.
+
+        All arguments of the graph may be one memory, and so may all parameters and buffers: those are two kinds.
+        """
+        found: set[Any] = set()
+        waiting = [node]
         while waiting:
             n = waiting.pop()
             if n in found:
                 continue
             found.add(n)
+            if n.op in ("placeholder", "get_attr"):
+                found.add(n.op)
             if not self.words.is_fresh(n):
                 waiting += n.all_input_nodes
         return found
@@ -369,10 +382,20 @@ class Matcher:
         writes = [n for n in between if self.words.is_in_place(n)]
         if not writes:
             return True
-        read = self.memory_of(group.input) | (set() if residual is None else self.memory_of(residual))
+        read = self.memory_of(group.input) | {"get_attr"}
         # A residual's own last step may be to write in place: that comes before it is read, here as there.
+        added = set() if residual is None else self.memory_of(residual)
         return not any(
-            n is not residual and any(self.memory_of(a) & read for a in n.all_input_nodes[:1]) for n in writes
+            self.memory_of(a) & (read if n is residual else read | added) for n in writes for a in n.all_input_nodes
+        )
+
+    def writes_attributes(self) -> bool:
+        """Whether the graph itself writes to parameters or buffers."""
+        return any(
+            "get_attr" in self.memory_of(a)
+            for n in self.graph.nodes
+            if n.op != "call_module" and self.words.is_in_place(n)
+            for a in n.all_input_nodes
         )
 
     def extend(self, group: Group, trains: object) -> None:
@@ -420,4 +443,10 @@ class Matcher:
             mine = len(other.users) == 1 and self.words.is_fresh(other) and not self.words.passes(other)
             if not mine:
                 return None
-        return {"residual": other, "adds": node.name, "residual_last": group.activation != "none"}
+        first = node.args[0] is other
+        return {
+            "residual": other,
+            "adds": node.name,
+            "residual_first": first,
+            "residual_last": group.activation != "none",
+        }

@@ -26,7 +26,7 @@ from .. import conditions
 from ..conditions import PLAIN_TENSORS, has_hooks, is_watched
 from ..modules import ConvBnScale2d
 from .blocks import block_of
-from .capture import Arguments, Refused, capture
+from .capture import MODULE_ATTRIBUTES, Arguments, Refused, capture
 from .frozen import frozen_call, refuse_training, run_frozen
 from .layers import is_conv, is_norm
 from .patterns import Matcher, ModuleWords
@@ -35,6 +35,7 @@ STATE = "_fused_conv_bn"
 _MOST_KINDS = 32
 """Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""
 _lock = threading.RLock()
+_forward = operator.attrgetter("forward")
 _training = operator.itemgetter("training")
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -48,6 +49,20 @@ Block = Callable[..., Tensor]
 
 def _call(calls: list[Block], index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
     return calls[index](x, residual)
+
+
+def _placed(call: Block, residual_first: bool) -> Block:
+    """With the strides that a sum has whose first operand is the residual."""
+    if not residual_first:
+        return call
+
+    def placed(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = call(x, residual)
+        if residual is None or y.stride() == residual.stride() or y.shape != residual.shape:
+            return y
+        return torch.empty_like(residual, dtype=y.dtype).copy_(y)
+
+    return placed
 
 
 class Entry:
@@ -72,6 +87,8 @@ class Entry:
         self.called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
         free = {path for path in self.called if not is_watched(modules[path])}
         matcher = Matcher(graph, ModuleWords(modules, free), broadcast)
+        if matcher.writes_attributes():
+            raise Refused("it writes to its parameters or buffers")
         self.groups = matcher.groups()
         self.why = {str(node.target): reason for node, reason in matcher.why.items()}
         self.inlined = set(captured.inlined[1:])
@@ -111,6 +128,15 @@ class Entry:
             self.frozen = True
             self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
         self.watched = [m for m, _ in self.modes]
+        # Which modules, parameters and buffers there are, in all that was gone into and all that is above it.
+        above = {path.rpartition(".")[0] for path in {*self.called, *(paths[m] for m in captured.inlined[1:])}}
+        above |= {path[:i] for path in above for i, c in enumerate(path) if c == "."} | {""}
+        gone_into = {modules[path] for path in above} | self.inlined
+        self.classes = list(
+            {type(m) for m in gone_into} | {getattr(type(m), "_fused_conv_bn_class", type(m)) for m in gone_into}
+        )
+        self.forwards = [of.forward for of in self.classes]
+        self.structure = [d for m in gone_into for d in (m._parameters, m._buffers) if d]
         # What a trace has as it was: attributes that are no tensors and no modules.
         self.attributes: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any], Any]] = []
         self.names = [_baked(m) for m in self.watched]
@@ -118,7 +144,9 @@ class Entry:
             if names:
                 get = operator.itemgetter(*names)
                 self.attributes.append((m.__dict__, get, _snapshot(get(m.__dict__))))
-        self.parents = list({id(parent): parent for parent, _, _ in self.bindings}.values())
+        self.parents = [m._modules for m in gone_into]
+        self.children = [dict(d) for d in self.parents]
+        self.missing = self._missing()
         self._look()
         self.run = self._compile(graph)
         # Whether the next call is compared: not in training, nor where others would see that the forward runs again.
@@ -127,8 +155,10 @@ class Entry:
     def thaw(self) -> None:
         """Live blocks: each reads the parameters of its modules when it is called."""
         self.frozen = False
-        self.full = [b.forward for b in self.blocks]
-        self.quick = [b.quick if b.is_quick else b.forward for b in self.blocks]
+        firsts = [g.residual_first for g in self.groups]
+        self.full = [_placed(b.forward, first) for b, first in zip(self.blocks, firsts, strict=True)]
+        quick = [b.quick if b.is_quick else b.forward for b in self.blocks]
+        self.quick = [_placed(call, first) for call, first in zip(quick, firsts, strict=True)]
 
     def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
         # Placeholders of the graph are the tensors; the root and the blocks' calls come before them.
@@ -174,6 +204,8 @@ class Entry:
             list(map(_training, dicts)),
             list(chain.from_iterable(map(dict.values, self.parents))),
             any(self.hooks),
+            list(map(_forward, self.classes)),
+            self._missing() if self.structure else None,
             [m.eps for m, _ in self.eps] if self.eps else None,
             [get(d) for d, get, _ in self.attributes],
         )
@@ -190,12 +222,22 @@ class Entry:
                 return False
         if any(m.eps != eps for m, eps in self.eps):
             return False
-        if [_baked(m) for m in self.watched] != self.names:
+        if [_baked(m) for m in self.watched] != self.names or self._missing() != self.missing:
+            return False
+        if any(
+            a.keys() != b.keys() or any(a[k] is not b[k] for k in a)
+            for a, b in zip(self.parents, self.children, strict=True)
+        ):
+            return False
+        if any(of.forward is not f for of, f in zip(self.classes, self.forwards, strict=True)):
             return False
         if not all(_is_same(get(d), saved) for d, get, saved in self.attributes):
             return False
         self._look()
         return True
+
+    def _missing(self) -> list[list[bool]]:
+        return [[v is None for v in d.values()] for d in self.structure]
 
     def _look(self) -> None:
         self.dicts = [m.__dict__ for m in self.watched]
@@ -206,7 +248,7 @@ class Entry:
         self.stamp = *others, [saved for _, _, saved in self.attributes]
 
 
-_MODULE = frozenset(nn.Module().__dict__) | {STATE}
+_MODULE = MODULE_ATTRIBUTES | {STATE}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -303,7 +345,12 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
         return own(root, *args, **kwargs)  # which says so, or takes it
     except Refused as refused:
         return _refuse(root, state, str(refused), own, args, kwargs)
-    key = arguments.key, root.training
+    # A forward may ask for these, and so may what it calls.
+    modes: Any = (_is_grad_enabled(), torch.is_inference_mode_enabled())
+    if _is_any_autocast_enabled():
+        kinds = "cpu", "cuda"
+        modes += tuple(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds)
+    key = arguments.key, root.training, modes
     if key in state.refused:
         return own(root, *args, **kwargs)
     entry = next((e for e in state.entries.get(key, ()) if e.holds()), None)
@@ -377,7 +424,7 @@ class _Compared:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Calls of a model that leave its buffers and the random state as they were, under ``no_grad``."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not (b.is_meta or torch.nn.parameter.is_lazy(b))]
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
             yield
@@ -409,13 +456,16 @@ def _checked(
     def copies() -> list[Tensor]:
         return [t.detach().clone() for t in arguments.tensors.values()]
 
+    given, others = copies(), copies()
     with undisturbed(root), _in_its_own_way(entry.inlined):
-        expected = arguments.call(own, root, copies())
+        expected = arguments.call(own, root, given)
     for _ in range(2):
         compared = _Compared(entry)
         try:
             with undisturbed(root):
-                difference = _difference(entry.run(root, compared.calls, *copies()), expected)
+                difference = _difference(entry.run(root, compared.calls, *others), expected)
+                if difference is None and (difference := _difference(others, given)) is not None:
+                    difference = f"in an argument, {difference}"
         except Exception as error:
             difference = f"{type(error).__name__}: {error}"
         if not compared.broadcast:
@@ -423,6 +473,7 @@ def _checked(
         # What adds a tensor of another shape runs by itself.
         with _lock:
             state.drop(key, entry)
+            others = copies()
             entry = Entry(root, own, arguments, frozenset(compared.broadcast), entry.frozen)
             state.keep(key, entry)
     problem = compared.problem
@@ -480,21 +531,28 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 def fused_class(of: type[nn.Module]) -> type[nn.Module]:
     if of not in _classes:
 
+        @functools.wraps(of.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return run_root(self, of, args, kwargs)
 
         def reduce(self: nn.Module, protocol: Any) -> Any:
             # Pickles are those of the class itself, without what was captured. (The way that does not look at the class
             # of what is pickled.)
-            state = {k: v for k, v in self.__dict__.items() if k != STATE}
-            return copyreg._reconstructor, (of, object, None), state  # type: ignore[attr-defined]
+            found = _bare(self, of).__reduce_ex__(protocol)
+            if isinstance(found, str) or found[0] is not copyreg.__newobj__ or found[1] != (of,):  # type: ignore[attr-defined]
+                return found
+            return copyreg._reconstructor, (of, object, None), *found[2:]  # type: ignore[attr-defined]
 
         def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
-            twin = of.__new__(of)
-            memo[id(self)] = twin
-            for k, v in self.__dict__.items():
-                if k != STATE:
-                    twin.__dict__[k] = copy.deepcopy(v, memo)
+            bare = _bare(self, of)
+            found: Any = bare.__reduce_ex__(4)
+            if isinstance(found, str) or found[0] is not copyreg.__newobj__ or found[1] != (of,):  # type: ignore[attr-defined]
+                twin = copy.deepcopy(bare, memo)
+            else:
+                twin = of.__new__(of)
+                memo[id(self)] = twin
+                state = copy.deepcopy(found[2], memo)
+                twin.__setstate__(state) if hasattr(twin, "__setstate__") else twin.__dict__.update(state)
             swap(twin)
             return twin
 
@@ -509,6 +567,13 @@ def fused_class(of: type[nn.Module]) -> type[nn.Module]:
         own["_fused_conv_bn_class"] = of
         _classes[of] = type(of.__name__, (of,), own)
     return _classes[of]
+
+
+def _bare(m: nn.Module, of: type[nn.Module]) -> nn.Module:
+    """The module as one of its own class, with the same attributes."""
+    bare = of.__new__(of)
+    bare.__dict__.update({k: v for k, v in m.__dict__.items() if k != STATE})
+    return bare
 
 
 def is_root(m: nn.Module) -> bool:
@@ -528,9 +593,13 @@ def _swap(m: nn.Module, frozen: bool) -> None:
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:
         return
+    try:
+        fused = fused_class(type(m))
+    except Exception:  # a class that refuses to have subclasses
+        return
     m.__dict__[STATE] = state = State(m)
     state.frozen = frozen
-    m.__class__ = fused_class(type(m))
+    m.__class__ = fused
 
 
 def swap_children(m: nn.Module, frozen: bool = False) -> None:

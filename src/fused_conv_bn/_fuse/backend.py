@@ -145,6 +145,10 @@ class CompiledWords(FunctionWords):
     def __init__(self, numbers: tuple[type, ...]) -> None:
         self.numbers = numbers
 
+    def outside(self, node: fx.Node) -> object:
+        """Parameters and buffers are arguments, too. What counts batches is of another dtype than what is computed."""
+        return "argument", getattr(value_of(node), "dtype", None)
+
     def conv(self, node: fx.Node) -> fx.Node | Why | None:
         if node.op != "call_function" or node.target not in _CONVS:
             return None
@@ -195,11 +199,11 @@ def _flat(value: Any) -> Sequence[Any]:
 
 
 def _broadcast(graph: fx.Graph) -> frozenset[str]:
-    """Nodes whose two arguments are not of one shape and dtype."""
+    """Nodes whose two arguments are not of one shape, layout and dtype."""
 
     def kinds(node: fx.Node) -> set[Any]:
         values = [value_of(n) for n in node.all_input_nodes]
-        return {(str(v.shape), v.dtype) if isinstance(v, Tensor) else None for v in values}
+        return {(str(v.shape), str(v.stride()), v.dtype) if isinstance(v, Tensor) else None for v in values}
 
     return frozenset(n.name for n in graph.nodes if len(n.all_input_nodes) == 2 and len(kinds(n)) != 1)
 

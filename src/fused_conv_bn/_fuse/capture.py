@@ -19,16 +19,18 @@ import operator
 import random
 import sys
 import threading
+import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..conditions import is_watched
+from ..conditions import has_hooks, is_distributed, is_watched
 from ..modules import ConvBnScale2d
 from .layers import is_conv, is_norm
+from .patterns import IN_PLACE_OPERATORS
 
 MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 """Those that every module has."""
@@ -52,6 +54,7 @@ class Arguments:
         self.bound = signature.bind(root, *args, **kwargs)
         self.bound.apply_defaults()
         self.tensors: dict[str, Tensor] = {}
+        self.same: list[int] = []  # of each tensor, which one is the first that is it
         named = list(self.bound.arguments.items())[1:]
         self.key: Any = tuple((name, self._kind(name, value, name)) for name, value in named)
 
@@ -60,7 +63,8 @@ class Arguments:
         if of is Tensor or of is nn.Parameter:
             if value.is_meta:
                 raise TypeError(f"argument {argument} has no values")
-            same = next((i for i, t in enumerate(self.tensors.values()) if t is value), None)
+            same = next((i for i, t in enumerate(self.tensors.values()) if t is value), len(self.tensors))
+            self.same.append(same)
             self.tensors[name] = value
             return same, value.dtype, value.device
         if of in CONSTANTS:
@@ -74,9 +78,16 @@ class Arguments:
         verb = "is" if name == argument else "has"
         raise Refused(f"its argument {argument} {verb} a {of.__name__}")
 
-    def call(self, function: Callable[..., Any], root: nn.Module, tensors: Iterable[Any]) -> Any:
+    def copies(self) -> list[Tensor]:
+        """Of the tensors. What is one is one there, too."""
+        found: list[Tensor] = []
+        for i, t in zip(self.same, self.tensors.values(), strict=True):
+            found.append(found[i] if i < len(found) else t.detach().clone())
+        return found
+
+    def call(self, function: Callable[..., Any], root: nn.Module, tensors: Sequence[Any]) -> Any:
         """Calls it with other tensors in the places of these. Refused if it changes what they are in."""
-        waiting = iter(tensors)
+        waiting = iter([tensors[i] for i in self.same])
 
         def rebuilt(value: Any) -> Any:
             of = type(value)
@@ -131,6 +142,11 @@ def _is_tensor(node: fx.Node, root: nn.Module) -> bool:
     return known and any(_is_tensor(n, root) for n in node.all_input_nodes[:1])
 
 
+def is_compared(root: nn.Module) -> bool:
+    """Whether a first call is: not in training, nor where others would see that the forward runs again."""
+    return not (root.training or is_distributed() or any(map(has_hooks, root.modules())))
+
+
 class _Proxy(fx.Proxy):
     """Refuses what Python asks of a value in silence, and of a proxy would get an answer that is none."""
 
@@ -145,10 +161,18 @@ class _Proxy(fx.Proxy):
     def __hash__(self) -> int:
         raise Refused("it looks a value up")
 
-    def __ipow__(self, other: Any) -> Any:  # torch.fx has none of these, and Python would take those that make a tensor
-        raise Refused("it writes to a tensor in a way that torch.fx has not")
 
-    __imod__ = __ifloordiv__ = __imatmul__ = __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = __ipow__
+def _written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.fx has no method for what writes to its left operand, and Python would take the one that does not."""
+
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _written(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
@@ -240,7 +264,7 @@ def _classes_are_asked(tracer: _Tracer) -> Iterator[None]:
             return real(value, classes)
         wanted = classes if type(classes) is tuple else (classes,)
         # In evaluation mode a first call finds an answer that is wrong.
-        if Tensor in wanted or tracer.root.training:
+        if Tensor in wanted or not is_compared(tracer.root):
             if _is_tensor(value.node, tracer.root):
                 return issubclass(Tensor, classes)
             raise Refused("it asks what class a value is")
@@ -285,7 +309,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
             raise Refused("it draws random numbers that are no tensors of its graph")
         if root in changed:
             raise Refused("it changes its own attributes, or makes tensors of its own")
-        if root.training and any("type" in _names(m) for m in inlined):
+        if not is_compared(root) and any(map(_asks_for_types, inlined)):
             raise Refused("it asks what class a value is")
         if broken := [m for m in changed if m in inlined and m not in leaves]:
             leaves |= dict.fromkeys(broken, "it changes its own attributes")
@@ -293,12 +317,22 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
         return Captured(graph, inlined, leaves)
 
 
-def _names(m: nn.Module) -> tuple[str, ...]:
-    """The global names that a forward reads."""
+def _asks_for_types(m: nn.Module) -> bool:
+    """Whether its forward, or a function that this calls by name, calls ``type``."""
     if type(m).__module__.startswith("torch."):
-        return ()
-    code = getattr(getattr(type(m), "forward", None), "__code__", None)
-    return () if code is None else code.co_names
+        return False
+    waiting = [getattr(type(m), "forward", None), *m.__dict__.values()]
+    seen: set[Any] = set()
+    while waiting and len(seen) < 200:
+        function = inspect.unwrap(f) if callable(f := waiting.pop()) else f
+        code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+        if code is None or code in seen or names.get("__name__", "").startswith("torch."):
+            continue
+        seen.add(code)
+        if "type" in code.co_names:
+            return True
+        waiting += [names[name] for name in code.co_names if name in names]
+    return False
 
 
 class _Attributes:
@@ -323,6 +357,8 @@ class _Attributes:
             self.containers.setdefault(m, []).append((value, copy.copy(value)))
             for v in value.values() if isinstance(value, dict) else value:
                 self._look(m, v, depth + 1)
+        elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, types.ModuleType):
+            self._look(m, value.__dict__, depth + 1)
 
     @staticmethod
     def _generators() -> list[Any]:

@@ -6,6 +6,7 @@ are called, and those of torch.compile, which have functions alone.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,12 @@ from torch import fx, nn
 from .. import _activations
 from ..modules import ConvBnScale2d
 from .layers import class_of_conv, is_conv, is_norm, norm_of
+
+IN_PLACE_OPERATORS = (
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+)
+"""Those that write to their left operand, by their names in the module operator."""
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _MULTIPLIES = (operator.mul, operator.imul, torch.mul)
@@ -143,6 +150,9 @@ class Words(Protocol):
     def is_in_place(self, node: fx.Node) -> bool:
         """Whether it writes to one of its arguments, or may."""
 
+    def outside(self, node: fx.Node) -> object:
+        """Of what the graph is given: the same for those that may be one memory. "get_attr" of a module's own."""
+
 
 class FunctionWords:
     """What nodes are that call functions and methods. Both kinds of graphs have them."""
@@ -183,6 +193,9 @@ class FunctionWords:
     def may_go(self, node: fx.Node) -> bool:
         return True
 
+    def outside(self, node: fx.Node) -> object:
+        return node.op
+
     def is_fresh(self, node: fx.Node) -> bool:
         return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and not self.is_in_place(node)
 
@@ -194,7 +207,7 @@ class FunctionWords:
             name = getattr(node.target, "__name__", "")
             inplace = node.kwargs.get("inplace", len(node.args) > 1 and node.args[1] is True)
             return (
-                name in ("iadd", "imul", "isub", "itruediv", "setitem")
+                name in (*IN_PLACE_OPERATORS, "setitem")
                 or (name.endswith("_") and not name.endswith("__"))
                 or inplace is True
                 or "out" in node.kwargs
@@ -352,7 +365,7 @@ class Matcher:
     def memory_of(self, node: fx.Node) -> set[Any]:
         """Nodes whose memory this one's result may be: its own, unless it may be a view of an argument.
 
-        All arguments of the graph may be one memory, and so may all parameters and buffers: those are two kinds.
+        Arguments of the graph may be one memory, and so may parameters and buffers: those are two kinds.
         """
         found: set[Any] = set()
         waiting = [node]
@@ -362,7 +375,7 @@ class Matcher:
                 continue
             found.add(n)
             if n.op in ("placeholder", "get_attr"):
-                found.add(n.op)
+                found.add(self.words.outside(n))
             if not self.words.is_fresh(n):
                 waiting += n.all_input_nodes
         return found
@@ -378,6 +391,9 @@ class Matcher:
         if trains is not None:
             calls = [call for n in between if isinstance(call := self.words.norm(n), NormCall)]
             if any(call.identity is trains for call in calls):
+                return False
+            # Nor does anybody read its statistics before they are written.
+            if any("get_attr" in self.memory_of(a) for n in between for a in n.all_input_nodes):
                 return False
         writes = [n for n in between if self.words.is_in_place(n)]
         if not writes:
@@ -431,9 +447,14 @@ class Matcher:
             return None
         other = node.args[1] if node.args[0] is last else node.args[0]
         if node.target in (*_MULTIPLIES, "mul"):
-            if type(other) not in (int, float) or group.residual is not None or group.activation != "none":
+            if (
+                not isinstance(other, (int, float))
+                or not math.isfinite(other)
+                or group.residual is not None
+                or group.activation != "none"
+            ):
                 return None
-            return {"factor": group.factor * other} if group.bn is not None else None  # type: ignore[operator]
+            return {"factor": group.factor * other} if group.bn is not None else None
         if node.target not in (*_ADDS, "add", "add_") or not isinstance(other, fx.Node) or other is last:
             return None
         if group.residual is not None or node.name in self.broadcast:

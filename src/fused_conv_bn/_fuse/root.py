@@ -23,10 +23,10 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import conditions
-from ..conditions import PLAIN_TENSORS, has_hooks, is_watched
+from ..conditions import PLAIN_TENSORS, is_watched
 from ..modules import ConvBnScale2d
 from .blocks import block_of
-from .capture import MODULE_ATTRIBUTES, Arguments, Refused, capture
+from .capture import MODULE_ATTRIBUTES, Arguments, Refused, capture, is_compared
 from .frozen import frozen_call, refuse_training, run_frozen
 from .layers import is_conv, is_norm
 from .patterns import Matcher, ModuleWords
@@ -149,8 +149,7 @@ class Entry:
         self.missing = self._missing()
         self._look()
         self.run = self._compile(graph)
-        # Whether the next call is compared: not in training, nor where others would see that the forward runs again.
-        self.unchecked = not (root.training or conditions.is_distributed() or any(map(has_hooks, root.modules())))
+        self.unchecked = is_compared(root)
 
     def thaw(self) -> None:
         """Live blocks: each reads the parameters of its modules when it is called."""
@@ -210,10 +209,16 @@ class Entry:
             [get(d) for d, get, _ in self.attributes],
         )
 
+    def is_attached(self) -> bool:
+        """Whether its modules are still in the places that it knows them by."""
+        return all(modules.get(name) is m for modules, name, m in self.bindings) and all(
+            a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+            for a, b in zip(self.parents, self.children, strict=True)
+        )
+
     def _holds(self) -> bool:
-        for modules, name, m in self.bindings:
-            if modules.get(name) is not m:
-                return False
+        if not self.is_attached():
+            return False
         for m, training in self.modes:
             if m.training is not training:
                 return False
@@ -223,11 +228,6 @@ class Entry:
         if any(m.eps != eps for m, eps in self.eps):
             return False
         if [_baked(m) for m in self.watched] != self.names or self._missing() != self.missing:
-            return False
-        if any(
-            a.keys() != b.keys() or any(a[k] is not b[k] for k in a)
-            for a, b in zip(self.parents, self.children, strict=True)
-        ):
             return False
         if any(of.forward is not f for of, f in zip(self.classes, self.forwards, strict=True)):
             return False
@@ -453,10 +453,7 @@ def _checked(
 ) -> Any:
     """The first evaluation call: both ways, compared. A mismatch drops the capture."""
 
-    def copies() -> list[Tensor]:
-        return [t.detach().clone() for t in arguments.tensors.values()]
-
-    given, others = copies(), copies()
+    given, others = arguments.copies(), arguments.copies()
     with undisturbed(root), _in_its_own_way(entry.inlined):
         expected = arguments.call(own, root, given)
     for _ in range(2):
@@ -473,7 +470,7 @@ def _checked(
         # What adds a tensor of another shape runs by itself.
         with _lock:
             state.drop(key, entry)
-            others = copies()
+            others = arguments.copies()
             entry = Entry(root, own, arguments, frozenset(compared.broadcast), entry.frozen)
             state.keep(key, entry)
     problem = compared.problem

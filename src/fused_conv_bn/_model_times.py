@@ -458,6 +458,8 @@ class _Groups:
 
 def group_times(model: nn.Module, case: Case, passes: int) -> list[Record]:
     """Of each group of a fused model: its op and PyTorch's ops for it, on what it reads in the model."""
+    with undisturbed(model), torch.set_grad_enabled(case.train):
+        model(*case.inputs)  # captured in this mode
     entries = []
     for path, root in model.named_modules():
         if is_root(root):

@@ -399,10 +399,13 @@ class Matcher:
         if not writes:
             return True
         read = self.memory_of(group.input) | {"get_attr"}
-        # A residual's own last step may be to write in place: that comes before it is read, here as there.
+        # The residual is read where it is added, and from there on.
         added = set() if residual is None else self.memory_of(residual)
+        add = next((self.order[n] for n in group.nodes if n.name == group.adds), last)
         return not any(
-            self.memory_of(a) & (read if n is residual else read | added) for n in writes for a in n.all_input_nodes
+            self.memory_of(a) & (read | added if self.order[n] > add else read)
+            for n in writes
+            for a in n.all_input_nodes
         )
 
     def writes_attributes(self) -> bool:
@@ -461,8 +464,7 @@ class Matcher:
             return None
         if self.words.is_in_place(node) and node.args[0] is not last:
             # What it adds to is overwritten: nobody else may have it.
-            mine = len(other.users) == 1 and self.words.is_fresh(other) and not self.words.passes(other)
-            if not mine:
+            if any(not isinstance(n, fx.Node) or len(n.users) != 1 for n in self.memory_of(other)):
                 return None
         first = node.args[0] is other
         return {

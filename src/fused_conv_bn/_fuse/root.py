@@ -112,7 +112,8 @@ class Entry:
         parts = (p for b in self.blocks if b.norm is not None for p in b.norm.parts)
         for path in {*self.called, *(paths[m] for m in (*captured.inlined[1:], *parts))}:
             parent, _, name = path.rpartition(".")
-            self.bindings.append((modules[parent]._modules, name, modules[path]))
+            children = modules[parent]._modules
+            self.bindings.append((children, name, children.get(name)))  # of a graphed module, that
         # The dictionaries whose tensors an op gets, and what a twin has a copy of.
         self.tensors: list[dict[str, Any]] = []
         self.eps: list[tuple[nn.Module, float]] = []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -506,6 +508,33 @@ def test_algorithms_of_the_shapes_seen() -> None:
     rows = {row.path: row for row in fcb.report(model).rows}
     assert rows["0"].algorithm == fcb.explain(x, model[0].weight)
     assert rows["1"].algorithm == rows["3"].algorithm == "" and f"[{rows['0'].algorithm}]" in str(fcb.report(model))
+
+
+def test_a_part_that_only_its_own_call_can_be_traced_of() -> None:
+    """What is a number in a call is no number in a trace of the caller."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor, size: int) -> Tensor:
+            y = self.b(self.c(x)).relu()
+            return F.interpolate(y, size * 2) if size > 4 else y
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x, x.shape[2])
+
+    plain = randomised(Outer().eval())
+    model = fcb.fuse(copy.deepcopy(plain))
+    for x in (data(), data()[:, :, :3]):
+        close(model(x), plain(x))
+    assert fcb.report(model).groups() == ["conv bn relu"]
 
 
 def test_threads() -> None:
@@ -1235,3 +1264,27 @@ def test_meta_lazy_and_odd_classes() -> None:
 
     plain = Odd().eval()
     close(fcb.fuse(copy.deepcopy(plain))(data()), plain(data()))
+
+
+def test_a_fused_model_goes_with_its_last_user() -> None:
+    model = fcb.fuse(Layers().eval())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            model(data())
+    last = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert last() is None
+    finally:
+        gc.enable()
+
+
+def test_a_report_of_what_was_replaced() -> None:
+    model = fcb.fuse(nn.Sequential(OrderedDict(first=Net(), second=Net())).eval())
+    model(data())
+    del model.first
+    model.second.bn = nn.BatchNorm2d(4).eval()
+    assert fcb.report(model).counts == {"not called": 2} or "pending" in fcb.report(model).counts
+    model(data())
+    assert fcb.report(model).groups() == ["conv bn relu"]

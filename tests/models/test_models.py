@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from fused_conv_bn._fuse import root as fused_root
 
 PACKAGES = ("torchvision", "timm", "ultralytics", "segmentation_models_pytorch")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -92,6 +93,18 @@ def test_evaluation(subject: Subject) -> None:
 
 def test_time(subject: Subject) -> None:
     assert subject.seconds < 3
+
+
+def test_a_second_call_captures_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fcb.fuse(copy.deepcopy(subject.plain))
+
+    def again(root: nn.Module, *_: object) -> None:
+        raise AssertionError(f"{type(root).__name__} is captured again")
+
+    with torch.no_grad():
+        subject.case.run(model, 0)
+        monkeypatch.setattr(fused_root, "capture", again)
+        assert difference(subject.case.run(model, 0), subject.wanted[0]) <= 1e-5
 
 
 def test_unfused_is_the_same_bit_by_bit(subject: Subject) -> None:

@@ -88,31 +88,32 @@ class Arguments:
     def call(self, function: Callable[..., Any], root: nn.Module, tensors: Sequence[Any]) -> Any:
         """Calls it with other tensors in the places of these. Refused if it changes what they are in."""
         waiting = iter([tensors[i] for i in self.same])
-
-        def rebuilt(value: Any) -> Any:
-            of = type(value)
-            if of is Tensor or of is nn.Parameter:
-                return next(waiting)
-            if of is list or of is tuple:
-                return of(map(rebuilt, value))
-            if of is dict or of is OrderedDict:
-                return of((k, rebuilt(v)) for k, v in value.items())
-            return value
-
-        def flat(value: Any) -> list[Any]:
-            items = (
-                value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
-            )
-            return [id(value), *(x for k, v in items for x in (k, *flat(v)))]
-
-        named = {name: rebuilt(value) for name, value in list(self.bound.arguments.items())[1:]}
-        before = flat(named)
+        named = {name: _rebuilt(value, waiting) for name, value in list(self.bound.arguments.items())[1:]}
+        before = _flat(named)
         first = next(iter(self.bound.arguments))
         bound = inspect.BoundArguments(self.bound.signature, OrderedDict({first: root, **named}))
         result = function(*bound.args, **bound.kwargs)
-        if flat(named) != before:
+        if _flat(named) != before:
             raise Refused("it changes a list or dictionary that it is given")
         return result
+
+
+def _rebuilt(value: Any, tensors: Iterator[Any]) -> Any:
+    """An argument with other tensors in it."""
+    of = type(value)
+    if of is Tensor or of is nn.Parameter:
+        return next(tensors)
+    if of is list or of is tuple:
+        return of([_rebuilt(v, tensors) for v in value])
+    if of is dict or of is OrderedDict:
+        return of([(k, _rebuilt(v, tensors)) for k, v in value.items()])
+    return value
+
+
+def _flat(value: Any) -> list[Any]:
+    """What is where in an argument."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+    return [id(value), *(x for k, v in items for x in (k, *_flat(v)))]
 
 
 # What returns a tensor if its first argument is one. (Of a shape the same make numbers.)
@@ -295,16 +296,16 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
                 graph = tracer.trace(root)
         except Exception as error:
             reason = str(error) if type(error) is Refused else f"torch.fx cannot follow it: {error}".split("\n")[0]
-            if tracer.culprit not in tracer.registered - {root, *leaves}:
+            culprit = tracer.culprit
+            if culprit not in tracer.registered - {root, *leaves}:
                 raise Refused(reason) from None
             # All of the class: whatever broke one of them breaks the others.
-            for m in root.modules():
-                if type(m) is type(tracer.culprit) and m is not root:
-                    leaves[m] = reason
+            leaves |= {m: reason for m in root.modules() if type(m) is type(culprit) and m is not root}
             continue
         finally:
             changed = before.restore()
-        inlined = [root, *tracer.inlined]
+            inlined = [root, *tracer.inlined]
+            tracer.__dict__.clear()  # torch.fx leaves it in cycles, and it has the root
         if before.draws:
             raise Refused("it draws random numbers that are no tensors of its graph")
         if root in changed:

@@ -14,6 +14,7 @@ import functools
 import inspect
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -107,7 +108,8 @@ class Entry:
             }
             silent |= set(block.norm.parts if block.norm is not None else ())
         self.silent = [(m, type(m)) for m in silent]
-        self.modes = [(m, m.training) for m in {root, *silent}]
+        # Nothing here refers to the root, which refers to this: else it would outlive its last user.
+        self.modes = [(m, m.training) for m in silent]
         self.bindings = []
         parts = (p for b in self.blocks if b.norm is not None for p in b.norm.parts)
         for path in {*self.called, *(paths[m] for m in (*captured.inlined[1:], *parts))}:
@@ -140,6 +142,9 @@ class Entry:
         self.structure = [d for m in gone_into for d in (m._parameters, m._buffers) if d]
         # What a trace has as it was: attributes that are no tensors and no modules.
         self.attributes: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any], Any]] = []
+        self.of_root = _baked(root)
+        self.get_of_root = operator.itemgetter(*self.of_root) if self.of_root else None
+        self.saved_of_root = _snapshot(self._root_s(root))
         self.names = [_baked(m) for m in self.watched]
         for m, names in zip(self.watched, self.names, strict=True):
             if names:
@@ -148,7 +153,7 @@ class Entry:
         self.parents = [m._modules for m in gone_into]
         self.children = [dict(d) for d in self.parents]
         self.missing = self._missing()
-        self._look()
+        self._look(root)
         self.run = self._compile(graph)
         self.unchecked = is_compared(root)
 
@@ -183,17 +188,20 @@ class Entry:
         run: Callable[..., Any] = scope["forward"]
         return run
 
-    def holds(self) -> bool:
+    def _root_s(self, root: nn.Module) -> Any:
+        return None if self.get_of_root is None else self.get_of_root(root.__dict__)
+
+    def holds(self, root: nn.Module) -> bool:
         """Whether all is as it was when this was captured."""
         try:
-            same = self._stamp() == self.stamp
+            same = self._stamp(root) == self.stamp
         except Exception:  # an attribute is gone, or is nothing that can be compared
             same = False
-        return (same or self._holds()) and (
+        return (same or self._holds(root)) and (
             PLAIN_TENSORS.issuperset(map(type, chain.from_iterable(map(dict.values, self.tensors))))
         )
 
-    def _stamp(self) -> Any:
+    def _stamp(self, root: nn.Module) -> Any:
         """What changes with anything that :meth:`_holds` looks at, or nearly: a hook has its number from a counter of
         all hooks, and a module that has got a method of its own has an attribute more."""
         dicts = self.dicts
@@ -207,6 +215,8 @@ class Entry:
             list(map(_forward, self.classes)),
             self._missing() if self.structure else None,
             [m.eps for m, _ in self.eps] if self.eps else None,
+            len(root.__dict__),
+            self._root_s(root),
             [get(d) for d, get, _ in self.attributes],
         )
 
@@ -217,7 +227,7 @@ class Entry:
             for a, b in zip(self.parents, self.children, strict=True)
         )
 
-    def _holds(self) -> bool:
+    def _holds(self, root: nn.Module) -> bool:
         if not self.is_attached():
             return False
         for m, training in self.modes:
@@ -228,25 +238,26 @@ class Entry:
                 return False
         if any(m.eps != eps for m, eps in self.eps):
             return False
+        if _baked(root) != self.of_root or not _is_same(self._root_s(root), self.saved_of_root):
+            return False
         if [_baked(m) for m in self.watched] != self.names or self._missing() != self.missing:
             return False
         if any(of.forward is not f for of, f in zip(self.classes, self.forwards, strict=True)):
             return False
         if not all(_is_same(get(d), saved) for d, get, saved in self.attributes):
             return False
-        self._look()
+        self._look(root)
         return True
 
     def _missing(self) -> list[list[bool]]:
         return [[v is None for v in d.values()] for d in self.structure]
 
-    def _look(self) -> None:
+    def _look(self, root: nn.Module) -> None:
         self.dicts = [m.__dict__ for m in self.watched]
         names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
         self.hooks = [d[name] for m, _ in self.silent for d in (m.__dict__,) for name in names]
-        self.stamp = self._stamp()
-        *others, _ = self.stamp
-        self.stamp = *others, [saved for _, _, saved in self.attributes]
+        *others, _, _ = self._stamp(root)
+        self.stamp: Any = (*others, self.saved_of_root, [saved for _, _, saved in self.attributes])
 
 
 _MODULE = MODULE_ATTRIBUTES | {STATE}
@@ -286,7 +297,7 @@ class State:
     """What a root has in its ``__dict__``: where it came from, and what was captured of it."""
 
     def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
+        self.owner = weakref.ref(owner)
         self.frozen = False
         self.captures = 0
         self.entries: dict[Any, list[Entry]] = {}
@@ -323,7 +334,7 @@ def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs
     if (
         state is None  # unfused under a class that FSDP made of ours
         or (state.reason is not None and not state.frozen)
-        or state.owner is not root
+        or state.owner() is not root
         or root in getattr(_own_ways, "modules", ())
         or _leave_alone((*args, *kwargs.values()))
     ):
@@ -354,13 +365,13 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     key = arguments.key, root.training, modes
     if key in state.refused:
         return own(root, *args, **kwargs)
-    entry = next((e for e in state.entries.get(key, ()) if e.holds()), None)
+    entry = next((e for e in state.entries.get(key, ()) if e.holds(root)), None)
     if (entry is None or entry.unchecked) and _is_in_cuda_graph():
         return own(root, *args, **kwargs)  # a first call looks at values, which a graph has not
     if entry is None:
         try:
             with _lock:
-                entry = next((e for e in state.entries.get(key, ()) if e.holds()), None)
+                entry = next((e for e in state.entries.get(key, ()) if e.holds(root)), None)
                 if entry is None:
                     state.captures += 1
                     if state.captures > _MOST_KINDS:
@@ -369,8 +380,10 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
                     state.keep(key, entry)
                     for path in entry.called:
                         m = root.get_submodule(path)
-                        if path in entry.leaves:
-                            swap_children(m, state.frozen)
+                        if path in entry.leaves:  # a call of its own has numbers where that trace had none
+                            swap(m, state.frozen)
+                            if not is_root(m):
+                                swap_children(m, state.frozen)
                         elif isinstance(m, nn.Sequential) or not type(m).__module__.startswith(
                             ("torch.nn.", "torch.ao.")
                         ):
@@ -590,6 +603,8 @@ def _swap(m: nn.Module, frozen: bool) -> None:
     if is_root(m) or "forward" in m.__dict__ or isinstance(m, (ConvBnScale2d, torch.jit.ScriptModule)):
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:
+        return
+    if is_conv(m) or is_norm(m):  # a trace never goes into one: timm's BatchNormAct2d has children
         return
     try:
         fused = fused_class(type(m))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 import math
 import sys
 import time
@@ -230,18 +229,14 @@ class Variant:
 def forms(case: Case) -> dict[str, Callable[[], nn.Module]]:
     """By name, what makes it: each of a copy of its own."""
 
-    package: Any = fcb
-
-    def fused(**options: bool) -> nn.Module:
-        model: nn.Module = package.fuse(copy.deepcopy(case.model), case.inputs, **options)
-        return model
+    def fused(freeze: bool = False) -> nn.Module:
+        return fcb.fuse(copy.deepcopy(case.model), case.inputs, freeze=freeze)
 
     found: dict[str, Callable[[], nn.Module]] = {"eager": lambda: case.model, "fused": fused}
     if not case.train:
-        if "freeze" in inspect.signature(package.fuse).parameters:
-            found["frozen"] = lambda: fused(freeze=True)
-        if case.on_cuda and hasattr(package, "graphed"):  # on the CPU it is the model itself
-            found["graphed"] = lambda: package.graphed(fused())
+        found["frozen"] = lambda: fused(freeze=True)
+        if case.on_cuda:  # on the CPU it is the model itself
+            found["graphed"] = lambda: fcb.graphed(fused())
     if case.compile:
         compiler: Any = torch.compile
         found["compile"] = lambda: compiler(copy.deepcopy(case.model))

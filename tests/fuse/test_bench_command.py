@@ -275,7 +275,7 @@ def test_forms_take_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(model, inputs)
 
     monkeypatch.setattr(fcb, "fuse", fuse)
-    monkeypatch.setattr(fcb, "graphed", lambda model: model, raising=False)
+    monkeypatch.setattr(fcb, "graphed", lambda model: model)
     case = case_of(pair())
     models = {name: make() for name, make in _model_times.forms(case).items()}
     assert list(models) == ["eager", "fused", "frozen"]

@@ -7,13 +7,17 @@ with fewer than two. FUSED_CONV_BN_REQUIRE_CUDA=1 (or 2) demands that many GPUs:
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from common import DEVICES
+
+sys.path.append(str(Path(__file__).parent / "ops"))  # others test its problems, too
 
 pytest.register_assert_rewrite(
     "conv_problems", "elementwise_problems", "train_problems", "module_pairs", "training_pairs", "building"

@@ -40,7 +40,7 @@ def test_json_has_every_number(report_file: Path) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["device"]["threads"] == torch.get_num_threads()
     assert {"date", "flags", "settings", "notes", "seconds"} <= found.keys()
-    assert found["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0, "grad_mode": 0, "steps": 0}
+    assert found["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0, "grad_mode": 0, "steps": 0, "models": 0}
     convolutions, trained = found["conv"], found["train"]
     assert [len(rows) for rows in (convolutions, trained, found["bn_scale"], found["bn_scale_train"])] == [2, 2, 4, 3]
     # Of each convolution, the module, the op and in evaluation the pair, each in two measures; in training also of two

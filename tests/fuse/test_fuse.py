@@ -1288,3 +1288,17 @@ def test_a_report_of_what_was_replaced() -> None:
     assert fcb.report(model).counts == {"not called": 2} or "pending" in fcb.report(model).counts
     model(data())
     assert fcb.report(model).groups() == ["conv bn relu"]
+
+
+def test_a_call_that_fails_refuses_nothing() -> None:
+    class Strict(Net):
+        def forward(self, x: Tensor | None = None) -> Tensor:
+            if x is None:
+                raise ValueError("an image, please")
+            return super().forward(x)
+
+    model = fcb.fuse(Strict().eval())
+    with pytest.raises(ValueError, match="an image, please"):
+        model()
+    model(data())
+    assert fcb.report(model).groups() == ["conv bn relu"]

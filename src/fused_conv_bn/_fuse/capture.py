@@ -68,7 +68,7 @@ class Arguments:
             self.tensors[name] = value
             return same, value.dtype, value.device
         if of in CONSTANTS:
-            return of, value
+            return of, repr(value) if of is float else value  # -0.0 is another one than 0.0, and NaN the same as NaN
         if of is list or of is tuple:
             return of, tuple(self._kind(argument, v, f"{argument}_{len(self.tensors)}_") for v in value)
         if of in (dict, OrderedDict) and all(type(k) in (str, int) for k in value):

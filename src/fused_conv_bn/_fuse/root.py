@@ -403,7 +403,11 @@ def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwa
     with _lock:
         state.reason = reason
         swap_children(root, state.frozen)
-    return own(root, *args, **kwargs)
+    try:
+        return own(root, *args, **kwargs)
+    except Exception:  # it was the call's trouble
+        state.reason = None
+        raise
 
 
 class _Compared:

@@ -365,7 +365,7 @@ def one_library_under_two_names(draft: Draft) -> None:
     draft.files["fused_conv_bn/_cu12.so"] = draft.files["fused_conv_bn/_cu13.so"]
 
 
-@case("size", "bytes, expected at most 2000000")
+@case("size", "bytes, expected at most 2500000")
 def too_large(draft: Draft) -> None:
     draft.files["fused_conv_bn/_cpu.so"] += os.urandom(draft.row["max_bytes"])
 

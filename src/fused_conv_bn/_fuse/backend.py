@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops
 from ..algorithms import explain
+from .blocks import shift_of
 from .patterns import FunctionWords, Group, Matcher, NormCall, Why, why
 
 _CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -127,8 +128,7 @@ def _fused(graph: fx.Graph, group: Group, conv: dict[str, Any] | None, norm: dic
 
 def _conv_shift(input: Tensor, weight: Tensor, bias: Tensor | None, *window: Any, **epilogue: Any) -> Tensor:
     """A convolution without a BatchNorm: its bias is the shift."""
-    shift = bias if bias is None or bias.dtype.itemsize >= 4 else bias.float()
-    return ops.conv_scale_shift(input, weight, None, shift, *window, **epilogue)
+    return ops.conv_scale_shift(input, weight, None, shift_of(bias), *window, **epilogue)
 
 
 def arguments_of(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:

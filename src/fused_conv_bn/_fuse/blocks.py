@@ -7,6 +7,7 @@ evaluation that needs no gradient, of modules that the root has looked at alread
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def block_of(group: Group, conv: nn.Module | None, bn: nn.Module | None) -> Bloc
     return ConvNormBlock(group, conv, bn)
 
 
-class Block:
+class Block(abc.ABC):
     """``conv`` and ``bn``: the model's own modules, one of them may be None."""
 
     def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
@@ -72,18 +73,16 @@ class Block:
     def _statistics(self) -> Any:
         return self.bn_twin._buffers["running_mean"]
 
-    def follow(self) -> None:
-        """What a twin has a copy of."""
-        if self.norm is not None and self.norm.frozen:
-            self.bn_twin.__dict__["eps"] = float(getattr(self.bn, "eps", 1e-5))
-
+    @abc.abstractmethod
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        """Any call."""
 
+    @abc.abstractmethod
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        """A call in evaluation that needs no gradient."""
 
     def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """PyTorch's own ops."""
         op = self.op
         y = x if self.conv is None else self.conv(x)
         if self.bn is not None:
@@ -124,7 +123,6 @@ class ConvNormBlock(Block):
         self.is_quick &= self.is_pair
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        self.follow()
         if self.is_2d:
             y: Tensor = self.op.forward(x, residual)
             return y
@@ -205,7 +203,7 @@ class ConvBlock(Block):
         op = self.op
         try:
             return ops.conv_scale_shift(
-                *(x, c["weight"], None, _shift(c["bias"])),
+                *(x, c["weight"], None, shift_of(c["bias"])),
                 *(conv.stride, conv.padding, conv.dilation, conv.groups),
                 residual=residual,
                 activation=op.activation,
@@ -243,7 +241,6 @@ class NormBlock(Block):
         self.dimensions = _DIMENSIONS[type(self.bn_twin)]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        self.follow()
         bn, op = self.bn_twin, self.op
         p, b = bn._parameters, bn._buffers
         if type(x) is not Tensor or x.dim() not in self.dimensions or _is_any_autocast_enabled():
@@ -302,7 +299,8 @@ class NormBlock(Block):
             return self.plain(x, residual)
 
 
-def _shift(bias: Tensor | None) -> Tensor | None:
+def shift_of(bias: Tensor | None) -> Tensor | None:
+    """A convolution's bias as an op takes a shift: not of 16 bits."""
     return bias if bias is None or bias.dtype.itemsize >= 4 else bias.float()
 
 

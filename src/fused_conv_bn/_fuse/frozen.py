@@ -127,7 +127,6 @@ class _FrozenNorm:
 def _affine(block: Block, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(scale, shift) of a block's BatchNorm and its factor."""
     p, b = block.bn_twin._parameters, block.bn_twin._buffers
-    block.follow()
     tensors = b["running_mean"], b["running_var"], p["weight"], p["bias"]
     return ops.fold_bn(*tensors, block.factor, block.bn_twin.eps, conv_bias)
 

@@ -78,7 +78,9 @@ def report(model: nn.Module) -> Report:
     not_captured: dict[str, str] = {}
     for path, root in roots.items():
         state: State = root.__dict__[STATE]
-        entries = [e for of_key in state.entries.values() for e in of_key if state.reason is None and e.is_attached()]
+        entries = [
+            e for of_key in state.entries.values() for e in of_key if state.reason is None and e.guard.is_attached()
+        ]
         reasons = [*filter(None, [state.reason]), *state.refused.values()]
         if reasons:
             not_captured[path] = reasons[-1]

@@ -12,7 +12,6 @@ import copy
 import copyreg
 import functools
 import inspect
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,23 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.hooks import RemovableHandle
 
 from .. import conditions
-from ..conditions import PLAIN_TENSORS, is_watched
+from ..conditions import is_watched
 from ..modules import ConvBnScale2d
 from .blocks import block_of
-from .capture import MODULE_ATTRIBUTES, Arguments, Refused, capture, is_compared
+from .capture import Arguments, Refused, capture, is_compared
 from .frozen import frozen_call, refuse_training, run_frozen
+from .guard import STATE, Guard
 from .layers import is_conv, is_norm
 from .patterns import Matcher, ModuleWords
 
-STATE = "_fused_conv_bn"
 _MOST_KINDS = 32
 """Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""
 _lock = threading.RLock()
-_forward = operator.attrgetter("forward")
-_training = operator.itemgetter("training")
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -101,59 +97,18 @@ class Entry:
         self.blocks = [block_of(g, module(g.conv), module(g.bn)) for g in self.groups]
         self.algorithms: dict[str, str] = {}
         # Modules whose calls are gone, so that nobody sees hooks of theirs.
-        silent = {*captured.inlined[1:]}
-        for g, block in zip(self.groups, self.blocks, strict=True):
-            silent |= {
-                m for n in (g.conv, g.bn, *g.swallowed) if n is not None and n.op == "call_module" and (m := module(n))
-            }
-            silent |= set(block.norm.parts if block.norm is not None else ())
-        self.silent = [(m, type(m)) for m in silent]
-        # Nothing here refers to the root, which refers to this: else it would outlive its last user.
-        self.modes = [(m, m.training) for m in silent]
-        self.bindings = []
-        parts = (p for b in self.blocks if b.norm is not None for p in b.norm.parts)
-        for path in {*self.called, *(paths[m] for m in (*captured.inlined[1:], *parts))}:
-            parent, _, name = path.rpartition(".")
-            children = modules[parent]._modules
-            self.bindings.append((children, name, children.get(name)))  # of a graphed module, that
-        # The dictionaries whose tensors an op gets, and what a twin has a copy of.
-        self.tensors: list[dict[str, Any]] = []
-        self.eps: list[tuple[nn.Module, float]] = []
-        for block in self.blocks:
-            for m in (block.conv, block.bn):
-                self.tensors += [] if m is None else [m._parameters, m._buffers]
-            if block.norm is not None and block.norm.frozen:
-                self.eps.append((block.bn, block.bn_twin.eps))  # type: ignore[arg-type]
+        gone = (n for g in self.groups for n in (g.conv, g.bn, *g.swallowed))
+        silent = self.inlined | {m for n in gone if n is not None and n.op == "call_module" and (m := module(n))}
+        parts = [b.norm.parts for b in self.blocks if b.norm is not None]
+        silent |= set(chain(*parts))
         self.full: list[Block] = []
         self.quick: list[Block] = []
         self.thaw()
         if frozen:
             self.frozen = True
             self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
-        self.watched = [m for m, _ in self.modes]
-        # Which modules, parameters and buffers there are, in all that was gone into and all that is above it.
-        above = {path.rpartition(".")[0] for path in {*self.called, *(paths[m] for m in captured.inlined[1:])}}
-        above |= {path[:i] for path in above for i, c in enumerate(path) if c == "."} | {""}
-        gone_into = {modules[path] for path in above} | self.inlined
-        self.classes = list(
-            {type(m) for m in gone_into} | {getattr(type(m), "_fused_conv_bn_class", type(m)) for m in gone_into}
-        )
-        self.forwards = [of.forward for of in self.classes]
-        self.structure = [d for m in gone_into for d in (m._parameters, m._buffers) if d]
-        # What a trace has as it was: attributes that are no tensors and no modules.
-        self.attributes: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any], Any]] = []
-        self.of_root = _baked(root)
-        self.get_of_root = operator.itemgetter(*self.of_root) if self.of_root else None
-        self.saved_of_root = _snapshot(self._root_s(root))
-        self.names = [_baked(m) for m in self.watched]
-        for m, names in zip(self.watched, self.names, strict=True):
-            if names:
-                get = operator.itemgetter(*names)
-                self.attributes.append((m.__dict__, get, _snapshot(get(m.__dict__))))
-        self.parents = [m._modules for m in gone_into]
-        self.children = [dict(d) for d in self.parents]
-        self.missing = self._missing()
-        self._look(root)
+        gone_through = {*self.called, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
+        self.guard = Guard(root, modules, gone_through, self.inlined, silent, self.blocks)
         self.run = self._compile(graph)
         self.unchecked = is_compared(root)
 
@@ -187,110 +142,6 @@ class Entry:
         exec(compile(code.src, "<fused_conv_bn.fuse>", "exec"), scope)
         run: Callable[..., Any] = scope["forward"]
         return run
-
-    def _root_s(self, root: nn.Module) -> Any:
-        return None if self.get_of_root is None else self.get_of_root(root.__dict__)
-
-    def holds(self, root: nn.Module) -> bool:
-        """Whether all is as it was when this was captured."""
-        try:
-            same = self._stamp(root) == self.stamp
-        except Exception:  # an attribute is gone, or is nothing that can be compared
-            same = False
-        return (same or self._holds(root)) and (
-            PLAIN_TENSORS.issuperset(map(type, chain.from_iterable(map(dict.values, self.tensors))))
-        )
-
-    def _stamp(self, root: nn.Module) -> Any:
-        """What changes with anything that :meth:`_holds` looks at, or nearly: a hook has its number from a counter of
-        all hooks, and a module that has got a method of its own has an attribute more."""
-        dicts = self.dicts
-        return (
-            RemovableHandle.next_id,
-            list(map(type, self.watched)),
-            list(map(len, dicts)),
-            list(map(_training, dicts)),
-            list(chain.from_iterable(map(dict.values, self.parents))),
-            any(self.hooks),
-            list(map(_forward, self.classes)),
-            self._missing() if self.structure else None,
-            [m.eps for m, _ in self.eps] if self.eps else None,
-            len(root.__dict__),
-            self._root_s(root),
-            [get(d) for d, get, _ in self.attributes],
-        )
-
-    def is_attached(self) -> bool:
-        """Whether its modules are still in the places that it knows them by."""
-        return all(modules.get(name) is m for modules, name, m in self.bindings) and all(
-            a.keys() == b.keys() and all(a[k] is b[k] for k in a)
-            for a, b in zip(self.parents, self.children, strict=True)
-        )
-
-    def _holds(self, root: nn.Module) -> bool:
-        if not self.is_attached():
-            return False
-        for m, training in self.modes:
-            if m.training is not training:
-                return False
-        for m, of in self.silent:
-            if type(m) is not of or is_watched(m):
-                return False
-        if any(m.eps != eps for m, eps in self.eps):
-            return False
-        if _baked(root) != self.of_root or not _is_same(self._root_s(root), self.saved_of_root):
-            return False
-        if [_baked(m) for m in self.watched] != self.names or self._missing() != self.missing:
-            return False
-        if any(of.forward is not f for of, f in zip(self.classes, self.forwards, strict=True)):
-            return False
-        if not all(_is_same(get(d), saved) for d, get, saved in self.attributes):
-            return False
-        self._look(root)
-        return True
-
-    def _missing(self) -> list[list[bool]]:
-        return [[v is None for v in d.values()] for d in self.structure]
-
-    def _look(self, root: nn.Module) -> None:
-        self.dicts = [m.__dict__ for m in self.watched]
-        names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-        self.hooks = [d[name] for m, _ in self.silent for d in (m.__dict__,) for name in names]
-        *others, _, _ = self._stamp(root)
-        self.stamp: Any = (*others, self.saved_of_root, [saved for _, _, saved in self.attributes])
-
-
-_MODULE = MODULE_ATTRIBUTES | {STATE}
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-
-
-def _baked(m: nn.Module) -> tuple[str, ...]:
-    """Attributes that a trace takes as they are. Convolutions and BatchNorms are not gone into: their ops get them."""
-    if is_conv(m):
-        return ("padding_mode",)
-    if is_norm(m):
-        return ()
-    return tuple(name for name in m.__dict__ if name not in _MODULE)
-
-
-def _snapshot(value: Any) -> Any:
-    """The value, where it can be changed in place a copy of it."""
-    of = type(value)
-    if of in (list, tuple, set):
-        return of(map(_snapshot, value)) if of is not set else set(value)
-    return {k: _snapshot(v) for k, v in value.items()} if of is dict else value
-
-
-def _is_same(value: Any, saved: Any) -> bool:
-    if value is saved:
-        return True
-    if type(value) is not type(saved):
-        return False
-    if type(value) in (list, tuple):
-        return len(value) == len(saved) and all(map(_is_same, value, saved))
-    if type(value) is dict:
-        return list(value) == list(saved) and all(map(_is_same, value.values(), saved.values()))
-    return (type(value) in _SIMPLE or type(value) is set) and bool(value == saved)
 
 
 class State:
@@ -365,13 +216,13 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     key = arguments.key, root.training, modes
     if key in state.refused:
         return own(root, *args, **kwargs)
-    entry = next((e for e in state.entries.get(key, ()) if e.holds(root)), None)
+    entry = next((e for e in state.entries.get(key, ()) if e.guard.holds(root)), None)
     if (entry is None or entry.unchecked) and _is_in_cuda_graph():
         return own(root, *args, **kwargs)  # a first call looks at values, which a graph has not
     if entry is None:
         try:
             with _lock:
-                entry = next((e for e in state.entries.get(key, ()) if e.holds(root)), None)
+                entry = next((e for e in state.entries.get(key, ()) if e.guard.holds(root)), None)
                 if entry is None:
                     state.captures += 1
                     if state.captures > _MOST_KINDS:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from fused_conv_bn._model_times import fill_in_statistics
 
 from .common import MB, Compiler, check, dtype_name, progress
 from .stopwatch import FOOTPRINT, Stopwatch, spread
@@ -74,25 +75,6 @@ def model_cases(device: str, quick: bool) -> list[ModelCase]:
     return cases[:1] if quick else cases
 
 
-def settle(model: nn.Module, x: Tensor) -> None:
-    """Gives each BatchNorm the statistics of what it reads, so that no layer makes more of a rounding than it is."""
-
-    def look(bn: Any, inputs: tuple[Tensor, ...]) -> None:
-        read = inputs[0].float()
-        dims = [d for d in range(read.dim()) if d != 1]
-        bn.running_mean.copy_(read.mean(dims) + 0.1 * torch.randn_like(bn.running_mean))
-        bn.running_var.copy_(read.var(dims) * (0.8 + 0.4 * torch.rand_like(bn.running_var)) + 1e-3)
-        if bn.affine:
-            bn.weight.uniform_(0.8, 1.2)
-            bn.bias.normal_(0, 0.1)
-
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    handles = [m.register_forward_pre_hook(look) for m in norms]
-    model(x)
-    for handle in handles:
-        handle.remove()
-
-
 class ModelBench:
     def __init__(self, device: str, repeats: int, compiler: Compiler, watch: Stopwatch) -> None:
         self.device, self.repeats, self.compiler, self.watch = device, repeats, compiler, watch
@@ -109,7 +91,7 @@ class ModelBench:
     def row(self, case: ModelCase) -> tuple[dict[str, Any], dict[str, Any]]:
         model = case.make().to(self.device)
         x = torch.randn(case.batch, 3, case.size, case.size, device=self.device)
-        settle(model, x)
+        fill_in_statistics(model, lambda: model(x))
         model = model.to(self.device, case.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = x.to(case.dtype).contiguous(memory_format=torch.channels_last)
         exact = copy.deepcopy(model).double()(x[:2].double())

@@ -34,6 +34,16 @@ def add_command(commands: Any) -> None:
         description="Checks a model as it is, fused, frozen and as a CUDA graph, times all of them in turns, and then "
         "each group of fused layers. Inputs are random, and so are weights, unless MODEL loads its own.",
     )
+    add_model_arguments(parser, "training steps, without an optimizer")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of the model as it is")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="default: 5 to 50, what takes about 20 seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the tables (needs matplotlib)")
+    parser.set_defaults(main=bench)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, train: str) -> None:
+    """Those that :func:`case_of` makes a model and its inputs of. ``train``: what ``--train`` means."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -49,13 +59,8 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--channels-last", action="store_true", help="the model and its inputs in channels_last")
-    parser.add_argument("--train", action="store_true", help="training steps, without an optimizer")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of the model as it is")
+    parser.add_argument("--train", action="store_true", help=train)
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="default: 5 to 50, what takes about 20 seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the tables (needs matplotlib)")
-    parser.set_defaults(main=bench)
 
 
 def _positive(text: str) -> int:

@@ -16,11 +16,6 @@ class UsageError(Exception):
     """What is wrong with a command line, in one sentence."""
 
 
-def load_model(spec: str) -> nn.Module:
-    """The model alone: see :func:`load`."""
-    return load(spec)[0]
-
-
 def load(spec: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
     """The model that ``module:name`` or ``path.py:name`` names, and the inputs that come with it, if any do.
 

@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fused_conv_bn as fcb
 
 from ._cli_model import UsageError, first_line
-from ._fuse.root import _TOLERANCES as TOLERANCES
-from ._fuse.root import STATE, is_root, undisturbed
+from ._fuse.root import STATE, TOLERANCES, is_root, undisturbed
 from ._stopwatch import call_us
 
 Record = dict[str, Any]

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from . import _choices
-from ._bench import DEFAULT_BATCH, DTYPES, _positive, _size, case_of
+from ._bench import add_model_arguments, case_of
 from ._cli_model import UsageError
 from ._fuse import fuse
 from ._fuse.tune import Case, tune_cases
@@ -21,13 +21,7 @@ def add_command(commands: Any) -> None:
         description="Times this package's algorithms and PyTorch's own for each convolution of a model, on this "
         "device. The fastest runs from then on, also in later processes.",
     )
-    parser.add_argument("model", metavar="MODEL", help="as of the command bench")
-    parser.add_argument("--batch", type=_positive, metavar="N", help=f"images (default: {DEFAULT_BATCH})")
-    parser.add_argument("--size", type=_size, metavar="S", help="of an input, as of bench (default: 224)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--channels-last", action="store_true", help="the model and its inputs in channels_last")
-    parser.add_argument("--train", action="store_true", help="the model in training mode")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    add_model_arguments(parser, "the model in training mode")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.set_defaults(main=tune, compile=False)
 

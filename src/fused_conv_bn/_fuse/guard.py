@@ -32,10 +32,10 @@ _training = operator.itemgetter("training")
 
 
 class Guard:
-    """Of one capture of a root. Nothing in it refers to the root, which refers to it, and would outlive its last user.
+    """Of one capture of a root. Nothing in it refers to the root, which refers to it and would outlive its last user.
 
-    ``paths``: of modules that are called or gone into. ``silent``: those whose calls are gone, so that nobody sees hooks
-    of theirs. ``blocks``: what the ops get their tensors from.
+    ``paths``: of modules that are called or gone into. ``silent``: those whose calls are gone, so that nobody sees
+    hooks of theirs. ``blocks``: what the ops get their tensors from.
     """
 
     def __init__(

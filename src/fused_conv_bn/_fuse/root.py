@@ -38,7 +38,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
-_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 Block = Callable[..., Tensor]
@@ -371,7 +371,7 @@ def _difference(got: Any, expected: Any) -> str | None:
             if not torch.equal(a, b):
                 return "other integers"
             continue
-        tolerance = _TOLERANCES.get(a.dtype, 1e-4)
+        tolerance = TOLERANCES.get(a.dtype, 1e-4)
         if a.numel() == 0:
             continue
         wide = torch.promote_types(a.dtype, torch.float32)

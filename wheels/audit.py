@@ -43,6 +43,7 @@ from build_tools import libraries  # noqa: E402
 PACKAGE = "fused_conv_bn"
 REQUIRES_PYTHON = ">=3.10"
 LICENSE = "BSD-3-Clause"
+DIST_INFO = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
 
 
 def read_matrix() -> dict:
@@ -156,7 +157,7 @@ def check_files(wheel: Wheel) -> list[str]:
     package = (path for path in (source / PACKAGE).rglob("*") if path.is_file() and path.suffix not in (".so", ".pyc"))
     expected = {str(path.relative_to(source)) for path in package}
     expected |= {f"{PACKAGE}/{wheel.matrix['libraries'][key]['file']}" for key in wheel.row["libraries"]}
-    expected |= {f"{wheel.dist_info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    expected |= {f"{wheel.dist_info}/{name}" for name in DIST_INFO}
     optional = {f"{wheel.dist_info}/top_level.txt"}  # setuptools adds it
     found = set(wheel.files)
     problems = [f"{name} is missing" for name in sorted(expected - found)]

@@ -185,6 +185,7 @@ class Draft:
         self.files = {str(path.relative_to(package.parent)): path.read_bytes() for path in package.rglob("*.py")}
         self.files[f"{self.dist_info}/METADATA"] = METADATA.format(version=self.version).encode()
         self.files[f"{self.dist_info}/WHEEL"] = WHEEL.format(tag=self.tag).encode()
+        self.files[f"{self.dist_info}/entry_points.txt"] = b"[torch_dynamo_backends]\nfused_conv_bn = fused_conv_bn:f\n"
         self.files[f"{self.dist_info}/licenses/LICENSE"] = (audit.ROOT / "LICENSE").read_bytes()
         for name in self.row["libraries"]:
             self.library(name, fatbins=() if name == "cpu" else ("good", "good"))
@@ -319,8 +320,15 @@ def what_builds_and_tests_leave(draft: Draft) -> None:
     draft.files["tests/ops/test_ops.py"] = b"assert True\n"
 
 
-@case("files", "fused_conv_bn/_loader.py is missing", "fused_conv_bn/_cu12.so is missing", flavour="cu124")
+@case(
+    "files",
+    "fused_conv_bn/_loader.py is missing",
+    "fused_conv_bn/_cu12.so is missing",
+    "fused_conv_bn-1.2.3+cu124.dist-info/entry_points.txt is missing",
+    flavour="cu124",
+)
 def less_than_belongs_into_it(draft: Draft) -> None:
+    del draft.files[f"{draft.dist_info}/entry_points.txt"]
     del draft.files["fused_conv_bn/_loader.py"]
     del draft.files["fused_conv_bn/_cu12.so"]
 

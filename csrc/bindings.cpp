@@ -27,6 +27,11 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   m.def("bn_scale.out(Tensor input, " FCB_BN ", *, " FCB_EPILOGUE ", Tensor(a!) out) -> ()");
   m.def("bn_scale_(Tensor(a!) input, " FCB_BN ", *, " FCB_EPILOGUE ") -> ()");
 
+  // Of inputs that are concatenated over their channels, which is never written.
+  m.def("bn_scale_cat(Tensor[] inputs, " FCB_BN ", *, str activation='none', float negative_slope=0.01) -> Tensor");
+  // Times an element for each channel of each image: (N, C) and perhaps ones.
+  m.def("gate(Tensor input, Tensor gate, *, " FCB_EPILOGUE ") -> Tensor");
+
   m.def("scale_shift(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> Tensor");
   m.def("scale_shift.out(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ", Tensor(a!) out) -> ()");
   m.def("scale_shift_(Tensor(a!) input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> ()");

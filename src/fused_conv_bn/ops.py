@@ -54,9 +54,12 @@ def _window(
     )
 
 
+MOST_PARTS = 128
+"""Tensors that one call of the op concatenates: kMaxParts of csrc/kernels/elementwise/parts.h."""
 _FOLD = ("running_mean", "running_var", "weight", "bias", "conv_bias")
 _BN = ("input", "running_mean", "running_var", "weight", "bias", "residual")
 _AFFINE = ("input", "scale", "shift", "residual")
+_GATE = ("input", "gate", "residual")
 _CONV_AFFINE = ("input", "weight", "scale", "shift", "residual")
 _CONV_BN = ("input", "conv_weight", "running_mean", "running_var", "conv_bias", "weight", "bias", "residual")
 _TRAIN = ("input", "weight", "bias", "residual", "running_mean", "running_var")
@@ -182,6 +185,82 @@ def bn_scale_(
     _ops.bn_scale_.default(input, *bn, **keywords(*epilogue))
     increment_version(input)
     return input
+
+
+def bn_scale_cat(
+    inputs: Sequence[Tensor],
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """:func:`bn_scale` of ``torch.cat(inputs, 1)``, which is never written: what DenseNet's layers begin with.
+
+    Differentiable: with grad mode on, and a tensor that requires grad, the inputs are concatenated.
+
+    Args:
+        inputs: of one dtype and device, and of one shape but for the channels; up to 128 in one pass, and more of them
+            are concatenated.
+        running_mean, running_var, weight, bias: shape (C,) for the C channels of all inputs; ``weight`` and ``bias`` may
+            be None.
+        scaling_factor: factor on the result of BatchNorm.
+        eps: as in ``nn.BatchNorm2d``, 0 or more.
+        activation, negative_slope: the epilogue, see the module's documentation.
+
+    Returns:
+        A tensor of the shape that ``torch.cat(inputs, 1)`` has, with the strides that ``F.batch_norm`` would give.
+
+    Raises:
+        RuntimeError: an argument that does not fit.
+        TypeError: an argument that is no tensor where one is expected.
+    """
+    inputs = tuple(inputs)
+    names = (*(f"inputs[{i}]" for i in range(len(inputs))), "running_mean", "running_var", "weight", "bias")
+    way = way_of("bn_scale_cat", names, (*inputs, running_mean, running_var), (weight, bias))
+    bn = running_mean, running_var, weight, bias, scaling_factor, eps
+    named = keywords(None, activation, negative_slope, False)
+    if way == RAW and len(inputs) <= MOST_PARTS:
+        return _ops.bn_scale_cat.default(inputs, *bn, **named)
+    return bn_scale(torch.cat(inputs, 1), *bn, **named)
+
+
+def gate(
+    input: Tensor,
+    gate: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+) -> Tensor:
+    """A factor for each channel of each image, and the epilogue, in one pass: what squeeze-and-excite blocks end with.
+
+    Equivalent to ``activation(input * gate[:, :, None, None] + residual)``. Differentiable: with grad mode on, and a
+    tensor that requires grad, PyTorch's own ops run.
+
+    Args:
+        input: 2 to 5 dimensions, (N, C, ...).
+        gate: shape (N, C), or with a 1 for each further dimension of ``input``, and ``input``'s dtype and device.
+        residual, activation, negative_slope, residual_last: the epilogue, see the module's documentation.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype.
+
+    Raises:
+        RuntimeError: an argument that does not fit.
+        TypeError: an argument that is no tensor where one is expected.
+    """
+    way = way_of("gate", _GATE, (input, gate), (residual,))
+    named = keywords(residual, activation, negative_slope, residual_last)
+    if way == RAW:
+        return _ops.gate.default(input, gate, **named)
+    reference.check_activation("gate", activation, RuntimeError)
+    return reference.gate(input, gate, **named)
 
 
 def scale_shift(

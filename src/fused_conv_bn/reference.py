@@ -105,6 +105,37 @@ def bn_scale(
     return epilogue(y, residual, activation, negative_slope, residual_last)
 
 
+def bn_scale_cat(
+    inputs: Sequence[Tensor],
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Twin of :func:`fused_conv_bn.bn_scale_cat`."""
+    bn = running_mean, running_var, weight, bias, scaling_factor, eps
+    return bn_scale(torch.cat(tuple(inputs), 1), *bn, activation=activation, negative_slope=negative_slope)
+
+
+def gate(
+    input: Tensor,
+    gate: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+) -> Tensor:
+    """Twin of :func:`fused_conv_bn.gate`."""
+    y = input * gate.reshape(*input.shape[:2], *[1] * (input.dim() - 2))
+    return epilogue(y, residual, activation, negative_slope, residual_last)
+
+
 def per_channel(x: Tensor, dim: int) -> Tensor:
     """``x`` of shape (C,), to be broadcast over a tensor of ``dim`` dimensions."""
     return x.view(-1, *[1] * (dim - 2))

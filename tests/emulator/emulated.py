@@ -510,6 +510,66 @@ def bn_scale(
     return _elementwise(input, affine, residual, _epilogue(activation, negative_slope, residual_last), capability)
 
 
+def bn_scale_cat(
+    inputs: Sequence[Tensor],
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    capability: int = 90,
+) -> Tensor:
+    bn = running_mean, running_var, weight, bias
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in inputs]
+        fake = torch.ops.fused_conv_bn.bn_scale_cat(fakes, *(None if t is None else mode.from_tensor(t) for t in bn))
+    y = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(math.nan)
+    if y.numel() == 0:
+        return y
+    inputs = [t for t in inputs if t.size(1) > 0]
+    shape = _shape(y)
+    memory_format = torch.contiguous_format if y.is_contiguous() else torch.channels_last
+    memory_format = torch.channels_last_3d if y.dim() == 5 and not y.is_contiguous() else memory_format
+    parts = [t.contiguous(memory_format=memory_format) for t in inputs]
+    first = [0, *itertools.accumulate(t.size(1) for t in inputs)]
+    affine = _AffineTensors(y.dtype, scaling_factor, eps, **dict(zip(("mean", "var", "weight", "bias"), bn)))
+    epilogue = _epilogue(activation, negative_slope, False)
+    _call(
+        *(capability, "emulated_cat"),
+        *((ctypes.c_void_p * len(parts))(*map(_pointer, parts)), (ctypes.c_uint32 * len(first))(*first), len(parts)),
+        *(_pointer(y), ctypes.byref(shape), ctypes.byref(affine.struct), ctypes.byref(epilogue), _element(y)),
+    )
+    return y
+
+
+def gate(
+    input: Tensor,
+    gate: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+    capability: int = 90,
+) -> Tensor:
+    y = _result("gate", input, gate)
+    if y.numel() == 0:
+        return y
+    x = _misaligned_as(input, y)
+    added = None if residual is None else _misaligned_as(residual, y)
+    gates = gate.contiguous()
+    epilogue = _epilogue(activation, negative_slope, residual_last)
+    _call(
+        *(capability, "emulated_gate", *map(_pointer, (x, gates, added, y)), ctypes.byref(_shape(y))),
+        *(ctypes.c_int64(x[0, 0].numel()), ctypes.byref(epilogue), _element(x)),
+    )
+    return y
+
+
 def _misaligned_as(x: Tensor, like: Tensor) -> Tensor:
     """x with the strides of ``like``; itself where it has them, so that its address is of any alignment."""
     if x.stride() == like.stride():

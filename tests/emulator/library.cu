@@ -206,5 +206,43 @@ const char* emulated_elementwise(const void* x, const void* residual, void* y, c
   return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
 }
 
+// parts: their data, and the channel of the result that each begins with, and one behind the last.
+const char* emulated_cat(const void* const* parts, const uint32_t* first, int count, void* y, const Shape* shape,
+                         const AffineTensors* affine, const Epilogue* epilogue, int element, uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  Parts<void> all;
+  all.count = count;
+  std::copy_n(parts, count, all.data);
+  std::copy_n(first, count + 1, all.first);
+  const int64_t pixels = shape->numel / shape->channels;
+  for (int i = 0; i < count; ++i) {
+    emulated::allow(parts[i], static_cast<size_t>(pixels * (first[i + 1] - first[i])) * bytes_of(type));
+  }
+  emulated::allow(y, static_cast<size_t>(shape->numel) * bytes_of(type));
+  allow_affine(*affine, shape->channels, affine->wide ? (type == Element::float64 ? 8 : 4) : bytes_of(type));
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    return launch_cat(Parts<T>(all), static_cast<T*>(y), *shape, *affine, *epilogue, nullptr);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+const char* emulated_gate(const void* x, const void* gate, const void* residual, void* y, const Shape* shape,
+                          int64_t pixels, const Epilogue* epilogue, int element, uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  for (const void* data : {x, residual, static_cast<const void*>(y)}) {
+    emulated::allow(data, static_cast<size_t>(shape->numel) * bytes_of(type));
+  }
+  emulated::allow(gate, static_cast<size_t>(shape->numel / pixels) * bytes_of(type));
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    return launch_gate(static_cast<const T*>(x), static_cast<const T*>(gate), static_cast<const T*>(residual),
+                       static_cast<T*>(y), *shape, pixels, *epilogue, nullptr);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
 }  // extern "C"
 }  // namespace fused_conv_bn

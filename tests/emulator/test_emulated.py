@@ -21,6 +21,7 @@ import common
 import emulated
 import fused_conv_bn as fcb
 import test_backward
+import test_cat_gate
 import test_conv
 import test_conv_arguments
 import test_conv_bn
@@ -112,6 +113,29 @@ test_backward_of_misaligned_memory = some_of(test_backward.test_misaligned_memor
 test_backward_with_a_mean_far_from_zero = test_backward.test_a_mean_far_from_zero
 test_backward_of_values_that_are_not_finite = test_backward.test_values_that_are_not_finite
 test_each_gradient_of_backward_alone = test_backward.test_each_gradient_alone
+
+
+@pytest.fixture
+def cat_and_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bn_scale_cat", "gate"):
+        monkeypatch.setattr(fcb, name, getattr(emulated, name))
+
+
+@pytest.mark.usefixtures("cat_and_gate")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cat_and_gate(dtype, generator):
+    for layout in ("contiguous", "channels_last"):
+        for channels in ((8, 16, 40), (8, 0, 16), (3, 5, 1), (256, 8, 264)):
+            test_cat_gate.test_cat("cpu", dtype, layout, channels, generator)
+        for shape in (*SHAPES, (5, 24, 9, 7), (6, 520, 3, 3)):
+            test_cat_gate.test_gate("cpu", dtype, layout, shape, generator)
+    for activation in ("relu6", "silu", "leaky_relu"):
+        test_cat_gate.test_activations_of_cat("cpu", dtype, activation, generator)
+        for residual in RESIDUALS:
+            test_cat_gate.test_epilogue_of_gate("cpu", dtype, residual, activation, generator)
+    test_cat_gate.test_gate_of_misaligned_memory("cpu", dtype, generator)
+    if dtype in FLOAT32_AND_16:
+        test_cat_gate.test_cat_of_mixed_layouts_and_missing_parameters("cpu", generator)
 
 
 def by_algorithm(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

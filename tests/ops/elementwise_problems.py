@@ -96,9 +96,10 @@ def check(ours: Tensor, eager: Tensor, truth: np.ndarray, layout: str) -> None:
 
 def allowed(eager_error: float, ours: Tensor) -> float:
     """Twice eager's error and the half roundoff of common.assert_no_worse_than_eager. On a few elements eager's error may
-    be 0 by luck; what holds there is the sum of the seven roundings on the way, each of up to one roundoff."""
+    be 0 by luck, and one channel's is all of the norm; what holds there is the sum of the seven roundings on the way, each
+    of up to one roundoff."""
     bound = 2 * eager_error + 0.5 * DTYPES[ours.dtype]
-    return max(bound, 7 * DTYPES[ours.dtype]) if ours.numel() < 64 else bound
+    return max(bound, 7 * DTYPES[ours.dtype]) if ours.numel() < 200 else bound
 
 
 def epilogue_of(

@@ -262,7 +262,7 @@ cudaError_t launch_backward_apply_with(const BackwardTensors<T>& t, const Shape&
     if (shape.inner >= V) {
       status = launch(backward_apply_planes_kernel<T, kOther, kBounds>, p.vectors);
     } else if (shape.inner == 1 && shape.channels % V == 0 && p.channels.first_channel == 0) {
-      const uint32_t threads = set_columns(p, shape, kRows);
+      const uint32_t threads = set_columns(p, shape.channels, p.vectors, kRows);
       status = launch(backward_apply_columns_kernel<T, kOther, kBounds, kRows>, threads);
     } else {
       constexpr int kPeriodicRows = sizeof(T) == 8 ? 1 : 2;

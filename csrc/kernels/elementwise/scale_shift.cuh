@@ -54,11 +54,12 @@ struct ScaleShiftParams {
   // Of the periodic kernel: vectors in a row, which is some periods of the channels.
   FastDiv row;
   // Of the columns kernel: how many vectors of a pixel a block takes, how many such chunks make up the pixel, and how many
-  // pixels a block takes at a time.
+  // pixels a block takes at a time. Row blockIdx.y of the grid takes image_vectors of all vectors, and affines of its own.
   FastDiv lanes;
   FastDiv chunks;
   uint32_t pixel_vectors;
   uint32_t pixels;
+  uint32_t image_vectors;
 };
 
 // One vector of the tensor: where it is, and what is read from it.
@@ -145,8 +146,9 @@ constexpr int kColumnChannels = 32 * Vec<T>::kSize;
 // CUDA 12's compiler tries for 48 registers here, and spills; with 4 blocks named (64 registers) it does not.
 constexpr int kColumnBlocks = __CUDACC_VER_MAJOR__ < 13 ? 4 : 0;  // 0: unnamed
 
-template <typename T, bool kResidual, bool kBounds, bool kFolds, int kRows>
-__global__ void __launch_bounds__(kThreads, kColumnBlocks) scale_shift_columns_kernel(const ScaleShiftParams<T> p) {
+// loader_of(c): what loads an item of the channels from c on, by its vector and its pixel.
+template <bool kResidual, bool kBounds, bool kFolds, int kRows, typename T, typename LoaderOf>
+__device__ __forceinline__ void scale_shift_columns(const ScaleShiftParams<T>& p, const LoaderOf& loader_of) {
   using Acc = acc_t<T>;
   constexpr int V = Vec<T>::kSize;
   constexpr int kPerLoad = Vec<Acc>::kSize;
@@ -160,17 +162,24 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks) scale_shift_columns_k
   const bool active = pixel < p.pixels && first_lane + lane < p.pixel_vectors;
   wait_for_previous();
   const uint32_t stride = p.pixels * p.pixel_vectors;
-  const uint32_t vector = group * kRows * stride + pixel * p.pixel_vectors + first_lane + lane;
+  const uint32_t first_vector = blockIdx.y * p.image_vectors;
+  const uint32_t end = min(first_vector + p.image_vectors, p.vectors);
+  const uint32_t first_pixel = group * kRows * p.pixels + pixel;
+  const uint32_t vector = first_vector + first_pixel * p.pixel_vectors + first_lane + lane;
   Item<T> items[kRows];
+  if (active && vector < end) {
+    const auto load = loader_of((first_lane + lane) * V);
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    if (active && vector + i * stride < p.vectors) {
-      items[i] = load_item<kResidual>(p, vector + i * stride);
+    for (int i = 0; i < kRows; ++i) {
+      if (vector + i * stride < end) {
+        items[i] = load(vector + i * stride, first_pixel + i * p.pixels);
+      }
     }
   }
+  const uint32_t channels = p.channels.channels.divisor;
   const uint32_t c = first_lane * V + threadIdx.x;
-  if (threadIdx.x < p.lanes.divisor * V && c < p.channels.channels.divisor) {
-    const Affine<Acc> affine = p.source.template at<kFolds>(c);
+  if (threadIdx.x < p.lanes.divisor * V && c < channels) {
+    const Affine<Acc> affine = p.source.template at<kFolds>(blockIdx.y * channels + c);
     if constexpr (kCentered<T>) {
       centers[threadIdx.x] = affine.center;
     }
@@ -197,10 +206,17 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks) scale_shift_columns_k
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    if (vector + i * stride < p.vectors) {
+    if (vector + i * stride < end) {
       finish_item<kResidual, kBounds>(p, items[i], [&](int k) { return affine[k]; });
     }
   }
+}
+
+template <typename T, bool kResidual, bool kBounds, bool kFolds, int kRows>
+__global__ void __launch_bounds__(kThreads, kColumnBlocks) scale_shift_columns_kernel(const ScaleShiftParams<T> p) {
+  scale_shift_columns<kResidual, kBounds, kFolds, kRows>(p, [&](uint32_t) {
+    return [&](uint32_t vector, uint32_t) { return load_item<kResidual>(p, vector); };
+  });
 }
 
 // With the 4 blocks named (64 registers a thread) the compiler does not try for more, and spills nothing.
@@ -234,19 +250,19 @@ __global__ void __launch_bounds__(kThreads, 4) scale_shift_periodic_kernel(const
   }
 }
 
-// Set what the kernels' own fields say, and return the number of threads to launch.
+// Set what the kernels' own fields say, and return the number of threads to launch (for so many vectors).
 template <template <typename> class Params, typename T>
-uint32_t set_columns(Params<T>& p, const Shape& shape, int rows) {
+uint32_t set_columns(Params<T>& p, int64_t channels, uint32_t vectors, int rows) {
   constexpr int64_t V = Vec<T>::kSize;
-  const int64_t chunks = (shape.channels + kColumnChannels<T> - 1) / kColumnChannels<T>;
-  const int64_t pixel_vectors = shape.channels / V;
+  const int64_t chunks = (channels + kColumnChannels<T> - 1) / kColumnChannels<T>;
+  const int64_t pixel_vectors = channels / V;
   const int64_t lanes = (pixel_vectors + chunks - 1) / chunks;
   p.lanes = FastDiv(static_cast<uint32_t>(lanes));
   p.chunks = FastDiv(static_cast<uint32_t>(chunks));
   p.pixel_vectors = static_cast<uint32_t>(pixel_vectors);
   p.pixels = static_cast<uint32_t>(kThreads / lanes);
   const int64_t group_vectors = int64_t{p.pixels} * pixel_vectors * rows;
-  return static_cast<uint32_t>((p.vectors + group_vectors - 1) / group_vectors * chunks * kThreads);
+  return static_cast<uint32_t>((vectors + group_vectors - 1) / group_vectors * chunks * kThreads);
 }
 
 template <template <typename> class Params, typename T>
@@ -258,42 +274,60 @@ uint32_t set_periodic(Params<T>& p, const Shape& shape, int rows) {
   return static_cast<uint32_t>((p.vectors + row * rows - 1) / (row * rows) * row);
 }
 
+// Measured on an H200: more than this many vectors a thread cost bandwidth, fewer leave the affines' cost visible.
+template <typename T>
+constexpr int kColumnRows = sizeof(T) == 2 ? 2 : 1;
+
+inline int64_t misalignment(const void* data) { return reinterpret_cast<uintptr_t>(data) % kVecBytes; }
+
+// A launch over the elements from `begin` on, at most `count` of them, which is set to how many they are. residual: nullptr for
+// none.
+template <template <typename> class Params = ScaleShiftParams, typename T>
+Params<T> make_params(const T* input, const T* residual, T* output, const Shape& shape, int64_t begin, int64_t& count,
+                      const AffineSource<T>& source, const Epilogue& epilogue) {
+  constexpr int V = Vec<T>::kSize;
+  Params<T> p{};
+  p.source = source;
+  p.activation = epilogue.activation;
+  p.residual_last = epilogue.residual_last;
+  p.negative_slope = static_cast<acc_t<T>>(epilogue.negative_slope);
+  p.input = input == nullptr ? nullptr : input + begin;
+  p.residual = residual == nullptr ? nullptr : residual + begin;
+  p.output = output + begin;
+  p.lead = static_cast<int>(misalignment(p.output) / sizeof(T));
+  p.input_aligned = misalignment(p.input) == misalignment(p.output);
+  p.residual_aligned = misalignment(p.residual) == misalignment(p.output);
+  p.channels = make_channel_map(shape, begin, p.lead, count);
+  p.numel = static_cast<int>(count);
+  p.vectors = static_cast<uint32_t>((p.lead + count + V - 1) / V);
+  p.image_vectors = p.vectors;
+  return p;
+}
+
+template <typename Params>
+cudaError_t launch_threads(void (*kernel)(Params), uint32_t threads, uint32_t images, cudaStream_t stream,
+                           const std::remove_const_t<Params>& p) {
+  return launch_kernel(kernel, dim3((threads + kThreads - 1) / kThreads, images), kThreads, 0, true, stream, p);
+}
+
 template <bool kResidual, bool kBounds, bool kFolds, typename T>
 cudaError_t launch_scale_shift_with(const T* input, const T* residual, T* output, const Shape& shape,
                                     const AffineSource<T>& source, const Epilogue& epilogue, cudaStream_t stream) {
-  constexpr int V = Vec<T>::kSize;
-  const auto misalignment = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kVecBytes; };
+  constexpr int V = Vec<T>::kSize, kRows = kColumnRows<T>;
   int64_t count = 0;
   for (int64_t begin = 0; begin < shape.numel; begin += count) {
-    ScaleShiftParams<T> p{};
-    p.source = source;
-    p.activation = epilogue.activation;
-    p.residual_last = epilogue.residual_last;
-    p.negative_slope = static_cast<acc_t<T>>(epilogue.negative_slope);
-    p.input = input + begin;
-    p.residual = kResidual ? residual + begin : nullptr;
-    p.output = output + begin;
-    p.lead = static_cast<int>(misalignment(p.output) / sizeof(T));
-    p.input_aligned = misalignment(p.input) == misalignment(p.output);
-    p.residual_aligned = misalignment(p.residual) == misalignment(p.output);
     count = std::min(shape.numel - begin, kMaxLaunchElements);
-    p.channels = make_channel_map(shape, begin, p.lead, count);
-    p.numel = static_cast<int>(count);
-    p.vectors = static_cast<uint32_t>((p.lead + count + V - 1) / V);
-    // Measured on an H200: more than this many vectors a thread cost bandwidth, fewer leave the affines' cost visible.
-    constexpr int kRows = sizeof(T) == 2 ? 2 : 1;
-    const auto launch = [&](const auto kernel, uint32_t threads) {
-      return launch_kernel(kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, true, stream, p);
-    };
+    auto p = make_params(input, residual, output, shape, begin, count, source, epilogue);
     cudaError_t status;
     if (shape.inner >= V) {
-      status = launch(scale_shift_planes_kernel<T, kResidual, kBounds, kFolds>, p.vectors);
+      status = launch_threads(scale_shift_planes_kernel<T, kResidual, kBounds, kFolds>, p.vectors, 1, stream, p);
     } else if (shape.inner == 1 && shape.channels % V == 0 && p.channels.first_channel == 0) {
-      const uint32_t threads = set_columns(p, shape, kRows);
-      status = launch(scale_shift_columns_kernel<T, kResidual, kBounds, kFolds, kRows>, threads);
+      const uint32_t threads = set_columns(p, shape.channels, p.vectors, kRows);
+      status =
+          launch_threads(scale_shift_columns_kernel<T, kResidual, kBounds, kFolds, kRows>, threads, 1, stream, p);
     } else {
       const uint32_t threads = set_periodic(p, shape, 2);
-      status = launch(scale_shift_periodic_kernel<T, kResidual, kBounds, kFolds, 2>, threads);
+      status = launch_threads(scale_shift_periodic_kernel<T, kResidual, kBounds, kFolds, 2>, threads, 1, stream, p);
     }
     if (status != cudaSuccess) {
       return status;

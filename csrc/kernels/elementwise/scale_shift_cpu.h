@@ -19,6 +19,7 @@
 #include "kernels/batch_norm/fold.h"
 #include "kernels/common/epilogue.h"
 #include "memory_format.h"
+#include "parts.h"
 
 namespace fused_conv_bn {
 
@@ -301,20 +302,18 @@ void expand(const Acc* values, const Shape& shape, int64_t first, int64_t n, Acc
 
 constexpr int64_t kGrain = 16384;  // elements that are worth a thread
 
-// parallel_for(begin, end, grain, body(begin, end)): as in PyTorch. residual: nullptr for none. input, residual and
-// output are dense with the given shape; output may be input. `fresh`: output was just allocated.
-template <typename T, typename ParallelFor>
-void launch_scale_shift(const T* input, const T* residual, T* output, bool fresh, const Shape& shape,
-                        const ChannelAffines<acc_t<T>>& affines, const Epilogue& epilogue,
-                        const ParallelFor& parallel_for) {
+// parallel_for(begin, end, grain, body(begin, end)): as in PyTorch. residual: nullptr for none. input_at(i, n): where the
+// elements [i, i + n) of the input are; it is called once for each run, before that is written. residual and output are dense
+// with the given shape.
+template <typename T, typename InputAt, typename ParallelFor>
+void launch_runs(const InputAt& input_at, const T* residual, T* output, bool streaming, const Shape& shape,
+                 const ChannelAffines<acc_t<T>>& affines, const Epilogue& epilogue, const ParallelFor& parallel_for) {
   using Acc = acc_t<T>;
   if (shape.numel == 0) {
     return;
   }
-  const int64_t bytes = shape.numel * static_cast<int64_t>(sizeof(T));
-  const bool streaming = !fresh && output != input && bytes >= kStreamingBytes;
   const auto run_at = [&](int64_t i, int64_t n, const auto& affine) {
-    run(input + i, residual == nullptr ? nullptr : residual + i, output + i, n, affine, epilogue, streaming);
+    run(input_at(i, n), residual == nullptr ? nullptr : residual + i, output + i, n, affine, epilogue, streaming);
   };
   const int64_t period = shape.channels * shape.inner;
   const int64_t images = shape.numel / period;
@@ -370,13 +369,22 @@ void launch_scale_shift(const T* input, const T* residual, T* output, bool fresh
                });
 }
 
-// The same with affine_of(c): the affine of channel c.
-template <typename T, typename AffineOf, typename ParallelFor>
+// An input that is dense, too; output may be input. `fresh`: output was just allocated.
+template <typename T, typename ParallelFor>
 void launch_scale_shift(const T* input, const T* residual, T* output, bool fresh, const Shape& shape,
-                        const AffineOf& affine_of, const Epilogue& epilogue, const ParallelFor& parallel_for) {
+                        const ChannelAffines<acc_t<T>>& affines, const Epilogue& epilogue,
+                        const ParallelFor& parallel_for) {
+  const int64_t bytes = shape.numel * static_cast<int64_t>(sizeof(T));
+  const bool streaming = !fresh && output != input && bytes >= kStreamingBytes;
+  launch_runs([&](int64_t i, int64_t) { return input + i; }, residual, output, streaming, shape, affines, epilogue,
+              parallel_for);
+}
+
+// Of a source of affines: f(ChannelAffines) with those of all channels.
+template <typename T, typename AffineOf, typename ParallelFor, typename F>
+void with_affines(int64_t channels, const AffineOf& affine_of, const ParallelFor& parallel_for, const F& f) {
   using Acc = acc_t<T>;
   constexpr int64_t kFoldGrain = 1024;  // channels that are worth a thread
-  const int64_t channels = shape.channels;
   const std::unique_ptr<Acc[]> affines(new Acc[3 * channels]);
   Acc* const center = affines.get();
   Acc* const scale = center + channels;
@@ -389,8 +397,78 @@ void launch_scale_shift(const T* input, const T* residual, T* output, bool fresh
       shift[c] = affine.shift;
     }
   });
-  launch_scale_shift(input, residual, output, fresh, shape, ChannelAffines<Acc>{center, scale, shift}, epilogue,
-                     parallel_for);
+  f(ChannelAffines<Acc>{center, scale, shift});
+}
+
+// With affine_of(c): the affine of channel c.
+template <typename T, typename AffineOf, typename ParallelFor>
+void launch_scale_shift(const T* input, const T* residual, T* output, bool fresh, const Shape& shape,
+                        const AffineOf& affine_of, const Epilogue& epilogue, const ParallelFor& parallel_for) {
+  with_affines<T>(shape.channels, affine_of, parallel_for, [&](const ChannelAffines<acc_t<T>>& affines) {
+    launch_scale_shift(input, residual, output, fresh, shape, affines, epilogue, parallel_for);
+  });
+}
+
+// Inputs that are concatenated over their channels: each run is put together in the output, and computed there while it is in
+// the cache. shape: of the result.
+template <typename T, typename AffineOf, typename ParallelFor>
+void launch_cat(const Parts<T>& parts, T* output, const Shape& shape, const AffineOf& affine_of,
+                const Epilogue& epilogue, const ParallelFor& parallel_for) {
+  const int64_t row_elements = shape.channels * shape.inner;
+  const auto input_at = [&](int64_t i, int64_t n) {
+    T* to = output + i;
+    int64_t row = i / row_elements, position = i % row_elements;
+    int part = parts.find(static_cast<uint32_t>(position / shape.inner));
+    position -= parts.first[part] * shape.inner;
+    while (n > 0) {
+      const int64_t length = parts.channels(part) * shape.inner;
+      const int64_t count = std::min(n, length - position);
+      std::memcpy(to, parts.data[part] + row * length + position, static_cast<size_t>(count) * sizeof(T));
+      to += count;
+      n -= count;
+      position = 0;
+      if (++part == parts.count) {
+        part = 0;
+        ++row;
+      }
+    }
+    return static_cast<const T*>(output + i);
+  };
+  with_affines<T>(shape.channels, affine_of, parallel_for, [&](const ChannelAffines<acc_t<T>>& affines) {
+    launch_runs(input_at, static_cast<const T*>(nullptr), output, false, shape, affines, epilogue, parallel_for);
+  });
+}
+
+// epilogue(input * gate), with a gate for each channel of each image. pixels: of an image.
+template <typename T, typename ParallelFor>
+void launch_gate(const T* input, const T* gate, const T* residual, T* output, const Shape& shape, int64_t pixels,
+                 const Epilogue& epilogue, const ParallelFor& parallel_for) {
+  using Acc = acc_t<T>;
+  const auto launch = [&](int64_t begin, const Shape& part, const T* gates, const auto& parallel) {
+    const auto affine_of = [&](uint32_t c) { return Affine<Acc>{0, to_acc(gates[c]), 0}; };
+    launch_scale_shift(input + begin, residual == nullptr ? nullptr : residual + begin, output + begin, true, part,
+                       affine_of, epilogue, parallel);
+  };
+  // Where each plane is in one piece, an image is as good as more channels.
+  if (shape.inner != 1 || pixels == 1) {
+    return launch(0, {shape.numel, shape.numel / shape.inner, shape.inner}, gate, parallel_for);
+  }
+  const int64_t image = pixels * shape.channels, images = shape.numel / image;
+  const auto one = [&](int64_t n, const auto& parallel) {
+    launch(n * image, {image, shape.channels, 1}, gate + n * shape.channels, parallel);
+  };
+  constexpr int64_t kManyImages = 4;
+  if (images < kManyImages) {
+    for (int64_t n = 0; n < images; ++n) {
+      one(n, parallel_for);
+    }
+    return;
+  }
+  parallel_for(int64_t{0}, images, std::max<int64_t>(1, kGrain / image), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      one(n, [](int64_t first, int64_t last, int64_t, const auto& body) { body(first, last); });
+    }
+  });
 }
 
 }  // namespace fused_conv_bn

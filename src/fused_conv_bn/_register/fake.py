@@ -60,7 +60,15 @@ def _like_input(input, *args, **kwargs):
     return _like(input)
 
 
-for _name in ("bn_scale", "scale_shift", "bn_scale_train"):
+@torch.library.register_fake("fused_conv_bn::bn_scale_cat")
+def _bn_scale_cat(inputs, *args, **kwargs):
+    # The format is torch.cat's, if all inputs have one.
+    y = torch.cat(inputs, 1)
+    last = y.dim() >= 4 and all(_suggests_channels_last(x) for x in inputs)
+    return _like(y.contiguous(memory_format=_channels_last(y.dim()) if last else torch.contiguous_format))
+
+
+for _name in ("bn_scale", "scale_shift", "bn_scale_train", "gate"):
     torch.library.register_fake(f"fused_conv_bn::{_name}")(_like_input)
 for _name in ("bn_scale.out", "bn_scale_", "scale_shift.out", "scale_shift_"):
     torch.library.register_fake(f"fused_conv_bn::{_name}")(_nothing)

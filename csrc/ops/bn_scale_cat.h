@@ -7,8 +7,8 @@
 namespace fused_conv_bn {
 
 // Starts the kernel on checked operands: each part's data is dense, in the layout of the output. One for each library.
-using RunCat = void(const char* op, const Parts<void>& parts, const Tensor& output, const Shape& shape, ScalarType dtype,
-                    const Device& device, const AffineTensors& affine, const Epilogue& epilogue);
+using RunCat = void(const char* op, const Parts<void>& parts, const Tensor& output, const Shape& shape,
+                    ScalarType dtype, const Device& device, const AffineTensors& affine, const Epilogue& epilogue);
 RunCat run_cat_cpu;
 RunCat run_cat_cuda;
 

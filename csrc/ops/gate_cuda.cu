@@ -9,9 +9,9 @@ void run_gate_cuda(const char* op, const Elementwise& e, const void* gates, int6
   const CudaScope cuda(e.device);
   dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    cuda.check_launch(op, launch_gate(static_cast<const T*>(e.input), static_cast<const T*>(gates),
-                                      static_cast<const T*>(e.residual), static_cast<T*>(e.output.data_ptr()), e.shape,
-                                      pixels, epilogue, cuda.stream()));
+    cuda.check_launch(
+        op, launch_gate(static_cast<const T*>(e.input), static_cast<const T*>(gates), static_cast<const T*>(e.residual),
+                        static_cast<T*>(e.output.data_ptr()), e.shape, pixels, epilogue, cuda.stream()));
   });
 }
 

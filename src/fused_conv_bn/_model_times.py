@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import fused_conv_bn as fcb
 
@@ -399,7 +399,7 @@ class _TimedCall:
     ) -> None:
         self.fused, self.plain, self.names, self.parameters, self.owner = fused, plain, names, parameters, owner
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Any, residual: Tensor | None = None) -> Tensor:
         self.owner.time(self, x, residual)
         y: Tensor = self.fused(x, residual)
         return y
@@ -414,9 +414,10 @@ class _Groups:
         self.calls: dict[_Key, int] = {}  # in this pass
         self.times: dict[_Key, dict[str, list[float]]] = {}
 
-    def time(self, timed: _TimedCall, x: Tensor, residual: Tensor | None) -> None:
-        """One that is called again with the same shape is counted."""
-        key = *timed.names, tuple(x.shape)
+    def time(self, timed: _TimedCall, x: Any, residual: Tensor | None) -> None:
+        """One that is called again with the same shape is counted. ``x``: a tensor or several."""
+        largest = max((x,) if isinstance(x, Tensor) else x, key=Tensor.numel)
+        key = *timed.names, tuple(largest.shape)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] > 1:
             return
@@ -429,11 +430,11 @@ class _Groups:
         for name, times in race.run(range(GROUP_ROUNDS)).items():
             self.times.setdefault(key, {}).setdefault(name, []).extend(times)
 
-    def call(self, of: Callable[..., Tensor], x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor]) -> Call:
+    def call(self, of: Callable[..., Tensor], x: Any, residual: Tensor | None, parameters: Sequence[Tensor]) -> Call:
         if not self.case.train:
             return lambda: of(x, residual)
-        inputs = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, residual)]
-        leaves = [t for t in (*inputs, *parameters) if t is not None and t.requires_grad]
+        inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (x, residual))
+        leaves = [t for t in (*tree_leaves(inputs), *parameters) if isinstance(t, Tensor) and t.requires_grad]
         if not leaves:
             return lambda: of(*inputs)
         dy = torch.randn_like(of(*inputs))
@@ -471,8 +472,8 @@ def group_times(model: nn.Module, case: Case, passes: int) -> list[Record]:
             timed = []
             for group, block, call in zip(entry.groups, entry.blocks, getattr(entry, name), strict=True):
                 modules = [m for m in (block.conv, block.bn) if m is not None]
-                first = group.bn if group.conv is None else group.conv
-                names = f"{path}.{first.target}".lstrip("."), group.describe()
+                first = group.name if group.conv is None else group.conv.target
+                names = f"{path}.{first}".lstrip("."), group.describe()
                 parameters = [p for m in modules for p in m.parameters()]
                 timed.append(_TimedCall(call, block.plain, names, parameters, groups))
             setattr(entry, name, timed)

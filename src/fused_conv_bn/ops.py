@@ -206,8 +206,7 @@ def bn_scale_cat(
     Args:
         inputs: of one dtype and device, and of one shape but for the channels; up to 128 in one pass, and more of them
             are concatenated.
-        running_mean, running_var, weight, bias: shape (C,) for the C channels of all inputs; ``weight`` and ``bias`` may
-            be None.
+        running_mean, running_var, weight, bias: shape (C,), C channels in all; ``weight`` and ``bias`` may be None.
         scaling_factor: factor on the result of BatchNorm.
         eps: as in ``nn.BatchNorm2d``, 0 or more.
         activation, negative_slope: the epilogue, see the module's documentation.

@@ -536,7 +536,7 @@ def bn_scale_cat(
     memory_format = torch.channels_last_3d if y.dim() == 5 and not y.is_contiguous() else memory_format
     parts = [t.contiguous(memory_format=memory_format) for t in inputs]
     first = [0, *itertools.accumulate(t.size(1) for t in inputs)]
-    affine = _AffineTensors(y.dtype, scaling_factor, eps, **dict(zip(("mean", "var", "weight", "bias"), bn)))
+    affine = _AffineTensors(y.dtype, scaling_factor, eps, **dict(zip(AFFINE, bn, strict=False)))
     epilogue = _epilogue(activation, negative_slope, False)
     _call(
         *(capability, "emulated_cat"),

@@ -234,7 +234,9 @@ def test_post_ops_are_the_activations() -> None:
         finite = x.isfinite()
         # A few units in the last place, or of the argument where the function is near 0.
         torch.testing.assert_close(y[finite].double(), act(x[finite].double()), rtol=4e-7, atol=2e-6)
-        assert torch.equal(y[x == float("inf")], act(x[x == float("inf")])), activation
+        # (Gelu of an infinity is NaN on some processors, PyTorch's as well as oneDNN's.)
+        at_infinity = y[x == float("inf")], act(x[x == float("inf")])
+        torch.testing.assert_close(*at_infinity, rtol=0, atol=0, equal_nan=True)
 
 
 def test_this_packages_kernel_passes_nan_on() -> None:

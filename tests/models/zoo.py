@@ -180,17 +180,17 @@ def without_chance(model: nn.Module) -> nn.Module:
 
 
 def kind(group: str) -> str:
-    """A group without its activation's name: ``act``, ``add-act``, ``act-add``, ``add``, ``bare`` or ``factor``."""
+    """A group without its activation's name: ``act``, ``add-act``, ``act-add``, ``add``, ``bare``, ``factor`` or ``cat-act``."""
     words = group.split()
-    words = ["add" if w == "add" else "act" for w in words[words.index("bn") + 1 :]]
-    return "factor" if "*" in group else "-".join(words) or "bare"
+    behind = ["add" if w == "add" else "act" for w in words[words.index("bn") + 1 :]]
+    return "factor" if "*" in group else "-".join(words[:1] * (words[0] == "cat") + behind) or "bare"
 
 
 def found(model: nn.Module) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """How many groups the report has: convolutions with a BatchNorm by kind, BatchNorms without one, all others."""
     groups = fcb.report(model).groups()
     with_bn = Counter(kind(g) for g in groups if g.startswith("conv bn"))
-    alone = Counter(kind(g) for g in groups if g.split()[0] == "bn")
+    alone = Counter(kind(g) for g in groups if g.split()[0] in ("bn", "cat"))
     others = Counter(g for g in groups if "bn" not in g.split())
     return dict(with_bn), dict(alone), dict(others)
 
@@ -202,15 +202,15 @@ CASES: dict[str, Case] = {
     "mobilenetv3_large_100": Case(
         lambda: timm.create_model("mobilenetv3_large_100"),
         {"act": 31, "add": 10, "bare": 5},
-        without={"conv relu": 8, "conv hardsigmoid": 8, "conv hardswish": 1},
+        without={"conv relu": 8, "conv hardsigmoid": 8, "conv hardswish": 1, "gate": 8},
     ),
     "tf_efficientnetv2_s": Case(
         lambda: timm.create_model("tf_efficientnetv2_s"),
         {"act": 65, "add": 33, "bare": 5, "act-add": 2},
         alone={"act": 5},
-        without={"conv silu": 30, "conv sigmoid": 30},
+        without={"conv silu": 30, "conv sigmoid": 30, "gate": 30},
     ),
-    "densenet121": Case(lambda: tv.densenet121(weights=None), {"act": 59}, alone={"act": 62}),
+    "densenet121": Case(lambda: tv.densenet121(weights=None), {"act": 59}, alone={"cat-act": 62}),
     "faster_rcnn": Case(
         faster_rcnn,
         {"act": 33, "add-act": 16, "bare": 4},
@@ -237,6 +237,7 @@ CASES: dict[str, Case] = {
         lambda: smp.UnetPlusPlus("efficientnet-b0", encoder_weights=None),
         {"act": 22},
         alone={"act": 32, "add": 9, "bare": 7},
+        without={"gate": 16},
         never_called=frozenset({"encoder._conv_head", "encoder._bn1"}),
     ),
     "mobileone_s0": Case(lambda: timm.create_model("mobileone_s0"), {"add": 148, "bare": 43}, alone={"add-act": 35}),
@@ -249,7 +250,7 @@ CASES: dict[str, Case] = {
         lambda: timm.create_model("regnetv_040"),
         {"act": 23},
         alone={"act": 43},
-        without={"conv silu": 22, "conv sigmoid": 22, "conv add": 21, "conv add silu": 1},
+        without={"conv silu": 22, "conv sigmoid": 22, "conv add": 21, "conv add silu": 1, "gate": 22},
     ),
 }
 

@@ -32,7 +32,9 @@ PARTS = [(8, 16, 40), (64,), (8, 0, 16), (3, 5, 1), (256, 8, 264), (1, 1), (32,)
 
 def parts_of(shape: tuple[int, ...], channels: tuple[int, ...], layout: str, like: Tensor, g) -> list[Tensor]:
     shapes = [(shape[0], c, *shape[2:]) for c in channels]
-    return [arrange(torch.randn(s, generator=g).to(like), layout) if math.prod(s) else like.new_empty(s) for s in shapes]
+    return [
+        arrange(torch.randn(s, generator=g).to(like), layout) if math.prod(s) else like.new_empty(s) for s in shapes
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -175,7 +177,10 @@ def test_messages(device):
     c = torch.ones(8, device=device)
     for inputs, message in [
         ([], "expected"),
-        ([x, y[:1]], r"inputs\[1\] has shape \[1, 5, 4, 4\], expected \[2, 3, 4, 4\], the shape of inputs\[0\], but for"),
+        (
+            [x, y[:1]],
+            r"inputs\[1\] has shape \[1, 5, 4, 4\], expected \[2, 3, 4, 4\], the shape of inputs\[0\], but for",
+        ),
         ([x, y[..., 0]], r"inputs\[1\] has shape \[2, 5, 4\], expected \[2, 3, 4, 4\]"),
         ([x, y.double()], r"inputs\[1\] has dtype float64, expected float32, the dtype of inputs\[0\]"),
         ([x, x], r"running_mean has shape \[8\], expected \[6\], one element for each channel of inputs"),

@@ -105,8 +105,8 @@ cudaError_t launch_cat_with(const Parts<T>& parts, T* output, const Shape& shape
   int64_t count = 0;
   for (int64_t begin = 0; begin < shape.numel; begin += count) {
     count = std::min(shape.numel - begin, rows * period);
-    auto p = make_params<CatParams>(static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), output, shape, begin,
-                                    count, source, epilogue);
+    auto p = make_params<CatParams>(static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), output, shape,
+                                    begin, count, source, epilogue);
     p.parts = rows_from(parts, begin / period, shape.inner);
     cudaError_t status;
     if (by_vector) {

@@ -23,9 +23,8 @@ cudaError_t launch_gate_columns(const T* input, const T* gate, const T* residual
     auto p = make_params(input, residual, output, shape, begin, count, AffineSource<T>(affine), epilogue);
     p.image_vectors = static_cast<uint32_t>(image / V);
     const uint32_t threads = set_columns(p, shape.channels, p.image_vectors, kRows);
-    const cudaError_t status =
-        launch_threads(scale_shift_columns_kernel<T, kResidual, kBounds, false, kRows>, threads,
-                       static_cast<uint32_t>(count / image), stream, p);
+    const cudaError_t status = launch_threads(scale_shift_columns_kernel<T, kResidual, kBounds, false, kRows>, threads,
+                                              static_cast<uint32_t>(count / image), stream, p);
     if (status != cudaSuccess) {
       return status;
     }
@@ -35,8 +34,8 @@ cudaError_t launch_gate_columns(const T* input, const T* gate, const T* residual
 
 // pixels: of an image. gate: (images, channels), dense.
 template <typename T>
-cudaError_t launch_gate(const T* input, const T* gate, const T* residual, T* output, const Shape& shape,
-                        int64_t pixels, const Epilogue& epilogue, cudaStream_t stream) {
+cudaError_t launch_gate(const T* input, const T* gate, const T* residual, T* output, const Shape& shape, int64_t pixels,
+                        const Epilogue& epilogue, cudaStream_t stream) {
   AffineTensors affine;
   affine.weight = gate;
   affine.wide = std::is_same_v<T, acc_t<T>>;
@@ -54,7 +53,8 @@ cudaError_t launch_gate(const T* input, const T* gate, const T* residual, T* out
     return launch_any(whole, residual, output, shape, pixels, AffineSource<T>(affine), epilogue, stream);
   }
   const auto with = [&](auto has_residual, auto bounds) {
-    return launch_gate_columns<has_residual(), bounds()>(input, gate, residual, output, shape, pixels, epilogue, stream);
+    return launch_gate_columns<has_residual(), bounds()>(input, gate, residual, output, shape, pixels, epilogue,
+                                                         stream);
   };
   const auto with_residual = [&](auto has_residual) {
     return is_bound(epilogue.activation) ? with(has_residual, std::true_type{}) : with(has_residual, std::false_type{});

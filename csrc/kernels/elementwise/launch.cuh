@@ -22,7 +22,7 @@ cudaError_t launch_cat(const Parts<T>& parts, T* output, const Shape& shape, con
 
 // epilogue(input * gate). gate: dense, an element for each channel of each image; pixels: of an image.
 template <typename T>
-cudaError_t launch_gate(const T* input, const T* gate, const T* residual, T* output, const Shape& shape,
-                        int64_t pixels, const Epilogue& epilogue, cudaStream_t stream);
+cudaError_t launch_gate(const T* input, const T* gate, const T* residual, T* output, const Shape& shape, int64_t pixels,
+                        const Epilogue& epilogue, cudaStream_t stream);
 
 }  // namespace fused_conv_bn

@@ -214,9 +214,8 @@ __device__ __forceinline__ void scale_shift_columns(const ScaleShiftParams<T>& p
 
 template <typename T, bool kResidual, bool kBounds, bool kFolds, int kRows>
 __global__ void __launch_bounds__(kThreads, kColumnBlocks) scale_shift_columns_kernel(const ScaleShiftParams<T> p) {
-  scale_shift_columns<kResidual, kBounds, kFolds, kRows>(p, [&](uint32_t) {
-    return [&](uint32_t vector, uint32_t) { return load_item<kResidual>(p, vector); };
-  });
+  scale_shift_columns<kResidual, kBounds, kFolds, kRows>(
+      p, [&](uint32_t) { return [&](uint32_t vector, uint32_t) { return load_item<kResidual>(p, vector); }; });
 }
 
 // With the 4 blocks named (64 registers a thread) the compiler does not try for more, and spills nothing.
@@ -323,8 +322,7 @@ cudaError_t launch_scale_shift_with(const T* input, const T* residual, T* output
       status = launch_threads(scale_shift_planes_kernel<T, kResidual, kBounds, kFolds>, p.vectors, 1, stream, p);
     } else if (shape.inner == 1 && shape.channels % V == 0 && p.channels.first_channel == 0) {
       const uint32_t threads = set_columns(p, shape.channels, p.vectors, kRows);
-      status =
-          launch_threads(scale_shift_columns_kernel<T, kResidual, kBounds, kFolds, kRows>, threads, 1, stream, p);
+      status = launch_threads(scale_shift_columns_kernel<T, kResidual, kBounds, kFolds, kRows>, threads, 1, stream, p);
     } else {
       const uint32_t threads = set_periodic(p, shape, 2);
       status = launch_threads(scale_shift_periodic_kernel<T, kResidual, kBounds, kFolds, 2>, threads, 1, stream, p);

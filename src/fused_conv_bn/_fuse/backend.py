@@ -96,10 +96,7 @@ def rewrite(
         for node in reversed(group.nodes):
             graph.erase_node(node)
         for other in groups:  # those whose input or residual this one was
-            if other.input is last:
-                other.input = fused
-            if other.residual is last:
-                other.residual = fused
+            other.replace(last, fused)
         done.append(group)
     graph.lint()
     graph_module.recompile()
@@ -115,14 +112,14 @@ def _fused(graph: fx.Graph, group: Group, conv: dict[str, Any] | None, norm: dic
     window = () if conv is None else tuple(conv[name] for name in _CONV[3:])
     if norm is None:
         assert conv is not None
-        arguments = (group.input, conv["weight"], conv["bias"], *window)
+        arguments = (group.argument, conv["weight"], conv["bias"], *window)
         return graph.call_function(_conv_shift, arguments, named)
     statistics = tuple(norm[name] for name in _NORM[1:5])
     train = norm["training"]
     behind = (*statistics, group.factor, *([norm["momentum"]] if train else []), norm["eps"])
     if conv is None:
-        return graph.call_function(ops.bn_scale_train if train else ops.bn_scale, (group.input, *behind), named)
-    arguments = group.input, conv["weight"], conv["bias"], *behind, *window
+        return graph.call_function(ops.bn_scale_train if train else ops.bn_scale, (group.argument, *behind), named)
+    arguments = group.argument, conv["weight"], conv["bias"], *behind, *window
     return graph.call_function(ops.conv_bn_scale_train if train else ops.conv_bn_scale, arguments, named)
 
 

@@ -21,10 +21,12 @@ from .layers import class_of_conv, frozen_twin, norm_of, twin_of
 from .patterns import Group
 
 _ops = torch.ops.fused_conv_bn
-_conv_bn, _conv, _bn = (
+_conv_bn, _conv, _bn, _cat, _gate = (
     _ops.conv_bn_scale.default._op,
     _ops.conv_scale_shift.default._op,
     _ops.bn_scale.default._op,
+    _ops.bn_scale_cat.default._op,
+    _ops.gate.default._op,
 )
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -35,10 +37,12 @@ _REFUSALS = RuntimeError, TypeError, KeyError
 
 
 def block_of(group: Group, conv: nn.Module | None, bn: nn.Module | None) -> Block:
+    if group.is_gate:
+        return GateBlock(group, None, None)
     if bn is None:
         return ConvBlock(group, conv, None)
     if conv is None:
-        return NormBlock(group, None, bn)
+        return CatNormBlock(group, None, bn) if group.concatenates else NormBlock(group, None, bn)
     return ConvNormBlock(group, conv, bn)
 
 
@@ -74,26 +78,32 @@ class Block(abc.ABC):
         return self.bn_twin._buffers["running_mean"]
 
     @abc.abstractmethod
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Any call."""
+    def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        """Any call. ``x``: a tensor, or where a block has several inputs a tuple of them."""
 
     @abc.abstractmethod
-    def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
         """A call in evaluation that needs no gradient."""
 
-    def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def plain(self, x: Any, residual: Tensor | None = None) -> Tensor:
         """PyTorch's own ops."""
-        op = self.op
-        y = x if self.conv is None else self.conv(x)
+        y: Tensor = x if self.conv is None else self.conv(x)
         if self.bn is not None:
             y = self.bn(y)
-        fresh = self.bn is not None or self.conv is not None
+        return self._plain_epilogue(y, residual)
+
+    def takes(self, x: Any) -> bool:
+        """Whether the group is what it was taken for, now that there are shapes."""
+        return True
+
+    def _plain_epilogue(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        op = self.op
         if op.scaling_factor != 1.0:
             y = y * op.scaling_factor
         if residual is not None and not op.residual_last:
             y = y + residual
         if self.norm is None or self.norm.activation == "none":
-            y = op._activated(y, fresh and not y.requires_grad)
+            y = op._activated(y, not y.requires_grad)
         if residual is not None and op.residual_last:
             y = y + residual
         return y
@@ -297,6 +307,64 @@ class NormBlock(Block):
             return y
         except _REFUSALS:
             return self.plain(x, residual)
+
+
+class CatNormBlock(NormBlock):
+    """A BatchNorm of inputs that are concatenated. With gradients they are, by PyTorch."""
+
+    def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        return super().forward(torch.cat(x, 1), residual)
+
+    def plain(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        return super().plain(torch.cat(x, 1) if type(x) is tuple else x, residual)
+
+    def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        bn = self.bn_twin.__dict__
+        p, b = bn["_parameters"], bn["_buffers"]
+        first = x[0]
+        if type(first) is not Tensor or first.dim() not in self.dimensions:
+            return self.plain(x, residual)
+        try:
+            y: Tensor = _cat(
+                x,
+                b["running_mean"],
+                b["running_var"],
+                p["weight"],
+                p["bias"],
+                self.factor,
+                bn["eps"],
+                **self.named,
+            )
+            return y
+        except _REFUSALS:
+            return self.plain(x, residual)
+
+
+class GateBlock(Block):
+    """A product with the gate of a squeeze-and-excite block. Gradients are PyTorch's, and on the CPU so is a product
+    alone, which its kernel computes at the speed of memory."""
+
+    def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        if self._needs_grad(*x, residual):
+            return self.plain(x, residual)
+        return self.quick(x, residual)
+
+    def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        a, b = x
+        if type(a) is not Tensor or type(b) is not Tensor or not (a.is_cuda or self.named or residual is not None):
+            return self.plain(x, residual)
+        try:
+            y: Tensor = _gate(*((a, b) if a.numel() > b.numel() else (b, a)), residual=residual, **self.named)
+            return y
+        except _REFUSALS:
+            return self.plain(x, residual)
+
+    def plain(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        return self._plain_epilogue(x[0] * x[1], residual)
+
+    def takes(self, x: Any) -> bool:
+        large, small = x if x[0].numel() > x[1].numel() else x[::-1]
+        return large.dim() >= 3 and small.shape == (*large.shape[:2], *[1] * (large.dim() - 2))
 
 
 def shift_of(bias: Tensor | None) -> Tensor | None:

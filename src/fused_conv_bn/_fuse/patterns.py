@@ -1,4 +1,5 @@
-"""Which nodes of a graph one fused op computes: a convolution, its BatchNorm, a factor, a residual, an activation.
+"""Which nodes of a graph one fused op computes: a convolution, its BatchNorm, a factor, a residual, an activation; a
+BatchNorm of inputs that are concatenated; the gate of a squeeze-and-excite block.
 
 The matcher knows dataflow. What a node is, :class:`Words` tell it: there are two kinds of graphs, those of modules that
 are called, and those of torch.compile, which have functions alone.
@@ -17,6 +18,7 @@ from torch import fx, nn
 
 from .. import _activations
 from ..modules import ConvBnScale2d
+from ..ops import MOST_PARTS
 from .layers import class_of_conv, is_conv, is_norm, norm_of
 
 IN_PLACE_OPERATORS = (
@@ -45,6 +47,7 @@ _FRESH = (
 _FRESH_FUNCTIONS = frozenset(
     {operator.add, operator.mul, torch.add, torch.mul, torch.cat, F.relu, F.silu, F.max_pool2d}
 )
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 REASONS = {
@@ -84,8 +87,10 @@ class Group:
 
     conv: fx.Node | None  # None: the BatchNorm is behind something else
     bn: fx.Node | None  # None: the convolution has no BatchNorm
-    input: fx.Node
+    inputs: tuple[fx.Node, ...]
     nodes: list[fx.Node]
+    concatenates: bool = False  # the inputs, in front of the BatchNorm
+    product: fx.Node | None = None  # of a gate, which has neither: its factors are the inputs
     factor: float = 1.0
     residual: fx.Node | None = None
     adds: str = ""  # the name of the node that adds it
@@ -97,14 +102,32 @@ class Group:
     note: str = ""  # why the convolution in front is not in it
 
     @property
-    def head(self) -> fx.Node:
-        """The node that gives the group its name."""
-        found = self.bn or self.conv
-        assert found is not None
-        return found
+    def name(self) -> str:
+        """Its module's path, or the name of the product's node."""
+        node = self.bn or self.conv
+        if node is not None:
+            return str(node.target)
+        assert self.product is not None
+        return self.product.name
+
+    @property
+    def argument(self) -> fx.Node | tuple[fx.Node, ...]:
+        """What its block is called with: its input, or all of them where there may be several."""
+        return self.inputs if self.concatenates or self.is_gate else self.inputs[0]
+
+    @property
+    def is_gate(self) -> bool:
+        return self.product is not None
+
+    def replace(self, node: fx.Node, by: fx.Node) -> None:
+        """Another node for one that is read."""
+        self.inputs = tuple(by if n is node else n for n in self.inputs)
+        if self.residual is node:
+            self.residual = by
 
     def describe(self) -> str:
-        parts = [name for name, node in (("conv", self.conv), ("bn", self.bn)) if node is not None]
+        parts = ["gate"] if self.is_gate else ["cat"] if self.concatenates else []
+        parts += [name for name, node in (("conv", self.conv), ("bn", self.bn)) if node is not None]
         if self.factor != 1.0:
             parts.append(f"* {self.factor:g}")
         if self.residual is not None and not self.residual_last:
@@ -137,6 +160,12 @@ class Words(Protocol):
 
     def activation(self, node: fx.Node) -> tuple[str, float | None] | None:
         """(name, negative slope) of a node that is an activation of its first argument and nothing else."""
+
+    def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """What a concatenation over channels reads, if an op may do it; nothing of any other node."""
+
+    def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The factors of a product one of which may be the gate of a squeeze-and-excite block; nothing of others."""
 
     def passes(self, node: fx.Node) -> bool:
         """Whether it returns its argument: nn.Identity, and a dropout or a stochastic depth in evaluation."""
@@ -189,6 +218,12 @@ class FunctionWords:
         if node.target in (F.dropout, F.dropout2d, F.dropout3d):
             return (list(node.args) + [node.kwargs.get("training", True)] * 2)[2] is False
         return False
+
+    def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        return ()  # inductor writes no concatenation either
+
+    def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        return ()
 
     def may_go(self, node: fx.Node) -> bool:
         return True
@@ -257,6 +292,35 @@ class ModuleWords(FunctionWords):
         found = _activations.named(m)
         return None if found is None or found[0] == "none" else found
 
+    def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        if node.op != "call_function" or node.target not in _CONCATENATIONS:
+            return ()
+        named = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
+        tensors = named.pop("tensors", ())
+        of_channels = list(named.items()) in ([("dim", 1)], [("axis", 1)])
+        if not of_channels or not isinstance(tensors, (list, tuple)) or not 0 < len(tensors) <= MOST_PARTS:
+            return ()
+        return tuple(tensors) if all(isinstance(t, fx.Node) for t in tensors) else ()
+
+    def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        is_product = (node.op, node.target) == ("call_method", "mul") or (
+            node.op == "call_function" and node.target in (operator.mul, torch.mul)
+        )
+        a, b = (*node.args, None, None)[:2]
+        if not is_product or node.kwargs or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+            return ()
+        return (a, b) if self._is_gate(a, b) or self._is_gate(b, a) else ()
+
+    def _is_gate(self, node: fx.Node, gated: fx.Node) -> bool:
+        """Whether it is a sigmoid of something else, under whatever view."""
+        while node.op == "call_method" and node.target in ("view", "reshape", "unsqueeze", "expand_as"):
+            node = node.all_input_nodes[0]
+        if node.op == "call_function" and node.target is operator.truediv and node.args[1:] in ((6,), (6.0,)):
+            found = self.activation(node.all_input_nodes[0])
+            return found is not None and found[0] == "relu6"
+        found = self.activation(node)
+        return found is not None and found[0] in ("sigmoid", "hardsigmoid") and node.all_input_nodes[:1] != [gated]
+
     def passes(self, node: fx.Node) -> bool:
         m = self.module(node)
         if m is None:
@@ -315,7 +379,7 @@ class Matcher:
             if isinstance(read, Why):
                 self.why[node] = read
                 continue
-            group = Group(node, None, read, [node])
+            group = Group(node, None, (read,), [node])
             self.extend(group, trains=None)
             if len(group.nodes) == 1:
                 behind = any(self.words.norm(reader) is not None for reader in node.users)
@@ -323,21 +387,56 @@ class Matcher:
                 continue
             self.taken |= set(group.nodes)
             found.append(group)
+        for node in self.graph.nodes:
+            if node not in self.taken and node.name not in self.broadcast and (factors := self.words.gated(node)):
+                group = self.gate_of(node, factors)
+                self.taken |= set(group.nodes)
+                found.append(group)
         return sorted(found, key=lambda g: self.order[g.nodes[0]])
+
+    def gate_of(self, product: fx.Node, factors: tuple[fx.Node, ...]) -> Group:
+        """A factor that a view makes as large as the other one is taken as it is."""
+        group = Group(None, None, factors, [product], product=product)
+        for i, node in enumerate(factors):
+            if (node.op, node.target) == ("call_method", "expand_as") and self.only_reader(node) is product:
+                small = Group(None, None, (node.all_input_nodes[0], factors[1 - i]), [node, product], product=product)
+                if node.args[1:] == (factors[1 - i],) and self.may_move_to(small, product, None, None):
+                    group = small
+                    group.swallowed = [node]
+        self.extend(group, trains=None)
+        return group
 
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
     def group_of(self, bn: fx.Node, call: NormCall) -> Group | Why:
         trains = call.identity if call.trains else None
-        with_conv = self.conv_in_front(bn, call)
-        if isinstance(with_conv, Group):
-            group = with_conv
-        else:
-            group = Group(None, bn, call.input, [bn], note=with_conv.text)
-            self.why[bn] = with_conv
+        found = self.conv_in_front(bn, call)
+        if isinstance(found, Group):
+            self.extend_norm(found, call, trains)
+            return found
+        self.why[bn] = found
+        group = Group(None, bn, (call.input,), [bn], note=found.text)
+        self.extend_norm(group, call, trains)
+        # The op that concatenates adds no residual.
+        if group.residual is None and (concatenates := self.with_concatenation(bn, call)) is not None:
+            group = concatenates
+            group.note = found.text
+            self.extend_norm(group, call, trains)
+        return group
+
+    def extend_norm(self, group: Group, call: NormCall, trains: object) -> None:
         group.activation, group.negative_slope = call.activation, call.negative_slope
         self.extend(group, trains)
+
+    def with_concatenation(self, bn: fx.Node, call: NormCall) -> Group | None:
+        inputs = self.words.concatenated(call.input)
+        if not inputs or self.only_reader(call.input) is not bn:
+            return None
+        group = Group(None, bn, inputs, [call.input], concatenates=True, swallowed=[call.input])
+        if not self.may_move_to(group, bn, None, call.identity if call.trains else None):
+            return None
+        group.nodes.append(bn)
         return group
 
     def conv_in_front(self, bn: fx.Node, call: NormCall) -> Group | Why:
@@ -355,7 +454,7 @@ class Matcher:
             return why("readers")
         if conv in self.taken:
             return why("taken")
-        group = Group(conv, bn, read, [conv, *between], swallowed=between)
+        group = Group(conv, bn, (read,), [conv, *between], swallowed=between)
         # The convolution is computed where its BatchNorm is.
         if not self.may_move_to(group, bn, None, call.identity if call.trains else None):
             return why("order")
@@ -398,7 +497,7 @@ class Matcher:
         writes = [n for n in between if self.words.is_in_place(n)]
         if not writes:
             return True
-        read = self.memory_of(group.input) | {"get_attr"}
+        read = {"get_attr"}.union(*map(self.memory_of, group.inputs))
         # The residual is read where it is added, and from there on.
         added = set() if residual is None else self.memory_of(residual)
         add = next((self.order[n] for n in group.nodes if n.name == group.adds), last)
@@ -460,7 +559,7 @@ class Matcher:
             return {"factor": group.factor * other} if group.bn is not None else None
         if node.target not in (*_ADDS, "add", "add_") or not isinstance(other, fx.Node) or other is last:
             return None
-        if group.residual is not None or node.name in self.broadcast:
+        if group.residual is not None or group.concatenates or node.name in self.broadcast:
             return None
         if self.words.is_in_place(node) and node.args[0] is not last:
             # What it adds to is overwritten: nobody else may have it.

@@ -12,9 +12,10 @@ from .root import STATE, Entry, State, is_root
 
 
 class Row(NamedTuple):
-    """A convolution or a BatchNorm.
+    """A convolution or a BatchNorm, or a gate that is fused: a squeeze-and-excite block's product.
 
-    ``path``: in the model. ``module``: ``"conv"`` or ``"bn"``. ``state``: ``"fused"``, ``"left"``, ``"pending"`` (what
+    ``path``: in the model; of a gate its name behind the path of what calls it. ``module``: ``"conv"``, ``"bn"`` or
+    ``"gate"``. ``state``: ``"fused"``, ``"left"``, ``"pending"`` (what
     it is in was not called yet) or ``"not called"``. ``text``: what it was fused with, or why not. ``reason``: the kind
     of that, one of ``REASONS`` in ``_fuse/patterns.py``; empty for what is fused. ``algorithm``: what computes a fused
     convolution, for the shapes of the first call in evaluation mode, as :func:`fused_conv_bn.explain` says.
@@ -29,7 +30,7 @@ class Row(NamedTuple):
 
 
 class Report:
-    """``rows``: a :class:`Row` for each convolution and BatchNorm; ``not_captured``: what was not captured, and why.
+    """``rows``: a :class:`Row` for each convolution and BatchNorm, then for each gate; ``not_captured``: what was not captured, and why.
 
     Prints as a table.
     """
@@ -75,6 +76,7 @@ def report(model: nn.Module) -> Report:
     modules = dict(model.named_modules())
     roots = {path: m for path, m in modules.items() if is_root(m)}
     rows: dict[nn.Module, Row] = {}
+    gates: dict[str, Row] = {}
     not_captured: dict[str, str] = {}
     for path, root in roots.items():
         state: State = root.__dict__[STATE]
@@ -86,6 +88,8 @@ def report(model: nn.Module) -> Report:
             not_captured[path] = reasons[-1]
         for entry in reversed(entries):
             rows |= _rows_of(root, entry, rows)
+            names = {f"{path}.{g.name}".lstrip("."): g.describe() for g in entry.groups if g.is_gate}
+            gates |= {name: Row(name, "gate", "fused", text) for name, text in names.items()}
     found = []
     for path, m in modules.items():
         if is_conv(m) or is_norm(m):
@@ -95,7 +99,7 @@ def report(model: nn.Module) -> Report:
             else:
                 state_of, (reason, text) = _otherwise(path, roots, not_captured)
             found.append(Row(path, "conv" if is_conv(m) else "bn", state_of, text, reason, algorithm))
-    return Report(found, not_captured)
+    return Report([*found, *gates.values()], not_captured)
 
 
 def _rows_of(root: nn.Module, entry: Entry, known: dict[nn.Module, Row]) -> dict[nn.Module, Row]:

@@ -44,7 +44,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, to
 Block = Callable[..., Tensor]
 
 
-def _call(calls: list[Block], index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _call(calls: list[Block], index: int, x: Any, residual: Tensor | None = None) -> Tensor:
     return calls[index](x, residual)
 
 
@@ -53,7 +53,7 @@ def _placed(call: Block, residual_first: bool) -> Block:
     if not residual_first:
         return call
 
-    def placed(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def placed(x: Any, residual: Tensor | None = None) -> Tensor:
         y = call(x, residual)
         if residual is None or y.stride() == residual.stride() or y.shape != residual.shape:
             return y
@@ -127,16 +127,13 @@ class Entry:
         for index, group in enumerate(self.groups):
             last = group.nodes[-1]
             with graph.inserting_before(last):
-                arguments = (calls, index, group.input, *(() if group.residual is None else (group.residual,)))
+                arguments = (calls, index, group.argument, *(() if group.residual is None else (group.residual,)))
                 fused = graph.call_function(_call, arguments)
             last.replace_all_uses_with(fused)
             for node in reversed(group.nodes):
                 graph.erase_node(node)
             for other in self.groups:  # those whose input or residual this one was
-                if other.input is last:
-                    other.input = fused
-                if other.residual is last:
-                    other.residual = fused
+                other.replace(last, fused)
         code = graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, "<fused_conv_bn.fuse>", "exec"), scope)
@@ -274,16 +271,19 @@ class _Compared:
         self.broadcast: set[str] = set()
         self.calls: list[Block] = [functools.partial(self._call, i) for i in range(len(entry.blocks))]
 
-    def _call(self, index: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _call(self, index: int, x: Any, residual: Tensor | None = None) -> Tensor:
         group, block = self.entry.groups[index], self.entry.blocks[index]
         expected = block.plain(x, residual)
+        if not block.takes(x):
+            self.broadcast.add(group.name)
+            return expected
         if residual is not None and (residual.shape != expected.shape or residual.dtype != expected.dtype):
             self.broadcast.add(group.adds)
             return expected
         got = self.entry.quick[index](x, residual)
         difference = _difference(got, expected)
         if difference is not None and self.problem is None:
-            self.problem = f"the op for {group.head.target} gave {difference}"
+            self.problem = f"the op for {group.name} gave {difference}"
         if (algorithm := block.algorithm(x, residual)) is not None:
             self.entry.algorithms[str(group.conv.target)] = algorithm  # type: ignore[union-attr]
         return expected if got.stride() == expected.stride() else torch.empty_like(got).copy_(expected)

@@ -28,8 +28,10 @@ import torchvision.models as tv  # noqa: E402
 import torchvision.models.detection as tv_detection  # noqa: E402
 from torchvision.models.detection import backbone_utils  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
-from ultralytics.nn import tasks  # noqa: E402
-from ultralytics.nn.modules.head import RTDETRDecoder  # noqa: E402
+
+with mock.patch.dict(os.environ):  # it sets OMP_NUM_THREADS, for the processes of later tests as well
+    from ultralytics.nn import tasks
+    from ultralytics.nn.modules.head import RTDETRDecoder
 
 import fused_conv_bn as fcb  # noqa: E402
 

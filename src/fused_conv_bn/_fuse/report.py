@@ -30,7 +30,8 @@ class Row(NamedTuple):
 
 
 class Report:
-    """``rows``: a :class:`Row` for each convolution and BatchNorm, then for each gate; ``not_captured``: what was not captured, and why.
+    """``rows``: a :class:`Row` for each convolution and BatchNorm, then for each gate; ``not_captured``: what was not
+    captured, and why.
 
     Prints as a table.
     """

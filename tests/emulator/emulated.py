@@ -215,10 +215,11 @@ class _Conv:
         self.y = y
         last = not self.y.is_contiguous()
         # As the op itself does, csrc/ops/conv_cuda.h.
-        alignment = 16 if algorithm == "stem_sm90" or (algorithm == "depthwise" and last) else 1
-        if algorithm == "stem_sm90":
+        dense = algorithm in ("stem_sm90", "gemm_sm80")
+        alignment = 16 if dense or (algorithm == "depthwise" and last) else 1
+        if dense:
             w_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-            weight = _dense(weight, w_last, alignment)
+            weight = _dense(weight, w_last or algorithm == "gemm_sm80", alignment)
         self.tensors = {
             "x": _dense(input, last, alignment),
             "w": weight,

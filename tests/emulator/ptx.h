@@ -221,20 +221,28 @@ struct MatrixRow {
   uint32_t row[4];
   List<uint32_t, 4> to;
 };
-inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(const List<uint32_t, 4>& to, uint32_t address) {
+inline void load_matrices(const List<uint32_t, 4>& to, uint32_t address, bool transposed) {
   MatrixRow own{{}, to};
   load_shared(address, own.row, 16);
-  meet_in_warp("ldmatrix.sync", 0xffffffffu, &own, false, [](void* const(&lanes)[kWarp]) {
+  meet_in_warp("ldmatrix.sync", 0xffffffffu, &own, false, [transposed](void* const(&lanes)[kWarp]) {
     const auto value = [&](unsigned matrix, unsigned row, unsigned col) {
       return static_cast<MatrixRow*>(lanes[matrix * 8 + row])->row[col / 2] >> col % 2 * 16 & 0xffff;
     };
     for (unsigned lane = 0; lane < kWarp; ++lane) {
       for (unsigned m = 0; m < 4; ++m) {
-        const unsigned k = lane % 4 * 2;
-        *static_cast<MatrixRow*>(lanes[lane])->to[m] = value(m, k, lane / 4) | value(m, k + 1, lane / 4) << 16;
+        const unsigned k = lane % 4 * 2, row = lane / 4;
+        *static_cast<MatrixRow*>(lanes[lane])->to[m] = transposed ? value(m, k, row) | value(m, k + 1, row) << 16
+                                                                  : value(m, row, k) | value(m, row, k + 1) << 16;
       }
     }
   });
+}
+
+inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(const List<uint32_t, 4>& to, uint32_t address) {
+  load_matrices(to, address, false);
+}
+inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(const List<uint32_t, 4>& to, uint32_t address) {
+  load_matrices(to, address, true);
 }
 
 struct DoubleFragments {

@@ -64,6 +64,7 @@ ALL_OF_KERNELS = (*FLOAT32_AND_16, torch.bfloat16)
 
 test_random_problems = some_of(test_conv.test_random_problems, dtype=ALL_OF_KERNELS)
 test_random_depthwise_problems = some_of(test_conv.test_random_depthwise_problems, dtype=ALL_OF_KERNELS)
+test_random_gemm_problems = some_of(test_conv.test_random_gemm_problems, dtype=ALL_OF_KERNELS)
 test_problems = some_of(test_conv.test_problems, dtype=FLOAT32_AND_16)
 test_filters_of_few_terms = some_of(test_conv.test_filters_of_few_terms, dtype=FLOAT32_AND_16)
 test_activations_and_residual = some_of(test_conv.test_activations_and_residual, dtype=FLOAT32_AND_16)
@@ -153,7 +154,7 @@ def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 TRAIN_WAYS = [
     *(("stem_sm90", statistics) for statistics in CONV_STATISTICS),
-    *((a, "from_output") for a in ("stem_sm80", "depthwise")),
+    *((a, "from_output") for a in ("stem_sm80", "depthwise", "gemm_sm80")),
 ]
 
 
@@ -217,20 +218,23 @@ def test_elementwise(shape, layout, dtype, capability, generator):
 
 # What each way takes: statistics, their merge and the convolution; two merges for sums over the input, of pairs of taps and of
 # channels; a pass in place behind a convolution that gathers nothing.
-TRAIN_LAUNCHES = dict(zip(TRAIN_WAYS, (3, 4, 4, 4), strict=True))
+TRAIN_LAUNCHES = dict(zip(TRAIN_WAYS, (3, 4, 4, 4, 4), strict=True))
 
 
 @pytest.mark.parametrize("way", TRAIN_WAYS, ids="-".join)
 def test_training_launches_its_own_passes_alone(way, generator):
     """Whatever the epilogue is, and whatever is missing."""
     algorithm, statistics = way
-    channels, groups = (12, 12) if algorithm == "depthwise" else (4, 1)
+    channels, groups = {"depthwise": (12, 12), "gemm_sm80": (8, 1)}.get(algorithm, (4, 1))
     x = torch.randn(2, channels, 9, 8, generator=generator)
     w = torch.randn(12, channels // groups, 3, 3, generator=generator)
+    if algorithm == "gemm_sm80":
+        x, w = x.half().to(memory_format=torch.channels_last), w.half()
     bn = random_bn(12, torch.float32, "cpu", generator)
     for given in (bn, (None,) * 4):
         for activation, residual in (("none", "none"), ("silu", "first"), ("relu", "last")):
-            kwargs = epilogue_of(torch.randn(2, 12, 7, 6, generator=generator), activation, residual, generator)
+            like = torch.randn(2, 12, 7, 6, generator=generator).to(x.dtype)
+            kwargs = epilogue_of(like, activation, residual, generator)
             tensors = [None if t is None else t.clone() for t in given]
             emulated.conv_bn_scale_train(
                 x, w, None, *tensors, groups=groups, **kwargs, algorithm=algorithm, statistics=statistics
@@ -245,16 +249,14 @@ def test_training_launches_its_own_passes_alone(way, generator):
 # They have other code where bulk copies are missing (8.6), less shared memory (8.6, 12.0), and no two tiles at a time (12.0).
 
 
-@pytest.mark.parametrize("algorithm", ["stem_sm80", "depthwise"])
+@pytest.mark.parametrize("algorithm", ["stem_sm80", "depthwise", "gemm_sm80"])
 @pytest.mark.parametrize("capability", [86, 120])
 @pytest.mark.parametrize("dtype", FLOAT32_AND_16, ids=str)
 def test_convolutions_of_other_gpus(capability, algorithm, dtype, generator, monkeypatch):
     monkeypatch.setattr(common, "forced_algorithm", algorithm)
     by_algorithm(monkeypatch, algorithm=algorithm, capability=capability)
-    if algorithm == "stem_sm80":
-        test_conv.test_random_problems("cpu", dtype, generator)
-    else:
-        test_conv.test_random_depthwise_problems("cpu", dtype, generator)
+    tests = {"stem_sm80": test_conv.test_random_problems, "depthwise": test_conv.test_random_depthwise_problems}
+    tests.get(algorithm, test_conv.test_random_gemm_problems)("cpu", dtype, generator)
     for problem in ("problem 73", "depthwise, 5x5, stride 2", "rows of odd lengths, longer than a tile"):
         test_conv.test_problems("cpu", dtype, problem, generator)
         test_conv_bn.test_bn_problems("cpu", dtype, problem, generator)

@@ -306,6 +306,7 @@ def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:
         "stem_sm90": dtype != torch.float64,
         "stem_sm80": dtype != torch.float64,
         "depthwise": depthwise and dtype != torch.float64,
+        "gemm_sm80": False,  # some tests have calls for it, and test_random_gemm_problems many
     }
     return covers.get(common.forced_algorithm, True)
 
@@ -321,6 +322,8 @@ PROBLEMS = {
     "many weights": ((2, 40, 12, 14), (70, 40, 5, 5), 1, 2),
     "many weights for float32": ((2, 10, 24, 24), (70, 10, 5, 5)),
     "1x1": ((2, 32, 9, 9), (40, 32, 1, 1)),
+    "3x3 of many channels": ((2, 72, 15, 11), (136, 72, 3, 3), 2, 1),
+    "grouped": ((2, 48, 10, 9), (72, 16, 3, 3), 1, 1, 1, 3),
     "one pixel": ((1, 1, 1, 1), (1, 1, 1, 1)),
     "as large as its kernel": ((3, 4, 5, 6), (7, 4, 5, 6)),
     "mostly padding": ((2, 3, 2, 2), (5, 3, 3, 3), 1, (4, 5)),

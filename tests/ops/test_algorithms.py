@@ -72,7 +72,7 @@ def test_other_threads_have_the_default() -> None:
     [
         (
             ("fastest", None),
-            "use_algorithm: algorithm is 'fastest', expected one of 'stem_sm90', 'stem_sm80', 'depthwise', 'aten', "
+            "use_algorithm: algorithm is 'fastest', expected one of 'stem_sm90', 'stem_sm80', 'depthwise', 'gemm_sm80', 'aten', "
             "'by rule' or 'default'",
         ),
         (
@@ -140,7 +140,7 @@ with fcb.use_algorithm("stem_sm80", "from_output"):
     first, second, third = output(FUSED_CONV_BN_CONV="aten")
     assert (first, second.split()[0], third) == ("aten", "stem_sm80", "aten")
     unknown = (
-        "explain: FUSED_CONV_BN_CONV is 'fastest', expected one of 'stem_sm90', 'stem_sm80', 'depthwise', 'aten', or "
+        "explain: FUSED_CONV_BN_CONV is 'fastest', expected one of 'stem_sm90', 'stem_sm80', 'depthwise', 'gemm_sm80', 'aten', or "
         "nothing for a choice by rule"
     )
     first, second, third = output(FUSED_CONV_BN_CONV="fastest")

@@ -80,6 +80,39 @@ def test_random_depthwise_problems(conv_device, dtype, generator):
 
 
 @dtypes
+def test_random_gemm_problems(conv_device, dtype, generator):
+    """Channels in vectors, grouped too, in any window; filters of any number."""
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    covered = 0
+    names = list(reference.ACTIVATIONS)
+    for i in range(16):
+        groups, kernel = draw(1, 4) if draw(0, 3) == 0 else 1, (draw(1, 4), draw(1, 6))
+        stride, padding, dilation = ((draw(1, 3), draw(1, 3)) for _ in range(3))
+        padding = padding if draw(0, 2) else (0, 0)
+        channels = 8 * (draw(1, 18) if i % 2 else draw(1, 4))
+        filters = (8 * draw(1, 20) if draw(0, 3) else draw(1, 70)) * groups
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+        space = [
+            draw(max(1, r - 2 * p), 20) if max(1, r - 2 * p) < 20 else r for r, p in zip(reach, padding, strict=True)
+        ]
+        covered += check(
+            make(
+                *(generator, conv_device, dtype, (draw(1, 4), channels * groups, *space), (filters, channels, *kernel)),
+                *(stride, padding, dilation, groups),
+                formats=("cc", "cl", "lc", "ll")[max(1, draw(0, 4))],
+                residual=RESIDUALS[draw(0, 3)],
+                activation=names[draw(0, len(names))],
+                bn=bool(draw(0, 2)),
+            )
+        )
+    if common.forced_algorithm == "gemm_sm80":
+        assert covered >= 12 or dtype.itemsize > 2
+
+
+@dtypes
 def test_filters_of_few_terms(conv_device, dtype, generator):
     """Where each product's own error shows: that of an element is the largest of many."""
     for channels, kernel in itertools.product((1, 2, 3, 5), ((1, 1), (2, 1), (1, 3), (2, 2), (3, 3))):
@@ -92,7 +125,8 @@ def test_filters_of_few_terms(conv_device, dtype, generator):
 def test_activations_and_residual(conv_device, dtype, activation, generator):
     covered = 0
     for formats, residual in itertools.product(("cc", "ll"), RESIDUALS):
-        for x, w, groups in (((2, 5, 13, 11), (9, 5, 3, 3), 1), ((2, 16, 9, 14), (16, 1, 3, 3), 16)):
+        few, depthwise = ((2, 5, 13, 11), (9, 5, 3, 3), 1), ((2, 16, 9, 14), (16, 1, 3, 3), 16)
+        for x, w, groups in (few, depthwise, ((2, 24, 9, 14), (40, 24, 3, 3), 1)):
             covered += check(
                 make(
                     *(generator, conv_device, dtype, x, w, 1, 1, 1, groups),
@@ -108,7 +142,8 @@ def test_activations_and_residual(conv_device, dtype, activation, generator):
 def test_missing_scale_or_shift(conv_device, dtype, generator):
     """They count as 1 and 0."""
     for scale, shift, residual in itertools.product((False, True), (False, True), RESIDUALS):
-        for x, w, groups in (((2, 5, 13, 11), (9, 5, 3, 3), 1), ((2, 16, 9, 14), (16, 1, 3, 3), 16)):
+        few, depthwise = ((2, 5, 13, 11), (9, 5, 3, 3), 1), ((2, 16, 9, 14), (16, 1, 3, 3), 16)
+        for x, w, groups in (few, depthwise, ((2, 24, 9, 14), (40, 24, 3, 3), 1)):
             call = make(generator, conv_device, dtype, x, w, 1, 1, 1, groups, residual=residual, activation="relu6")
             call.scale, call.shift = call.scale if scale else None, call.shift if shift else None
             check(call)

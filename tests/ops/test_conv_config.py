@@ -104,6 +104,14 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         and p.dilation_h == p.dilation_w == 1
         and (not p.channels_last or p.C * p.element_bytes % 16 == 0)
     ),
+    "gemm_sm80": lambda p, gpu: (
+        gpu.compute_capability >= 80
+        and p.channels_last
+        and p.element_bytes == 2
+        and p.C // p.groups % 8 == 0
+        and max(p.N * p.P * p.Q, p.N * p.H * p.W * p.C, p.K * p.C // p.groups * p.R * p.S) <= 1 << 30
+        and max(p.H, p.W, p.pad_h, p.pad_w, p.dilation_h * (p.R - 1), p.dilation_w * (p.S - 1)) <= 1 << 13
+    ),
     "aten": lambda p, gpu: True,
 }
 

@@ -119,8 +119,9 @@ struct ConvCall {
 
 // How a kernel wants its operands.
 struct ConvRequirements {
-  int alignment = 1;          // bytes: where input and residual are to start
-  bool dense_weight = false;  // the weight too, contiguous or channels_last; else it may have any strides
+  int alignment = 1;                  // bytes: where input and residual are to start
+  bool dense_weight = false;          // the weight too, contiguous or channels_last; else it may have any strides
+  bool channels_last_weight = false;  // a dense one is to be that
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

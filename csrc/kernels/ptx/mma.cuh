@@ -24,7 +24,17 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint4& a, cons
   }
 }
 
-// Four matrices of 8 by 8 values of 16 bits, transposed: lane i has the address of row i % 8 of matrix i / 8, 16 bytes.
+// Four matrices of 8 by 8 values of 16 bits: lane i has the address of row i % 8 of matrix i / 8, 16 bytes.
+__device__ __forceinline__ uint4 load_matrices(uint32_t row) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(row)
+               : "memory");
+  return v;
+}
+
+// The same, transposed: lane i has the address of row i % 8 of matrix i / 8, 16 bytes.
 __device__ __forceinline__ uint4 load_matrices_transposed(uint32_t row) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

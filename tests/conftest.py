@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from common import DEVICES
+from fused_conv_bn import reference
 
 sys.path.append(str(Path(__file__).parent / "ops"))  # others test its problems, too
 
@@ -52,6 +53,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "two_gpus" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.two_gpus)
+
+
+@pytest.fixture
+def gelu_of_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GELU by PyTorch's own kernels: to oneDNN that of an infinity is NaN on some processors."""
+
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return torch.nn.functional.gelu(x)
+
+    monkeypatch.setitem(reference.ACTIVATIONS, "gelu", gelu)
 
 
 @pytest.fixture(params=DEVICES)

@@ -94,6 +94,18 @@ CALLS: dict[str, tuple[Any, Callable[[Tensor, torch.Generator], tuple[tuple[Any,
         lambda x, g: ((x, *scale_shift_of(x, g)), {"residual": torch.randn_like(x), "out": torch.empty_like(x)}),
     ),
     "scale_shift_": (OPS.scale_shift_.default, lambda x, g: ((x, *scale_shift_of(x, g)), {"activation": "relu6"})),
+    "bn_scale_cat": (
+        OPS.bn_scale_cat.default,
+        lambda x, g: (([x, x * 2], *random_bn(2 * x.size(1), x.dtype, x.device, g), 1.7), {"activation": "silu"}),
+    ),
+    "gate": (
+        OPS.gate.default,
+        lambda x, g: ((x, torch.rand(x.shape[:2]).to(x)), {}),
+    ),
+    "gate with residual": (
+        OPS.gate.default,
+        lambda x, g: ((x, torch.rand(x.shape[:2]).to(x)), {"residual": torch.randn_like(x), "activation": "relu"}),
+    ),
 }
 
 
@@ -443,6 +455,8 @@ def test_compiled_training_functions(op: str, device: str, generator: torch.Gene
 FUNCTIONS = {
     "fold_bn": 5,
     "bn_scale": 5,
+    "bn_scale_cat": 6,
+    "gate": 3,
     "scale_shift": 4,
     "conv_scale_shift": 5,
     "conv_bn_scale": 7,
@@ -460,6 +474,11 @@ def function_arguments(name: str, device: str, generator: torch.Generator) -> tu
     f = getattr(fcb, name)
     if name == "fold_bn":
         return [mean, var, weight, bias, mean + 1], lambda m, v, w, b, cb: f(m, v, w, b, conv_bias=cb)
+    if name == "gate":
+        return [x, mean.expand(2, C).clone(), x + 1], lambda x, g, r: f(x, g, residual=r, activation="silu")
+    if name == "bn_scale_cat":
+        bn = random_bn(2 * C, torch.float32, device, generator)
+        return [x, x + 1, *bn], lambda x, y, *bn: f([x, y], *bn)
     if name.startswith("bn_scale"):
         return [x, mean, var, weight, bias], f
     w = torch.randn(C, C, 3, 3, device=device)
@@ -501,7 +520,7 @@ def test_forward_mode(name: str, which: int, device: str, generator: torch.Gener
     """The plain formula runs, or PyTorch says that it has no derivative either."""
     tensors, call = function_arguments(name, device, generator)
     tensors = [t.double() for t in tensors]
-    if which in (1, 2) and name == "bn_scale" or which in (3, 4) and name == "conv_bn_scale" or "train" in name:
+    if which in (1, 2) and name == "bn_scale" or which in (2, 3) and name == "bn_scale_cat" or which in (3, 4) and name == "conv_bn_scale" or "train" in name:
         pytest.skip("of running statistics PyTorch's BatchNorm has no derivative")
 
     def of_one(t: Tensor) -> Any:

@@ -247,6 +247,7 @@ def test_scales_of_any_magnitude(conv_device, dtype, generator):
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0)
 
 
+@pytest.mark.usefixtures("gelu_of_infinity")
 @activations
 @dtypes
 def test_non_finite_values_are_where_eager_has_them(conv_device, dtype, activation, generator):

@@ -257,6 +257,7 @@ def test_large_mean(device, layout, generator):
     assert bool(((ours - truth).abs() <= bound).all())
 
 
+@pytest.mark.usefixtures("gelu_of_infinity")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_non_finite_values_pass_as_in_eager(device, dtype, activation):

@@ -9,8 +9,7 @@ namespace {
 // How many output channels lie side by side in a packed weight; 0 where another processor's kernel would be better.
 int64_t packed_channels() {
 #if defined(__x86_64__)
-  // Measured with AVX2 alone: frozen.py has the numbers.
-  return use_v3() && !use_v4() ? kPackedChannels : 0;
+  return use_v3() ? packed_kernel().channels : 0;  // frozen.py has what was measured
 #else
   return 0;
 #endif
@@ -31,13 +30,13 @@ Tensor conv_packed(Tensor input, Tensor weight, Tensor shift, int64_t filters, s
   const Spatial pad = check_window(op, "padding", padding, 2, 0);
   const bool depthwise = w.dim == 3;
   const int64_t channels = x.dim == 4 ? x.sizes[1] : 0;
-  const int64_t tiles = ceil_div(filters, kPackedChannels);
-  const bool fits = depthwise ? w.sizes[2] == channels && filters == channels && channels % kPackedLanes == 0
-                              : w.dim == 5 && w.sizes[0] == tiles && w.sizes[3] == channels &&
-                                    w.sizes[4] == kPackedChannels && channels > 0 && d[1] == 1;
+  const int64_t tile = packed_kernel().channels, tiles = ceil_div(filters, tile);
+  const bool fits = depthwise ? w.sizes[2] == channels && filters == channels && channels % kDepthwiseLanes == 0
+                              : w.dim == 5 && w.sizes[0] == tiles && w.sizes[3] == channels && w.sizes[4] == tile &&
+                                    channels > 0 && d[1] == 1;
   const auto is_float = [](const Operand& t) { return t.dtype == ScalarType::Float && t.device.is_cpu(); };
   if (!use_v3() || !fits || !is_float(x) || !is_float(w) || !is_float(b) || x.numel == 0 || w.numel == 0 ||
-      b.numel != tiles * kPackedChannels || !has_strides(w, dense_strides(w, false))) {
+      b.numel != tiles * tile || !has_strides(w, dense_strides(w, false))) {
     fail(op, ": input has shape ", x.shape(), " and weight ", w.shape(), ", which is not packed for it");
   }
   Conv2d p{};

@@ -62,7 +62,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "oneDNN":
         if not frozen._has_packing():
             pytest.skip("needs oneDNN with AVX2")
-        monkeypatch.setattr(frozen, "_own_kernel_takes", lambda conv, pixels: False)
+        monkeypatch.setattr(frozen, "_own_kernel_takes", lambda conv, size: False)
     return request.param
 
 
@@ -174,7 +174,7 @@ def test_no_less_accurate_than_eager(
         fused = fcb.fuse(copy.deepcopy(whole), freeze=True)
         fused(*args)
         if dtype == torch.float32:
-            own = kernel == "own" and frozen._own_kernel_takes(convolved, size * size)
+            own = kernel == "own" and frozen._own_kernel_takes(convolved, x.shape)
             assert packed_calls(fused, *args) == [OPS[1] if own else OPS[0]]
         mine = errors(fused(*args), exact, unit)
     for error, theirs in zip(mine, eager, strict=True):
@@ -292,7 +292,7 @@ def test_this_packages_kernel(
         return
     if not torch.ops.fused_conv_bn._packed_channels():
         pytest.skip("oneDNN is preferred on this processor")
-    assert frozen._own_kernel_takes(conv, 1)
+    assert frozen._own_kernel_takes(conv, (1, channels, 1, 1))
     conv.float()
     residual = torch.randn(expected.shape)
     block = blocks.ConvBlock(_group(), conv, None)
@@ -318,7 +318,7 @@ def test_this_packages_kernel(
 def _group() -> Group:
     graph = fx.Graph()
     node = graph.placeholder("x")
-    return Group(node, None, node, [node])
+    return Group(node, None, (node,), [node])
 
 
 @needs_packing

@@ -520,7 +520,15 @@ def test_forward_mode(name: str, which: int, device: str, generator: torch.Gener
     """The plain formula runs, or PyTorch says that it has no derivative either."""
     tensors, call = function_arguments(name, device, generator)
     tensors = [t.double() for t in tensors]
-    if which in (1, 2) and name == "bn_scale" or which in (2, 3) and name == "bn_scale_cat" or which in (3, 4) and name == "conv_bn_scale" or "train" in name:
+    if (
+        which in (1, 2)
+        and name == "bn_scale"
+        or which in (2, 3)
+        and name == "bn_scale_cat"
+        or which in (3, 4)
+        and name == "conv_bn_scale"
+        or "train" in name
+    ):
         pytest.skip("of running statistics PyTorch's BatchNorm has no derivative")
 
     def of_one(t: Tensor) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -172,7 +172,7 @@ class _FrozenConv:
         else:
             shift = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float() * block.factor
             weight = weight.float() * block.factor
-        if x.dtype == torch.float32 and _own_kernel_takes(conv, x.shape[2] * x.shape[3]):
+        if x.dtype == torch.float32 and _own_kernel_takes(conv, x.shape):
             return _own_kernel(block, weight, shift)
         if _takes(x.dtype) and _has_packing():
             return _one_dnn(block, self.group, weight.to(x.dtype).contiguous(), shift.to(x.dtype), list(x.shape))
@@ -182,21 +182,30 @@ class _FrozenConv:
 # ---- this package's kernel -------------------------------------------------------------------------------------------
 
 
-def _own_kernel_takes(conv: Any, pixels: int) -> bool:
-    """Whether it computes such convolutions and is preferred: on processors with AVX2 alone.
+def _own_kernel_takes(conv: Any, size: Sequence[int]) -> bool:
+    """Whether it computes such convolutions and is preferred. ``size``: of the input.
 
-    ``pixels``: of an input image. Over 37 layers of ResNets, MobileNetV2 and EfficientNet-B0 (AMD Zen 2, one thread) it
-    takes 0.36 to 1.05 of the time of oneDNN's op, 0.53 to 0.96 depthwise. Not so for large images where the last tile
-    of output channels is half empty, or where the rows of a filter are short (1.16 to 1.27).
+    Against oneDNN's op, on vectors of 8 (AMD Zen 2, one thread, 37 layers of ResNets, MobileNetV2 and EfficientNet-B0) it
+    takes 0.36 to 1.05 of the time, depthwise 0.53 to 0.96. Not so for large images where the last tile of output channels
+    is half empty, or where the rows of a filter are short (1.16 to 1.27). On vectors of 16 (AMD Zen 5, two threads, 77
+    layers) it takes 0.21 to 1.01, depthwise 0.43 to 1.10, and not so for larger filters of many products (1.01 to 1.22)
+    and large batches (1.12).
     """
     tile = _ops._packed_channels.default()
     if not tile:
         return False
+    images, channels, height, width = size
     if conv.groups == 1:
-        filters, row = conv.out_channels, conv.kernel_size[1] * conv.in_channels
-        wasteful = -filters % tile * 5 > filters or (conv.kernel_size[0] > 1 and row < tile)
-        return bool(conv.dilation[1] == 1 and not (wasteful and pixels > 256 and _has_packing()))
-    return bool(conv.groups == conv.in_channels == conv.out_channels and conv.in_channels % 8 == 0)
+        taps, filters = conv.kernel_size[0] * conv.kernel_size[1], conv.out_channels
+        if tile == 16:
+            row = conv.kernel_size[1] * channels
+            wasteful = -filters % tile * 5 > filters or (conv.kernel_size[0] > 1 and row < tile)
+            dear = wasteful and height * width > 256
+        else:
+            pixels = images * height * width // (conv.stride[0] * conv.stride[1])
+            dear = pixels * channels * taps * filters > 2**24 if taps > 1 else pixels * (channels + filters) > 2**23
+        return bool(conv.dilation[1] == 1 and not (dear and _has_packing()))
+    return bool(conv.groups == conv.in_channels == conv.out_channels and channels % 8 == 0)
 
 
 def _own_kernel(block: Block, weight: Tensor, shift: Tensor) -> Call:

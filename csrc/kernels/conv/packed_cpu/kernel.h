@@ -17,12 +17,8 @@ namespace fused_conv_bn {
 
 #if defined(__x86_64__)
 
-constexpr int kPackedLanes = 8, kPackedVectors = 2, kPackedPixels = 6;
-constexpr int kPackedChannels = kPackedLanes * kPackedVectors;  // output channels whose weights lie side by side
 // Terms that are summed up by themselves before they are added to those before them: long sums err less.
 constexpr int64_t kPackedTerms = 512;
-
-#define FCB_V3 __attribute__((target("arch=x86-64-v3"), always_inline)) inline
 
 // What a tile reads: `rows` rows of a filter, each `terms` values of the input, `row` values from one row to the next.
 struct PackedInput {
@@ -39,331 +35,59 @@ struct PackedOutput {
   const Epilogue* epilogue;
 };
 
-// One copy of what is rare, for all tiles.
-__attribute__((target("arch=x86-64-v3"), noinline)) inline void packed_activate(const Epilogue& epilogue, float* x,
-                                                                                int n) {
-  activate_block<float>(epilogue, x, n);
-}
-
-// activation(sum + shift + residual) of whole vectors of each pixel.
-template <int kPixels, int kVectors>
-FCB_V3 void packed_finish_whole(__m256 (&sum)[kPixels][kVectors], const PackedOutput& out) {
-  constexpr int kWidth = kPackedLanes * kVectors;
-  const Epilogue& epilogue = *out.epilogue;
-  for (int v = 0; v < kVectors; ++v) {
-    const __m256 shift = _mm256_loadu_ps(out.shift + v * kPackedLanes);
-    for (int i = 0; i < kPixels; ++i) {
-      sum[i][v] = _mm256_add_ps(sum[i][v], shift);
-    }
-  }
-  const bool adds = out.residual != nullptr;
-  const auto add_residual = [&]() __attribute__((always_inline, target("arch=x86-64-v3"))) {
-    for (int i = 0; i < kPixels; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        sum[i][v] = _mm256_add_ps(sum[i][v], _mm256_loadu_ps(out.residual + i * out.pitch + v * kPackedLanes));
-      }
-    }
-  };
-  if (adds && !epilogue.residual_last) {
-    add_residual();
-  }
-  switch (epilogue.activation) {
-    case Activation::none:
-      break;
-    case Activation::relu6:
-      // Both return their second operand where one is NaN.
-      for (int i = 0; i < kPixels; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          sum[i][v] = _mm256_min_ps(_mm256_set1_ps(6.0f), sum[i][v]);
-        }
-      }
-      [[fallthrough]];
-    case Activation::relu:
-      for (int i = 0; i < kPixels; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          sum[i][v] = _mm256_max_ps(_mm256_setzero_ps(), sum[i][v]);
-        }
-      }
-      break;
-    default:
-      alignas(kLineBytes) float rows[kPixels * kWidth];
-      for (int i = 0; i < kPixels; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          _mm256_store_ps(rows + i * kWidth + v * kPackedLanes, sum[i][v]);
-        }
-      }
-      packed_activate(epilogue, rows, kPixels * kWidth);
-      for (int i = 0; i < kPixels; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          sum[i][v] = _mm256_load_ps(rows + i * kWidth + v * kPackedLanes);
-        }
-      }
-  }
-  if (adds && epilogue.residual_last) {
-    add_residual();
-  }
-  for (int i = 0; i < kPixels; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      _mm256_storeu_ps(out.y + i * out.pitch + v * kPackedLanes, sum[i][v]);
-    }
-  }
-}
-
-// The same where fewer channels are left.
-template <int kPixels, int kVectors>
-FCB_V3 void packed_finish(__m256 (&sum)[kPixels][kVectors], const PackedOutput& out) {
-  constexpr int kWidth = kPackedLanes * kVectors;
-  if (out.channels >= kWidth) {
-    return packed_finish_whole(sum, out);
-  }
-  alignas(kLineBytes) float rows[kPixels][kWidth], residual[kPixels][kWidth] = {};
-  PackedOutput to = out;
-  to.y = rows[0];
-  to.pitch = kWidth;
-  if (out.residual != nullptr) {
-    for (int i = 0; i < kPixels; ++i) {
-      std::copy_n(out.residual + i * out.pitch, out.channels, residual[i]);
-    }
-    to.residual = residual[0];
-  }
-  packed_finish_whole(sum, to);
-  for (int i = 0; i < kPixels; ++i) {
-    std::copy_n(rows[i], out.channels, out.y + i * out.pitch);
-  }
-}
-
-// sum += the products of n terms, from the t-th on.
-template <int kPixels, int kVectors>
-FCB_V3 void packed_products(__m256 (&sum)[kPixels][kVectors], const float* const (&pixel)[kPixels], int64_t t,
-                            int64_t n, const float* weight) {
-  for (const int64_t end = t + n; t < end; ++t, weight += kPackedChannels) {
-    __m256 w[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      w[v] = _mm256_loadu_ps(weight + v * kPackedLanes);
-    }
-    for (int i = 0; i < kPixels; ++i) {
-      const __m256 value = _mm256_broadcast_ss(pixel[i] + t);
-      for (int v = 0; v < kVectors; ++v) {
-        sum[i][v] = _mm256_fmadd_ps(value, w[v], sum[i][v]);
-      }
-    }
-  }
-}
-
-// offset: where each pixel of the tile begins in x.
-template <int kPixels, int kVectors>
-FCB_V3 void packed_tile(const float* x, const int64_t* offset, const PackedInput& in, const float* weight,
-                        const PackedOutput& out) {
-  const float* pixel[kPixels];
-  for (int i = 0; i < kPixels; ++i) {
-    pixel[i] = x + offset[i];
-    __builtin_prefetch(out.y + i * out.pitch, 1);  // what the results go to comes from memory meanwhile
-  }
-  __m256 sum[kPixels][kVectors];
-  const auto clear = [&]() __attribute__((always_inline, target("arch=x86-64-v3"))) {
-    for (int i = 0; i < kPixels; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        sum[i][v] = _mm256_setzero_ps();
-      }
-    }
-  };
-  clear();
-  if (in.rows * in.terms <= kPackedTerms) {
-    for (int64_t r = 0; r < in.rows; ++r) {
-      packed_products(sum, pixel, r * in.row, in.terms, weight + r * in.terms * kPackedChannels);
-    }
-    return packed_finish(sum, out);
-  }
-  alignas(kLineBytes) float total[kPixels][kVectors * kPackedLanes] = {};
-  const auto add = [&]() __attribute__((always_inline, target("arch=x86-64-v3"))) {
-    for (int i = 0; i < kPixels; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        sum[i][v] = _mm256_add_ps(sum[i][v], _mm256_load_ps(total[i] + v * kPackedLanes));
-      }
-    }
-  };
-  int64_t left = kPackedTerms;
-  for (int64_t r = 0; r < in.rows; ++r) {
-    for (int64_t t = 0; t < in.terms;) {
-      if (left == 0) {
-        add();
-        for (int i = 0; i < kPixels; ++i) {
-          for (int v = 0; v < kVectors; ++v) {
-            _mm256_store_ps(total[i] + v * kPackedLanes, sum[i][v]);
-          }
-        }
-        clear();
-        left = kPackedTerms;
-      }
-      const int64_t n = std::min(left, in.terms - t);
-      packed_products(sum, pixel, r * in.row + t, n, weight);
-      weight += n * kPackedChannels;
-      t += n;
-      left -= n;
-    }
-  }
-  add();
-  packed_finish(sum, out);
-}
-
-FCB_V3 PackedOutput packed_from(const PackedOutput& out, int64_t pixel) {
-  PackedOutput moved = out;
-  moved.y += pixel * out.pitch;
-  moved.residual = out.residual == nullptr ? nullptr : out.residual + pixel * out.pitch;
-  return moved;
-}
-
-// `pixels` pixels, for the channels of a tile. Where they fill one vector, more pixels use the registers.
-FCB_V3 void packed_pixels(const float* x, const int64_t* offset, const PackedInput& in, const float* weight,
-                          const PackedOutput& out, int64_t pixels) {
-  int64_t q = 0;
-  const auto run = [&](auto count, auto vectors) __attribute__((always_inline, target("arch=x86-64-v3"))) {
-    constexpr int kPixels = decltype(count)::value, kVectors = decltype(vectors)::value;
-    for (; q + kPixels <= pixels; q += kPixels) {
-      packed_tile<kPixels, kVectors>(x, offset + q, in, weight, packed_from(out, q));
-    }
-  };
-  constexpr auto one = std::integral_constant<int, 1>{};
-  if (out.channels <= kPackedLanes) {
-    run(std::integral_constant<int, 8>{}, one);
-    run(std::integral_constant<int, 4>{}, one);
-    return run(one, one);
-  }
-  constexpr auto two = std::integral_constant<int, kPackedVectors>{};
-  run(std::integral_constant<int, kPackedPixels>{}, two);
-  run(std::integral_constant<int, 4>{}, two);
-  run(std::integral_constant<int, 2>{}, two);
-  run(one, two);
-}
-
-__attribute__((target("arch=x86-64-v3"))) inline void packed_pixels_v3(const float* x, const int64_t* offset,
-                                                                       const PackedInput& in, const float* weight,
-                                                                       const PackedOutput& out, int64_t pixels) {
-  packed_pixels(x, offset, in, weight, out, pixels);
-}
-
-// ---- depthwise -------------------------------------------------------------------------------------------------------
-
 // A row of a depthwise convolution's result. `x` is the image's first row that a filter's first valid row falls on, `rows` are
-// valid, and `weight` is that of the first of them.
+// valid, and `weight` is that of the first of them. Of all channels those from the first to behind the last are computed.
 struct DepthwiseRow {
   const float* x;
   const float* weight;
   int64_t rows, filter, row, channels, width, stride, padding, dilation, columns;
+  int64_t first_channel = 0, last_channel = 0;
 };
 
-constexpr int kDepthwisePixels = 4, kDepthwiseVectors = 6;
+namespace packed_v3 {
+#define FCB_ARCH "arch=x86-64-v3"
+#define FCB_LANES 8
+#include "tiles.h"
+#undef FCB_ARCH
+#undef FCB_LANES
+}  // namespace packed_v3
 
-// kPixels pixels from `q` on, each filter within the image. kFilter, kStride: of the problem, or 0 where they are not known.
-template <int kPixels, int kFilter, int kStride>
-FCB_V3 void depthwise_tile(const DepthwiseRow& d, int64_t q, int64_t c, const PackedOutput& out) {
-  __m256 sum[kPixels][1];
-  for (int i = 0; i < kPixels; ++i) {
-    sum[i][0] = _mm256_setzero_ps();
-  }
-  const float* from = d.x + (q * d.stride - d.padding) * d.channels + c;
-  const float* weight = d.weight + c;
-  for (int64_t r = 0; r < d.rows; ++r, from += d.row) {
-    if constexpr (kFilter > 0) {
-      constexpr int kColumns = (kPixels - 1) * kStride + kFilter;
-      __m256 x[kColumns];
-      for (int j = 0; j < kColumns; ++j) {
-        x[j] = _mm256_loadu_ps(from + j * d.channels);
-      }
-      for (int s = 0; s < kFilter; ++s, weight += d.channels) {
-        const __m256 w = _mm256_loadu_ps(weight);
-        for (int i = 0; i < kPixels; ++i) {
-          sum[i][0] = _mm256_fmadd_ps(x[i * kStride + s], w, sum[i][0]);
-        }
-      }
-    } else {
-      for (int64_t s = 0; s < d.filter; ++s, weight += d.channels) {
-        const __m256 w = _mm256_loadu_ps(weight);
-        for (int i = 0; i < kPixels; ++i) {
-          sum[i][0] = _mm256_fmadd_ps(_mm256_loadu_ps(from + (i * d.stride + s * d.dilation) * d.channels), w,
-                                      sum[i][0]);
-        }
-      }
-    }
-  }
-  packed_finish_whole<kPixels, 1>(sum, out);
+namespace packed_v4 {
+#define FCB_ARCH "arch=x86-64-v4"
+#define FCB_LANES 16
+#include "tiles.h"
+#undef FCB_ARCH
+#undef FCB_LANES
+}  // namespace packed_v4
+
+// An instruction set's tiles.
+struct PackedKernel {
+  int64_t lanes, channels, pixels;  // of a vector and of a tile
+  void (*run_pixels)(const float*, const int64_t*, const PackedInput&, const float*, const PackedOutput&, int64_t);
+};
+
+inline const PackedKernel& packed_kernel() {
+  static const PackedKernel v3{packed_v3::kLanes, packed_v3::kChannelsOfTile, packed_v3::kPixelsOfTile,
+                               packed_v3::run_pixels};
+  static const PackedKernel v4{packed_v4::kLanes, packed_v4::kChannelsOfTile, packed_v4::kPixelsOfTile,
+                               packed_v4::run_pixels};
+  return use_v4() ? v4 : v3;
 }
 
-// One pixel, for some vectors of channels at a time: of its filter the columns from `first` to `last`.
-template <int kVectors>
-FCB_V3 void depthwise_pixel(const DepthwiseRow& d, int64_t q, int64_t c, int64_t first, int64_t last,
-                            const PackedOutput& out) {
-  __m256 sum[1][kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    sum[0][v] = _mm256_setzero_ps();
-  }
-  const float* from = d.x + (q * d.stride - d.padding) * d.channels + c;
-  const float* weight = d.weight + c;
-  for (int64_t r = 0; r < d.rows; ++r, from += d.row, weight += d.filter * d.channels) {
-    for (int64_t s = first; s < last; ++s) {
-      for (int v = 0; v < kVectors; ++v) {
-        sum[0][v] = _mm256_fmadd_ps(_mm256_loadu_ps(from + s * d.dilation * d.channels + v * kPackedLanes),
-                                    _mm256_loadu_ps(weight + s * d.channels + v * kPackedLanes), sum[0][v]);
-      }
-    }
-  }
-  packed_finish_whole<1, kVectors>(sum, out);
-}
+// Depthwise, what is left of the channels is of vectors half as long.
+constexpr int64_t kDepthwiseLanes = packed_v3::kLanes;
 
-template <int kFilter, int kStride>
-FCB_V3 void depthwise_row(const DepthwiseRow& d, const PackedOutput& out) {
-  // Columns of the result whose filters are within the image: [begin, end).
-  const int64_t reach = (d.filter - 1) * d.dilation;
-  const int64_t begin = std::min(ceil_div(d.padding, d.stride), d.columns);
-  const int64_t room = d.width - 1 - reach + d.padding;
-  const int64_t end = std::clamp(room < 0 ? 0 : room / d.stride + 1, begin, d.columns);
-  const auto at = [&](int64_t q, int64_t c) __attribute__((always_inline, target("arch=x86-64-v3"))) {
-    PackedOutput moved = packed_from(out, q);
-    moved.shift += c;
-    moved.y += c;
-    moved.residual = out.residual == nullptr ? nullptr : moved.residual + c;
-    return moved;
-  };
-  const auto pixel = [&](int64_t q) __attribute__((always_inline, target("arch=x86-64-v3"))) {
-    const int64_t left = q * d.stride - d.padding;
-    const int64_t first = left < 0 ? ceil_div(-left, d.dilation) : 0;
-    const int64_t last = std::min(d.filter, left >= d.width ? 0 : ceil_div(d.width - left, d.dilation));
-    int64_t c = 0;
-    for (; c + kDepthwiseVectors * kPackedLanes <= d.channels; c += kDepthwiseVectors * kPackedLanes) {
-      depthwise_pixel<kDepthwiseVectors>(d, q, c, first, last, at(q, c));
-    }
-    for (; c < d.channels; c += kPackedLanes) {
-      depthwise_pixel<1>(d, q, c, first, last, at(q, c));
-    }
-  };
-  int64_t q = 0;
-  for (; q < begin; ++q) {
-    pixel(q);
+inline void run_depthwise_row(DepthwiseRow row, const PackedOutput& out) {
+  row.last_channel = row.channels;
+  if (use_v4()) {
+    row.last_channel = row.channels / packed_v4::kLanes * packed_v4::kLanes;
+    packed_v4::run_depthwise_row(row, out);
+    row.first_channel = row.last_channel;
+    row.last_channel = row.channels;
   }
-  for (; q + kDepthwisePixels <= end; q += kDepthwisePixels) {
-    for (int64_t c = 0; c < d.channels; c += kPackedLanes) {
-      depthwise_tile<kDepthwisePixels, kFilter, kStride>(d, q, c, at(q, c));
-    }
+  if (row.first_channel < row.last_channel) {
+    packed_v3::run_depthwise_row(row, out);
   }
-  for (; q < d.columns; ++q) {
-    pixel(q);
-  }
-}
-
-__attribute__((target("arch=x86-64-v3"))) inline void depthwise_row_v3(const DepthwiseRow& d, const PackedOutput& out) {
-  if (d.dilation == 1 && d.filter == 3 && d.stride == 1) {
-    return depthwise_row<3, 1>(d, out);
-  }
-  if (d.dilation == 1 && d.filter == 3 && d.stride == 2) {
-    return depthwise_row<3, 2>(d, out);
-  }
-  if (d.dilation == 1 && d.filter == 5 && d.stride == 1) {
-    return depthwise_row<5, 1>(d, out);
-  }
-  if (d.dilation == 1 && d.filter == 5 && d.stride == 2) {
-    return depthwise_row<5, 2>(d, out);
-  }
-  depthwise_row<0, 0>(d, out);
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------
@@ -403,12 +127,12 @@ void launch_depthwise_packed(const PackedCall& call, const ParallelFor& parallel
                              .dilation = p.dilation_w,
                              .columns = p.Q};
       const int64_t to = i * p.Q * p.C;
-      depthwise_row_v3(row, PackedOutput{.shift = call.shift,
-                                         .residual = call.residual == nullptr ? nullptr : call.residual + to,
-                                         .y = call.y + to,
-                                         .pitch = p.C,
-                                         .channels = p.C,
-                                         .epilogue = &call.epilogue});
+      run_depthwise_row(row, PackedOutput{.shift = call.shift,
+                                          .residual = call.residual == nullptr ? nullptr : call.residual + to,
+                                          .y = call.y + to,
+                                          .pitch = p.C,
+                                          .channels = p.C,
+                                          .epilogue = &call.epilogue});
     }
   });
 }
@@ -417,23 +141,24 @@ template <typename ParallelFor>
 void launch_conv_packed(const PackedCall& call, const ParallelFor& parallel_for) {
   const Conv2d& p = call.problem;
   constexpr int64_t kBytes = 128 << 10;  // of the input that a band reads: leaves room for weights in the second level
-  constexpr int64_t kLeastPixels = 8 * kPackedPixels;
+  const PackedKernel& kernel = packed_kernel();
+  const int64_t least_pixels = 8 * kernel.pixels;
   const bool pads = p.pad_h != 0 || p.pad_w != 0;
   // A band is some pixels of the result, with padding whole rows. It may reach over several images.
   const int64_t whole = p.N * p.P * p.Q;
   const int64_t unit = pads ? p.Q : 1;
   const int64_t bytes = p.stride_h * p.stride_w * p.C * static_cast<int64_t>(sizeof(float));
-  const int64_t wanted = std::max(kLeastPixels, kBytes / bytes);
-  const int64_t tiles = ceil_div(p.K, kPackedChannels);
+  const int64_t wanted = std::max(least_pixels, kBytes / bytes);
+  const int64_t tiles = ceil_div(p.K, kernel.channels);
   int64_t count = ceil_div(whole, round_up(wanted, unit));
   int64_t band = round_up(ceil_div(whole, count), unit);
-  if (!pads && band > kPackedPixels) {
-    band = round_up(band, kPackedPixels);
+  if (!pads && band > kernel.pixels) {
+    band = round_up(band, kernel.pixels);
   }
   count = ceil_div(whole, band);
   // Where there are few bands, threads share the channels of one.
   constexpr int64_t kLeastProducts = 1 << 18;
-  const int64_t products = band * p.C * p.R * p.S * kPackedChannels;
+  const int64_t products = band * p.C * p.R * p.S * kernel.channels;
   const int64_t items = count;
   int64_t parts = 1;
   if (call.threads > 1 && items < 4 * call.threads) {
@@ -445,7 +170,7 @@ void launch_conv_packed(const PackedCall& call, const ParallelFor& parallel_for)
   const int64_t grain = ceil_div(kLeastProducts, products * part);
   const int64_t width = p.W + 2 * p.pad_w;
   const PackedInput in{.rows = p.R, .terms = p.S * p.C, .row = p.dilation_h * (pads ? width : p.W) * p.C};
-  const int64_t step = p.R * p.S * p.C * kPackedChannels;
+  const int64_t step = p.R * p.S * p.C * kernel.channels;
   parallel_for(int64_t{0}, items * parts, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> offset(band);
     std::vector<float> buffer;
@@ -499,16 +224,16 @@ void launch_conv_packed(const PackedCall& call, const ParallelFor& parallel_for)
       }
       const int64_t from = item % parts * part;
       for (int64_t tile = from; tile < std::min(from + part, tiles); ++tile) {
-        const int64_t k = tile * kPackedChannels;
+        const int64_t k = tile * kernel.channels;
         const int64_t to = first * p.K + k;
-        packed_pixels_v3(x, offset.data(), in, call.weight + tile * step,
-                         PackedOutput{.shift = call.shift + k,
-                                      .residual = call.residual == nullptr ? nullptr : call.residual + to,
-                                      .y = call.y + to,
-                                      .pitch = p.K,
-                                      .channels = p.K - k,
-                                      .epilogue = &call.epilogue},
-                         pixels);
+        kernel.run_pixels(x, offset.data(), in, call.weight + tile * step,
+                          PackedOutput{.shift = call.shift + k,
+                                       .residual = call.residual == nullptr ? nullptr : call.residual + to,
+                                       .y = call.y + to,
+                                       .pitch = p.K,
+                                       .channels = p.K - k,
+                                       .epilogue = &call.epilogue},
+                          pixels);
       }
     }
   });

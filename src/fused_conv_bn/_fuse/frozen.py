@@ -185,11 +185,11 @@ class _FrozenConv:
 def _own_kernel_takes(conv: Any, size: Sequence[int]) -> bool:
     """Whether it computes such convolutions and is preferred. ``size``: of the input.
 
-    Against oneDNN's op, on vectors of 8 (AMD Zen 2, one thread, 37 layers of ResNets, MobileNetV2 and EfficientNet-B0) it
-    takes 0.36 to 1.05 of the time, depthwise 0.53 to 0.96. Not so for large images where the last tile of output channels
-    is half empty, or where the rows of a filter are short (1.16 to 1.27). On vectors of 16 (AMD Zen 5, two threads, 77
-    layers) it takes 0.21 to 1.01, depthwise 0.43 to 1.10, and not so for larger filters of many products (1.01 to 1.22)
-    and large batches (1.12).
+    Against oneDNN's op, on vectors of 8 (AMD Zen 2, one thread, 37 layers of ResNets, MobileNetV2 and
+    EfficientNet-B0) it takes 0.36 to 1.05 of the time, depthwise 0.53 to 0.96. Not so for large images where the last
+    tile of output channels is half empty, or where the rows of a filter are short (1.16 to 1.27). On vectors of 16 (AMD
+    Zen 5, two threads, 77 layers) it takes 0.21 to 1.01, depthwise 0.43 to 1.10, and not so for larger filters of many
+    products (1.01 to 1.22) and large batches (1.12).
     """
     tile = _ops._packed_channels.default()
     if not tile:

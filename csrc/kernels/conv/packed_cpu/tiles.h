@@ -146,7 +146,10 @@ FCB_INLINE void packed_tile(const float* x, const int64_t* offset, const PackedI
     if (i % pixel.kEach == 0) {
       pixel.base[i / pixel.kEach] = x + offset[i];
     }
-    __builtin_prefetch(out.y + i * out.pitch, 1);  // what the results go to comes from memory meanwhile
+    // What the next tile's results go to comes from memory meanwhile.
+    for (int v = 0; v < kVectors * kLanes; v += kLineBytes / 4) {
+      __builtin_prefetch(out.y + (kPixels + i) * out.pitch + v, 1);
+    }
   }
   Vector sum[kPixels][kVectors];
   const auto clear = [&]() __attribute__((always_inline, target(FCB_ARCH))) {

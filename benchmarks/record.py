@@ -27,6 +27,7 @@ PARTS = (
     "conv",
     "train",
     "activations",
+    "cat_gate",
     "grad_mode",
     "steps",
     "models",

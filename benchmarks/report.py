@@ -70,18 +70,34 @@ def print_tables(report: Report) -> None:
         ]
         header = ["case", "copy us", "ours us", "F.batch_norm us", "ours/F.batch_norm"]
         print(f"bn_scale_train on the CPU, short planes\n{table(header, of_rows)}\n")
+    joined_rows = report.get("cat_gate", [])
+    if joined_rows:
+        print(f"bn_scale_cat and gate\n{table(*cat_gate_table(report))}\n")
     if "host" in report:
         print(f"host time of one call, input (1, 4, 2, 2)\n{table(*host_table(report))}\n")
         print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
     of_convolutions = [
         row for part in ("conv", "train", "activations", "grad_mode", "steps") for row in report.get(part, [])
     ]
-    every = of_convolutions + rows + train_rows + short_rows
+    every = of_convolutions + rows + train_rows + short_rows + joined_rows
     for name, why in sorted({pair for row in every for pair in row["missing"].items()}):
         print(f"n/a for {name}: {why}")
     limited = sorted({f"{row['case']} ({name})" for row in every for name, s in row["us"].items() if s["host_limited"]})
     if limited:
         print(f"the host did not keep ahead of the device, and these times are too long: {', '.join(limited)}")
+
+
+def cat_gate_table(report: Report) -> Table:
+    names, ratios = ["copy", "ours", "eager", "compile"], ["ours/copy", "eager/ours", "compile/ours"]
+    rows = [
+        [
+            row["case"],
+            *(f"{row['us'][name]['median']:.1f}" if name in row["us"] else "n/a" for name in names),
+            *(f"{row[name]:.2f}" if name in row else "n/a" for name in ratios),
+        ]
+        for row in report["cat_gate"]
+    ]
+    return ["case", *(f"{name} us" for name in names), *ratios], rows
 
 
 def host_table(report: Report) -> Table:

@@ -40,7 +40,15 @@ def test_json_has_every_number(report_file: Path) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["device"]["threads"] == torch.get_num_threads()
     assert {"date", "flags", "settings", "notes", "seconds"} <= found.keys()
-    assert found["compile_s"] == {"bn_scale": 0, "conv": 0, "train": 0, "grad_mode": 0, "steps": 0, "models": 0}
+    assert found["compile_s"] == {
+        "bn_scale": 0,
+        "conv": 0,
+        "train": 0,
+        "grad_mode": 0,
+        "steps": 0,
+        "models": 0,
+        "cat_gate": 0,
+    }
     convolutions, trained = found["conv"], found["train"]
     assert [len(rows) for rows in (convolutions, trained, found["bn_scale"], found["bn_scale_train"])] == [2, 2, 4, 3]
     # Of each convolution, the module, the op and in evaluation the pair, each in two measures; in training also of two
@@ -89,6 +97,17 @@ def test_json_has_every_number(report_file: Path) -> None:
     for name, op in zip(modules, ops[2:], strict=True):
         assert of_host[name]["over op"] == of_host[name]["us"] / of_host[op]["us"] and "over op" not in of_host[op]
     assert found["import_ms"]["median"] > 0
+
+
+def test_cat_and_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.jsonl"
+    assert call("--only=cat_gate", "--quick", "--repeats=1", "--device=cpu", f"--record={path}") == 0
+    found = record.read(path)
+    assert [row["op"] for row in found["cat_gate"]] == ["bn_scale_cat", "gate"]
+    for row in found["cat_gate"]:
+        assert {"copy", "ours", "eager"} == row["us"].keys() and "compile" in row["missing"]
+        assert row["eager/ours"] == row["us"]["eager"]["median"] / row["us"]["ours"]["median"]
+    assert found["validation"]["count"] == 2 and "bn_scale_cat and gate" in capsys.readouterr().out
 
 
 def test_from_json_prints_the_tables_and_draws(

@@ -18,7 +18,7 @@ from .stopwatch import Rivals, Stopwatch, pairs_of
 NOTE = (
     "bn_scale_cat with ReLU, of DenseNet-121's layers at batch 32: eager is F.relu(F.batch_norm(torch.cat(inputs, 1), "
     "...)). gate, of EfficientNet-B0's blocks at batch 64: eager is x * gate. On the CPU both at batch 4. compile is "
-    "torch.compile of eager, within a limit of compile time. copy is a clone of all that is read: it moves as many bytes."
+    "torch.compile of eager, within a limit of compile time. copy is a clone of all that is read, of as many bytes."
 )
 _ops = torch.ops.fused_conv_bn
 _KINDS = {

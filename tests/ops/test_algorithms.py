@@ -180,6 +180,8 @@ def test_explain_on_cuda(device: str) -> None:
     for algorithm in CONV_ALGORITHMS:
         with fcb.use_algorithm(algorithm):
             arguments = (deep, of_deep, 1, 1, 1, 16) if algorithm == "depthwise" else (x, w)
+            if algorithm == "gemm_sm80":
+                arguments = x.to(memory_format=torch.channels_last), w
             assert fcb.explain(*arguments).split()[0] == algorithm
             with torch.autocast(device, dtype=torch.bfloat16):
                 assert fcb.explain(*arguments).split()[0] == algorithm

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import autograd, reference
+from ._checks import check_cat, check_gate
 from ._conv import NO_WINDOW, Window
 from ._dispatch import RAW, TWIN, keywords, refuse_grad, require_grad, way_of, written
 
@@ -204,8 +205,8 @@ def bn_scale_cat(
     Differentiable: with grad mode on, and a tensor that requires grad, the inputs are concatenated.
 
     Args:
-        inputs: of one dtype and device, and of one shape but for the channels; up to 128 in one pass, and more of them
-            are concatenated.
+        inputs: a list or tuple, of one dtype and device, and of one shape but for the channels; up to 128 in one pass,
+            and more of them are concatenated.
         running_mean, running_var, weight, bias: shape (C,), C channels in all; ``weight`` and ``bias`` may be None.
         scaling_factor: factor on the result of BatchNorm.
         eps: as in ``nn.BatchNorm2d``, 0 or more.
@@ -218,6 +219,8 @@ def bn_scale_cat(
         RuntimeError: an argument that does not fit.
         TypeError: an argument that is no tensor where one is expected.
     """
+    if not isinstance(inputs, (list, tuple)):
+        raise TypeError(f"bn_scale_cat: inputs is of type {type(inputs).__name__}, expected a list or tuple of tensors")
     inputs = tuple(inputs)
     names = (*(f"inputs[{i}]" for i in range(len(inputs))), "running_mean", "running_var", "weight", "bias")
     way = way_of("bn_scale_cat", names, (*inputs, running_mean, running_var), (weight, bias))
@@ -225,6 +228,7 @@ def bn_scale_cat(
     named = keywords(None, activation, negative_slope, False)
     if way == RAW and len(inputs) <= MOST_PARTS:
         return _ops.bn_scale_cat.default(inputs, *bn, **named)
+    check_cat(inputs)
     return bn_scale(torch.cat(inputs, 1), *bn, **named)
 
 
@@ -259,6 +263,7 @@ def gate(
     if way == RAW:
         return _ops.gate.default(input, gate, **named)
     reference.check_activation("gate", activation, RuntimeError)
+    check_gate(input, gate, residual)
     return reference.gate(input, gate, **named)
 
 

@@ -138,6 +138,86 @@ def test_a_gate_that_is_a_map_later(device: str) -> None:
     assert added(fused) == ["gate relu"]
 
 
+class Alone(nn.Module):
+    """``f(self, ...)``, beside a convolution and its BatchNorm."""
+
+    def __init__(self, f: Callable[..., Any], hooked: bool) -> None:
+        super().__init__()
+        self.c, self.b, self.f = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), f
+        if hooked:  # then no first call is compared
+            self.c.register_forward_hook(lambda *_: None)
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.f(self, *args)
+
+
+def _spatial(m: Alone, x: Tensor, g: Tensor) -> Tensor:
+    return F.relu(m.b(m.c(x)) * torch.sigmoid(g) + x)
+
+
+def _views(m: Alone, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.transpose(2, 3)
+    return F.relu(y * torch.sigmoid(y.mean((2, 3), keepdim=True))).transpose(2, 3).view(2, -1), m.b(m.c(x))
+
+
+def _several(m: Alone, *args: Tensor) -> tuple[Tensor, ...]:
+    x, g, u, v, t = args
+    y = m.b(m.c(x))
+    p = torch.relu(x * torch.sigmoid(g))
+    return y, p, u * torch.sigmoid(v) + (t * 2) * torch.sigmoid(t.mean((2, 3), keepdim=True))
+
+
+def _of_a_number(m: Alone, x: Tensor) -> Tensor:
+    y = F.relu(m.b(m.c(x)))
+    return x.shape[-2] * torch.sigmoid(y) + y * torch.sigmoid(y.mean((2, 3), keepdim=True)) + x.shape[0]
+
+
+def _larger_residual(m: Alone, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return F.relu(x * torch.sigmoid(x.mean((2, 3), keepdim=True)) + r), m.b(m.c(x))
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+ODD: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, ...]]]] = {
+    # A factor of two dimensions is one of rows and columns, though it has as many as there are images and channels.
+    "a map of two dimensions": (
+        _spatial,
+        [(_randn(4, 4, 4, 4), _randn(4, 4, 1, 1)), (_randn(4, 4, 4, 4), _randn(4, 4))],
+    ),
+    "a map at the first call": (_spatial, [(_randn(4, 4, 4, 4), _randn(4, 4))]),
+    "strides": (_views, [(_randn(2, 4, 6, 6),)]),
+    "several that are none": (
+        _several,
+        [(_randn(4, 4, 4, 4), _randn(4, 4), _randn(4, 4, 4, 1), _randn(4, 1, 4, 1), _randn(4, 4, 4, 4))],
+    ),
+    "numbers": (_of_a_number, [(_randn(2, 4, 6, 6),), (_randn(3, 4, 5, 6),)]),
+    "a larger residual": (_larger_residual, [(_randn(1, 4, 6, 6), _randn(3, 4, 6, 6))]),
+}
+
+
+@pytest.mark.parametrize("way", ["eval", "hooked", "train", "frozen"])
+@pytest.mark.parametrize("name", ODD)
+def test_products_that_are_no_gates(device: str, name: str, way: str) -> None:
+    f, calls = ODD[name]
+    model = randomised(Alone(f, way == "hooked").train(way == "train")).to(device)
+    fused = fcb.fuse(copy.deepcopy(model), freeze=way == "frozen")
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        for args in [*calls, *calls]:
+            args = tuple(t.to(device) for t in args)
+            torch.testing.assert_close(fused(*args), model(*args), rtol=1e-5, atol=1e-5)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for args in calls if way == "train" else ():
+            args = tuple(t.to(device) for t in args)
+            torch.testing.assert_close(fused(*args), model(*args), rtol=1e-5, atol=1e-5)
+    assert not fcb.report(fused).not_captured
+    if name != "numbers" and way in ("eval", "frozen"):
+        assert not any(
+            "relu" in g for g in added(fused, ("gate",)) if name not in ("a map of two dimensions", "strides")
+        )
+
+
 class Dense(nn.Module):
     """``join(self, x, y)`` in front of a BatchNorm of 2 C channels."""
 
@@ -187,6 +267,16 @@ def test_cats(device: str, name: str, memory_format: torch.memory_format) -> Non
         assert added(fused) == groups
         if device == "cpu":
             compare(model, device, memory_format, freeze=True)
+
+
+def test_a_snapshot_has_them() -> None:
+    model = fcb.fuse(randomised(Dense(CATS["relu"][0]).eval()), freeze=True)
+    x = torch.randn(2, 3, 5, 6).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        first = model(x)
+        model.bn.weight.mul_(3)
+        assert torch.equal(model(x), first)
+        assert not torch.equal(fcb.thaw(model)(x), first)
 
 
 @pytest.mark.parametrize("name", ["relu", "one twice"])

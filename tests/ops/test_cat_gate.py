@@ -172,9 +172,12 @@ def test_gradients(device, generator):
     torch.testing.assert_close(found, g[:, :, None, None].expand_as(x))
 
 
-def test_messages(device):
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_messages(device, grad):
+    """The same where PyTorch's ops would compute."""
     x, y = torch.randn(2, 3, 4, 4, device=device), torch.randn(2, 5, 4, 4, device=device)
     c = torch.ones(8, device=device)
+    x.requires_grad_(grad)
     for inputs, message in [
         ([], "expected"),
         (
@@ -183,22 +186,25 @@ def test_messages(device):
         ),
         ([x, y[..., 0]], r"inputs\[1\] has shape \[2, 5, 4\], expected \[2, 3, 4, 4\]"),
         ([x, y.double()], r"inputs\[1\] has dtype float64, expected float32, the dtype of inputs\[0\]"),
-        ([x, x], r"running_mean has shape \[8\], expected \[6\], one element for each channel of inputs"),
+        ([x, x], r"running_mean has shape \[8\], expected \[6\], one element for each channel of input"),
         ([x] * 200, "inputs has 200 tensors, expected 1 to 128"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            ops.bn_scale_cat(inputs, c, c)
+            (fcb if grad and len(inputs) < 200 else ops).bn_scale_cat(inputs, c, c)
     with pytest.raises(RuntimeError, match="activation is 'elu', expected one of"):
         fcb.bn_scale_cat([x, y], c, c, activation="elu")
     with pytest.raises(TypeError, match=r"inputs\[1\] is of type list, expected a tensor"):
         fcb.bn_scale_cat([x, [1]], c, c)
+    for wrong, kind in ((x, "Tensor"), (None, "NoneType"), (3, "int")):
+        with pytest.raises(TypeError, match=f"bn_scale_cat: inputs is of type {kind}, expected a list or tuple of tensors"):
+            fcb.bn_scale_cat(wrong, c, c)
     for gates, message in [
         (c, r"gate has shape \[8\], expected \[2, 3\] and perhaps ones"),
         (x, r"gate has shape \[2, 3, 4, 4\], expected \[2, 3\] and perhaps ones"),
         (torch.ones(2, 3, device=device).half(), "gate has dtype float16, expected float32, the dtype of input"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            ops.gate(x, gates)
+            (fcb if grad else ops).gate(x, gates)
     with pytest.raises(RuntimeError, match=r"residual has shape \[2, 5, 4, 4\], expected \[2, 3, 4, 4\]"):
         fcb.gate(x, torch.ones(2, 3, device=device), residual=y)
     with pytest.raises(RuntimeError, match="activation is 'elu', expected one of"):

@@ -92,9 +92,9 @@ class Block(abc.ABC):
             y = self.bn(y)
         return self._plain_epilogue(y, residual)
 
-    def takes(self, x: Any) -> bool:
-        """Whether the group is what it was taken for, now that there are shapes."""
-        return True
+    def takes(self, x: Any, residual: Any) -> bool:
+        """Whether the group is what it was taken for, now that there are values."""
+        return residual is None or isinstance(residual, Tensor)
 
     def _plain_epilogue(self, y: Tensor, residual: Tensor | None) -> Tensor:
         op = self.op
@@ -120,7 +120,7 @@ class Block(abc.ABC):
             return None
 
     def _needs_grad(self, *tensors: Tensor | None) -> bool:
-        return _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return _is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 class ConvNormBlock(Block):
@@ -132,7 +132,9 @@ class ConvNormBlock(Block):
         self.is_pair = pair[1] in (_NORMS[pair[0]], nn.SyncBatchNorm)
         self.is_quick &= self.is_pair
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+        if residual is not None and not isinstance(residual, Tensor):
+            return self.plain(x, residual)
         if self.is_2d:
             y: Tensor = self.op.forward(x, residual)
             return y
@@ -353,8 +355,13 @@ class GateBlock(Block):
         a, b = x
         if type(a) is not Tensor or type(b) is not Tensor or not (a.is_cuda or self.named or residual is not None):
             return self.plain(x, residual)
+        if a.numel() < b.numel():
+            a, b = b, a
+        # A factor of fewer dimensions is broadcast from the last one on; and the op puts out no other strides.
+        if a.dim() != b.dim() or not b.is_contiguous() or not _is_dense(a):
+            return self.plain(x, residual)
         try:
-            y: Tensor = _gate(*((a, b) if a.numel() > b.numel() else (b, a)), residual=residual, **self.named)
+            y: Tensor = _gate(a, b, residual=residual, **self.named)
             return y
         except _REFUSALS:
             return self.plain(x, residual)
@@ -362,9 +369,21 @@ class GateBlock(Block):
     def plain(self, x: Any, residual: Tensor | None = None) -> Tensor:
         return self._plain_epilogue(x[0] * x[1], residual)
 
-    def takes(self, x: Any) -> bool:
+    def takes(self, x: Any, residual: Any) -> bool:
+        if not all(isinstance(t, Tensor) for t in x):
+            return False
         large, small = x if x[0].numel() > x[1].numel() else x[::-1]
-        return large.dim() >= 3 and small.shape == (*large.shape[:2], *[1] * (large.dim() - 2))
+        if large.dim() < 3 or small.shape != (*large.shape[:2], *[1] * (large.dim() - 2)):
+            return False
+        return residual is None or (isinstance(residual, Tensor) and residual.shape == large.shape)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """In one of the two layouts whose strides a result has."""
+    if x.is_contiguous():
+        return True
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
 def shift_of(bias: Tensor | None) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._dispatch import keywords
 from ..conditions import conv_output_size
-from .blocks import Block, ConvBlock, ConvNormBlock, NormBlock
+from .blocks import Block, CatNormBlock, ConvBlock, ConvNormBlock, NormBlock
 from .patterns import Group
 
 Call: TypeAlias = Callable[..., Tensor]
@@ -49,6 +49,8 @@ def frozen_call(block: Block, group: Group) -> Call:
     """What runs for one group in a snapshot, without gradients, in the place of ``block.forward``."""
     if not block.is_quick or (block.bn_twin is not None and block.bn_twin.training):
         return block.forward
+    if isinstance(block, CatNormBlock):
+        return _FrozenCat(block).forward
     if isinstance(block, NormBlock):
         return _FrozenNorm(block).forward
     if isinstance(block, (ConvNormBlock, ConvBlock)) and type(block.conv_twin) is nn.Conv2d:
@@ -119,6 +121,28 @@ class _FrozenNorm:
                 with torch.inference_mode(False), torch.no_grad():
                     self.folded = _affine(block, None)
             y: Tensor = _ops.scale_shift.default._op(x, *self.folded, residual=residual, **block.named)
+            return y
+        except _REFUSALS:
+            return block.forward(x, residual)
+
+
+class _FrozenCat:
+    """The same of inputs that are concatenated. Its op takes a BatchNorm: one that the affine is all of."""
+
+    def __init__(self, block: CatNormBlock) -> None:
+        self.block = block
+        self.folded: tuple[Tensor, ...] | None = None
+
+    def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        block = self.block
+        if any(type(t) is not Tensor or t.dim() not in block.dimensions for t in x) or _is_any_autocast_enabled():
+            return block.forward(x, residual)
+        try:
+            if self.folded is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    scale, shift = _affine(block, None)
+                    self.folded = torch.zeros_like(scale), torch.ones_like(scale), scale, shift
+            y: Tensor = _ops.bn_scale_cat.default._op(x, *self.folded, 1.0, 0.0, **block.named)
             return y
         except _REFUSALS:
             return block.forward(x, residual)

@@ -89,8 +89,11 @@ def report(model: nn.Module) -> Report:
             not_captured[path] = reasons[-1]
         for entry in reversed(entries):
             rows |= _rows_of(root, entry, rows)
-            names = {f"{path}.{g.name}".lstrip("."): g.describe() for g in entry.groups if g.is_gate}
-            gates |= {name: Row(name, "gate", "fused", text) for name, text in names.items()}
+            for g in entry.groups:
+                if g.is_gate:
+                    own = "" if entry.on_cuda or g.describe() != "gate" else ", on the CPU PyTorch's own product"
+                    name = f"{path}.{g.name}".lstrip(".")
+                    gates[name] = Row(name, "gate", "fused", g.describe() + own)
     found = []
     for path, m in modules.items():
         if is_conv(m) or is_norm(m):

@@ -75,6 +75,8 @@ class Entry:
     ) -> None:
         if frozen:
             refuse_training(root)
+        self.broadcast = broadcast
+        self.on_cuda = any(t.is_cuda for t in arguments.tensors.values())
         captured = capture(root, forward, arguments)
         graph = captured.graph
         modules = dict(root.named_modules(remove_duplicate=False))
@@ -274,8 +276,8 @@ class _Compared:
     def _call(self, index: int, x: Any, residual: Tensor | None = None) -> Tensor:
         group, block = self.entry.groups[index], self.entry.blocks[index]
         expected = block.plain(x, residual)
-        if not block.takes(x):
-            self.broadcast.add(group.name)
+        if not block.takes(x, residual):
+            self.broadcast.add(group.name if group.is_gate else group.adds)
             return expected
         if residual is not None and (residual.shape != expected.shape or residual.dtype != expected.dtype):
             self.broadcast.add(group.adds)
@@ -325,7 +327,7 @@ def _checked(
     given, others = arguments.copies(), arguments.copies()
     with undisturbed(root), _in_its_own_way(entry.inlined):
         expected = arguments.call(own, root, given)
-    for _ in range(2):
+    while True:
         compared = _Compared(entry)
         try:
             with undisturbed(root):
@@ -334,13 +336,13 @@ def _checked(
                     difference = f"in an argument, {difference}"
         except Exception as error:
             difference = f"{type(error).__name__}: {error}"
-        if not compared.broadcast:
+        if compared.broadcast <= entry.broadcast:
             break
-        # What adds a tensor of another shape runs by itself.
+        # What adds a tensor of another shape, or is no gate, runs by itself. Then other groups may end elsewhere.
         with _lock:
             state.drop(key, entry)
             others = arguments.copies()
-            entry = Entry(root, own, arguments, frozenset(compared.broadcast), entry.frozen)
+            entry = Entry(root, own, arguments, entry.broadcast | compared.broadcast, entry.frozen)
             state.keep(key, entry)
     problem = compared.problem
     if problem is None and difference is not None:

@@ -333,6 +333,8 @@ cudaError_t launch(const ConvCall& call, int tile, cudaStream_t stream) {
   p.y = static_cast<T*>(operands.y);
   p.affine = AffineSource<T>(operands.affine);
   p.c = narrow(c);
+  p.c.dilation_h = c.R == 1 ? 1 : p.c.dilation_h;  // where a filter has one row, its dilation may be anything
+  p.c.dilation_w = c.S == 1 ? 1 : p.c.dilation_w;
   p.pixels = static_cast<int>(c.N * c.P * c.Q);
   p.group_channels = static_cast<int>(c.C / c.groups);
   p.group_filters = static_cast<int>(c.K / c.groups);

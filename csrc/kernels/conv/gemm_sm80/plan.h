@@ -44,7 +44,8 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
   const int64_t terms = c.C / c.groups * c.R * c.S;
   return c.N * c.P * c.Q <= kMost && c.H <= kMostSide && c.W <= kMostSide && c.pad_h <= kMostSide &&
          c.pad_w <= kMostSide && c.dilation_h * (c.R - 1) <= kMostSide && c.dilation_w * (c.S - 1) <= kMostSide &&
-         c.N * c.H * c.W <= kMost / c.C && terms <= kMost / c.K;
+         c.N * c.H * c.W <= kMost / c.C && terms <= kMost / c.K &&
+         ceil_div(c.N * c.P * c.Q, 64) * ceil_div(c.K / c.groups, 32) <= kMost / c.groups;  // blocks
 }
 
 inline int64_t count_tiles(const Conv2d& c, const TileShape& t) {

@@ -196,7 +196,9 @@ def test_messages(device, grad):
     with pytest.raises(TypeError, match=r"inputs\[1\] is of type list, expected a tensor"):
         fcb.bn_scale_cat([x, [1]], c, c)
     for wrong, kind in ((x, "Tensor"), (None, "NoneType"), (3, "int")):
-        with pytest.raises(TypeError, match=f"bn_scale_cat: inputs is of type {kind}, expected a list or tuple of tensors"):
+        with pytest.raises(
+            TypeError, match=f"bn_scale_cat: inputs is of type {kind}, expected a list or tuple of tensors"
+        ):
             fcb.bn_scale_cat(wrong, c, c)
     for gates, message in [
         (c, r"gate has shape \[8\], expected \[2, 3\] and perhaps ones"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import fused_conv_bn as fcb
 from common import DTYPES, assert_no_worse_than_eager, random_bn
@@ -265,11 +266,11 @@ def test_fake_dtypes(dtype: torch.dtype, bn_dtype: torch.dtype | None, generator
 def test_meta_tensors(call: str, generator: torch.Generator) -> None:
     op, arguments = CALLS[call]
     args, kwargs = arguments(layout("channels_last"), generator)
-    args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
-    kwargs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    expected = op(*args, **kwargs)
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     y = op(*args, **kwargs)
     if y is not None:
-        assert y.is_meta and y.shape == args[0].shape and y.stride() == args[0].stride()
+        assert y.is_meta and y.shape == expected.shape and y.stride() == expected.stride()
 
 
 def test_module_on_meta_tensors_under_a_fake_mode() -> None:

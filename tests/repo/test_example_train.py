@@ -68,6 +68,8 @@ def test_interrupted() -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        # In the background of a shell the tests ignore it, and so would the program.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     try:

@@ -373,7 +373,7 @@ def one_library_under_two_names(draft: Draft) -> None:
     draft.files["fused_conv_bn/_cu12.so"] = draft.files["fused_conv_bn/_cu13.so"]
 
 
-@case("size", "bytes, expected at most 2500000")
+@case("size", f"bytes, expected at most {audit.read_matrix()['wheels']['cpu']['max_bytes']}")
 def too_large(draft: Draft) -> None:
     draft.files["fused_conv_bn/_cpu.so"] += os.urandom(draft.row["max_bytes"])
 

@@ -92,6 +92,19 @@ def compare(model: nn.Module, device: str, memory_format: torch.memory_format, *
     return fused
 
 
+def same_step(model: nn.Module, device: str, training: bool) -> None:
+    """The same gradients and buffers as the plain model has."""
+    model = randomised(model).to(device, torch.float64).train(training)
+    fused = fcb.fuse(copy.deepcopy(model))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, device=device)
+    for m in (model, fused):
+        m(x).pow(2).sum().backward()
+    for p, q in zip(model.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+    for a, b in zip(model.buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", GATES)
 def test_gates(device: str, name: str, memory_format: torch.memory_format) -> None:
@@ -111,13 +124,7 @@ def test_gates(device: str, name: str, memory_format: torch.memory_format) -> No
 @pytest.mark.parametrize("name", ["sigmoid", "residual, relu", "linear, expand_as"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradients_of_gates(device: str, name: str, training: bool) -> None:
-    model = randomised(Gated(GATES[name][0])).to(device, torch.float64).train(training)
-    fused = fcb.fuse(copy.deepcopy(model))
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, device=device)
-    for m in (model, fused):
-        m(x).pow(2).sum().backward()
-    for p, q in zip(model.parameters(), fused.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+    same_step(Gated(GATES[name][0]), device, training)
 
 
 def test_a_gate_that_is_a_map_later(device: str) -> None:
@@ -285,15 +292,7 @@ def test_a_snapshot_has_them() -> None:
 @pytest.mark.parametrize("name", ["relu", "one twice"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradients_of_cats(device: str, name: str, training: bool) -> None:
-    model = randomised(Dense(CATS[name][0])).to(device, torch.float64).train(training)
-    fused = fcb.fuse(copy.deepcopy(model))
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, device=device)
-    for m in (model, fused):
-        m(x).pow(2).sum().backward()
-    for p, q in zip(model.parameters(), fused.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
-    for a, b in zip(model.buffers(), fused.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
+    same_step(Dense(CATS[name][0]), device, training)
 
 
 def test_more_tensors_than_the_op_takes() -> None:

@@ -290,12 +290,17 @@ class NormBlock(Block):
         return y
 
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._call(_bn, x, x, residual)
+
+    def _call(self, op: Any, first: Any, x: Any, residual: Tensor | None) -> Tensor:
+        """``first``: what says whether the op has such an input."""
         bn = self.bn_twin.__dict__
         p, b = bn["_parameters"], bn["_buffers"]
-        if type(x) is not Tensor or x.dim() not in self.dimensions:
+        if type(first) is not Tensor or first.dim() not in self.dimensions:
             return self.plain(x, residual)
+        named = self.named if residual is None else self.named | {"residual": residual}
         try:
-            y: Tensor = _bn(
+            y: Tensor = op(
                 x,
                 b["running_mean"],
                 b["running_var"],
@@ -303,8 +308,7 @@ class NormBlock(Block):
                 p["bias"],
                 self.factor,
                 bn["eps"],
-                residual=residual,
-                **self.named,
+                **named,
             )
             return y
         except _REFUSALS:
@@ -321,25 +325,7 @@ class CatNormBlock(NormBlock):
         return super().plain(torch.cat(x, 1) if type(x) is tuple else x, residual)
 
     def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
-        bn = self.bn_twin.__dict__
-        p, b = bn["_parameters"], bn["_buffers"]
-        first = x[0]
-        if type(first) is not Tensor or first.dim() not in self.dimensions:
-            return self.plain(x, residual)
-        try:
-            y: Tensor = _cat(
-                x,
-                b["running_mean"],
-                b["running_var"],
-                p["weight"],
-                p["bias"],
-                self.factor,
-                bn["eps"],
-                **self.named,
-            )
-            return y
-        except _REFUSALS:
-            return self.plain(x, residual)
+        return self._call(_cat, x[0], x, residual)
 
 
 class GateBlock(Block):

@@ -62,15 +62,13 @@ namespace packed_v4 {
 
 // An instruction set's tiles.
 struct PackedKernel {
-  int64_t lanes, channels, pixels;  // of a vector and of a tile
+  int64_t channels, pixels;  // of a tile
   void (*run_pixels)(const float*, const int64_t*, const PackedInput&, const float*, const PackedOutput&, int64_t);
 };
 
 inline const PackedKernel& packed_kernel() {
-  static const PackedKernel v3{packed_v3::kLanes, packed_v3::kChannelsOfTile, packed_v3::kPixelsOfTile,
-                               packed_v3::run_pixels};
-  static const PackedKernel v4{packed_v4::kLanes, packed_v4::kChannelsOfTile, packed_v4::kPixelsOfTile,
-                               packed_v4::run_pixels};
+  static const PackedKernel v3{packed_v3::kChannelsOfTile, packed_v3::kPixelsOfTile, packed_v3::run_pixels};
+  static const PackedKernel v4{packed_v4::kChannelsOfTile, packed_v4::kPixelsOfTile, packed_v4::run_pixels};
   return use_v4() ? v4 : v3;
 }
 

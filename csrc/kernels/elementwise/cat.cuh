@@ -2,7 +2,7 @@
 // it, in channels_last, is several times what its memory takes.
 #pragma once
 
-#include "any.cuh"
+#include "scale_shift_any.cuh"
 
 namespace fused_conv_bn {
 

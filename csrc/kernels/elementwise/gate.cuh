@@ -4,7 +4,7 @@
 // is what scale_shift's columns kernel computes, image by image.
 #pragma once
 
-#include "any.cuh"
+#include "scale_shift_any.cuh"
 
 namespace fused_conv_bn {
 

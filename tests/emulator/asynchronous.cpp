@@ -63,8 +63,8 @@ void arrive_at(uint32_t address, Thread& t) {
 // ---- asynchronous copies ----
 
 struct Fetch {
-  uint32_t to, bytes, barrier;
-  const void* from;
+  uint32_t to, barrier;
+  Box box;
   Clock clock;
 };
 std::vector<Fetch> fetches;
@@ -100,23 +100,53 @@ void complete_copy(Thread& t) {  // the oldest
 }
 
 void complete_fetch(size_t index) {
-  const Fetch fetch = fetches[index];
-  fetches[index] = fetches.back();
+  const Fetch fetch = std::move(fetches[index]);
+  if (index + 1 < fetches.size()) {
+    fetches[index] = std::move(fetches.back());
+  }
   fetches.pop_back();
   unsigned char* const to = shared_memory + (fetch.to - kSharedBase);
-  note_writer(number(to), fetch.bytes, -1);
-  std::memcpy(to, fetch.from, fetch.bytes);
+  note_writer(number(to), fetch.box.bytes, -1);
+  std::memset(to, 0, fetch.box.bytes);
+  for (const Piece& piece : fetch.box.pieces) {
+    std::memcpy(shared_memory + (piece.shared - kSharedBase), piece.global, piece.bytes);
+  }
   Barrier& b = find_barrier(fetch.barrier);
   join(b.gathered, fetch.clock);
-  b.bytes -= fetch.bytes;
+  b.bytes -= fetch.box.bytes;
   complete_if_due(b);
 }
 
-void move(BulkStore& store) {
-  if (!store.moved) {
-    std::memcpy(store.to, shared_memory + (store.from - kSharedBase), store.bytes);
-    store.moved = true;
+void check_bulk(uint32_t bytes) {
+  if (bytes % 16 != 0 || bytes == 0) {
+    fail("cp.async.bulk of %u bytes", bytes);
   }
+}
+
+void start_fetch(uint32_t to, Box&& box, uint32_t barrier) {
+  unsigned char* const target = at(to, box.bytes, "cp.async.bulk", 16);
+  note_read(*running, number(at(barrier, 8, "cp.async.bulk's mbarrier", 8)), 8);
+  find_barrier(barrier);
+  note_write(*running, number(target), box.bytes, Writer::copy);
+  note_writer(number(target), box.bytes, 1);
+  note_bulk_write(number(target), box.bytes, ++bulk_copies);
+  fetches.push_back({to, barrier, std::move(box), running->clock});
+  fetches.back().clock.back() = bulk_copies;
+  tick(*running);
+}
+
+void start_store(uint32_t from, Box&& box) {
+  const unsigned char* const source = at(from, box.bytes, "cp.async.bulk", 16);
+  note_read(*running, number(source), box.bytes, true);
+  note_reader(number(source), box.bytes, 1);
+  running->stores.push_back({from, box.bytes, std::move(box.pieces)});
+}
+
+void move(BulkStore& store) {
+  for (const Piece& piece : store.pieces) {
+    std::memcpy(piece.global, shared_memory + (piece.shared - kSharedBase), piece.bytes);
+  }
+  store.pieces.clear();
 }
 
 // ---- products ----
@@ -138,29 +168,55 @@ std::array<Warpgroup, kMostThreads / kWarpgroup> warpgroups;
 
 struct Operand {
   uint32_t start, other_half, step;
+  uint32_t span;  // of a swizzled row; 0 without swizzling
   explicit Operand(uint64_t bits)
       : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
         other_half(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
-        step(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4) {
-    if (bits >> 62 != 0 || (bits >> 49 & 7) != 0) {
-      fail("a wgmma descriptor with swizzling or a base offset: %#llx", static_cast<unsigned long long>(bits));
+        step(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
+        span(bits >> 62 == 0 ? 0 : 256u >> (bits >> 62)) {
+    const auto whole = static_cast<unsigned long long>(bits);
+    if ((bits >> 49 & 7) != 0) {
+      fail("a wgmma descriptor with a base offset: %#llx", whole);
+    }
+    const uint32_t pattern = std::max(1u, 8 * span), offset = start % pattern;
+    if (offset % 32 != 0 || offset >= std::max(1u, span) || step % pattern != 0) {
+      fail("a wgmma descriptor of a swizzled operand that starts within a pattern, or has no whole ones: %#llx", whole);
     }
   }
-  // Of eight rows, in one half of k.
-  uint32_t block(unsigned row, unsigned half) const { return start + half * other_half + row / 8 * step; }
+  // 8 values of k of a row.
+  uint32_t chunk(unsigned row, unsigned half) const {
+    return span == 0 ? start + half * other_half + row / 8 * step + row % 8 * 16
+                     : swizzled(start + row / 8 * step + row % 8 * span + half * 16, span);
+  }
+  // f(address, bytes) of what lies together.
+  template <typename F>
+  void for_each_part(unsigned rows, F&& f) const {
+    for (unsigned row = 0; row < rows; row += span == 0 ? 8 : 1) {
+      if (span == 0) {
+        f(chunk(row, 0), 128);
+        f(chunk(row, 1), 128);
+      } else {
+        f(std::min(chunk(row, 0), chunk(row, 1)), 32);
+      }
+    }
+  }
 };
 
-// A product begins to read it (1), or is over (-1).
-void note_operand(Thread& t, const Operand& operand, unsigned rows, int change) {
-  for (unsigned row = 0; row < rows; row += 8) {
-    for (unsigned half = 0; half < 2; ++half) {
-      const uintptr_t block = number(at(operand.block(row, half), 128, "wgmma's read", 16));
-      if (change > 0) {
-        note_read(t, block, 128, true);
-      }
-      note_reader(block, 128, change);
-    }
-  }
+// A product begins to read it.
+void note_begin(Thread& t, const Operand& operand, unsigned rows) {
+  operand.for_each_part(rows, [&](uint32_t address, unsigned bytes) {
+    const uintptr_t part = number(at(address, bytes, "wgmma's read", 16));
+    note_read(t, part, bytes, true);
+    note_reader(part, bytes, 1);
+  });
+}
+// It is known to be over: what others know of the thread from before does not tell them.
+void note_end(Thread& t, const Operand& operand, unsigned rows) {
+  operand.for_each_part(rows, [&](uint32_t address, unsigned bytes) {
+    const uintptr_t part = number(shared_memory + (address - kSharedBase));
+    note_reader(part, bytes, -1);
+    note_read(t, part, bytes);
+  });
 }
 
 void multiply(const Product& p) {
@@ -169,7 +225,7 @@ void multiply(const Product& p) {
     for (unsigned row = 0; row < rows; ++row) {
       for (unsigned k = 0; k < 16; ++k) {
         uint16_t bits;
-        std::memcpy(&bits, shared_memory + (operand.block(row, k / 8) - kSharedBase) + row % 8 * 16 + k % 8 * 2, 2);
+        std::memcpy(&bits, shared_memory + (operand.chunk(row, k / 8) - kSharedBase) + k % 8 * 2, 2);
         all[row * 16 + k] = from_half(p.type, bits);
       }
     }
@@ -310,29 +366,21 @@ void copy_async_wait(unsigned groups_left) {
 }
 
 void fetch_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  unsigned char* const target = at(to, bytes, "cp.async.bulk", 16);
-  if (bytes % 16 != 0 || bytes == 0) {
-    fail("cp.async.bulk of %u bytes", bytes);
-  }
+  check_bulk(bytes);
   check_global(from, bytes, "cp.async.bulk", 16, false);
-  note_read(*running, number(at(barrier, 8, "cp.async.bulk's mbarrier", 8)), 8);
-  find_barrier(barrier);
-  note_write(*running, number(target), bytes, Writer::copy);
-  note_writer(number(target), bytes, 1);
-  note_bulk_write(number(target), bytes, ++bulk_copies);
-  fetches.push_back({to, bytes, barrier, from, running->clock});
-  fetches.back().clock.back() = bulk_copies;
-  tick(*running);
+  start_fetch(to, {bytes, {{to, static_cast<unsigned char*>(const_cast<void*>(from)), bytes}}}, barrier);
 }
 void copy_bulk(void* to, uint32_t from, uint32_t bytes) {
-  const unsigned char* const source = at(from, bytes, "cp.async.bulk", 16);
-  if (bytes % 16 != 0 || bytes == 0) {
-    fail("cp.async.bulk of %u bytes", bytes);
-  }
+  check_bulk(bytes);
   check_global(to, bytes, "cp.async.bulk", 16, true);
-  note_read(*running, number(source), bytes, true);
-  note_reader(number(source), bytes, 1);
-  running->stores.push_back({to, from, bytes});
+  start_store(from, {bytes, {{from, static_cast<unsigned char*>(to), bytes}}});
+}
+void fetch_box(uint32_t to, const void* map, unsigned rank, const int* coordinates, const uint16_t* offsets,
+               uint32_t barrier) {
+  start_fetch(to, find_box(map, rank, coordinates, offsets, to, false), barrier);
+}
+void store_box(const void* map, unsigned rank, const int* coordinates, uint32_t from) {
+  start_store(from, find_box(map, rank, coordinates, nullptr, from, true));
 }
 void copy_bulk_commit() {
   running->committed_stores = running->stores.size();
@@ -346,7 +394,9 @@ void copy_bulk_wait() {
   std::vector<BulkStore>& stores = running->stores;
   const auto end = stores.begin() + static_cast<ptrdiff_t>(running->committed_stores);
   std::for_each(stores.begin(), end, [](BulkStore& store) {
-    note_reader(number(shared_memory + (store.from - kSharedBase)), store.bytes, -1);
+    const uintptr_t source = number(shared_memory + (store.from - kSharedBase));
+    note_reader(source, store.bytes, -1);
+    note_read(*running, source, store.bytes);
     move(store);
   });
   stores.erase(stores.begin(), end);
@@ -366,31 +416,34 @@ void product(Half type, unsigned n, float* const* sums, uint64_t a, uint64_t b, 
   }
   std::copy(sums, sums + n / 2, p.sums[running->id % kWarpgroup].begin());
   if (running->id % kWarp == 0) {
-    note_operand(*running, Operand(a), 64, 1);
-    note_operand(*running, Operand(b), n, 1);
-    running->operands.emplace_back(a, b, n);
+    note_begin(*running, Operand(a), 64);
+    note_begin(*running, Operand(b), n);
+    running->operands.push_back({running->products - 1, a, b, n});
   }
   if (++p.there == kWarpgroup && !late) {
     do_products(g, g.done + index + 1);
   }
 }
-void product_commit() { running->committed_products = running->products; }
+void product_commit() { running->product_groups.push_back(running->products); }
 void product_wait(unsigned groups_left) {
   Warpgroup& g = warpgroups[running->id / kWarpgroup];
-  if (groups_left != 0) {
-    fail("wgmma.wait_group of %u: only of 0 is emulated", groups_left);
+  std::deque<uint64_t>& groups = running->product_groups;
+  if (groups.size() <= groups_left) {
+    return;
   }
-  const uint64_t until = running->committed_products;
+  const uint64_t until = groups[groups.size() - groups_left - 1];
+  groups.erase(groups.begin(), groups.end() - groups_left);
   g.waiting.emplace_back(running, until);
   do_products(g, until);
   if (g.done < until) {
     wait("wgmma.wait_group");
   }
-  for (const auto& [a, b, n] : running->operands) {
-    note_operand(*running, Operand(a), 64, -1);
-    note_operand(*running, Operand(b), n, -1);
+  std::deque<IssuedProduct>& operands = running->operands;
+  while (!operands.empty() && operands.front().index < until) {
+    note_end(*running, Operand(operands.front().a), 64);
+    note_end(*running, Operand(operands.front().b), operands.front().n);
+    operands.pop_front();
   }
-  running->operands.clear();
 }
 
 }  // namespace emulated

@@ -245,7 +245,7 @@ inline int atomicMax(int* address, int value) {
 
 // ---- the runtime ----
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure, cudaErrorNotSupported };
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -266,6 +266,15 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = 13000;
+  return cudaSuccess;
+}
+#define CUDART_VERSION 13000
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+enum { cudaEnableDefault };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* found) {
+  *function = emulated::driver_function(name);
+  *found = *function != nullptr ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {

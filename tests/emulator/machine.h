@@ -91,6 +91,14 @@ void copy_bulk(void* to, uint32_t from, uint32_t bytes);
 void copy_bulk_commit();
 void copy_bulk_wait();
 void fence_async();
+// cp.async.bulk.tensor: a box by its map and coordinates, the fastest first. offsets: of an im2col map's pixels, else
+// nullptr.
+void check_map(const void* map);
+void fetch_box(uint32_t to, const void* map, unsigned rank, const int* coordinates, const uint16_t* offsets,
+               uint32_t barrier);
+void store_box(const void* map, unsigned rank, const int* coordinates, uint32_t from);
+// The driver's function of this name, or nullptr.
+void* driver_function(const char* name);
 
 // wgmma: sums (64 x n) = a * b (+ sums), 16 values of k; a and b by their descriptors. Rounded to nearest, where tensor cores
 // cut off: errors on a GPU are larger.

@@ -6,7 +6,6 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "machine.h"
@@ -27,10 +26,19 @@ struct AsyncCopy {  // cp.async; without a size: an arrival behind those before 
   uint32_t barrier;
   bool moved = false;  // the data is there, which nobody can know yet
 };
+struct Piece {  // of a bulk copy
+  uint32_t shared;
+  unsigned char* global;
+  uint32_t bytes;
+};
 struct BulkStore {
-  void* to;
-  uint32_t from, bytes;
-  bool moved = false;
+  uint32_t from, bytes;       // that are read
+  std::vector<Piece> pieces;  // that are to be moved
+};
+struct IssuedProduct {
+  uint64_t index;
+  uint64_t a, b;  // descriptors
+  unsigned n;
 };
 
 struct Thread {
@@ -46,9 +54,9 @@ struct Thread {
   size_t open_copies = 0;
   std::vector<BulkStore> stores;
   size_t committed_stores = 0;
-  uint64_t products = 0;  // issued
-  uint64_t committed_products = 0;
-  std::vector<std::tuple<uint64_t, uint64_t, unsigned>> operands;  // of those under way; kept by a warp's first lane
+  uint64_t products = 0;                // issued
+  std::deque<uint64_t> product_groups;  // products up to the end of each that may be under way, the oldest first
+  std::deque<IssuedProduct> operands;   // of products that may be under way; kept by a warp's first lane
 };
 
 constexpr size_t kStack = 128 << 10;
@@ -62,6 +70,8 @@ void set_seed(uint64_t seed);
 unsigned draw(unsigned below);
 // A thread has passed its clock on: what it does from now on is not covered by that.
 void tick(Thread& t);
+// Why something is not to be launched.
+void refuse(const std::string& why);
 // Until resume().
 void wait(const std::string& what);
 void resume(Thread* t);
@@ -87,6 +97,21 @@ void check_global(const void* pointer, size_t bytes, const char* what, size_t al
 void begin_memory(uintptr_t arguments, size_t shared_bytes, bool early);  // of a launch
 void end_memory();
 void reset_memory();  // of a block
+
+// Where a byte of shared memory is of which rows of 128, 64 or 32 bytes are swizzled.
+inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
+  return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4;
+}
+
+// ---- tensor_map.cpp ----
+
+struct Box {
+  uint32_t bytes = 0;         // also what is outside of the tensor
+  std::vector<Piece> pieces;  // inside
+};
+// As in shared memory from there on. Whether memory may be read or written is looked at.
+Box find_box(const void* map, unsigned rank, const int* coordinates, const uint16_t* offsets, uint32_t shared,
+             bool write);
 
 // ---- asynchronous.cpp ----
 

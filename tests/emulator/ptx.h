@@ -126,6 +126,38 @@ inline void cp_async_bulk_global_shared__cta_bulk_group_L2__cache_hint(void* to,
                                                                        uint64_t) {
   copy_bulk(to, from, bytes);
 }
+inline void prefetch_tensormap(const void* map) { check_map(map); }
+template <size_t n>
+void fetch_tile(uint32_t to, const void* map, const List<int, n>& at, uint32_t barrier) {
+  int coordinates[n];
+  for (size_t i = 0; i < n; ++i) {
+    coordinates[i] = *at[i];
+  }
+  fetch_box(to, map, n, coordinates, nullptr, barrier);
+}
+inline void cp_async_bulk_tensor_2d_shared__cluster_global_tile_mbarrier__complete_tx__bytes(uint32_t to,
+                                                                                             const void* map,
+                                                                                             const List<int, 2>& at,
+                                                                                             uint32_t barrier) {
+  fetch_tile(to, map, at, barrier);
+}
+inline void cp_async_bulk_tensor_3d_shared__cluster_global_tile_mbarrier__complete_tx__bytes(uint32_t to,
+                                                                                             const void* map,
+                                                                                             const List<int, 3>& at,
+                                                                                             uint32_t barrier) {
+  fetch_tile(to, map, at, barrier);
+}
+inline void cp_async_bulk_tensor_4d_shared__cluster_global_im2col_mbarrier__complete_tx__bytes(
+    uint32_t to, const void* map, const List<int, 4>& at, uint32_t barrier, const List<uint16_t, 2>& by) {
+  const int coordinates[] = {*at[0], *at[1], *at[2], *at[3]};
+  const uint16_t offsets[] = {*by[0], *by[1]};
+  fetch_box(to, map, 4, coordinates, offsets, barrier);
+}
+inline void cp_async_bulk_tensor_2d_global_shared__cta_tile_bulk_group(const void* map, const List<int, 2>& at,
+                                                                       uint32_t from) {
+  const int coordinates[] = {*at[0], *at[1]};
+  store_box(map, 2, coordinates, from);
+}
 inline void createpolicy_fractional_L2__evict_first_b64(uint64_t& policy, double) { policy = 1; }
 inline void createpolicy_fractional_L2__evict_normal_b64(uint64_t& policy, double) { policy = 2; }
 inline void cp_async_bulk_commit_group() { copy_bulk_commit(); }

@@ -213,6 +213,7 @@ void join(Clock& a, const Clock& b) {
   }
 }
 unsigned draw(unsigned below) { return static_cast<unsigned>(random_numbers() % below); }
+void refuse(const std::string& why) { broken_rule = why; }
 void tick(Thread& t) { ++t.clock[t.id]; }
 void wait(const std::string& what) {
   running->waits_for = what;

@@ -90,7 +90,7 @@ def call(instruction: str, expressions: list[str], number: int) -> str:
         if operand.startswith("{"):
             return f"::emulated::ptx::list({', '.join(expression(o) for o in operand[1:-1].split(','))})"
         if operand.startswith("["):
-            return expression(operand[1:-1])
+            return ", ".join(expression(o) for o in split(operand[1:-1], ","))
         return expressions[int(operand[1:])] if operand.startswith("%") else operand
 
     text = instruction.strip()

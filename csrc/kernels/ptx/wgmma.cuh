@@ -51,6 +51,13 @@ __host__ __device__ constexpr uint32_t operand_start(uint32_t address, uint32_t 
   return (address >> 4) | (other_half >> 4) << 16;
 }
 
+// An operand in shared memory as a box of a tensor comes there, swizzled over its whole row of 128, 64 or 32 bytes, k along a
+// row. Eight rows are a pattern, which starts at a multiple of its size; the next 16 values of k are 32 bytes further on.
+__device__ __forceinline__ uint64_t swizzled_operand(uint32_t address, uint32_t row_bytes) {
+  const uint64_t mode = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+  return mode << 62 | static_cast<uint64_t>(row_bytes * 8 >> 4) << 32 | uint64_t{1} << 16 | address >> 4;
+}
+
 #define FCB_SUMS_8(i)                                                                                           \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
@@ -90,6 +97,14 @@ template <typename MmaType, bool kAdd>
 __device__ __forceinline__ void product_m64n64k16(float (&sums)[32], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(64, FCB_REGISTERS_32, "%32, %33, %34", FCB_SUMS_32(0))
+#endif
+}
+
+// The same of 32 rows of b.
+template <typename MmaType, bool kAdd>
+__device__ __forceinline__ void product_m64n32k16(float (&sums)[16], uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  FCB_PRODUCT(32, FCB_REGISTERS_16, "%16, %17, %18", FCB_SUMS_16(0))
 #endif
 }
 

@@ -19,10 +19,10 @@ struct Barrier {
   Clock gathered, completed;
   std::vector<std::pair<Thread*, uint32_t>> waiting;  // with the parity
 };
-std::map<uint32_t, Barrier> mbarriers;
+std::map<std::pair<unsigned, uint32_t>, Barrier> mbarriers;  // by block and address
 
-Barrier& find_barrier(uint32_t address) {
-  const auto found = mbarriers.find(address);
+Barrier& find_barrier(unsigned rank, uint32_t address) {
+  const auto found = mbarriers.find({rank, address});
   if (found == mbarriers.end()) {
     fail("an mbarrier at %u of shared memory that was not initialised", address - kSharedBase);
   }
@@ -50,7 +50,7 @@ void complete_if_due(Barrier& b) {
 }
 
 void arrive_at(uint32_t address, Thread& t) {
-  Barrier& b = find_barrier(address);
+  Barrier& b = find_barrier(t.rank, address);
   if (b.pending == 0) {
     fail("more arrivals at the mbarrier at %u of shared memory than the phase has", address - kSharedBase);
   }
@@ -63,6 +63,7 @@ void arrive_at(uint32_t address, Thread& t) {
 // ---- asynchronous copies ----
 
 struct Fetch {
+  unsigned rank;  // of the block
   uint32_t to, barrier;
   Box box;
   Clock clock;
@@ -77,9 +78,9 @@ void start_copy(const AsyncCopy& copy) {
   ++copies_under_way;
 }
 
-void move(const AsyncCopy& copy) {
+void move(const Thread& t, const AsyncCopy& copy) {
   if (!copy.moved) {
-    unsigned char* const to = shared_memory + (copy.to - kSharedBase);
+    unsigned char* const to = shared_at(t.rank, copy.to);
     std::memcpy(to, copy.from, copy.bytes);
     std::memset(to + copy.bytes, 0, copy.size - copy.bytes);
   }
@@ -93,10 +94,10 @@ void complete_copy(Thread& t) {  // the oldest
     arrive_at(copy.barrier, t);
     return;
   }
-  unsigned char* const to = shared_memory + (copy.to - kSharedBase);
+  unsigned char* const to = shared_at(t.rank, copy.to);
   note_writer(number(to), copy.size, -1);
   note_write(t, number(to), copy.size);
-  move(copy);
+  move(t, copy);
 }
 
 void complete_fetch(size_t index) {
@@ -105,13 +106,13 @@ void complete_fetch(size_t index) {
     fetches[index] = std::move(fetches.back());
   }
   fetches.pop_back();
-  unsigned char* const to = shared_memory + (fetch.to - kSharedBase);
+  unsigned char* const to = shared_at(fetch.rank, fetch.to);
   note_writer(number(to), fetch.box.bytes, -1);
   std::memset(to, 0, fetch.box.bytes);
   for (const Piece& piece : fetch.box.pieces) {
-    std::memcpy(shared_memory + (piece.shared - kSharedBase), piece.global, piece.bytes);
+    std::memcpy(shared_at(fetch.rank, piece.shared), piece.global, piece.bytes);
   }
-  Barrier& b = find_barrier(fetch.barrier);
+  Barrier& b = find_barrier(fetch.rank, fetch.barrier);
   join(b.gathered, fetch.clock);
   b.bytes -= fetch.box.bytes;
   complete_if_due(b);
@@ -126,11 +127,11 @@ void check_bulk(uint32_t bytes) {
 void start_fetch(uint32_t to, Box&& box, uint32_t barrier) {
   unsigned char* const target = at(to, box.bytes, "cp.async.bulk", 16);
   note_read(*running, number(at(barrier, 8, "cp.async.bulk's mbarrier", 8)), 8);
-  find_barrier(barrier);
+  find_barrier(running->rank, barrier);
   note_write(*running, number(target), box.bytes, Writer::copy);
   note_writer(number(target), box.bytes, 1);
   note_bulk_write(number(target), box.bytes, ++bulk_copies);
-  fetches.push_back({to, barrier, std::move(box), running->clock});
+  fetches.push_back({running->rank, to, barrier, std::move(box), running->clock});
   fetches.back().clock.back() = bulk_copies;
   tick(*running);
 }
@@ -142,9 +143,9 @@ void start_store(uint32_t from, Box&& box) {
   running->stores.push_back({from, box.bytes, std::move(box.pieces)});
 }
 
-void move(BulkStore& store) {
+void move(BulkStore& store) {  // of the running thread
   for (const Piece& piece : store.pieces) {
-    std::memcpy(piece.global, shared_memory + (piece.shared - kSharedBase), piece.bytes);
+    std::memcpy(piece.global, shared_at(running->rank, piece.shared), piece.bytes);
   }
   store.pieces.clear();
 }
@@ -152,6 +153,7 @@ void move(BulkStore& store) {
 // ---- products ----
 
 struct Product {
+  unsigned rank;  // of the block
   Half type;
   unsigned n;
   uint64_t a, b;
@@ -164,7 +166,7 @@ struct Warpgroup {
   uint64_t done = 0;                                  // those before the first in the queue
   std::vector<std::pair<Thread*, uint64_t>> waiting;  // until so many are done
 };
-std::array<Warpgroup, kMostThreads / kWarpgroup> warpgroups;
+std::array<Warpgroup, kMostBlocks * kMostThreads / kWarpgroup> warpgroups;
 
 struct Operand {
   uint32_t start, other_half, step;
@@ -213,7 +215,7 @@ void note_begin(Thread& t, const Operand& operand, unsigned rows) {
 // It is known to be over: what others know of the thread from before does not tell them.
 void note_end(Thread& t, const Operand& operand, unsigned rows) {
   operand.for_each_part(rows, [&](uint32_t address, unsigned bytes) {
-    const uintptr_t part = number(shared_memory + (address - kSharedBase));
+    const uintptr_t part = number(shared_at(t.rank, address));
     note_reader(part, bytes, -1);
     note_read(t, part, bytes);
   });
@@ -225,7 +227,7 @@ void multiply(const Product& p) {
     for (unsigned row = 0; row < rows; ++row) {
       for (unsigned k = 0; k < 16; ++k) {
         uint16_t bits;
-        std::memcpy(&bits, shared_memory + (operand.chunk(row, k / 8) - kSharedBase) + k % 8 * 2, 2);
+        std::memcpy(&bits, shared_at(p.rank, operand.chunk(row, k / 8)) + k % 8 * 2, 2);
         all[row * 16 + k] = from_half(p.type, bits);
       }
     }
@@ -299,16 +301,16 @@ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   b.arrivals = b.pending = arrivals;
   b.gathered.assign(running->clock.size(), 0);
   b.completed = b.gathered;
-  mbarriers[barrier] = b;
+  mbarriers[{running->rank, barrier}] = b;
 }
 void barrier_arrive(uint32_t barrier, uint32_t expected_bytes) {
   note_read(*running, number(at(barrier, 8, "mbarrier.arrive", 8)), 8);
-  find_barrier(barrier).bytes += expected_bytes;
+  find_barrier(running->rank, barrier).bytes += expected_bytes;
   arrive_at(barrier, *running);
 }
 void barrier_arrive_behind_copies(uint32_t barrier) {
   note_read(*running, number(at(barrier, 8, "cp.async.mbarrier.arrive", 8)), 8);
-  find_barrier(barrier);
+  find_barrier(running->rank, barrier);
   if (running->copies.empty()) {
     arrive_at(barrier, *running);
   } else {
@@ -317,7 +319,7 @@ void barrier_arrive_behind_copies(uint32_t barrier) {
 }
 void barrier_wait(uint32_t barrier, uint32_t parity) {
   note_read(*running, number(at(barrier, 8, "mbarrier.try_wait", 8)), 8);
-  Barrier& b = find_barrier(barrier);
+  Barrier& b = find_barrier(running->rank, barrier);
   if ((b.phase & 1) != parity) {
     b.waited = true;
     join(running->clock, b.completed);
@@ -343,7 +345,7 @@ void copy_async(uint32_t to, const void* from, unsigned size, unsigned bytes) {
   note_writer(number(target), size, 1);
   start_copy({to, size, bytes, from, 0});
   if (!late && draw(2) != 0) {
-    move(running->copies.back());
+    move(*running, running->copies.back());
     running->copies.back().moved = true;
   }
 }
@@ -394,7 +396,7 @@ void copy_bulk_wait() {
   std::vector<BulkStore>& stores = running->stores;
   const auto end = stores.begin() + static_cast<ptrdiff_t>(running->committed_stores);
   std::for_each(stores.begin(), end, [](BulkStore& store) {
-    const uintptr_t source = number(shared_memory + (store.from - kSharedBase));
+    const uintptr_t source = number(shared_at(running->rank, store.from));
     note_reader(source, store.bytes, -1);
     note_read(*running, source, store.bytes);
     move(store);
@@ -405,17 +407,17 @@ void copy_bulk_wait() {
 void fence_async() { ++running->fences; }
 
 void product(Half type, unsigned n, float* const* sums, uint64_t a, uint64_t b, bool add) {
-  Warpgroup& g = warpgroups[running->id / kWarpgroup];
+  Warpgroup& g = warpgroups[warpgroup_of(*running)];
   const size_t index = running->products++ - g.done;
   if (index == g.products.size()) {
-    g.products.push_back({type, n, a, b, add, 0, {}});
+    g.products.push_back({running->rank, type, n, a, b, add, 0, {}});
   }
   Product& p = g.products[index];
   if (p.type != type || p.n != n || p.a != a || p.b != b || p.add != add) {
     fail("wgmma with other operands than the other threads of its warpgroup");
   }
-  std::copy(sums, sums + n / 2, p.sums[running->id % kWarpgroup].begin());
-  if (running->id % kWarp == 0) {
+  std::copy(sums, sums + n / 2, p.sums[running->index % kWarpgroup].begin());
+  if (running->index % kWarp == 0) {
     note_begin(*running, Operand(a), 64);
     note_begin(*running, Operand(b), n);
     running->operands.push_back({running->products - 1, a, b, n});
@@ -426,7 +428,7 @@ void product(Half type, unsigned n, float* const* sums, uint64_t a, uint64_t b, 
 }
 void product_commit() { running->product_groups.push_back(running->products); }
 void product_wait(unsigned groups_left) {
-  Warpgroup& g = warpgroups[running->id / kWarpgroup];
+  Warpgroup& g = warpgroups[warpgroup_of(*running)];
   std::deque<uint64_t>& groups = running->product_groups;
   if (groups.size() <= groups_left) {
     return;

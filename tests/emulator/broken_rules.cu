@@ -275,7 +275,7 @@ extern "C" const char* emulated_broken_rule(const char* name, uint64_t seed) {
     if (std::strcmp(named.name, name) != 0) {
       continue;
     }
-    if (!emulated::launch({1, 1, 1}, kThreads, kBytes, true, [kernel = named.kernel, &a] { kernel(a); })) {
+    if (!emulated::launch({1, 1, 1}, 1, kThreads, kBytes, true, [kernel = named.kernel, &a] { kernel(a); })) {
       return emulated::problem().c_str();
     }
     for (size_t i = 0; i < data.size(); ++i) {

@@ -249,11 +249,14 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure, c
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -298,7 +301,17 @@ template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const std::type_identity_t<Params>&... params) {
   const dim3 grid = config->gridDim;
-  return emulated::launch({grid.x, grid.y, grid.z}, config->blockDim.x, config->dynamicSmemBytes, config->numAttrs > 0,
+  bool early = false;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& [id, value] = config->attrs[i];
+    if (id == cudaLaunchAttributeClusterDimension) {
+      cluster = value.clusterDim.y == 1 && value.clusterDim.z == 1 ? value.clusterDim.x : 0;
+    } else {
+      early = value.programmaticStreamSerializationAllowed != 0;
+    }
+  }
+  return emulated::launch({grid.x, grid.y, grid.z}, cluster, config->blockDim.x, config->dynamicSmemBytes, early,
                           [&]() __attribute__((no_sanitize("thread"))) { kernel(params...); })
              ? cudaSuccess
              : cudaErrorLaunchFailure;

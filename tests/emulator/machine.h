@@ -1,5 +1,5 @@
-// A GPU's multiprocessor in software, for tests: runs the threads of a block by turns, in an order that a seed decides, and
-// holds them to the rules of CUDA's memory model.
+// A GPU's multiprocessors in software, for tests: runs the threads of a block, or of a cluster of blocks, by turns, in an
+// order that a seed decides, and holds them to the rules of CUDA's memory model.
 //
 // A thread is a fiber that runs until it has to wait for others. Copies and matrix products that are asynchronous happen
 // at once or as late as allowed, by the seed. Every access to shared memory is looked up: was the last write, and for a
@@ -27,7 +27,10 @@ constexpr unsigned kMostThreads = 1024;
 constexpr uint32_t kSharedBase = 1024;  // the 32-bit address of shared memory's first byte
 constexpr size_t kSharedBytes = 227 * 1024;
 
-alignas(1024) extern unsigned char shared_memory[kSharedBytes];
+constexpr unsigned kMostBlocks = 8;  // of a cluster, which run at the same time; of others one after another
+
+// Of the running thread's block.
+extern unsigned char* dynamic_shared;
 
 // ---- of the running thread ----
 
@@ -42,9 +45,11 @@ Index block_size();
 void begin(uint64_t seed);
 // What kernels may touch besides shared memory and their own variables.
 void allow(const void* start, size_t bytes);
-// Runs kernel() in each thread of each block. early: it may begin before the kernel before has ended; the one before the first
-// may have made anything. False if a rule was broken: then problem() says which.
-bool launch(Index grid, unsigned threads, size_t shared_bytes, bool early, const std::function<void()>& kernel);
+// Runs kernel() in each thread of each block; so many blocks next to each other are a cluster. early: it may begin
+// before the kernel before has ended; the one before the first may have made anything. False if a rule was broken: then
+// problem() says which.
+bool launch(Index grid, unsigned cluster, unsigned threads, size_t shared_bytes, bool early,
+            const std::function<void()>& kernel);
 const std::string& problem();
 // Since begin().
 uint64_t launches();
@@ -70,6 +75,13 @@ uint32_t shared_address(const void* pointer);
 void touch_atomically(const void* pointer);
 void load_global(const void* from, void* to, unsigned bytes);
 void store_global(void* to, const void* from, unsigned bytes);
+
+// barrier.cluster, mapa, and a load from the shared memory of any block of the cluster.
+unsigned cluster_rank();
+void cluster_arrive();
+void cluster_wait();
+uint32_t map_to_rank(uint32_t address, int rank);
+void load_cluster(uint32_t address, void* to, unsigned bytes);
 
 // griddepcontrol
 void wait_for_previous();

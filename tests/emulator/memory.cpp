@@ -1,17 +1,21 @@
 // Every access to memory: whether it may be, and what orders it.
 #include <link.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <map>
 
 #include "multiprocessor.h"
 
 namespace emulated {
 
-alignas(1024) unsigned char shared_memory[kSharedBytes];
+unsigned char* dynamic_shared = nullptr;
 
 namespace {
+
+alignas(1024) unsigned char shared_memory[kMostBlocks][kSharedBytes];
 
 constexpr uint16_t kNobody = 0xffff;
 
@@ -47,29 +51,40 @@ struct Cell {  // of a byte
   std::array<Access, 4> read;
 };
 constexpr size_t kPage = 4096;
-std::vector<Cell> cells;
+Cell* cells = nullptr;  // there are some of used pages
 std::vector<bool> page_used;
 
 // Of the bytes from here on.
 Cell* cells_of(uintptr_t address, size_t bytes) {
   const size_t offset = address - statics.first;
-  page_used[offset / kPage] = page_used[(offset + bytes - 1) / kPage] = true;
-  for (size_t page = offset / kPage + 1; page < (offset + bytes - 1) / kPage; ++page) {
-    page_used[page] = true;
+  for (size_t page = offset / kPage; page <= (offset + bytes - 1) / kPage; ++page) {
+    if (!page_used[page]) {
+      page_used[page] = true;
+      std::uninitialized_fill_n(cells + page * kPage, kPage, Cell{});
+    }
   }
-  return &cells[offset];
+  return cells + offset;
+}
+
+bool is_shared(uintptr_t address) {
+  return Range{number(shared_memory), number(shared_memory + kMostBlocks)}.has(address, 1);
 }
 
 std::string place_of(uintptr_t address) {
-  const uintptr_t shared = number(shared_memory);
-  return Range{shared, shared + kSharedBytes}.has(address, 1)
-             ? "byte " + std::to_string(address - shared) + " of shared memory"
-             : "a __shared__ variable";
+  if (!is_shared(address)) {
+    return "a __shared__ variable";
+  }
+  const size_t offset = address - number(shared_memory);
+  return "byte " + std::to_string(offset % kSharedBytes) + " of shared memory" +
+         (blocks > 1 ? " of rank " + std::to_string(offset / kSharedBytes) : "");
 }
 
 bool is_before(const Access& access, const Thread& t) {
   return access.thread == kNobody || access.thread == t.id || t.clock[access.thread] >= access.clock;
 }
+
+// Of each thread the last read of another block's shared memory, by the rank of that.
+std::map<std::pair<unsigned, uint16_t>, uint32_t> reads_of_others;
 
 // Of threads that have waited for the kernel before.
 std::vector<Access> waits;
@@ -81,10 +96,10 @@ bool knows_previous(Thread& t) {
   return t.knows_previous;
 }
 
-uintptr_t address_of(const Cell& c) { return statics.first + static_cast<size_t>(&c - cells.data()); }
+uintptr_t address_of(const Cell& c) { return statics.first + static_cast<size_t>(&c - cells); }
 
 [[noreturn]] void race(const char* now, const char* before, const Cell& c, unsigned other) {
-  const std::string by = other < threads.size() ? "thread " + std::to_string(other) : "a bulk copy";
+  const std::string by = other < threads.size() ? name_of(other) : "a bulk copy";
   fail("%s of %s, and nothing orders it behind the %s by %s", now, place_of(address_of(c)).c_str(), before, by.c_str());
 }
 
@@ -116,7 +131,9 @@ void find_statics() {
       },
       nullptr);
   page_used.resize((statics.last - statics.first) / kPage + 1);
-  cells.resize(page_used.size() * kPage);
+  // Addresses alone, until pages are used.
+  cells = static_cast<Cell*>(mmap(nullptr, page_used.size() * kPage * sizeof(Cell), PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
 }
 
 }  // namespace
@@ -132,8 +149,8 @@ void note_read(Thread& t, uintptr_t address, size_t bytes, bool by_proxy) {
       race("read", "write", *c, c->write.thread);
     }
     if (by_proxy && c->write.thread != kNobody && !c->by_copy && threads[c->write.thread]->fences == c->fences) {
-      fail("asynchronous read of %s, which thread %u has written without a fence.proxy.async behind it",
-           place_of(address_of(*c)).c_str(), static_cast<unsigned>(c->write.thread));
+      fail("asynchronous read of %s, which %s has written without a fence.proxy.async behind it",
+           place_of(address_of(*c)).c_str(), name_of(c->write.thread).c_str());
     }
     uint8_t kept = 0;  // reads that this one does not cover
     for (uint8_t i = 0; i < c->reads; ++i) {
@@ -202,8 +219,9 @@ unsigned char* at(uint32_t address, size_t bytes, const char* what, size_t align
   if (address % alignment != 0) {
     fail("%s at %u of shared memory, which is no multiple of %zu", what, address - kSharedBase, alignment);
   }
-  return shared_memory + (address - kSharedBase);
+  return shared_at(running->rank, address);
 }
+unsigned char* shared_at(unsigned rank, uint32_t address) { return shared_memory[rank] + (address - kSharedBase); }
 
 void check_exists(const void* pointer, size_t bytes, const char* what) { find_operand(number(pointer), bytes, what); }
 
@@ -238,16 +256,24 @@ void end_memory() {
 
 void reset_memory() {
   waits.clear();
+  reads_of_others.clear();
   // What is left of another block is not to be relied on. Halves and floats among these are NaN now and then.
-  for (size_t i = 0; i < kSharedBytes; i += 8) {
+  for (size_t i = 0; i < blocks * kSharedBytes; i += 8) {
     const uint64_t bits = uint64_t{draw(1u << 31)} << 33 | uint64_t{draw(1u << 31)} << 2 |
                           (draw(4) == 0 ? 0x7fffffff7fff7fffull : 0);
-    std::memcpy(shared_memory + i, &bits, 8);
+    std::memcpy(shared_memory[0] + i, &bits, 8);
   }
-  for (size_t page = 0; page < page_used.size(); ++page) {
-    if (page_used[page]) {
-      std::fill_n(&cells[page * kPage], kPage, Cell{});
-      page_used[page] = false;
+  std::fill(page_used.begin(), page_used.end(), false);
+}
+
+void check_lifetimes() {
+  for (const auto& [read, clock] : reads_of_others) {
+    const auto& [rank, thread] = read;
+    const Access access{clock, thread};
+    if (std::none_of(threads.begin(), threads.end(),
+                     [&](const auto& t) { return t->rank == rank && is_before(access, *t); })) {
+      fail("%s reads shared memory of rank %u, and nothing keeps that block from ending before",
+           name_of(thread).c_str(), rank);
     }
   }
 }
@@ -279,7 +305,25 @@ void store_shared(uint32_t address, const void* from, unsigned bytes) {
   std::memcpy(to, from, bytes);
 }
 uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(number(pointer) - number(shared_memory)) + kSharedBase;
+  return static_cast<uint32_t>(number(pointer) - number(dynamic_shared)) + kSharedBase;
+}
+uint32_t map_to_rank(uint32_t address, int rank) {
+  at(address, 1, "mapa", 1);
+  if (rank < 0 || static_cast<unsigned>(rank) >= blocks) {
+    fail("mapa to rank %d of a cluster of %u", rank, blocks);
+  }
+  return (static_cast<uint32_t>(rank) + 1) << 24 | address;
+}
+void load_cluster(uint32_t address, void* to, unsigned bytes) {
+  const unsigned rank = address >> 24 == 0 ? running->rank : (address >> 24) - 1;
+  const uint32_t own = address & 0xffffff;
+  at(own, bytes, "load", bytes);
+  const unsigned char* const from = shared_at(rank, own);
+  note_read(*running, number(from), bytes);
+  if (rank != running->rank) {
+    reads_of_others[{rank, static_cast<uint16_t>(running->id)}] = running->clock[running->id];
+  }
+  std::memcpy(to, from, bytes);
 }
 void touch_atomically(const void* pointer) { note_write(*running, number(pointer), 4, Writer::atomic); }
 void load_global(const void* from, void* to, unsigned bytes) {
@@ -304,10 +348,14 @@ void look_at(const void* pointer, size_t bytes, bool write) {
   if (Range{stack, stack + kStack}.has(address, bytes)) {
     return;
   }
+  if (pointer == &dynamic_shared) {
+    return;
+  }
   if (statics.has(address, bytes)) {
-    const uintptr_t shared = number(shared_memory);
-    if (Range{shared, shared + kSharedBytes}.has(address, 1)) {
-      at(static_cast<uint32_t>(address - shared) + kSharedBase, bytes, write ? "store" : "load", 1);
+    if (is_shared(address)) {
+      at(shared_address(pointer), bytes, write ? "store" : "load", 1);
+    } else if (blocks > 1) {
+      fail("access to a __shared__ variable in a cluster: of these each block has its own, which is not emulated");
     }
     if (write) {
       note_write(*running, address, bytes);

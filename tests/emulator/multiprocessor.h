@@ -42,13 +42,16 @@ struct IssuedProduct {
 };
 
 struct Thread {
-  unsigned id;
+  unsigned id;           // among those that run at the same time
+  unsigned rank, index;  // of its block in the cluster; in the block
   void* stack_pointer = nullptr;
   bool done = false;
   std::string waits_for;
   Clock clock;
   bool knows_previous = false;  // that the kernel before has ended
   uint32_t fences = 0;
+  uint64_t cluster_phase = 0;  // that it has arrived in
+  bool in_cluster_barrier = false;
   std::deque<AsyncCopy> copies;
   std::deque<size_t> copy_groups;  // copies in each, the oldest first
   size_t open_copies = 0;
@@ -61,11 +64,15 @@ struct Thread {
 
 constexpr size_t kStack = 128 << 10;
 
-extern std::vector<std::unique_ptr<Thread>> threads;  // of the block
+extern std::vector<std::unique_ptr<Thread>> threads;  // of the cluster
+extern unsigned blocks;                               // of the cluster
 extern Thread* running;                               // nullptr: none
 extern bool late;                                     // asynchronous operations happen as late as allowed
 extern bool trusted;  // code of the emulator's own runs that compilers announce accesses of
 
+inline unsigned warp_of(const Thread& t) { return t.rank * (kMostThreads / kWarp) + t.index / kWarp; }
+inline unsigned warpgroup_of(const Thread& t) { return warp_of(t) / (kWarpgroup / kWarp); }
+std::string name_of(unsigned thread);  // by its id
 void set_seed(uint64_t seed);
 unsigned draw(unsigned below);
 // A thread has passed its clock on: what it does from now on is not covered by that.
@@ -89,14 +96,18 @@ void note_bulk_write(uintptr_t address, size_t bytes, uint32_t number);
 // An asynchronous operation that reads them, or writes, begins (1) or ends (-1).
 void note_reader(uintptr_t address, size_t bytes, int change);
 void note_writer(uintptr_t address, size_t bytes, int change);
-// Where an address of shared memory is; it is to exist.
+// Where an address of the shared memory of a block is.
+unsigned char* shared_at(unsigned rank, uint32_t address);
+// The same of the running thread's block; it is to exist.
 unsigned char* at(uint32_t address, size_t bytes, const char* what, size_t alignment);
 // Whether global memory belongs to an operand; and whether it may be accessed by now, too.
 void check_exists(const void* pointer, size_t bytes, const char* what);
 void check_global(const void* pointer, size_t bytes, const char* what, size_t alignment, bool write);
 void begin_memory(uintptr_t arguments, size_t shared_bytes, bool early);  // of a launch
 void end_memory();
-void reset_memory();  // of a block
+void reset_memory();  // of a cluster
+// At its end: whether blocks were there for as long as others read their shared memory.
+void check_lifetimes();
 
 // Where a byte of shared memory is of which rows of 128, 64 or 32 bytes are swizzled.
 inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {

@@ -104,6 +104,18 @@ inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 inline void griddepcontrol_launch_dependents() { let_next_begin(); }
 inline void griddepcontrol_wait() { wait_for_previous(); }
 
+inline uint32_t cluster_ctarank() { return cluster_rank(); }
+inline void barrier_cluster_arrive_release_aligned() { cluster_arrive(); }
+inline void barrier_cluster_wait_acquire_aligned() { cluster_wait(); }
+inline void mapa_shared__cluster_u32(uint32_t& to, uint32_t address, int rank) { to = map_to_rank(address, rank); }
+inline void ld_shared__cluster_v4_f32(const List<float, 4>& to, uint32_t address) {
+  float values[4];
+  load_cluster(address, values, 16);
+  for (size_t i = 0; i < 4; ++i) {
+    *to[i] = values[i];
+  }
+}
+
 // ---- copies ----
 
 inline void cp_async_cg_shared_global(uint32_t to, const void* from, int size, int bytes) {

@@ -40,6 +40,7 @@ emulated_switch:
 namespace emulated {
 
 std::vector<std::unique_ptr<Thread>> threads;
+unsigned blocks = 1;
 Thread* running = nullptr;
 bool late = false;
 bool trusted = false;
@@ -49,19 +50,25 @@ namespace {
 std::vector<unsigned char*> stacks;
 std::vector<Thread*> runnable;
 void* scheduler_stack = nullptr;
-Index block, grid_of_launch;
+Index block, grid_of_launch;  // block: the cluster's first one
 unsigned threads_of_block = 0;
 const std::function<void()>* kernel_of_launch = nullptr;
 std::mt19937_64 random_numbers;
 uint64_t first_seed = 0;      // since begin()
 uint64_t seed_of_launch = 0;  // of the next one
 bool favourites = false;      // some warps run whenever they can
-std::array<unsigned, kMostThreads / kWarp> priorities;
+std::array<unsigned, kMostBlocks * kMostThreads / kWarp> priorities;
 std::string broken_rule;
 
 struct RuleBroken {};  // outside of a thread
 
 void pause() { emulated_switch(&running->stack_pointer, scheduler_stack); }
+
+// In its block, by its id.
+std::string number_of(unsigned thread) {
+  return std::to_string(thread % threads_of_block) +
+         (blocks > 1 ? " of rank " + std::to_string(thread / threads_of_block) : "");
+}
 
 // ---- meetings ----
 
@@ -74,9 +81,16 @@ struct Meeting {
   void* arguments[kWarp];
 };
 std::map<std::pair<unsigned, uint32_t>, Meeting> warp_meetings;  // by warp and mask
-std::array<Meeting, 16> barriers;
-Meeting votes;
-bool vote = false, outcome = false;
+struct BlockMeetings {
+  std::array<Meeting, 16> barriers;
+  Meeting votes;
+  bool vote = false, outcome = false;
+};
+std::array<BlockMeetings, kMostBlocks> meetings;
+Meeting of_cluster;
+uint64_t cluster_phase = 0;
+Clock cluster_clock;  // of the phase before
+size_t ended = 0;     // threads
 
 void release(Meeting& m, bool ordered) {
   for (Thread* t : m.waiting) {
@@ -107,11 +121,25 @@ void arrive(Meeting& m, bool ordered, bool waits) {
   }
 }
 
+// Threads that have ended need not arrive.
+void end_cluster_phase_if_due() {
+  if (of_cluster.arrived > 0 && of_cluster.arrived + ended == threads.size()) {
+    ++cluster_phase;
+    cluster_clock = of_cluster.clock;
+    release(of_cluster, true);
+  }
+}
+
 // ---- the scheduler ----
 
 void enter() {
   (*kernel_of_launch)();
+  if (running->in_cluster_barrier) {
+    fail("%s has ended without a barrier.cluster.wait behind its arrive", name_of(running->id).c_str());
+  }
   running->done = true;
+  ++ended;
+  end_cluster_phase_if_due();
   pause();
 }
 
@@ -132,7 +160,7 @@ Thread* choose() {
   unsigned chosen = draw(size);
   for (int i = 0; favourites && i < 8; ++i) {
     const unsigned other = draw(size);
-    if (priorities[runnable[other]->id / kWarp] > priorities[runnable[chosen]->id / kWarp]) {
+    if (priorities[warp_of(*runnable[other])] > priorities[warp_of(*runnable[chosen])]) {
       chosen = other;
     }
   }
@@ -142,18 +170,22 @@ Thread* choose() {
   return t;
 }
 
-void reset_block(unsigned count) {
+void reset_cluster() {
   warp_meetings.clear();
-  barriers.fill({});
-  votes = {};
+  meetings.fill({});
+  of_cluster = {};
+  cluster_phase = ended = 0;
   reset_memory();
   reset_asynchronous();
   threads.clear();
   runnable.clear();
+  const unsigned count = blocks * threads_of_block;
   for (unsigned i = 0; i < count; ++i) {
     threads.push_back(std::make_unique<Thread>());
     Thread& t = *threads.back();
     t.id = i;
+    t.rank = i / threads_of_block;
+    t.index = i % threads_of_block;
     t.clock.assign(count + 1, 0);
     t.clock[i] = 1;
     if (stacks.size() <= i) {
@@ -170,7 +202,7 @@ void reset_block(unsigned count) {
   favourites = draw(2) != 0;
 }
 
-void run_block() {
+void run_cluster() {
   for (;;) {
     if (!late && draw(4) == 0) {
       complete_one();
@@ -178,6 +210,7 @@ void run_block() {
     Thread* const next = choose();
     if (next != nullptr) {
       running = next;
+      dynamic_shared = shared_at(next->rank, kSharedBase);
       emulated_switch(&scheduler_stack, next->stack_pointer);
       running = nullptr;
       if (!broken_rule.empty()) {
@@ -192,17 +225,18 @@ void run_block() {
     if (!t->done) {
       stuck[t->waits_for].push_back(t->id);
     } else if (!t->stores.empty()) {
-      fail("thread %u has ended while its bulk copies may still read shared memory", t->id);
+      fail("%s has ended while its bulk copies may still read shared memory", name_of(t->id).c_str());
     }
   }
   if (!stuck.empty()) {
     std::string text;
     for (const auto& [what, ids] : stuck) {
-      text += (text.empty() ? "" : ", ") + std::to_string(ids.size()) + " threads from " + std::to_string(ids.front()) +
+      text += (text.empty() ? "" : ", ") + std::to_string(ids.size()) + " threads from " + number_of(ids.front()) +
               " on at " + what;
     }
     fail("deadlock: %s", text.c_str());
   }
+  check_lifetimes();
 }
 
 }  // namespace
@@ -220,10 +254,11 @@ void wait(const std::string& what) {
   pause();
 }
 void resume(Thread* t) { runnable.push_back(t); }
+std::string name_of(unsigned thread) { return "thread " + number_of(thread); }
 uintptr_t stack_of(const Thread& t) { return number(stacks[t.id]); }
 
-Index thread_index() { return {running->id, 0, 0}; }
-Index block_index() { return block; }
+Index thread_index() { return {running->index, 0, 0}; }
+Index block_index() { return {block.x + running->rank, block.y, block.z}; }
 Index grid_size() { return grid_of_launch; }
 Index block_size() { return {threads_of_block, 1, 1}; }
 
@@ -231,24 +266,30 @@ const std::string& problem() { return broken_rule; }
 
 uint64_t launches() { return seed_of_launch - first_seed; }
 
-bool launch(Index grid, unsigned count, size_t shared_bytes, bool early, const std::function<void()>& kernel) {
+bool launch(Index grid, unsigned cluster, unsigned count, size_t shared_bytes, bool early,
+            const std::function<void()>& kernel) {
   broken_rule.clear();
   if (count == 0 || count > kMostThreads || shared_bytes > kSharedBytes) {
     broken_rule = "a launch of " + std::to_string(count) + " threads with " + std::to_string(shared_bytes) +
                   " bytes of shared memory";
     return false;
   }
+  if (cluster == 0 || cluster > kMostBlocks || grid.x % cluster != 0) {
+    broken_rule = "a launch of " + std::to_string(grid.x) + " blocks in clusters of " + std::to_string(cluster);
+    return false;
+  }
   random_numbers.seed(seed_of_launch++);
   grid_of_launch = grid;
+  blocks = cluster;
   threads_of_block = count;
   kernel_of_launch = &kernel;
   begin_memory(number(__builtin_frame_address(0)), shared_bytes, early);
   for (block.z = 0; block.z < grid.z; ++block.z) {
     for (block.y = 0; block.y < grid.y; ++block.y) {
-      for (block.x = 0; block.x < grid.x; ++block.x) {
-        reset_block(count);
+      for (block.x = 0; block.x < grid.x; block.x += cluster) {
+        reset_cluster();
         try {
-          run_block();
+          run_cluster();
         } catch (const RuleBroken&) {
         }
         running = nullptr;
@@ -273,7 +314,7 @@ void fail(const char* format, ...) {
   // The way here, for translate.py to put lines to.
   void* frame = __builtin_frame_address(0);
   if (running != nullptr) {
-    broken_rule += "; thread " + std::to_string(running->id) + ", at";
+    broken_rule += "; " + name_of(running->id) + ", at";
     const auto bottom = number(stacks[running->id]);
     for (int depth = 0; depth < 12 && number(frame) >= bottom && number(frame) < bottom + kStack - 32; ++depth) {
       auto** const words = static_cast<void**>(frame);
@@ -292,7 +333,7 @@ void fail(const char* format, ...) {
 
 void meet_in_warp(const char* name, uint32_t mask, void* argument, bool ordered,
                   const std::function<void(void* const (&)[kWarp])>& f) {
-  const unsigned lane = running->id % kWarp, warp = running->id / kWarp;
+  const unsigned lane = running->index % kWarp, warp = warp_of(*running);
   if ((mask >> lane & 1) == 0) {
     fail("%s without its own lane in the mask", name);
   }
@@ -314,7 +355,7 @@ void meet_in_warp(const char* name, uint32_t mask, void* argument, bool ordered,
 }
 
 void meet_at_barrier(unsigned barrier, unsigned count, bool waits) {
-  Meeting& m = barriers.at(barrier);
+  Meeting& m = meetings[running->rank].barriers.at(barrier);
   const unsigned expected = count == 0 ? threads_of_block : count;
   if (m.arrived > 0 && m.expected != expected) {
     fail("bar %u for %u threads, where others are for %u", barrier, expected, m.expected);
@@ -329,6 +370,7 @@ void meet_at_barrier(unsigned barrier, unsigned count, bool waits) {
 }
 
 bool any_in_block(bool condition) {
+  auto& [barriers, votes, vote, outcome] = meetings[running->rank];
   vote = (votes.arrived > 0 && vote) || condition;
   arrive(votes, true, true);
   if (votes.arrived == threads_of_block) {
@@ -338,6 +380,33 @@ bool any_in_block(bool condition) {
     wait("__syncthreads_or");
   }
   return outcome;
+}
+
+unsigned cluster_rank() { return running->rank; }
+
+void cluster_arrive() {
+  const unsigned lanes = std::min(kWarp, threads_of_block - running->index / kWarp * kWarp);
+  meet_in_warp("barrier.cluster.arrive", 0xffffffffu >> (kWarp - lanes), nullptr, false, [](auto&) {});
+  if (running->in_cluster_barrier) {
+    fail("barrier.cluster.arrive behind another one that was not waited for");
+  }
+  running->in_cluster_barrier = true;
+  running->cluster_phase = cluster_phase;
+  arrive(of_cluster, true, false);
+  end_cluster_phase_if_due();
+}
+
+void cluster_wait() {
+  if (!running->in_cluster_barrier) {
+    fail("barrier.cluster.wait without an arrive before");
+  }
+  running->in_cluster_barrier = false;
+  if (running->cluster_phase == cluster_phase) {
+    of_cluster.waiting.push_back(running);
+    wait("barrier.cluster.wait");
+  } else {
+    join(running->clock, cluster_clock);
+  }
 }
 
 void set_seed(uint64_t seed) {

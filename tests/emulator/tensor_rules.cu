@@ -60,8 +60,8 @@ struct Product {
   int columns;  // tiles of them
 };
 
-// A block has 64 rows of y. Stages of both operands come to shared memory by a warp of their own; a warpgroup multiplies
-// them, and has one product under way while it starts the next. Results go to memory by boxes as wide as the operands'.
+// A block has 64 rows of y. Stages of both operands come to shared memory by a warp of their own; a warpgroup has one
+// product under way while it starts the next. Results go to memory by boxes as wide as those of the operands.
 template <int kRowBytes, Mistake kMistake>
 struct BoxProduct {
   static constexpr int kDepth = kRowBytes / 2, kStages = 3, kRows = 64;
@@ -388,8 +388,8 @@ const char* emulated_im2col(void* x, void* y, const int* arguments, uint64_t see
       launch_kernel(im2col, dim3(tiles), 64, (p.tile * kPixelChannels * 2 + 7) / 8 * 8 + 8, true, nullptr, p));
 }
 
-// What the driver says to a map: nullptr if it takes it. numbers: type, rank, swizzle, the address modulo 1024; then of
-// five dimensions the sizes, strides to the next, element strides, and the box, or channels and pixels for im2col; and of
+// What the driver says to a map: nullptr if it takes it. numbers: type, rank, swizzle, the address modulo 1024; of five
+// dimensions the sizes, strides to the next, element strides, and the box, or channels and pixels for im2col; and of
 // three the lower corner and the upper one.
 const char* emulated_encode(bool is_im2col, const int64_t* numbers, uint64_t) {
   alignas(1024) static unsigned char data[2048];

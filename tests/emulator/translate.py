@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels for the processor, as a shared library that the tests load (emulated.py).
 
 Kernels are C++ but for three things. Types and intrinsics of CUDA come from headers of this folder. __shared__ variables
-become static ones, or the array that stands for dynamic shared memory. And inline assembly, instruction by instruction,
+become static ones, or a pointer to the block's dynamic shared memory. And inline assembly, instruction by instruction,
 becomes calls of functions (ptx.h). The compiler announces every access to memory, as it does for thread sanitizers.
 """
 
@@ -91,6 +91,8 @@ def call(instruction: str, expressions: list[str], number: int) -> str:
             return f"::emulated::ptx::list({', '.join(expression(o) for o in operand[1:-1].split(','))})"
         if operand.startswith("["):
             return ", ".join(expression(o) for o in split(operand[1:-1], ","))
+        if operand.startswith("%%"):
+            return f"::emulated::ptx::{operand[2:]}()"
         return expressions[int(operand[1:])] if operand.startswith("%") else operand
 
     text = instruction.strip()
@@ -132,8 +134,8 @@ def translate(source: str) -> str:
     """Preprocessed CUDA C++ as C++."""
     source = SHARED.sub(
         lambda m: (
-            f"static auto* const {m[2]} = reinterpret_cast<{m[1]}{f' (*){m[3]}' if m[3] else '*'}>"
-            "(::emulated::shared_memory);"
+            f"static auto& {m[2]} = reinterpret_cast<{m[1]}{f' (*&){m[3]}' if m[3] else '*&'}>"
+            "(::emulated::dynamic_shared);"
         ),
         source,
     )

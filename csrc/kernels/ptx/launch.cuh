@@ -39,21 +39,36 @@ inline bool launches_dependents() {
 #endif
 }
 
-// dependent: the kernel waits by wait_for_previous(), unless what it touches is older than the kernel before.
+// Blocks in clusters of so many next to each other. dependent: the kernel waits by wait_for_previous(), unless what it
+// touches is older than the kernel before.
 template <typename... Params>
-cudaError_t launch_kernel(void (*kernel)(Params...), dim3 blocks, unsigned threads, int shared_memory, bool dependent,
-                          cudaStream_t stream, const std::type_identity_t<Params>&... params) {
+cudaError_t launch_cluster(void (*kernel)(Params...), dim3 blocks, unsigned cluster, unsigned threads,
+                           int shared_memory, bool dependent, cudaStream_t stream,
+                           const std::type_identity_t<Params>&... params) {
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_memory);
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent && launches_dependents() ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (dependent && launches_dependents()) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, params...);
+}
+template <typename... Params>
+cudaError_t launch_kernel(void (*kernel)(Params...), dim3 blocks, unsigned threads, int shared_memory, bool dependent,
+                          cudaStream_t stream, const std::type_identity_t<Params>&... params) {
+  return launch_cluster(kernel, blocks, 1, threads, shared_memory, dependent, stream, params...);
 }
 
 }  // namespace fused_conv_bn

@@ -47,8 +47,11 @@ __device__ __forceinline__ void copy_bulk(void* to, uint32_t from_shared, uint32
 }
 // Ends a group of those that this thread started.
 __device__ __forceinline__ void copy_bulk_commit() { FCB_BULK("cp.async.bulk.commit_group;" ::); }
-// Waits until this thread's have read their source.
-__device__ __forceinline__ void copy_bulk_wait_read() { FCB_BULK("cp.async.bulk.wait_group.read 0;" ::); }
+// Waits until this thread's have read their source, but for the latest kLeft groups.
+template <int kLeft = 0>
+__device__ __forceinline__ void copy_bulk_wait_read() {
+  FCB_BULK("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft));
+}
 // Waits until they are done.
 __device__ __forceinline__ void copy_bulk_wait() { FCB_BULK("cp.async.bulk.wait_group 0;" ::); }
 // What this thread wrote to shared memory becomes visible to bulk copies and wgmma.

@@ -64,6 +64,7 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address, uint32_t 
 #define FCB_SUMS_16(i) FCB_SUMS_8(i), FCB_SUMS_8(i + 8)
 #define FCB_SUMS_32(i) FCB_SUMS_16(i), FCB_SUMS_16(i + 16)
 #define FCB_SUMS_64(i) FCB_SUMS_32(i), FCB_SUMS_32(i + 32)
+#define FCB_SUMS_128(i) FCB_SUMS_64(i), FCB_SUMS_64(i + 64)
 #define FCB_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FCB_REGISTERS_32 \
   FCB_REGISTERS_16       \
@@ -72,6 +73,12 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address, uint32_t 
   FCB_REGISTERS_32                                                                               \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FCB_REGISTERS_128                                                                            \
+  FCB_REGISTERS_64                                                                                   \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82"  \
+  ", %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100"      \
+  ", %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116" \
+  ", %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FCB_PRODUCT_OF(type, n, registers, operands, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " operands \
                ", 1, 1, 0, 0;"                                                                               \
@@ -89,6 +96,14 @@ template <typename MmaType, bool kAdd>
 __device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(128, FCB_REGISTERS_64, "%64, %65, %66", FCB_SUMS_64(0))
+#endif
+}
+
+// The same of 256 rows of b.
+template <typename MmaType, bool kAdd>
+__device__ __forceinline__ void product_m64n256k16(float (&sums)[128], uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  FCB_PRODUCT(256, FCB_REGISTERS_128, "%128, %129, %130", FCB_SUMS_128(0))
 #endif
 }
 
@@ -128,8 +143,10 @@ __device__ __forceinline__ void product_into_part(float (&sums)[32], uint64_t a,
 #undef FCB_SUMS_16
 #undef FCB_SUMS_32
 #undef FCB_SUMS_64
+#undef FCB_SUMS_128
 #undef FCB_REGISTERS_16
 #undef FCB_REGISTERS_32
 #undef FCB_REGISTERS_64
+#undef FCB_REGISTERS_128
 
 }  // namespace fused_conv_bn

@@ -1,0 +1,185 @@
+// A warpgroup that multiplies every second of the block's tiles, and finishes them while the other one multiplies; or its part of
+// every tile.
+#pragma once
+
+#include "kernels/common/vec.cuh"
+#include "kernels/conv/epilogue/residual.cuh"
+#include "kernels/ptx/launch.cuh"
+#include "kernels/ptx/tma.cuh"
+#include "products.cuh"
+
+namespace fused_conv_bn::gemm_sm90 {
+
+template <typename T, int kTile>
+struct Consumer {
+  using B = Block<T, kTile>;
+  static constexpr int kPixels = B::kShape.pixels, kFilters = B::kShape.filters;
+  static constexpr bool kTogether = B::kShape.together;
+  static constexpr int kEvery = kTogether ? 1 : kConsumers;  // of the block's tiles
+  static constexpr int kM = Products<T, kTile>::kM;
+  static constexpr int kRow = kFilters < 64 ? kFilters : 64;  // filters of a row of a box of the output
+  static constexpr int kRowBytes = kRow * 2;
+
+  const B& block;
+  const int consumer;
+  const Params<T>& p = block.p;
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  Ring ring{};
+  uint32_t output = 0;  // the buffer of this tile's results
+  Products<T, kTile> products;
+
+  __device__ __forceinline__ void sync() const { named_barrier_sync(1 + consumer, 128); }
+
+  // ---- products ----
+
+  // next: another consumer's tile follows.
+  template <int kDepth>
+  __device__ __forceinline__ void multiply_tile(bool first_tile, bool next) {
+    const Layout& l = p.layout;
+    products.clear();
+    int previous = 0;
+#pragma unroll 1
+    for (int step = 0; step < l.steps; ++step) {
+      if (l.resident && first_tile) {
+        barrier_wait(block.filters(step), 0);
+      }
+      barrier_wait(block.full(ring.stage), ring.parity);
+      if (next && step + 1 == l.steps) {
+        __syncwarp();
+        arrive_as_warp(block.turn(1 - consumer));
+      }
+      const uint32_t pixels = block.pixels_of(ring.stage) + (kTogether ? consumer * (kPixels * kDepth * 2) : 0);
+      products.template start<kDepth>(pixels, block.filters_of(ring.stage, step));
+      if (step > 0) {
+        product_wait<1>();
+        arrive_as_warp(block.empty(previous));
+      }
+      previous = ring.stage;
+      ring.advance(l.stages);
+    }
+    products.finish();
+    arrive_as_warp(block.empty(previous));
+  }
+
+  // ---- results ----
+
+  // Where the thread's filters 8 * j and the one behind it are of one of its pixels, in shared memory.
+  __device__ __forceinline__ uint32_t place(int row, int j) const {
+    constexpr int kChunks = kRowBytes / 16;
+    const int swizzle = kRowBytes == 128 ? row & 7 : row >> 1 & 3;
+    return output + j / kChunks * (kPixels * kRowBytes) + row * kRowBytes + ((j % kChunks ^ swizzle) * 16) +
+           thread % 4 * 4;
+  }
+  __device__ __forceinline__ int row(int m, int half) const {
+    return m * 64 + thread / 32 * 16 + thread % 32 / 4 + half * 8;
+  }
+
+  __device__ __forceinline__ void add_residual(int m) {
+#pragma unroll
+    for (int j = 0; j < kFilters / 8; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 r = unpack_pair(T(), load_shared_1(place(row(m, half), j)));
+        products.sums[m][4 * j + 2 * half] += r.x;
+        products.sums[m][4 * j + 2 * half + 1] += r.y;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(int m) {
+#pragma unroll
+    for (int j = 0; j < kFilters / 8; ++j) {
+      const int filter = 8 * j + thread % 4 * 2;
+      const auto scale = *reinterpret_cast<const float2*>(&block.header.scales[filter]);
+      const auto shift = *reinterpret_cast<const float2*>(&block.header.shifts[filter]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& a = products.sums[m][4 * j + 2 * half];
+        float& b = products.sums[m][4 * j + 2 * half + 1];
+        a = apply_affine(a, Affine<float>{0, scale.x, shift.x});
+        b = apply_affine(b, Affine<float>{0, scale.y, shift.y});
+      }
+    }
+    finish_sums(
+        p.has_residual, p.residual_last, [&] { add_residual(m); },
+        [&] { activate_all<T, false>(p.activation, p.negative_slope, products.sums[m]); });
+#pragma unroll
+    for (int j = 0; j < kFilters / 8; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        store_shared(place(row(m, half), j),
+                     pack_pair(T(), products.sums[m][4 * j + 2 * half], products.sums[m][4 * j + 2 * half + 1]));
+      }
+    }
+  }
+
+  // Boxes of the consumer's output.
+  template <typename F>
+  __device__ __forceinline__ void for_boxes(F&& f) const {
+#pragma unroll
+    for (int box = 0; box < kFilters / kRow; ++box) {
+      const int filter = block.first_filter() + box * kRow;
+      if (filter < p.filters) {
+        f(filter, output + box * (kPixels * kRowBytes));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void fetch_residual(int pixel) const {
+    const int boxes = min((p.filters - block.first_filter() + kRow - 1) / kRow, kFilters / kRow);
+    barrier_arrive_expect(block.residual(consumer), boxes * (kPixels * kRowBytes));
+    for_boxes([&](int filter, uint32_t at) { fetch_box(at, p.residual, filter, pixel, block.residual(consumer)); });
+  }
+
+  __device__ __forceinline__ void run() {
+    const Layout& l = p.layout;
+    const int tiles = block.tiles();
+    if (!kTogether && consumer > 0) {
+      ring.skip(p.stage_rounds, p.stage_rest, l.stages);
+    }
+#pragma unroll 1
+    for (int tile = kTogether ? 0 : consumer, round = 0; tile < tiles; tile += kEvery, ++round) {
+      const int pixel = block.first_pixel(tile) + (kTogether ? consumer * kPixels : 0);
+      output = block.output(consumer, l.buffers == 2 ? round & 1 : 0);
+      if (thread == 0) {  // the buffer is free
+        if (l.buffers == 2) {
+          copy_bulk_wait_read<1>();
+        } else {
+          copy_bulk_wait_read();
+        }
+        if (p.has_residual) {
+          fetch_residual(pixel);
+        }
+      }
+      __syncwarp();
+      if (!kTogether && tile > 0) {
+        barrier_wait(block.turn(consumer), (tile - 1) / kConsumers & 1);
+      }
+      Products<T, kTile>::with_depth(
+          l.depth, [&]<int kDepth>() { multiply_tile<kDepth>(round == 0, !kTogether && tile + 1 < tiles); });
+      if (!kTogether) {
+        ring.skip(p.stage_rounds, p.stage_rest, l.stages);
+      }
+      if (p.has_residual) {
+        barrier_wait(block.residual(consumer), round & 1);
+      } else {
+        sync();  // as thread 0 knows that the buffer is free
+      }
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        finish(m);
+      }
+      fence_async();
+      sync();
+      if (thread == 0) {
+        for_boxes([&](int filter, uint32_t at) { store_box(p.y, filter, pixel, at); });
+        copy_bulk_commit();
+      }
+    }
+    if (thread == 0) {
+      copy_bulk_wait();
+    }
+  }
+};
+
+}  // namespace fused_conv_bn::gemm_sm90

@@ -1,0 +1,65 @@
+// A convolution as the product of a matrix of pixels by one of filters, each row of which has the terms of one result.
+//
+// A block has a tile of filters for good, and takes one tile of pixels after another. One thread fetches what is multiplied,
+// as boxes of tensors (ptx/tensor_map.cuh): of a tap's pixels as the tensor map for im2col finds them, and of its filters.
+// Two warpgroups have every second tile each: while one multiplies, the other adds the affine, the residual and the activation,
+// and sends its results to shared memory and from there as boxes to the output. Where there are few tiles, a cluster of
+// blocks has one, and shares its terms.
+//
+//     plan.h        the domain, tiles, and what they are chosen by
+//     params.cuh    what a block knows: parameters, shared memory, the ring of stages
+//     producer.cuh  from tensors to stages
+//     products.cuh  from a stage to sums
+//     consumer.cuh  from stages to results
+//     split.cuh     the same in a cluster
+//     launch.cuh    from a problem to parameters
+#pragma once
+
+#include "consumer.cuh"
+#include "kernels/ptx/launch.cuh"
+#include "producer.cuh"
+#include "split.cuh"
+
+namespace fused_conv_bn::gemm_sm90 {
+
+// A multiprocessor's registers for the threads of so many blocks: producers take few of them.
+template <int kBlocks>
+constexpr int kConsumerRegisters = kBlocks == 1 ? 232 : 104;
+template <int kBlocks>
+constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 24;
+
+template <typename T, int kTile>
+__global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
+    gemm_sm90_kernel(const __grid_constant__ Params<T> p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kBlocks = kTiles[kTile].blocks;
+  const Block<T, kTile> block(p, blockIdx.x);
+  block.set_up();
+  wait_for_previous();
+  let_next_begin();
+  if (threadIdx.x < 128) {
+    release_registers<kProducerRegisters<kBlocks>>();
+    if (threadIdx.x == 0) {
+      Producer<T, kTile>{block}.run();
+    }
+  } else {
+    acquire_registers<kConsumerRegisters<kBlocks>>();
+    block.set_affines();
+    Consumer<T, kTile>{block, static_cast<int>(threadIdx.x) / 128 - 1}.run();
+  }
+#endif
+}
+
+template <typename T, int kTile>
+__global__ void __launch_bounds__(kThreads, 1) gemm_sm90_split_kernel(const __grid_constant__ Params<T> p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const int rank = static_cast<int>(cluster_rank());
+  const Block<T, kTile> block(p, blockIdx.x / p.layout.splits);
+  block.set_up();
+  wait_for_previous();
+  let_next_begin();
+  Split<T, kTile>{block, rank}.run();
+#endif
+}
+
+}  // namespace fused_conv_bn::gemm_sm90

@@ -1,0 +1,148 @@
+// From a problem and its layout to the kernel's parameters, and its launch.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "kernel.cuh"
+
+namespace fused_conv_bn {
+namespace gemm_sm90 {
+
+template <typename T>
+constexpr CUtensorMapDataType kType = std::is_same_v<T, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+
+// Boxes whose rows have so many bytes are swizzled over them.
+inline CUtensorMapSwizzle swizzle(int row_bytes) {
+  return row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+         : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                           : CU_TENSOR_MAP_SWIZZLE_32B;
+}
+
+// Rows of `columns` values that follow each other.
+template <typename T>
+cudaError_t encode_matrix(CUtensorMap& map, const void* data, int64_t columns, int64_t rows, int box_columns,
+                          int box_rows) {
+  const TensorLayout<2> matrix{data,
+                               kType<T>,
+                               {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+                               {static_cast<cuuint64_t>(columns) * 2}};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  return encode_tiled(map, matrix, box, swizzle(box_columns * 2));
+}
+
+template <typename T>
+cudaError_t encode_pixels(CUtensorMap& map, const void* x, const Conv2d& c, const Layout& l, bool flat) {
+  if (flat) {
+    return encode_matrix<T>(map, x, c.C, c.N * c.P * c.Q, l.depth, kTiles[l.tile].block_pixels());
+  }
+  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const TensorLayout<4> images{x,
+                               kType<T>,
+                               {size(c.C), size(c.W), size(c.H), size(c.N)},
+                               {size(c.C * 2), size(c.W * c.C * 2), size(c.H * c.W * c.C * 2)}};
+  const auto corner = [](int64_t pad, int64_t taps, int64_t dilation) {
+    return static_cast<int>(pad - (taps == 1 ? 0 : dilation * (taps - 1)));
+  };
+  const int lower[] = {static_cast<int>(-c.pad_w), static_cast<int>(-c.pad_h)};
+  const int upper[] = {corner(c.pad_w, c.S, c.dilation_w), corner(c.pad_h, c.R, c.dilation_h)};
+  const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(c.stride_w), static_cast<cuuint32_t>(c.stride_h), 1};
+  return encode_im2col(map, images, lower, upper, static_cast<cuuint32_t>(l.depth),
+                       static_cast<cuuint32_t>(kTiles[l.tile].block_pixels()), steps, swizzle(l.depth * 2));
+}
+
+template <typename T>
+cudaError_t encode_filters(CUtensorMap& map, const void* w, const Conv2d& c, const Layout& l) {
+  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const TensorLayout<3> filters{
+      w, kType<T>, {size(c.C), size(c.R * c.S), size(c.K)}, {size(c.C * 2), size(c.R * c.S * c.C * 2)}};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(l.depth), 1, static_cast<cuuint32_t>(kTiles[l.tile].filters)};
+  return encode_tiled(map, filters, box, swizzle(l.depth * 2));
+}
+
+template <typename T>
+cudaError_t set_maps(const ConvCall& call, const Layout& l, Params<T>& p) {
+  const auto& [c, operands, gpu, epilogue] = call;
+  const TileShape& t = kTiles[l.tile];
+  const int row = std::min(t.filters, 64);
+  cudaError_t status = encode_pixels<T>(p.x, operands.x, c, l, p.flat);
+  if (status == cudaSuccess) {
+    status = encode_filters<T>(p.w, operands.w, c, l);
+  }
+  if (status == cudaSuccess) {
+    status = encode_matrix<T>(p.y, operands.y, c.K, c.N * c.P * c.Q, row, t.pixels);
+  }
+  if (status == cudaSuccess && p.has_residual) {
+    status = encode_matrix<T>(p.residual, operands.residual, c.K, c.N * c.P * c.Q, row, t.pixels);
+  }
+  return status;
+}
+
+template <typename T>
+cudaError_t launch(const ConvCall& call, const Layout& l, cudaStream_t stream) {
+  const auto& [c, operands, gpu, epilogue] = call;
+  const TileShape& t = kTiles[l.tile];
+  Params<T> p{};
+  p.affine = AffineSource<T>(operands.affine);
+  p.residual_data = static_cast<const T*>(operands.residual);
+  p.y_data = static_cast<T*>(operands.y);
+  p.pixels = static_cast<int>(c.N * c.P * c.Q);
+  p.filters = static_cast<int>(c.K);
+  p.R = static_cast<int>(c.R);
+  p.S = static_cast<int>(c.S);
+  p.stride_h = static_cast<int>(c.stride_h);
+  p.stride_w = static_cast<int>(c.stride_w);
+  p.pad_h = static_cast<int>(c.pad_h);
+  p.pad_w = static_cast<int>(c.pad_w);
+  p.dilation_h = c.R == 1 ? 1 : static_cast<int>(c.dilation_h);
+  p.dilation_w = c.S == 1 ? 1 : static_cast<int>(c.dilation_w);
+  p.image_pixels = FastDiv(static_cast<uint32_t>(c.P * c.Q));
+  p.columns = FastDiv(static_cast<uint32_t>(c.Q));
+  const int64_t filter_tiles = ceil_div(c.K, t.filters);
+  p.filter_tiles = FastDiv(static_cast<uint32_t>(filter_tiles));
+  p.pixel_tiles = static_cast<int>(ceil_div(c.N * c.P * c.Q, t.block_pixels()));
+  p.layout = l;
+  p.stage_rounds = l.steps / l.stages;
+  p.stage_rest = l.steps % l.stages;
+  p.flat = c.R == 1 && c.S == 1 && c.stride_h == 1 && c.stride_w == 1 && c.pad_h == 0 && c.pad_w == 0;
+  p.has_residual = operands.residual != nullptr;
+  p.residual_last = epilogue.residual_last;
+  p.activation = epilogue.activation;
+  p.negative_slope = static_cast<float>(epilogue.negative_slope);
+  cudaError_t status = set_maps(call, l, p);
+  const auto start = [&](auto kernel) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_memory);
+    if (status == cudaSuccess) {
+      const auto blocks = static_cast<unsigned>(filter_tiles * l.blocks_of_filters * l.splits);
+      status = launch_cluster(kernel, dim3(blocks), static_cast<unsigned>(l.splits), kThreads, l.shared_memory, true,
+                              stream, p);
+    }
+  };
+  const auto start_tile = [&]<int kTile>() {
+    if (l.splits == 1) {
+      start(gemm_sm90_kernel<T, kTile>);
+    } else if constexpr (kTiles[kTile].is_shared) {
+      start(gemm_sm90_split_kernel<T, kTile>);
+    }
+  };
+  if (status == cudaSuccess) {
+    [&]<int... tiles>(std::integer_sequence<int, tiles...>) {
+      ((tiles == l.tile && (start_tile.template operator()<tiles>(), true)) || ...);
+    }(std::make_integer_sequence<int, kTileCount>());
+  }
+  return status;
+}
+
+}  // namespace gemm_sm90
+
+template <typename T>
+cudaError_t GemmSm90::launch(const ConvCall& call, cudaStream_t stream) const {
+  if constexpr (sizeof(T) == 2) {
+    return gemm_sm90::launch<T>(call, layout, stream);
+  } else {
+    return cudaErrorInvalidValue;  // supports() has none of these
+  }
+}
+
+}  // namespace fused_conv_bn

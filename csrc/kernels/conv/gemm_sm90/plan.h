@@ -1,0 +1,200 @@
+// gemm_sm90: any convolution of 16 bits and channels_last as a product of matrices, with its epilogue, on the tensor cores of
+// compute capability 9.0a (tensor maps, wgmma).
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "kernels/conv/problem.h"
+
+namespace fused_conv_bn {
+namespace gemm_sm90 {
+
+constexpr int kConsumers = 2;                     // warpgroups that have tiles, in turns
+constexpr int kThreads = 128 * (1 + kConsumers);  // and one that fetches what they multiply
+constexpr int kMostStages = 12;
+constexpr int kMostResident = 40;  // steps whose filters may stay in shared memory
+constexpr int kMostFilters = 256;  // of a tile
+constexpr int kMostSplits = 8;     // blocks of a cluster
+constexpr int kHeaderBytes = 3072;
+
+// A tile of the product: a consumer's pixels by filters. Consumers have tiles in turns, or work together, on one behind the other.
+struct TileShape {
+  int pixels, filters;
+  int blocks;  // that a multiprocessor is to have at a time
+  bool together;
+  bool is_shared;  // a cluster may share a tile's steps
+
+  constexpr int block_pixels() const { return pixels * (together ? kConsumers : 1); }
+  constexpr int out_bytes() const { return pixels * filters * 2; }
+};
+constexpr TileShape kTiles[] = {
+    {128, 128, 1, false, true}, {64, 256, 1, false, false}, {128, 64, 1, false, true},
+    {128, 64, 2, false, false}, {128, 32, 2, false, false}, {64, 64, 2, false, false},
+    {64, 64, 1, false, true},   {128, 128, 1, true, false}, {128, 64, 1, true, false},
+};
+constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+
+// A step is a tap's channels, at most so many that a pixel's are 128 bytes. A stage of the pipeline has those of a tile's
+// pixels and filters; the filters may lie apart instead, all steps of them, where a block fetches them only once.
+//
+// Where there are few tiles, the blocks of a cluster share the steps of one.
+struct Layout {
+  int tile;       // of kTiles
+  int depth;      // channels of a step: 64, 32 or 16
+  int slices;     // steps of a tap
+  int steps;      // of the whole filter
+  int splits;     // blocks of a cluster
+  bool resident;  // filters lie apart
+  int stages;
+  int buffers;            // of a consumer, for its results
+  int blocks_of_filters;  // blocks, or clusters, that have the same filters
+  // In bytes.
+  int pixel_bytes, filter_bytes, stage_bytes;
+  int at_resident, at_output;  // behind the header and the stages
+  int shared_memory;
+};
+
+inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  const auto fits_map = [](int64_t stride, int64_t pad, int64_t reach) {
+    return stride <= 8 && pad <= 128 && reach - pad <= 128 && reach <= 255;
+  };
+  return gpu.has_wgmma && c.channels_last && c.element_bytes == 2 && c.groups == 1 && c.C >= 1 && c.K >= 1 &&
+         c.C % 8 == 0 && c.K % 8 == 0 && c.R >= 1 && c.S >= 1 &&
+         fits_map(c.stride_h, c.pad_h, c.R == 1 ? 0 : c.dilation_h * (c.R - 1)) &&
+         fits_map(c.stride_w, c.pad_w, c.S == 1 ? 0 : c.dilation_w * (c.S - 1)) && c.N * c.P * c.Q <= kMost &&
+         c.N * c.H * c.W <= kMost && c.C <= kMost && c.K <= kMost && c.C * c.R * c.S <= kMost;
+}
+
+inline Layout steps_of(const Conv2d& c, int tile) {
+  Layout l{};
+  l.tile = tile;
+  l.depth = c.C <= 16 ? 16 : c.C <= 32 ? 32 : 64;
+  l.slices = static_cast<int>(ceil_div(c.C, l.depth));
+  l.steps = static_cast<int>(c.R * c.S * l.slices);
+  l.pixel_bytes = kTiles[tile].block_pixels() * l.depth * 2;
+  l.filter_bytes = kTiles[tile].filters * l.depth * 2;
+  return l;
+}
+
+// Each block has one tile after another.
+inline std::optional<Layout> lay_out(const Conv2d& c, const GpuTraits& gpu, int tile) {
+  constexpr int kFewStages = 4, kReserved = 1024;  // reserved: of each block, by the system
+  const TileShape& t = kTiles[tile];
+  const int memory = std::min(gpu.shared_memory_per_block, gpu.shared_memory_per_multiprocessor / t.blocks - kReserved);
+  Layout l = steps_of(c, tile);
+  l.splits = 1;
+  // As many stages as there is room for; whether these are so many at least.
+  const auto fill = [&](bool resident, int buffers, int least) {
+    const int apart = resident ? l.steps * l.filter_bytes : 0;
+    const int fixed = kHeaderBytes + apart + kConsumers * buffers * t.out_bytes();
+    l.resident = resident;
+    l.buffers = buffers;
+    l.stage_bytes = l.pixel_bytes + (resident ? 0 : l.filter_bytes);
+    l.stages = std::min(kMostStages, (memory - fixed) / l.stage_bytes);
+    l.at_resident = kHeaderBytes + l.stages * l.stage_bytes;
+    l.at_output = l.at_resident + apart;
+    l.shared_memory = fixed + l.stages * l.stage_bytes;
+    return l.stages >= least;
+  };
+  const int64_t filter_tiles = ceil_div(c.K, t.filters), pixel_tiles = ceil_div(c.N * c.P * c.Q, t.block_pixels());
+  l.blocks_of_filters = static_cast<int>(
+      std::clamp<int64_t>(gpu.multiprocessors * t.blocks / filter_tiles, 1, pixel_tiles));
+  const bool may_stay = l.steps <= kMostResident && pixel_tiles > l.blocks_of_filters;
+  if (!(may_stay && fill(true, 2, kFewStages)) && !(may_stay && fill(true, 1, kFewStages)) &&
+      !fill(false, 2, kFewStages) && !fill(false, 1, 2)) {
+    return std::nullopt;
+  }
+  return l;
+}
+
+// Each cluster has one tile, whose consumers have every second step: the number of stages is even, so that each has its own.
+inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu, int tile, int splits) {
+  const TileShape& t = kTiles[tile];
+  Layout l = steps_of(c, tile);
+  l.splits = splits;
+  l.stage_bytes = l.pixel_bytes + l.filter_bytes;
+  const int room = std::min(kMostStages, (gpu.shared_memory_per_block - kHeaderBytes) / l.stage_bytes) / 2 * 2;
+  l.stages = std::min(room, static_cast<int>(round_up(ceil_div(l.steps, splits), 2)));
+  l.at_resident = l.at_output = kHeaderBytes;  // the sums of both consumers take the place of the stages
+  l.shared_memory = kHeaderBytes + std::max(l.stages * l.stage_bytes, kConsumers * t.out_bytes() * 2);
+  l.blocks_of_filters = static_cast<int>(ceil_div(c.N * c.P * c.Q, t.pixels));
+  const bool fits = t.is_shared && l.stages >= 2 && l.steps >= splits * kConsumers && t.filters / 8 >= splits;
+  return fits ? std::optional(l) : std::nullopt;
+}
+
+// By this count: cycles of a multiprocessor, with its products, and what it fetches from L2.
+inline double cost(const Conv2d& c, const Layout& l) {
+  const TileShape& t = kTiles[l.tile];
+  const int64_t filter_tiles = ceil_div(c.K, t.filters), pixel_tiles = ceil_div(c.N * c.P * c.Q, t.pixels);
+  const int64_t waves = ceil_div(filter_tiles * l.blocks_of_filters, 132);
+  const int64_t tiles = ceil_div(pixel_tiles, l.blocks_of_filters);  // of a block
+  const double products = static_cast<double>(t.pixels) * t.filters * l.depth / 1700.0;
+  const double fetch = l.stage_bytes / 30.0;
+  const double store = t.out_bytes() * (c.has_residual ? 2.0 : 1.0) / 20.0;
+  const double step = std::max(products, fetch) * l.steps;
+  const double alone = l.steps * 120.0 + 1500.0;
+  const double of_tile = std::max(step + store / 2, store);
+  return static_cast<double>(waves) * (2000.0 + alone + static_cast<double>(tiles - 1) * std::max(of_tile, alone / 2));
+}
+
+inline std::optional<Layout> best_layout(const Conv2d& c, const GpuTraits& gpu) {
+  std::optional<Layout> best;
+  double least = 0;
+  const auto consider = [&](const std::optional<Layout>& l) {
+    if (l.has_value() && (!best.has_value() || cost(c, *l) < least)) {
+      best = l;
+      least = cost(c, *l);
+    }
+  };
+#if defined(FCB_EXPERIMENT)
+  if (const char* text = std::getenv("FCB_GEMM_TILE")) {
+    const int tile = std::atoi(text);
+    return tile < 100 ? lay_out(c, gpu, tile) : lay_out_split(c, gpu, tile % 100, tile / 100);
+  }
+#endif
+  for (int tile = 0; tile < kTileCount; ++tile) {
+    consider(lay_out(c, gpu, tile));
+    for (int splits = 2; splits <= kMostSplits; splits *= 2) {
+      consider(lay_out_split(c, gpu, tile, splits));
+    }
+  }
+  return best;
+}
+
+}  // namespace gemm_sm90
+
+struct GemmSm90 {
+  static constexpr const char* kName = "gemm_sm90";
+  static constexpr bool kGathersMoments = false;
+
+  gemm_sm90::Layout layout;
+
+  static std::optional<GemmSm90> make(const Conv2d& c, const GpuTraits& gpu) {
+    const auto layout = gemm_sm90::supports(c, gpu) ? gemm_sm90::best_layout(c, gpu) : std::nullopt;
+    return layout.has_value() ? std::optional(GemmSm90{*layout}) : std::nullopt;
+  }
+
+  bool is_faster(const Conv2d&) const { return false; }
+
+  ConvRequirements requirements(const Conv2d&) const {
+    return {.alignment = 16, .dense_weight = true, .channels_last_weight = true};
+  }
+
+  std::string describe() const {
+    const gemm_sm90::TileShape& t = gemm_sm90::kTiles[layout.tile];
+    return std::string(kName) + " " + std::to_string(t.filters) + " channels by " + std::to_string(t.block_pixels()) +
+           " pixels" + (layout.resident ? ", weights in shared memory" : "") +
+           (layout.splits > 1 ? ", channels in " + std::to_string(layout.splits) + " parts" : "");
+  }
+
+#if defined(__CUDACC__)
+  template <typename T>
+  cudaError_t launch(const ConvCall& call, cudaStream_t stream) const;
+#endif
+};
+
+}  // namespace fused_conv_bn

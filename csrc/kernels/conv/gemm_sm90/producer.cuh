@@ -1,0 +1,80 @@
+// The thread that fetches what consumers multiply: step by step, tile by tile, as stages become empty.
+#pragma once
+
+#include "params.cuh"
+
+namespace fused_conv_bn::gemm_sm90 {
+
+template <typename T, int kTile>
+struct Producer {
+  const Block<T, kTile>& block;
+  const Params<T>& p = block.p;
+  Ring ring{};
+
+  // A step of the filter: a tap, and some of its channels.
+  struct Step {
+    int index, r, s, slice;
+
+    __device__ __forceinline__ void advance(const Params<T>& p) {
+      ++index;
+      if (++slice == p.layout.slices) {
+        slice = 0;
+        if (++s == p.S) {
+          s = 0;
+          ++r;
+        }
+      }
+    }
+  };
+
+  __device__ __forceinline__ Step step_at(int index) const {
+    const int tap = index / p.layout.slices;
+    return {index, tap / p.S, tap % p.S, index % p.layout.slices};
+  }
+
+  // `steps` of a tile. Filters that stay come with the block's first.
+  __device__ __forceinline__ void fetch(int pixel, Step step, int steps, bool first_tile) {
+    const Layout& l = p.layout;
+    int image = 0, row = 0, column = 0;  // of the window's first tap
+    if (!p.flat) {
+      auto rest = static_cast<uint32_t>(pixel);
+      image = static_cast<int>(div_mod(p.image_pixels, rest));
+      row = static_cast<int>(div_mod(p.columns, rest)) * p.stride_h - p.pad_h;
+      column = static_cast<int>(rest) * p.stride_w - p.pad_w;
+    }
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      const uint32_t full = block.full(ring.stage);
+      barrier_wait(block.empty(ring.stage), ring.parity ^ 1);
+      barrier_arrive_expect(full, l.stage_bytes);
+      const int channel = step.slice * l.depth;
+      if (p.flat) {
+        fetch_box(block.pixels_of(ring.stage), p.x, channel, pixel, full);
+      } else {
+        fetch_pixels(block.pixels_of(ring.stage), p.x, channel, column, row, image,
+                     static_cast<uint16_t>(step.s * p.dilation_w), static_cast<uint16_t>(step.r * p.dilation_h), full);
+      }
+      if (!l.resident || first_tile) {
+        uint32_t barrier = full;
+        if (l.resident) {
+          barrier = block.filters(step.index);
+          barrier_arrive_expect(barrier, l.filter_bytes);
+        }
+        fetch_box(block.filters_of(ring.stage, step.index), p.w, channel, step.r * p.S + step.s, block.first_filter(),
+                  barrier);
+      }
+      ring.advance(l.stages);
+      step.advance(p);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const int tiles = block.tiles();
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      fetch(block.first_pixel(tile), step_at(0), p.layout.steps, tile == 0);
+    }
+  }
+};
+
+}  // namespace fused_conv_bn::gemm_sm90

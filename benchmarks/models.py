@@ -64,6 +64,9 @@ def model_cases(device: str, quick: bool) -> list[ModelCase]:
         ModelCase("MobileNetV3-L", "timm:create_model=mobilenetv3_large_100", 64, half),
         ModelCase("EfficientNet-B0", "torchvision.models:efficientnet_b0", 64, half),
         ModelCase("DenseNet-121", "torchvision.models:densenet121", 32, half),
+        ModelCase("MobileNetV2", "torchvision.models:mobilenet_v2", 1, half),
+        ModelCase("ResNet-18", "torchvision.models:resnet18", 128, half),
+        ModelCase("VGG11-BN", "torchvision.models:vgg11_bn", 32, half),
     ]
     if device == "cpu":
         cases = [

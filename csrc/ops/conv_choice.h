@@ -63,9 +63,9 @@ inline const std::pair<const char*, ConvStatistics>& find_statistics(const char*
 // The plan of the algorithm that the user asks for, else of the one that select_plan() prefers. problem: nothing for what no
 // algorithm of this package takes, and PyTorch computes.
 inline ConvPlan choose_plan(const char* op, const Asked& asked, const std::optional<Conv2d>& problem,
-                            const GpuTraits& gpu) {
+                            const GpuTraits& gpu, bool train) {
   if (asked.by_rule()) {
-    return problem.has_value() ? select_plan(*problem, gpu) : ConvPlan(Aten{});
+    return problem.has_value() ? select_plan(*problem, gpu, train) : ConvPlan(Aten{});
   }
   const std::string name = find_algorithm(op, asked);
   if (name == Aten::kName) {

@@ -67,7 +67,7 @@ std::string explain_problem(std::vector<int64_t> problem, std::vector<int64_t> g
   const auto asked = [](const char* argument, const std::string& name) {
     return Asked{argument, name.c_str(), "or '' for a choice by rule"};
   };
-  ConvChoice choice{choose_plan(op, asked("algorithm", algorithm), p, traits)};
+  ConvChoice choice{choose_plan(op, asked("algorithm", algorithm), p, traits, statistics != "none")};
   if (statistics != "none") {
     choice.statistics = choose_statistics(op, asked("statistics", statistics), choice.plan, p, traits);
   }

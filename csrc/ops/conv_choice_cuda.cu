@@ -85,9 +85,9 @@ ConvChoice remembered_choice(const PlainConv& c, const Conv2d& problem, bool has
                              uint64_t generation) {
   static RememberedPlans<std::tuple<Conv2d, int32_t, uint64_t, bool, bool>, ConvChoice> choices;
   const int32_t device = c.input.device.index;
-  const bool tuned = generation != 0;  // to the rule neither the dtype nor the statistics make a difference
+  const bool tuned = generation != 0;  // to the rule the dtype makes no difference
   const bool is_bfloat16 = tuned && c.input.dtype == ScalarType::BFloat16;
-  return choices.get({problem, device, generation, is_bfloat16, tuned && has_statistics}, [&] {
+  return choices.get({problem, device, generation, is_bfloat16, has_statistics}, [&] {
     if (tuned) {
       const std::string name = tuned_choices().find(device_name(device),
                                                     tuned_problem(problem, c.input.dtype, has_statistics, 0));
@@ -95,7 +95,7 @@ ConvChoice remembered_choice(const PlainConv& c, const Conv2d& problem, bool has
         return ConvChoice{.plan = *plan, .tuned = true};
       }
     }
-    return ConvChoice{.plan = select_plan(problem, gpu)};
+    return ConvChoice{.plan = select_plan(problem, gpu, has_statistics)};
   });
 }
 
@@ -140,7 +140,7 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
     const uint64_t generation = thread_choice.algorithm == nullptr ? tuned_choices().generation() : 0;
     static_cast<ConvChoice&>(choice) = remembered_choice(c, *problem, has_statistics, choice.gpu, generation);
   } else {
-    choice.plan = choose_plan(op, algorithm, problem, choice.gpu);
+    choice.plan = choose_plan(op, algorithm, problem, choice.gpu, has_statistics);
   }
   if (has_statistics) {
     const Asked statistics = asked(thread_choice.statistics, "use_algorithm's statistics", default_statistics,

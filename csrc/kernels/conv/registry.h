@@ -6,7 +6,8 @@
 //     kName                       as users call the algorithm
 //     kGathersMoments             whether it has launch_moments(), which reads a batch and writes nothing but its moments
 //     make(problem, gpu)          a plan; nullopt where the problem is outside of the algorithm's domain
-//     is_faster(problem)          than PyTorch's convolution with a pass behind it, by measurements
+//     is_faster(problem, train)   than PyTorch's convolution with a pass behind it, by measurements; train: with a batch's
+//                                 statistics, which are taken before the epilogue
 //     requirements(problem)       how operands have to lie
 //     describe()                  the algorithm and its tile in words
 //     launch<T>(call, stream)     T: float, float16, bfloat16
@@ -31,7 +32,7 @@ struct Aten {
   static constexpr bool kGathersMoments = false;
 
   static std::optional<Aten> make(const Conv2d&, const GpuTraits&) { return Aten{}; }
-  bool is_faster(const Conv2d&) const { return true; }
+  bool is_faster(const Conv2d&, bool) const { return true; }
   ConvRequirements requirements(const Conv2d&) const { return {}; }
   std::string describe() const { return kName; }
 };

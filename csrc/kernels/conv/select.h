@@ -74,11 +74,11 @@ inline std::optional<ConvPlan> make_plan(const std::string& name, const Conv2d& 
 // and SiLU's. Measured on an H200 against torch 2.11 with cuDNN 9.19, under PyTorch's default flags, for 834 random problems: 1
 // to 16 channels and depthwise, filters of 1x1 to 7x7, batch 1 to 64, three dtypes, both layouts. By these rules 18 of them take
 // more than 1.03 times PyTorch's time, 1.4 at most; the geometric mean over all is 1.06 times that of the best choice.
-inline ConvPlan select_plan(const Conv2d& problem, const GpuTraits& gpu) {
+inline ConvPlan select_plan(const Conv2d& problem, const GpuTraits& gpu, bool train) {
   ConvPlan selected = Aten{};
   for_each_algorithm([&]<typename Plan>(std::in_place_type_t<Plan>) {
     const std::optional<Plan> plan = Plan::make(problem, gpu);
-    if (!plan.has_value() || !plan->is_faster(problem)) {
+    if (!plan.has_value() || !plan->is_faster(problem, train)) {
       return false;
     }
     selected = *plan;

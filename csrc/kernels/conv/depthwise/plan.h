@@ -244,7 +244,7 @@ struct Depthwise {
     return Depthwise{plan_depthwise(c, gpu.multiprocessors)};
   }
 
-  bool is_faster(const Conv2d& c) const {
+  bool is_faster(const Conv2d& c, bool) const {
     if (!c.channels_last) {
       return c.N * c.C * c.P * c.Q >= 1 << 18;
     }

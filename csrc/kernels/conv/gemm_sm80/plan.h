@@ -99,7 +99,7 @@ struct GemmSm80 {
   }
 
   // Not measured on any GPU yet: it runs where a user or tuning asks for it.
-  bool is_faster(const Conv2d&) const { return false; }
+  bool is_faster(const Conv2d&, bool) const { return false; }
 
   ConvRequirements requirements(const Conv2d&) const {
     return {.alignment = 16, .dense_weight = true, .channels_last_weight = true};

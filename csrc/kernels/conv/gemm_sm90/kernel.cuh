@@ -1,6 +1,6 @@
 // A convolution as the product of a matrix of pixels by one of filters, each row of which has the terms of one result.
 //
-// A block has a tile of filters for good, and takes one tile of pixels after another. One thread fetches what is multiplied,
+// A block has a tile of filters for good, and takes one tile of pixels after another. Two threads fetch what is multiplied,
 // as boxes of tensors (ptx/tensor_map.cuh): of a tap's pixels as the tensor map for im2col finds them, and of its filters.
 // Two warpgroups have every second tile each: while one multiplies, the other adds the affine, the residual and the activation,
 // and sends its results to shared memory and from there as boxes to the output. Where there are few tiles, a cluster of
@@ -40,7 +40,9 @@ __global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
   if (threadIdx.x < 128) {
     release_registers<kProducerRegisters<kBlocks>>();
     if (threadIdx.x == 0) {
-      Producer<T, kTile>{block}.run();
+      Producer<T, kTile, false>{block}.run();
+    } else if (threadIdx.x == 32) {
+      Producer<T, kTile, true>{block}.run();
     }
   } else {
     acquire_registers<kConsumerRegisters<kBlocks>>();

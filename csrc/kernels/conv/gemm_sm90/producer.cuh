@@ -1,11 +1,13 @@
-// The thread that fetches what consumers multiply: step by step, tile by tile, as stages become empty.
+// The two threads that fetch what consumers multiply, one the pixels and one the filters: step by step, tile by tile, as stages
+// become empty.
 #pragma once
 
 #include "params.cuh"
 
 namespace fused_conv_bn::gemm_sm90 {
 
-template <typename T, int kTile>
+// kFilters: which of them.
+template <typename T, int kTile, bool kFilters>
 struct Producer {
   const Block<T, kTile>& block;
   const Params<T>& p = block.p;
@@ -32,11 +34,11 @@ struct Producer {
     return {index, tap / p.S, tap % p.S, index % p.layout.slices};
   }
 
-  // `steps` of a tile. Filters that stay come with the block's first.
-  __device__ __forceinline__ void fetch(int pixel, Step step, int steps, bool first_tile) {
+  // `steps` of a tile.
+  __device__ __forceinline__ void fetch(int pixel, Step step, int steps) {
     const Layout& l = p.layout;
     int image = 0, row = 0, column = 0;  // of the window's first tap
-    if (!p.flat) {
+    if (!kFilters && !p.flat) {
       auto rest = static_cast<uint32_t>(pixel);
       image = static_cast<int>(div_mod(p.image_pixels, rest));
       row = static_cast<int>(div_mod(p.columns, rest)) * p.stride_h - p.pad_h;
@@ -45,23 +47,26 @@ struct Producer {
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       const uint32_t full = block.full(ring.stage);
-      barrier_wait(block.empty(ring.stage), ring.parity ^ 1);
-      barrier_arrive_expect(full, l.stage_bytes);
       const int channel = step.slice * l.depth;
-      if (p.flat) {
-        fetch_box(block.pixels_of(ring.stage), p.x, channel, pixel, full);
-      } else {
-        fetch_pixels(block.pixels_of(ring.stage), p.x, channel, column, row, image,
-                     static_cast<uint16_t>(step.s * p.dilation_w), static_cast<uint16_t>(step.r * p.dilation_h), full);
+      if (!kFilters || !l.resident) {
+        barrier_wait(block.empty(ring.stage), ring.parity ^ 1);
       }
-      if (!l.resident || first_tile) {
-        uint32_t barrier = full;
+      if constexpr (kFilters) {
+        const uint32_t barrier = l.resident ? block.filters(step.index) : full;
         if (l.resident) {
-          barrier = block.filters(step.index);
           barrier_arrive_expect(barrier, l.filter_bytes);
         }
         fetch_box(block.filters_of(ring.stage, step.index), p.w, channel, step.r * p.S + step.s, block.first_filter(),
                   barrier);
+      } else {
+        barrier_arrive_expect(full, l.stage_bytes);  // those of its filters too, if these do not lie apart
+        if (p.flat) {
+          fetch_box(block.pixels_of(ring.stage), p.x, channel, pixel, full);
+        } else {
+          fetch_pixels(block.pixels_of(ring.stage), p.x, channel, column, row, image,
+                       static_cast<uint16_t>(step.s * p.dilation_w), static_cast<uint16_t>(step.r * p.dilation_h),
+                       full);
+        }
       }
       ring.advance(l.stages);
       step.advance(p);
@@ -69,10 +74,10 @@ struct Producer {
   }
 
   __device__ __forceinline__ void run() {
-    const int tiles = block.tiles();
+    const int tiles = kFilters && p.layout.resident ? 1 : block.tiles();
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      fetch(block.first_pixel(tile), step_at(0), p.layout.steps, tile == 0);
+      fetch(block.first_pixel(tile), step_at(0), p.layout.steps);
     }
   }
 };

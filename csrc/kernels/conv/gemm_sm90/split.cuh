@@ -29,12 +29,10 @@ struct Split {
     return block.base + kHeaderBytes + consumer * kPartBytes + ((m * kColumns + column) * 128 + thread) * 16;
   }
 
+  template <bool kFilters>
   __device__ __forceinline__ void produce() const {
-    if (threadIdx.x == 0) {
-      Producer<T, kTile> producer{block};
-      producer.fetch(block.first_pixel(0), producer.step_at(first_step), steps, true);
-    }
-    __syncwarp();
+    Producer<T, kTile, kFilters> producer{block};
+    producer.fetch(block.first_pixel(0), producer.step_at(first_step), steps);
   }
 
   template <int kDepth>
@@ -128,7 +126,12 @@ struct Split {
   __device__ __forceinline__ void run() const {
     const int warpgroup = static_cast<int>(threadIdx.x) / 128;
     if (warpgroup == 0) {
-      produce();
+      if (threadIdx.x == 0) {
+        produce<false>();
+      } else if (threadIdx.x == 32) {
+        produce<true>();
+      }
+      __syncwarp();
     } else {
       block.set_affines();
       consume(warpgroup - 1);

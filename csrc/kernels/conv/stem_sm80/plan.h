@@ -181,7 +181,7 @@ struct StemSm80 {
     return tile.has_value() ? std::optional(StemSm80{*tile}) : std::nullopt;
   }
 
-  bool is_faster(const Conv2d& c) const {
+  bool is_faster(const Conv2d& c, bool) const {
     if (c.C > kStemMostChannels) {
       return false;
     }

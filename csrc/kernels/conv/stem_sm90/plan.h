@@ -89,7 +89,7 @@ struct StemSm90 {
     return StemSm90{*tile, *moments_tile};
   }
 
-  bool is_faster(const Conv2d& c) const {
+  bool is_faster(const Conv2d& c, bool) const {
     if (c.C > kStemMostChannels) {
       return false;
     }

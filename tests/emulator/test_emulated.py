@@ -294,6 +294,7 @@ BROKEN = {
     "fetch_not_awaited": "read of byte 0 of shared memory, which a copy under way is to write",
     "bulk_copy_without_fence": "asynchronous read of byte 0 of shared memory, .*without a fence.proxy.async",
     "bulk_copy_overwritten": "write of byte 0 of shared memory, which a copy or product under way is to read",
+    "second_bulk_copy_overwritten": "write of byte 2048 of shared memory, which a copy or product under way is to read",
     "bulk_copy_left_alone": "thread 0 has ended while its bulk copies may still read shared memory",
     "product_without_fence": "asynchronous read of byte 0 of shared memory, .*without a fence.proxy.async",
     "product_overwritten": "write of byte .* of shared memory, which a copy or product under way is to read|"
@@ -317,7 +318,7 @@ def test_broken_rules_are_found(name):
             emulated.break_rule(name)
 
 
-@pytest.mark.parametrize("name", ["through_shared_memory", "by_copies"])
+@pytest.mark.parametrize("name", ["through_shared_memory", "by_copies", "first_bulk_copy_overwritten"])
 def test_kernels_that_keep_to_the_rules(name):
     for _ in range(20):
         emulated.break_rule(name)

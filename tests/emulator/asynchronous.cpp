@@ -141,9 +141,10 @@ void start_store(uint32_t from, Box&& box) {
   note_read(*running, number(source), box.bytes, true);
   note_reader(number(source), box.bytes, 1);
   running->stores.push_back({from, box.bytes, std::move(box.pieces)});
+  ++running->open_stores;
 }
 
-void move(BulkStore& store) {  // of the running thread
+void move_store(BulkStore& store) {  // of the running thread
   for (const Piece& piece : store.pieces) {
     std::memcpy(piece.global, shared_at(running->rank, piece.shared), piece.bytes);
   }
@@ -159,7 +160,7 @@ struct Product {
   uint64_t a, b;
   bool add;
   unsigned there = 0;
-  std::array<std::array<float*, 64>, kWarpgroup> sums;
+  std::array<std::array<float*, 128>, kWarpgroup> sums;
 };
 struct Warpgroup {
   std::deque<Product> products;
@@ -385,24 +386,25 @@ void store_box(const void* map, unsigned rank, const int* coordinates, uint32_t 
   start_store(from, find_box(map, rank, coordinates, nullptr, from, true));
 }
 void copy_bulk_commit() {
-  running->committed_stores = running->stores.size();
-  for (BulkStore& store : running->stores) {
-    if (!late) {
-      move(store);
-    }
+  std::deque<BulkStore>& stores = running->stores;
+  if (!late) {
+    std::for_each(stores.end() - static_cast<ptrdiff_t>(running->open_stores), stores.end(), move_store);
   }
+  running->store_groups.push_back(running->open_stores);
+  running->open_stores = 0;
 }
-void copy_bulk_wait() {
-  std::vector<BulkStore>& stores = running->stores;
-  const auto end = stores.begin() + static_cast<ptrdiff_t>(running->committed_stores);
-  std::for_each(stores.begin(), end, [](BulkStore& store) {
-    const uintptr_t source = number(shared_at(running->rank, store.from));
-    note_reader(source, store.bytes, -1);
-    note_read(*running, source, store.bytes);
-    move(store);
-  });
-  stores.erase(stores.begin(), end);
-  running->committed_stores = 0;
+void copy_bulk_wait(unsigned groups_left) {
+  while (running->store_groups.size() > groups_left) {
+    for (size_t i = 0; i < running->store_groups.front(); ++i) {
+      BulkStore& store = running->stores.front();
+      const uintptr_t source = number(shared_at(running->rank, store.from));
+      note_reader(source, store.bytes, -1);
+      note_read(*running, source, store.bytes);
+      move_store(store);
+      running->stores.pop_front();
+    }
+    running->store_groups.pop_front();
+  }
 }
 void fence_async() { ++running->fences; }
 

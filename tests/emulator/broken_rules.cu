@@ -61,7 +61,28 @@ __global__ void by_copies(Arguments a) {
   }
 }
 
+// Two groups, of which the first has been read where one is left.
+__device__ void overwrite_behind_one_of_two(Arguments a, uint32_t offset) {
+  wait_for_previous();
+  const uint4 v = load_words(a.data + 4 * (threadIdx.x ^ 37));
+  store_shared(own(), v);
+  fence_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      copy_bulk(a.data + 2 * kThreads * i, base() + 8 * kThreads * i, 8 * kThreads);
+      copy_bulk_commit();
+    }
+    copy_bulk_wait_read<1>();
+    store_shared(base() + offset, uint32_t{1});
+    copy_bulk_wait_read();
+  }
+}
+__global__ void first_bulk_copy_overwritten(Arguments a) { overwrite_behind_one_of_two(a, 0); }
+
 // ---- wrong ----
+
+__global__ void second_bulk_copy_overwritten(Arguments a) { overwrite_behind_one_of_two(a, 8 * kThreads); }
 
 __global__ void shared_out_of_bounds(Arguments) { load_shared_1(base() + kBytes); }
 __global__ void shared_misaligned(Arguments) { load_shared_4(base() + 4); }
@@ -244,6 +265,8 @@ constexpr Named kKernels[] = {
     FCB_NAMED(fetch_not_awaited),
     FCB_NAMED(bulk_copy_without_fence),
     FCB_NAMED(bulk_copy_overwritten),
+    FCB_NAMED(first_bulk_copy_overwritten),
+    FCB_NAMED(second_bulk_copy_overwritten),
     FCB_NAMED(bulk_copy_left_alone),
     FCB_NAMED(product_without_fence),
     FCB_NAMED(product_overwritten),

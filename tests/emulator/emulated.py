@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,34 @@ class _AffineTensors:
         self.struct = _Affine(**pointers, scaling_factor=scaling_factor, eps=eps, wide=common == wide)
 
 
+class GemmSm90Layout(ctypes.Structure):
+    """A tile of gemm_sm90 and so many splits, on a GPU of its own; a call says what came of it."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("tile", "splits", "multiprocessors", "shared_memory")),
+        *((name, ctypes.c_int) for name in ("stages", "buffers", "rounds")),
+        ("resident", ctypes.c_bool),
+    ]
+
+
+def gemm_sm90_tiles() -> int:
+    compiled = _library(90)
+    assert not isinstance(compiled, RuntimeError)
+    return compiled[1].emulated_gemm_sm90_tiles()
+
+
+def gemm_sm90_fits(layouts: Iterable[GemmSm90Layout], input: Tensor, weight: Tensor) -> list[bool]:
+    """Whether there are these layouts of a convolution; each says what would come of it."""
+    y = _result("conv_scale_shift", input, weight, None, None, *_pairs(input, 1, 0, 1), 1)
+    affine = _AffineTensors(input.dtype)
+    conv = _Conv(y, input, weight, affine, _pairs(input, 1, 0, 1), 1, None, "gemm_sm90")
+    compiled = _library(90)
+    assert not isinstance(compiled, RuntimeError)
+    fits = compiled[1].emulated_gemm_sm90_fits
+    fits.restype = ctypes.c_bool
+    return [fits(ctypes.byref(conv.problem), ctypes.byref(layout)) for layout in layouts]
+
+
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
@@ -215,11 +243,12 @@ class _Conv:
         self.y = y
         last = not self.y.is_contiguous()
         # As the op itself does, csrc/ops/conv_cuda.h.
-        dense = algorithm in ("stem_sm90", "gemm_sm80")
+        gemm = algorithm in ("gemm_sm90", "gemm_sm80")
+        dense = gemm or algorithm == "stem_sm90"
         alignment = 16 if dense or (algorithm == "depthwise" and last) else 1
         if dense:
             w_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-            weight = _dense(weight, w_last or algorithm == "gemm_sm80", alignment)
+            weight = _dense(weight, w_last or gemm, alignment)
         self.tensors = {
             "x": _dense(input, last, alignment),
             "w": weight,
@@ -246,6 +275,7 @@ def _conv(
     residual: Tensor | None,
     epilogue: _Epilogue,
     algorithm: str,
+    layout: GemmSm90Layout | None,
     capability: int,
 ) -> Tensor:
     conv = _Conv(y, input, weight, affine, pairs, groups, residual, algorithm)
@@ -253,7 +283,7 @@ def _conv(
         capability,
         "emulated_conv",
         *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), _element(input)),
-        *(ctypes.byref(epilogue), algorithm.encode()),
+        *(ctypes.byref(epilogue), algorithm.encode(), None if layout is None else ctypes.byref(layout)),
     )
     return y
 
@@ -273,13 +303,14 @@ def conv_scale_shift(
     negative_slope: float = 0.01,
     residual_last: bool = False,
     algorithm: str,
+    layout: GemmSm90Layout | None = None,
     capability: int = 90,
 ) -> Tensor:
     pairs = _pairs(input, stride, padding, dilation)
     y = _result("conv_scale_shift", input, weight, scale, shift, *pairs, groups)
     affine = _AffineTensors(input.dtype, weight=scale, bias=shift)
     epilogue = _epilogue(activation, negative_slope, residual_last)
-    return _conv(y, input, weight, affine, pairs, groups, residual, epilogue, algorithm, capability)
+    return _conv(y, input, weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability)
 
 
 def conv_bn_scale(
@@ -302,6 +333,7 @@ def conv_bn_scale(
     negative_slope: float = 0.01,
     residual_last: bool = False,
     algorithm: str,
+    layout: GemmSm90Layout | None = None,
     capability: int = 90,
 ) -> Tensor:
     pairs = _pairs(input, stride, padding, dilation)
@@ -309,7 +341,7 @@ def conv_bn_scale(
     bn = dict(mean=running_mean, var=running_var, weight=weight, bias=bias, conv_bias=conv_bias)
     affine = _AffineTensors(input.dtype, scaling_factor, eps, **bn)
     epilogue = _epilogue(activation, negative_slope, residual_last)
-    _conv(y, input, conv_weight, affine, pairs, groups, residual, epilogue, algorithm, capability)
+    _conv(y, input, conv_weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability)
     # The op's with_bn_strides(): extents of 1 have others.
     arguments = (conv_weight, conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps, *pairs, groups)
     return y.as_strided(y.shape, _result("conv_bn_scale", input, *arguments).stride())

@@ -70,16 +70,48 @@ std::vector<double> make_workspace(int64_t doubles) {
   return workspace;
 }
 
+// A layout of gemm_sm90 that a test asks for, on a GPU of its own; what came of it.
+struct GemmSm90Layout {
+  int tile, splits, multiprocessors, shared_memory;
+  int stages, buffers, rounds;  // rounds: tiles of a block, or of a cluster
+  bool resident;
+};
+
+std::optional<ConvPlan> make_plan(GemmSm90Layout& asked, const Conv2d& c) {
+  const GpuTraits gpu{90, asked.multiprocessors, asked.shared_memory, asked.shared_memory + 1024, true};
+  if (!gemm_sm90::supports(c, gpu)) {
+    return std::nullopt;
+  }
+  const auto l = asked.splits == 1 ? gemm_sm90::lay_out(c, gpu, asked.tile)
+                                   : gemm_sm90::lay_out_split(c, gpu, asked.tile, asked.splits);
+  if (!l.has_value()) {
+    return std::nullopt;
+  }
+  asked.stages = l->stages;
+  asked.buffers = l->buffers;
+  asked.rounds = static_cast<int>(
+      ceil_div(ceil_div(c.N * c.P * c.Q, gemm_sm90::kTiles[asked.tile].block_pixels()), l->blocks_of_filters));
+  asked.resident = l->resident;
+  return GemmSm90{*l};
+}
+
 }  // namespace
 
 extern "C" {
 
+int emulated_gemm_sm90_tiles() { return gemm_sm90::kTileCount; }
+bool emulated_gemm_sm90_fits(const Conv2d* problem, GemmSm90Layout* layout) {
+  return make_plan(*layout, *problem).has_value();
+}
+
 // Of the last call.
 int emulated_launches() { return static_cast<int>(emulated::launches()); }
 
+// layout: of gemm_sm90, or nullptr for the algorithm's choice.
 const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, int element, const Epilogue* epilogue,
-                          const char* algorithm, uint64_t seed) {
-  const std::optional<ConvPlan> plan = make_plan(algorithm, *problem, kGpu);
+                          const char* algorithm, GemmSm90Layout* layout, uint64_t seed) {
+  const std::optional<ConvPlan> plan = layout == nullptr ? make_plan(algorithm, *problem, kGpu)
+                                                         : make_plan(*layout, *problem);
   if (!plan.has_value()) {
     return "not covered";
   }

@@ -101,7 +101,7 @@ void copy_async_wait(unsigned groups_left);
 void fetch_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 void copy_bulk(void* to, uint32_t from, uint32_t bytes);
 void copy_bulk_commit();
-void copy_bulk_wait();
+void copy_bulk_wait(unsigned groups_left);
 void fence_async();
 // cp.async.bulk.tensor: a box by its map and coordinates, the fastest first. offsets: of an im2col map's pixels, else
 // nullptr.

@@ -55,14 +55,15 @@ struct Thread {
   std::deque<AsyncCopy> copies;
   std::deque<size_t> copy_groups;  // copies in each, the oldest first
   size_t open_copies = 0;
-  std::vector<BulkStore> stores;
-  size_t committed_stores = 0;
+  std::deque<BulkStore> stores;
+  std::deque<size_t> store_groups;  // stores in each, the oldest first
+  size_t open_stores = 0;
   uint64_t products = 0;                // issued
   std::deque<uint64_t> product_groups;  // products up to the end of each that may be under way, the oldest first
   std::deque<IssuedProduct> operands;   // of products that may be under way; kept by a warp's first lane
 };
 
-constexpr size_t kStack = 128 << 10;
+constexpr size_t kStack = 256 << 10;  // a wgmma of 256 columns has 128 registers to name
 
 extern std::vector<std::unique_ptr<Thread>> threads;  // of the cluster
 extern unsigned blocks;                               // of the cluster

@@ -173,8 +173,8 @@ inline void cp_async_bulk_tensor_2d_global_shared__cta_tile_bulk_group(const voi
 inline void createpolicy_fractional_L2__evict_first_b64(uint64_t& policy, double) { policy = 1; }
 inline void createpolicy_fractional_L2__evict_normal_b64(uint64_t& policy, double) { policy = 2; }
 inline void cp_async_bulk_commit_group() { copy_bulk_commit(); }
-inline void cp_async_bulk_wait_group_read(int) { copy_bulk_wait(); }
-inline void cp_async_bulk_wait_group(int) { copy_bulk_wait(); }
+inline void cp_async_bulk_wait_group_read(int groups) { copy_bulk_wait(groups); }
+inline void cp_async_bulk_wait_group(int groups) { copy_bulk_wait(groups); }
 inline void fence_proxy_async_shared__cta() { fence_async(); }
 
 // ---- arithmetic ----
@@ -324,9 +324,11 @@ inline void wgmma_wait_group_sync_aligned(int groups) { product_wait(groups); }
 FCB_WGMMA(32, f16, Half::float16)
 FCB_WGMMA(64, f16, Half::float16)
 FCB_WGMMA(128, f16, Half::float16)
+FCB_WGMMA(256, f16, Half::float16)
 FCB_WGMMA(32, bf16, Half::bfloat16)
 FCB_WGMMA(64, bf16, Half::bfloat16)
 FCB_WGMMA(128, bf16, Half::bfloat16)
+FCB_WGMMA(256, bf16, Half::bfloat16)
 #undef FCB_WGMMA
 
 }  // namespace emulated::ptx

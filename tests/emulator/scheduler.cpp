@@ -191,6 +191,7 @@ void reset_cluster() {
     if (stacks.size() <= i) {
       stacks.push_back(static_cast<unsigned char*>(
           mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)));
+      mprotect(stacks.back(), 4096, PROT_NONE);  // an overflow ends here, not in another thread's stack
     }
     prepare(t, stacks[i]);
     runnable.push_back(&t);

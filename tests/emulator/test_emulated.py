@@ -154,7 +154,7 @@ def conv_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 TRAIN_WAYS = [
     *(("stem_sm90", statistics) for statistics in CONV_STATISTICS),
-    *((a, "from_output") for a in ("stem_sm80", "depthwise", "gemm_sm80")),
+    *((a, "from_output") for a in ("stem_sm80", "depthwise", "gemm_sm90", "gemm_sm80")),
 ]
 
 
@@ -218,29 +218,31 @@ def test_elementwise(shape, layout, dtype, capability, generator):
 
 # What each way takes: statistics, their merge and the convolution; two merges for sums over the input, of pairs of taps and of
 # channels; a pass in place behind a convolution that gathers nothing.
-TRAIN_LAUNCHES = dict(zip(TRAIN_WAYS, (3, 4, 4, 4, 4), strict=True))
+TRAIN_LAUNCHES = dict(zip(TRAIN_WAYS, (3, 4, 4, 4, 4, 4), strict=True))
 
 
 @pytest.mark.parametrize("way", TRAIN_WAYS, ids="-".join)
 def test_training_launches_its_own_passes_alone(way, generator):
     """Whatever the epilogue is, and whatever is missing."""
     algorithm, statistics = way
-    channels, groups = {"depthwise": (12, 12), "gemm_sm80": (8, 1)}.get(algorithm, (4, 1))
+    gemm = algorithm.startswith("gemm")
+    channels, groups = (12, 12) if algorithm == "depthwise" else (16 if gemm else 4, 1)
+    filters = 24 if gemm else 12
     x = torch.randn(2, channels, 9, 8, generator=generator)
-    w = torch.randn(12, channels // groups, 3, 3, generator=generator)
-    if algorithm == "gemm_sm80":
+    w = torch.randn(filters, channels // groups, 3, 3, generator=generator)
+    if gemm:
         x, w = x.half().to(memory_format=torch.channels_last), w.half()
-    bn = random_bn(12, torch.float32, "cpu", generator)
+    bn = random_bn(filters, torch.float32, "cpu", generator)
     for given in (bn, (None,) * 4):
         for activation, residual in (("none", "none"), ("silu", "first"), ("relu", "last")):
-            like = torch.randn(2, 12, 7, 6, generator=generator).to(x.dtype)
+            like = torch.randn(2, filters, 7, 6, generator=generator).to(x.dtype)
             kwargs = epilogue_of(like, activation, residual, generator)
             tensors = [None if t is None else t.clone() for t in given]
             emulated.conv_bn_scale_train(
                 x, w, None, *tensors, groups=groups, **kwargs, algorithm=algorithm, statistics=statistics
             )
             assert emulated.launches() == TRAIN_LAUNCHES[way]
-            emulated.bn_scale_train(torch.randn(2, 12, 7, 6, generator=generator), *tensors)
+            emulated.bn_scale_train(torch.randn(2, filters, 7, 6, generator=generator), *tensors)
             assert emulated.launches() == 3
 
 
@@ -294,6 +296,7 @@ BROKEN = {
     "fetch_not_awaited": "read of byte 0 of shared memory, which a copy under way is to write",
     "bulk_copy_without_fence": "asynchronous read of byte 0 of shared memory, .*without a fence.proxy.async",
     "bulk_copy_overwritten": "write of byte 0 of shared memory, which a copy or product under way is to read",
+    "second_bulk_copy_overwritten": "write of byte 2048 of shared memory, which a copy or product under way is to read",
     "bulk_copy_left_alone": "thread 0 has ended while its bulk copies may still read shared memory",
     "product_without_fence": "asynchronous read of byte 0 of shared memory, .*without a fence.proxy.async",
     "product_overwritten": "write of byte .* of shared memory, which a copy or product under way is to read|"
@@ -317,7 +320,7 @@ def test_broken_rules_are_found(name):
             emulated.break_rule(name)
 
 
-@pytest.mark.parametrize("name", ["through_shared_memory", "by_copies"])
+@pytest.mark.parametrize("name", ["through_shared_memory", "by_copies", "first_bulk_copy_overwritten"])
 def test_kernels_that_keep_to_the_rules(name):
     for _ in range(20):
         emulated.break_rule(name)

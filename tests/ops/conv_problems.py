@@ -306,7 +306,8 @@ def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:
         "stem_sm90": dtype != torch.float64,
         "stem_sm80": dtype != torch.float64,
         "depthwise": depthwise and dtype != torch.float64,
-        "gemm_sm80": False,  # some tests have calls for it, and test_random_gemm_problems many
+        "gemm_sm90": False,  # some tests have calls for these, and test_random_gemm_problems many
+        "gemm_sm80": False,
     }
     return covers.get(common.forced_algorithm, True)
 

@@ -75,6 +75,11 @@ def stem_sm90_units(p: Problem) -> int:
     return p.R * -(-p.S // taps) * -(-p.C // 8)
 
 
+def gemm_sm90_window_fits(stride: int, pad: int, reach: int) -> bool:
+    """The window in one direction: a tensor map has its corners in -128 to 127, and a tap's distance in 8 bits."""
+    return stride <= 8 and pad <= 128 and -128 <= pad - reach <= 127 and reach <= 255
+
+
 DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
     "stem_sm90": lambda p, gpu: (
         gpu.has_wgmma
@@ -103,6 +108,16 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         and p.stride_h == p.stride_w in (1, 2)
         and p.dilation_h == p.dilation_w == 1
         and (not p.channels_last or p.C * p.element_bytes % 16 == 0)
+    ),
+    "gemm_sm90": lambda p, gpu: (
+        gpu.has_wgmma
+        and p.channels_last
+        and p.element_bytes == 2
+        and p.groups == 1
+        and p.C % 8 == p.K % 8 == 0
+        and gemm_sm90_window_fits(p.stride_h, p.pad_h, p.dilation_h * (p.R - 1))
+        and gemm_sm90_window_fits(p.stride_w, p.pad_w, p.dilation_w * (p.S - 1))
+        and max(p.N * p.P * p.Q, p.N * p.H * p.W, p.C * p.R * p.S, p.K) <= 1 << 30
     ),
     "gemm_sm80": lambda p, gpu: (
         gpu.compute_capability >= 80
@@ -237,6 +252,29 @@ def test_forced_choices(algorithm: str) -> None:
         else:
             assert forced.split()[0] == algorithm
             assert DOMAINS[algorithm](problem, gpu), problem
+
+
+@pytest.mark.parametrize(
+    "reach, pads", [(0, (0, 127)), (1, (0, 128)), (128, (0, 128)), (200, (72, 128)), (255, (127, 128))]
+)
+def test_windows_of_gemm_sm90(reach: int, pads: tuple[int, int]) -> None:
+    """From the least padding to the most of a window that reaches so far."""
+
+    def is_covered(pad: int, reach: int) -> bool:
+        taps, dilation = (2, reach) if reach > 0 else (1, 1)
+        size = 300 + 2 * pad - reach
+        window = (taps, 1, size, 7, 1, 1, pad, 0, dilation, 1)
+        try:
+            return "gemm_sm90" in configuration(
+                Problem(1, 8, 300, 7, 8, *window, 1, 2, True, False, False), GPUS[4], "gemm_sm90"
+            )
+        except RuntimeError:
+            return False
+
+    least, most = pads
+    assert is_covered(least, reach) and is_covered(most, reach)
+    assert not is_covered(most + 1, reach) and not (least > 0 and is_covered(least - 1, reach))
+    assert not is_covered(128, 256)
 
 
 def small_filter(problem: Problem, rng: random.Random) -> Problem:

@@ -60,7 +60,8 @@ struct Layout {
 inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
   constexpr int64_t kMost = int64_t{1} << 30;
   const auto fits_map = [](int64_t stride, int64_t pad, int64_t reach) {
-    return stride <= 8 && pad <= 128 && reach - pad <= 128 && reach <= 255;
+    // Of the window's first tap: from -pad on, and pad - reach behind the last pixel at most, each from -128 to 127.
+    return stride <= 8 && pad <= 128 && pad - reach <= 127 && reach - pad <= 128 && reach <= 255;
   };
   return gpu.has_wgmma && c.channels_last && c.element_bytes == 2 && c.groups == 1 && c.C >= 1 && c.K >= 1 &&
          c.C % 8 == 0 && c.K % 8 == 0 && c.R >= 1 && c.S >= 1 &&

@@ -1,0 +1,110 @@
+"""gemm_sm90 with every tile, number of splits and layout of shared memory, whatever its rule chooses."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+import emulated
+import fused_conv_bn as fcb
+from conv_problems import check, make
+
+SHARED = 232448  # bytes of a block, as compute capability 9.0 has them
+TILES = range(9)
+SPLITS = (2, 4, 8)
+DTYPES = (torch.float16, torch.bfloat16)  # in turns
+
+# Tiles end behind the last pixel, filter and channel. Steps have 16, 32 and 64 channels, and a tap one or two of them.
+PROBLEMS: dict[str, tuple[Any, ...]] = {
+    "3x3 of 8 channels": ((2, 8, 17, 19), (40, 8, 3, 3), 1, 1),
+    "3x3 with a stride": ((1, 24, 45, 49), (136, 24, 3, 3), 2, 1),
+    "2x3 with dilation": ((1, 96, 24, 21), (8, 96, 2, 3), 1, (0, 2), (1, 2)),
+    "1x1": ((3, 16, 14, 15), (264, 16, 1, 1)),
+    "1x1 of 96 channels": ((2, 96, 19, 15), (40, 96, 1, 1)),
+    "1x1 with a stride": ((2, 40, 45, 30), (72, 40, 1, 1), (2, 3), (1, 0)),
+}
+# Few pixels, and so many steps that eight blocks have two each at least.
+SPLIT_PROBLEMS: dict[str, tuple[Any, ...]] = {
+    "4x4": ((2, 40, 9, 8), (136, 40, 4, 4), 1, 2),
+    "1x1": ((1, 1096, 3, 5), (8, 1096, 1, 1)),
+    "5x5 of 8 channels": ((1, 8, 9, 10), (40, 8, 5, 5), 2, (2, 1)),
+}
+EPILOGUES: tuple[dict[str, Any], ...] = (
+    {"residual": "none", "activation": "relu6"},
+    {"residual": "first", "activation": "silu"},
+    {"residual": "last", "activation": "relu", "bn": True},
+)
+
+
+@pytest.fixture
+def by_layout(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Has the op run by a layout."""
+
+    def use(*numbers: int) -> emulated.GemmSm90Layout:
+        layout = emulated.GemmSm90Layout(*numbers)
+        for name in ("conv_scale_shift", "conv_bn_scale"):
+            function = functools.partial(getattr(emulated, name), algorithm="gemm_sm90", layout=layout)
+            monkeypatch.setattr(fcb, name, function)
+        return layout
+
+    return use
+
+
+def test_every_tile_is_tested():
+    assert emulated.gemm_sm90_tiles() == len(TILES)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_tiles(problem, multiprocessors, by_layout, generator):
+    """On one multiprocessor, where consumers have several tiles each, and on so many that no block has a second one."""
+    for tile in TILES:
+        layout = by_layout(tile, 1, multiprocessors, SHARED)
+        turn = tile + len(problem) + multiprocessors
+        call = make(generator, "cpu", DTYPES[turn % 2], *PROBLEMS[problem], formats="ll", **EPILOGUES[turn % 3])
+        assert check(call), tile
+        assert (layout.rounds > 1) == (multiprocessors == 1), tile
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("problem", SPLIT_PROBLEMS)
+def test_splits(problem, splits, by_layout, generator):
+    tested = []
+    for tile in TILES:
+        by_layout(tile, splits, 132, SHARED)
+        turn = tile + splits // 2 + len(problem)
+        call = make(generator, "cpu", DTYPES[turn % 2], *SPLIT_PROBLEMS[problem], formats="ll", **EPILOGUES[turn % 3])
+        if check(call):
+            tested.append(tile)
+    assert len(tested) >= 3, tested  # others have no kernel for clusters
+
+
+@pytest.mark.parametrize("reach, pad", [(0, 127), (1, 128), (128, 0), (255, 127), (255, 128)])
+def test_windows_at_the_limits_of_tensor_maps(reach, pad, by_layout, generator):
+    """In either direction."""
+    taps, dilation = (2, reach) if reach else (1, 1)
+    for tile, i in ((0, 0), (5, 1)):
+        by_layout(tile, 1, 3, SHARED)
+        space, kernel, paddings, dilations = [2, 2], [1, 1], [0, 0], [1, 1]
+        space[i], kernel[i], paddings[i], dilations[i] = 140, taps, pad, dilation
+        problem = (2, 8, *space), (16, 8, *kernel), 8, paddings, dilations
+        assert check(make(generator, "cpu", torch.float16, *problem, formats="ll"))
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_ways_to_lay_out_shared_memory(tile, by_layout, generator):
+    """Filters that stay in it or not, a consumer's results in one buffer or two; each with as few stages as may be."""
+    ways = {}
+    for kernel in ((1, 3), (5, 5)):
+        call = make(generator, "cpu", torch.float16, (1, 16, 31, 25), (40, 16, *kernel), formats="ll", residual="first")
+        layouts = [emulated.GemmSm90Layout(tile, 1, 1, shared) for shared in range(8192, SHARED, 2048)]
+        for layout, fits in zip(layouts, emulated.gemm_sm90_fits(layouts, call.x, call.w), strict=True):
+            if fits:
+                ways.setdefault((layout.resident, layout.buffers), (call, layout))
+    assert len(ways) == 4
+    for call, layout in ways.values():
+        by_layout(tile, 1, 1, layout.shared_memory)
+        assert check(call)

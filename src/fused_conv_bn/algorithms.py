@@ -35,7 +35,7 @@ def use_algorithm(algorithm: str | None = None, statistics: str | None = None) -
     ``await``.
 
     Args:
-        algorithm: ``"stem_sm90"``, ``"stem_sm80"``, ``"depthwise"``, ``"gemm_sm90"``, ``"gemm_sm80"`` or ``"aten"``;
+        algorithm: ``"gemm_sm90"``, ``"stem_sm90"``, ``"stem_sm80"``, ``"depthwise"``, ``"gemm_sm80"`` or ``"aten"``;
             ``"by rule"``, whatever was measured; ``"default"`` for what the environment variable says; None to leave it
             as it is.
         statistics: where :func:`conv_bn_scale_train` takes a batch's statistics from, ``"from_output"`` or

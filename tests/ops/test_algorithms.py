@@ -72,8 +72,8 @@ def test_other_threads_have_the_default() -> None:
     [
         (
             ("fastest", None),
-            "use_algorithm: algorithm is 'fastest', expected one of 'stem_sm90', 'stem_sm80', 'depthwise', "
-            "'gemm_sm90', 'gemm_sm80', 'aten', 'by rule' or 'default'",
+            "use_algorithm: algorithm is 'fastest', expected one of 'gemm_sm90', 'stem_sm90', 'stem_sm80', "
+            "'depthwise', 'gemm_sm80', 'aten', 'by rule' or 'default'",
         ),
         (
             ("aten", "anywhere"),
@@ -140,8 +140,8 @@ with fcb.use_algorithm("stem_sm80", "from_output"):
     first, second, third = output(FUSED_CONV_BN_CONV="aten")
     assert (first, second.split()[0], third) == ("aten", "stem_sm80", "aten")
     unknown = (
-        "explain: FUSED_CONV_BN_CONV is 'fastest', expected one of 'stem_sm90', 'stem_sm80', 'depthwise', "
-        "'gemm_sm90', 'gemm_sm80', 'aten', or nothing for a choice by rule"
+        "explain: FUSED_CONV_BN_CONV is 'fastest', expected one of 'gemm_sm90', 'stem_sm90', 'stem_sm80', "
+        "'depthwise', 'gemm_sm80', 'aten', or nothing for a choice by rule"
     )
     first, second, third = output(FUSED_CONV_BN_CONV="fastest")
     assert (first, second.split()[0], third) == (unknown, "stem_sm80", unknown)

@@ -81,6 +81,16 @@ def gemm_sm90_window_fits(stride: int, pad: int, reach: int) -> bool:
 
 
 DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
+    "gemm_sm90": lambda p, gpu: (
+        gpu.has_wgmma
+        and p.channels_last
+        and p.element_bytes == 2
+        and p.groups == 1
+        and p.C % 8 == p.K % 8 == 0
+        and gemm_sm90_window_fits(p.stride_h, p.pad_h, p.dilation_h * (p.R - 1))
+        and gemm_sm90_window_fits(p.stride_w, p.pad_w, p.dilation_w * (p.S - 1))
+        and max(p.N * p.P * p.Q, p.N * p.H * p.W, p.C * p.R * p.S, p.K) <= 1 << 30
+    ),
     "stem_sm90": lambda p, gpu: (
         gpu.has_wgmma
         and p.groups == 1
@@ -108,16 +118,6 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         and p.stride_h == p.stride_w in (1, 2)
         and p.dilation_h == p.dilation_w == 1
         and (not p.channels_last or p.C * p.element_bytes % 16 == 0)
-    ),
-    "gemm_sm90": lambda p, gpu: (
-        gpu.has_wgmma
-        and p.channels_last
-        and p.element_bytes == 2
-        and p.groups == 1
-        and p.C % 8 == p.K % 8 == 0
-        and gemm_sm90_window_fits(p.stride_h, p.pad_h, p.dilation_h * (p.R - 1))
-        and gemm_sm90_window_fits(p.stride_w, p.pad_w, p.dilation_w * (p.S - 1))
-        and max(p.N * p.P * p.Q, p.N * p.H * p.W, p.C * p.R * p.S, p.K) <= 1 << 30
     ),
     "gemm_sm80": lambda p, gpu: (
         gpu.compute_capability >= 80
@@ -219,12 +219,30 @@ def test_choices_stay_inside_the_domains(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.compute_capability}")
 def test_the_rule_stays_where_it_was_measured(gpu: Gpu) -> None:
-    """Dense convolutions of more than 16 input channels were not, and are PyTorch's."""
+    """Dense convolutions of more than 16 input channels are gemm_sm90's where it covers them, in evaluation, or PyTorch's."""
     rng = random.Random(gpu.multiprocessors)
     problems = [p for p in (random_problem(rng) for _ in range(2000)) if p.C > 16 and p.groups == 1]
     assert len(problems) > 100
     for problem in problems:
-        assert configuration(problem, gpu) == "aten", problem
+        covered = DOMAINS["gemm_sm90"](problem, gpu)
+        assert configuration(problem, gpu).split()[0] in (("gemm_sm90", "aten") if covered else ("aten",)), problem
+        assert configuration(problem, gpu, statistics="from_output") == "aten", problem
+
+
+@pytest.mark.parametrize(
+    ("images", "channels", "filters", "taps", "side", "expected"),
+    [
+        (32, 64, 256, 1, 56, "gemm_sm90 64 channels by 128 pixels, weights in shared memory"),
+        (1, 512, 512, 3, 7, "gemm_sm90 64 channels by 64 pixels, channels in 4 parts"),
+        (1, 512, 512, 3, 28, "aten"),
+        (32, 512, 512, 3, 7, "aten"),
+        (32, 2048, 512, 1, 7, "aten"),
+    ],
+)
+def test_layers_of_networks(images: int, channels: int, filters: int, taps: int, side: int, expected: str) -> None:
+    window = (taps, taps, side, side, 1, 1, taps // 2, taps // 2, 1, 1, 1)
+    problem = Problem(images, channels, side, side, filters, *window, 2, True, False, False)
+    assert configuration(problem, GPUS[4]) == expected
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])

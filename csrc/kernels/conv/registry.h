@@ -38,7 +38,7 @@ struct Aten {
 };
 
 // The first one whose plan exists and is faster computes a convolution.
-using ConvPlan = std::variant<StemSm90, StemSm80, Depthwise, GemmSm90, GemmSm80, Aten>;
+using ConvPlan = std::variant<GemmSm90, StemSm90, StemSm80, Depthwise, GemmSm80, Aten>;
 
 inline ConvRequirements requirements_of(const ConvPlan& plan, const Conv2d& problem) {
   return std::visit([&](const auto& p) { return p.requirements(problem); }, plan);

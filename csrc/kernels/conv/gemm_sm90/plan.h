@@ -189,14 +189,14 @@ struct GemmSm90 {
     return layout.has_value() ? std::optional(GemmSm90{*layout}) : std::nullopt;
   }
 
-  // But where tiles are few and long, or have room to spare for many products: up to 1.3 times. What it is faster by is its
-  // epilogue, which does not come at once in training.
+  // But where tiles are few and long, or have room to spare for many products: up to 1.3 times. Fewer than 16 channels are for
+  // stems. What it is faster by is its epilogue, which does not come at once in training.
   bool is_faster(const Conv2d& c, bool train) const {
     constexpr int64_t kTile = 128;
     const int64_t tiles = ceil_div(c.N * c.P * c.Q, kTile) * ceil_div(c.K, kTile), taps = c.R * c.S;
     const bool few = layout.steps >= (taps == 1 ? 32 : 64) && tiles >= 24 && tiles < 104;
     const int64_t room = int64_t{layout.slices} * layout.depth * round_up(c.K, gemm_sm90::kTiles[layout.tile].filters);
-    return !train && !few && !(taps > 1 && layout.steps >= 18 && tiles >= 196 && c.C * c.K * 5 < room * 4);
+    return !train && c.C >= 16 && !few && !(taps > 1 && layout.steps >= 18 && tiles >= 196 && c.C * c.K * 5 < room * 4);
   }
 
   ConvRequirements requirements(const Conv2d&) const {

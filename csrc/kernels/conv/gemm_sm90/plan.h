@@ -194,7 +194,7 @@ struct GemmSm90 {
   bool is_faster(const Conv2d& c, bool train) const {
     constexpr int64_t kTile = 128;
     const int64_t tiles = ceil_div(c.N * c.P * c.Q, kTile) * ceil_div(c.K, kTile), taps = c.R * c.S;
-    const bool few = layout.steps >= (taps == 1 ? 32 : 64) && tiles >= 24 && tiles < 104;
+    const bool few = layout.steps >= (taps == 1 ? 32 : 64) && tiles >= 24 && tiles < (taps == 1 ? 104 : 264);
     const int64_t room = int64_t{layout.slices} * layout.depth * round_up(c.K, gemm_sm90::kTiles[layout.tile].filters);
     return !train && c.C >= 16 && !few && !(taps > 1 && layout.steps >= 18 && tiles >= 196 && c.C * c.K * 5 < room * 4);
   }

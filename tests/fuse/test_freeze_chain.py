@@ -22,6 +22,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All convolutions are this package's, whatever the processor prefers."""
+    monkeypatch.setattr(frozen, "_own_kernel_takes", lambda conv, size: True)
+
+
 class Names(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -271,8 +277,7 @@ def test_one_convolution_is_no_chain() -> None:
 def test_what_one_dnn_runs_ends_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     if not frozen._has_packing():
         pytest.skip("needs oneDNN with AVX2")
-    takes = frozen._own_kernel_takes
-    monkeypatch.setattr(frozen, "_own_kernel_takes", lambda c, size: c.out_channels != 48 and takes(c, size))
+    monkeypatch.setattr(frozen, "_own_kernel_takes", lambda conv, size: conv.out_channels != 48)
     plain = net(mean=None)
     model = fcb.fuse(copy.deepcopy(plain), image(), freeze=True)
     called = ops_of(model, image())

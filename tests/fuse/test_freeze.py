@@ -239,6 +239,26 @@ def test_post_ops_are_the_activations() -> None:
         torch.testing.assert_close(*at_infinity, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_this_packages_kernel(activation: str, gelu_of_infinity: None) -> None:
+    """Over all magnitudes, and for infinities and NaN."""
+    if not torch.ops.fused_conv_bn._packed_channels():
+        pytest.skip("oneDNN is preferred on this processor")
+    large = torch.tensor([s * v for v in (89, 104, 1e4, 1e30, 3e38, float("inf")) for s in (1, -1)])
+    x = torch.cat(
+        [torch.linspace(-30, 30, 8 * 32 * 31), torch.linspace(-1, 1, 500), large, torch.tensor([float("nan")])]
+    )
+    one = torch.ones(1, 1, 1, 1), torch.zeros(1), ((1, 1), (0, 0), (1, 1))
+    y = frozen.PackedConv(*one, activation=activation)(x.view(1, 1, 1, -1), None).flatten()
+    wide = frozen.PackedConv(one[0].expand(32, 1, 1, 1), torch.zeros(32), one[2], activation=activation)
+    assert torch.equal(wide(x.view(1, 1, 1, -1), None)[0, 7, 0].nan_to_num(), y.nan_to_num())
+    exact = activate(x.double(), activation=activation, negative_slope=0.01)
+    by_float = activate(x, activation=activation, negative_slope=0.01)
+    finite = x.isfinite()
+    torch.testing.assert_close(y[finite].double(), exact[finite], rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(y[~finite], by_float[~finite], rtol=0, atol=0, equal_nan=True)
+
+
 def test_this_packages_kernel_passes_nan_on() -> None:
     if not torch.ops.fused_conv_bn._packed_channels():
         pytest.skip("oneDNN is preferred on this processor")

@@ -59,6 +59,10 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
       "_conv_packed(Tensor input, Tensor weight, Tensor shift, int filters, int[1] stride=1, int[1] padding=0, "
       "int[1] dilation=1, *, " FCB_EPILOGUE ") -> Tensor");
   m.def("_packed_channels() -> int");
+  // Several of them as one op, with the means and gates of squeeze-and-excite blocks: all weights and shifts one behind the
+  // other in `packed`, the numbers of a Step (ops/conv_packed_chain_cpu.cpp) in each row of `steps`, and the names of the
+  // activations that those have numbers of, with commas between them. Returns the results of the steps that say so.
+  m.def("_conv_packed_chain(Tensor[] inputs, Tensor packed, Tensor steps, str activations) -> Tensor[]");
 
   // What a convolution op would run, in words. _explain_problem: on CUDA, for a problem and a GPU, both as the numbers of
   // Conv2d and GpuTraits (kernels/conv/problem.h) in their order.

@@ -1,7 +1,6 @@
 // _conv_packed: a convolution with a weight that was packed and scaled before, for snapshots of models.
-#include "kernels/conv/packed_cpu/kernel.h"
+#include "conv_packed.h"
 #include "torch/conv_checks.h"
-#include "torch/layout.h"
 
 namespace fused_conv_bn {
 namespace {
@@ -44,12 +43,10 @@ Tensor conv_packed(Tensor input, Tensor weight, Tensor shift, int64_t filters, s
   p.R = depthwise ? w.sizes[0] : w.sizes[1];
   p.S = depthwise ? w.sizes[1] : w.sizes[2];
   p.stride_h = s[0], p.stride_w = s[1], p.pad_h = pad[0], p.pad_w = pad[1], p.dilation_h = d[0], p.dilation_w = d[1];
-  const int64_t height = p.H + 2 * p.pad_h - p.dilation_h * (p.R - 1),
-                width = p.W + 2 * p.pad_w - p.dilation_w * (p.S - 1);
-  if (height <= 0 || width <= 0) {
+  set_output_size(p);
+  if (p.P <= 0 || p.Q <= 0) {
     fail(op, ": input has shape ", x.shape(), ", which is smaller than the filter");
   }
-  p.P = (height - 1) / p.stride_h + 1, p.Q = (width - 1) / p.stride_w + 1;
   const int64_t sizes[] = {p.N, p.K, p.P, p.Q};
   if (r.has_value() && (r->dim != 4 || !std::equal(sizes, sizes + 4, r->sizes) || !is_float(*r))) {
     fail(op, ": residual has shape ", r->shape(), ", expected ", list_text(sizes, 4), " in float32, as the result");
@@ -57,29 +54,15 @@ Tensor conv_packed(Tensor input, Tensor weight, Tensor shift, int64_t filters, s
   const Strides strides = dense_strides(4, sizes, true);
   const Tensor y = empty_strided(4, sizes, strides.data(), x.dtype, x.device);
   OptionalTensor copies[2];
-  const auto channels_last = [](const Operand& t, OptionalTensor& copy) {
-    if (has_strides(t, dense_strides(t, true))) {
-      return floats(t);
-    }
-    copy = torch::stable::contiguous(*t.tensor, MemoryFormat::ChannelsLast);
-    return static_cast<const float*>(copy->data_ptr());
-  };
   const PackedCall call{.problem = p,
-                        .x = channels_last(x, copies[0]),
+                        .x = channels_last_data(x, copies[0]),
                         .weight = floats(w),
                         .shift = floats(b),
-                        .residual = r.has_value() ? channels_last(*r, copies[1]) : nullptr,
+                        .residual = r.has_value() ? channels_last_data(*r, copies[1]) : nullptr,
                         .y = static_cast<float*>(y.data_ptr()),
                         .epilogue = epilogue,
                         .threads = torch::stable::get_num_threads()};
-  const auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, const auto& body) {
-    torch::stable::parallel_for(begin, end, grain, body);
-  };
-  if (depthwise) {
-    launch_depthwise_packed(call, parallel_for);
-  } else {
-    launch_conv_packed(call, parallel_for);
-  }
+  run_packed(call, depthwise);
   return y;
 }
 

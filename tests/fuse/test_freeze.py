@@ -16,13 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_fuse import MODELS, Model, Picklable, close, data, model_of, randomised
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_conv_bn as fcb
 from fused_conv_bn import _activations
-from fused_conv_bn._fuse import blocks, frozen
-from fused_conv_bn._fuse.patterns import Group
+from fused_conv_bn._fuse import frozen
 from fused_conv_bn.reference import ACTIVATIONS, activate
 
 OPS = "mkldnn._convolution_pointwise", "fused_conv_bn._conv_packed"
@@ -30,14 +29,15 @@ KERNELS = ["own", "oneDNN"]
 
 
 class Counted(TorchDispatchMode):
-    """How often the ops are called that take a packed weight."""
+    """How often the ops are called that take a packed weight; of one that takes several, each of those."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += [name for name in OPS if name in str(op)]
+        steps = int((args[2][:, 0] < 2).sum()) if "_chain" in str(op) else 1
+        self.calls += [name for name in OPS if name in str(op)] * steps
         return op(*args, **(kwargs or {}))
 
 
@@ -239,6 +239,26 @@ def test_post_ops_are_the_activations() -> None:
         torch.testing.assert_close(*at_infinity, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_this_packages_kernel(activation: str, gelu_of_infinity: None) -> None:
+    """Over all magnitudes, and for infinities and NaN."""
+    if not torch.ops.fused_conv_bn._packed_channels():
+        pytest.skip("oneDNN is preferred on this processor")
+    large = torch.tensor([s * v for v in (89, 104, 1e4, 1e30, 3e38, float("inf")) for s in (1, -1)])
+    x = torch.cat(
+        [torch.linspace(-30, 30, 8 * 32 * 31), torch.linspace(-1, 1, 500), large, torch.tensor([float("nan")])]
+    )
+    one = torch.ones(1, 1, 1, 1), torch.zeros(1), ((1, 1), (0, 0), (1, 1))
+    y = frozen.PackedConv(*one, activation=activation)(x.view(1, 1, 1, -1), None).flatten()
+    wide = frozen.PackedConv(one[0].expand(32, 1, 1, 1), torch.zeros(32), one[2], activation=activation)
+    assert torch.equal(wide(x.view(1, 1, 1, -1), None)[0, 7, 0].nan_to_num(), y.nan_to_num())
+    exact = activate(x.double(), activation=activation, negative_slope=0.01)
+    by_float = activate(x, activation=activation, negative_slope=0.01)
+    finite = x.isfinite()
+    torch.testing.assert_close(y[finite].double(), exact[finite], rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(y[~finite], by_float[~finite], rtol=0, atol=0, equal_nan=True)
+
+
 def test_this_packages_kernel_passes_nan_on() -> None:
     if not torch.ops.fused_conv_bn._packed_channels():
         pytest.skip("oneDNN is preferred on this processor")
@@ -295,8 +315,9 @@ def test_this_packages_kernel(
     assert frozen._own_kernel_takes(conv, (1, channels, 1, 1))
     conv.float()
     residual = torch.randn(expected.shape)
-    block = blocks.ConvBlock(_group(), conv, None)
-    run = frozen._own_kernel(block, conv.weight.detach(), conv.bias.detach())
+    run = frozen.PackedConv(
+        conv.weight.detach(), conv.bias.detach(), (conv.stride, conv.padding, conv.dilation), groups
+    )
     try:
         torch.set_num_threads(threads)
         plain, added = run(x, None), run(x, residual)
@@ -313,12 +334,6 @@ def test_this_packages_kernel(
     added_expected = F.relu(expected + residual.double())
     y = F.relu(added.double())
     assert bool(((y - added_expected).abs() <= bound + residual.double().abs() * 2.0**-23).all())
-
-
-def _group() -> Group:
-    graph = fx.Graph()
-    node = graph.placeholder("x")
-    return Group(node, None, (node,), [node])
 
 
 @needs_packing

@@ -220,7 +220,8 @@ def test_every_overload_is_opchecked() -> None:
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in ops/test_train_integration.py
     # CUDA alone, and not for torch.compile: in ops/test_wgrad.py
     checked |= {OPS._conv_bn_wgrad.default, OPS._conv_bn_scale_train_sums.default}
-    checked |= {OPS._conv_packed.default}  # on the CPU alone, and not for torch.compile: in fuse/test_freeze.py
+    # On the CPU alone, and not for torch.compile: in fuse/test_freeze.py and ops/test_packed_chain.py
+    checked |= {OPS._conv_packed.default, OPS._conv_packed_chain.default}
     # What takes no tensor or returns none.
     names = "_explain", "_explain_problem", "_candidates", "_use_algorithm", "_check_algorithm", "_packed_channels"
     checked |= {getattr(OPS, name).default for name in names}

@@ -27,6 +27,7 @@ PostOp: TypeAlias = tuple[str, list[float], str]
 """An activation in oneDNN: its name, its numbers and its algorithm."""
 
 _ops = torch.ops.fused_conv_bn
+_conv_packed = _ops._conv_packed.default._op
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _REFUSALS = RuntimeError, TypeError
 _POST_OPS: dict[str, PostOp] = {
@@ -197,7 +198,8 @@ class _FrozenConv:
             shift = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float() * block.factor
             weight = weight.float() * block.factor
         if x.dtype == torch.float32 and _own_kernel_takes(conv, x.shape):
-            return _own_kernel(block, weight, shift)
+            window = conv.stride, conv.padding, conv.dilation
+            return PackedConv(weight, shift, window, conv.groups, **block.named)
         if _takes(x.dtype) and _has_packing():
             return _one_dnn(block, self.group, weight.to(x.dtype).contiguous(), shift.to(x.dtype), list(x.shape))
         return None
@@ -232,23 +234,31 @@ def _own_kernel_takes(conv: Any, size: Sequence[int]) -> bool:
     return bool(conv.groups == conv.in_channels == conv.out_channels and channels % 8 == 0)
 
 
-def _own_kernel(block: Block, weight: Tensor, shift: Tensor) -> Call:
-    conv, tile = block.conv_twin, _ops._packed_channels.default()
-    filters = weight.shape[0]
-    padded = F.pad(shift, (0, -filters % tile))
-    if conv.groups == 1:  # (tiles, R, S, C, tile)
-        whole = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -filters % tile))
-        packed = whole.view(-1, tile, *weight.shape[1:]).permute(0, 3, 4, 2, 1).contiguous()
-    else:  # (R, S, C)
-        packed = weight[:, 0].permute(1, 2, 0).contiguous()
-    call = _ops._conv_packed.default._op
-    arguments = packed, padded, filters, list(conv.stride), list(conv.padding), list(conv.dilation)
+class PackedConv:
+    """The op and its arguments."""
 
-    def run(x: Tensor, residual: Tensor | None) -> Tensor:
-        y: Tensor = call(x, *arguments, residual=residual, **block.named)
+    def __init__(self, weight: Tensor, shift: Tensor, window: Any, groups: int = 1, **named: Any) -> None:
+        tile = _ops._packed_channels.default()
+        self.filters = weight.shape[0]
+        self.shift = F.pad(shift, (0, -self.filters % tile))
+        if groups == 1:  # (tiles, R, S, C, tile)
+            whole = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -self.filters % tile))
+            self.weight = whole.view(-1, tile, *weight.shape[1:]).permute(0, 3, 4, 2, 1).contiguous()
+        else:  # (R, S, C)
+            self.weight = weight[:, 0].permute(1, 2, 0).contiguous()
+        self.window, self.named = [list(values) for values in window], named
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y: Tensor = _conv_packed(
+            x, self.weight, self.shift, self.filters, *self.window, residual=residual, **self.named
+        )
         return y
 
-    return run
+
+def packed_conv(call: Call) -> PackedConv | None:
+    """What a group's call in a snapshot runs, where that is this kernel and its weight is packed."""
+    frozen = getattr(call, "__self__", None)
+    return frozen.run if isinstance(frozen, _FrozenConv) and isinstance(frozen.run, PackedConv) else None
 
 
 # ---- oneDNN ----------------------------------------------------------------------------------------------------------

@@ -50,9 +50,7 @@ class Guard:
         self.watched = list(silent)
         self.types = list(map(type, self.watched))
         self.modes = [m.training for m in self.watched]
-        self.tensors: list[dict[str, Any]] = [
-            d for b in blocks for m in (b.conv, b.bn) if m is not None for d in (m._parameters, m._buffers)
-        ]
+        self.look_at(blocks)
         self.bindings = []
         for path in paths:
             parent, _, name = path.rpartition(".")
@@ -75,6 +73,12 @@ class Guard:
         self.getters = [(m, _getter(n)) for m, n in zip(self.watched, self.names[1:], strict=True) if n]
         self.saved = _snapshot(self._attributes(root))
         self._look(root)
+
+    def look_at(self, blocks: Iterable[Block]) -> None:
+        """The tensors of these have to be plain ones."""
+        self.tensors: list[dict[str, Any]] = [
+            d for b in blocks for m in (b.conv, b.bn) if m is not None for d in (m._parameters, m._buffers)
+        ]
 
     def holds(self, root: nn.Module) -> bool:
         """Whether all is as it was when this was captured."""

@@ -26,6 +26,7 @@ from ..conditions import is_watched
 from ..modules import ConvBnScale2d
 from .blocks import block_of
 from .capture import Arguments, Refused, capture, is_compared
+from .chain import Link, call_block, chain_groups, compiled, links_of
 from .frozen import frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
 from .layers import is_conv, is_norm
@@ -42,10 +43,6 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, to
 
 
 Block = Callable[..., Tensor]
-
-
-def _call(calls: list[Block], index: int, x: Any, residual: Tensor | None = None) -> Tensor:
-    return calls[index](x, residual)
 
 
 def _placed(call: Block, residual_first: bool) -> Block:
@@ -85,7 +82,8 @@ class Entry:
             paths.setdefault(m, path)
         self.called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
         free = {path for path in self.called if not is_watched(modules[path])}
-        matcher = Matcher(graph, ModuleWords(modules, free), broadcast)
+        words = ModuleWords(modules, free)
+        matcher = Matcher(graph, words, broadcast)
         if matcher.writes_attributes():
             raise Refused("it writes to its parameters or buffers")
         self.groups = matcher.groups()
@@ -103,26 +101,45 @@ class Entry:
         silent = self.inlined | {m for n in gone if n is not None and n.op == "call_module" and (m := module(n))}
         parts = [b.norm.parts for b in self.blocks if b.norm is not None]
         silent |= set(chain(*parts))
+        self._put_groups_in(graph)
+        self.run_groups = compiled(graph)  # what is compared
         self.full: list[Block] = []
         self.quick: list[Block] = []
         self.thaw()
+        self.graph: fx.Graph | None = None  # of a snapshot, until its groups are chains
+        self.links: dict[fx.Node, Link] = {}
         if frozen:
             self.frozen = True
             self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
+            self.graph, self.links = graph, links_of(graph, words)
+            silent |= {m for n in self.links if n.op == "call_module" and (m := module(n))}
         gone_through = {*self.called, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
-        self.guard = Guard(root, modules, gone_through, self.inlined, silent, self.blocks)
-        self.run = self._compile(graph)
+        # A snapshot reads no tensors of the model.
+        self.guard = Guard(root, modules, gone_through, self.inlined, silent, () if frozen else self.blocks)
         self.unchecked = is_compared(root)
 
     def thaw(self) -> None:
         """Live blocks: each reads the parameters of its modules when it is called."""
         self.frozen = False
+        self.run = self.run_groups
         firsts = [g.residual_first for g in self.groups]
         self.full = [_placed(b.forward, first) for b, first in zip(self.blocks, firsts, strict=True)]
         quick = [b.quick if b.is_quick else b.forward for b in self.blocks]
         self.quick = [_placed(call, first) for call, first in zip(quick, firsts, strict=True)]
 
-    def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
+    def chain(self) -> None:
+        """Behind the first call of a snapshot: consecutive groups become one op."""
+        with _lock:
+            graph, self.graph = self.graph, None
+            if graph is None or not self.frozen:
+                return
+            with torch.inference_mode(False), torch.no_grad():
+                has_chains = chain_groups(graph, self.groups, self.quick, self.links)
+            if has_chains:
+                self.run = compiled(graph)
+            self.links = {}
+
+    def _put_groups_in(self, graph: fx.Graph) -> None:
         # Placeholders of the graph are the tensors; the root and the blocks' calls come before them.
         with graph.inserting_before(next(iter(graph.nodes))):
             calls = graph.placeholder("fused_calls")
@@ -130,17 +147,12 @@ class Entry:
             last = group.nodes[-1]
             with graph.inserting_before(last):
                 arguments = (calls, index, group.argument, *(() if group.residual is None else (group.residual,)))
-                fused = graph.call_function(_call, arguments)
+                fused = graph.call_function(call_block, arguments)
             last.replace_all_uses_with(fused)
             for node in reversed(group.nodes):
                 graph.erase_node(node)
             for other in self.groups:  # those whose input or residual this one was
                 other.replace(last, fused)
-        code = graph.python_code("self")
-        scope = dict(code.globals)
-        exec(compile(code.src, "<fused_conv_bn.fuse>", "exec"), scope)
-        run: Callable[..., Any] = scope["forward"]
-        return run
 
 
 class State:
@@ -243,9 +255,13 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     if not entry.groups:
         return own(root, *args, **kwargs)
     if entry.unchecked:
-        return _checked(root, state, key, entry, own, arguments, args, kwargs)
-    quick = not (_is_grad_enabled() or _is_any_autocast_enabled())
-    return entry.run(root, entry.quick if quick else entry.full, *arguments.tensors.values())
+        result = _checked(root, state, key, entry, own, arguments, args, kwargs)
+    else:
+        quick = not (_is_grad_enabled() or _is_any_autocast_enabled())
+        result = entry.run(root, entry.quick if quick else entry.full, *arguments.tensors.values())
+    if entry.graph is not None and not entry.unchecked:
+        entry.chain()
+    return result
 
 
 def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwargs: Any) -> Any:
@@ -331,7 +347,7 @@ def _checked(
         compared = _Compared(entry)
         try:
             with undisturbed(root):
-                difference = _difference(entry.run(root, compared.calls, *others), expected)
+                difference = _difference(entry.run_groups(root, compared.calls, *others), expected)
                 if difference is None and (difference := _difference(others, given)) is not None:
                     difference = f"in an argument, {difference}"
         except Exception as error:
@@ -352,6 +368,7 @@ def _checked(
         return entry.run(root, entry.full, *arguments.tensors.values())
     if entry.frozen:  # what cannot be frozen may be fused: a model that reads the strides of a result, say
         entry.thaw()
+        entry.guard.look_at(entry.blocks)
         return _checked(root, state, key, entry, own, arguments, args, kwargs)
     state.refused[key] = problem
     state.entries.pop(key, None)

@@ -75,16 +75,19 @@ inline const PackedKernel& packed_kernel() {
 // Depthwise, what is left of the channels is of vectors half as long.
 constexpr int64_t kDepthwiseLanes = packed_v3::kLanes;
 
+// Channels go block by block, so that all pixels of a row find the weights of one in the first level of the caches.
 inline void run_depthwise_row(DepthwiseRow row, const PackedOutput& out) {
-  row.last_channel = row.channels;
-  if (use_v4()) {
-    row.last_channel = row.channels / packed_v4::kLanes * packed_v4::kLanes;
-    packed_v4::run_depthwise_row(row, out);
-    row.first_channel = row.last_channel;
-    row.last_channel = row.channels;
-  }
-  if (row.first_channel < row.last_channel) {
-    packed_v3::run_depthwise_row(row, out);
+  constexpr int64_t kStep = packed_v4::kDepthwiseVectors * packed_v4::kLanes, kWeights = 24 << 8;
+  const int64_t block = std::max<int64_t>(1, kWeights / (row.filter * row.filter) / kStep) * kStep;
+  const int64_t vectors = use_v4() ? row.channels / packed_v4::kLanes * packed_v4::kLanes : 0;
+  for (; row.first_channel < row.channels; row.first_channel = row.last_channel) {
+    if (row.first_channel < vectors) {
+      row.last_channel = std::min(row.first_channel + block, vectors);
+      packed_v4::run_depthwise_row(row, out);
+    } else {
+      row.last_channel = std::min(row.first_channel + block, row.channels);
+      packed_v3::run_depthwise_row(row, out);
+    }
   }
 }
 
@@ -149,6 +152,9 @@ void launch_conv_packed(const PackedCall& call, const ParallelFor& parallel_for)
   const int64_t wanted = std::max(least_pixels, kBytes / bytes);
   const int64_t tiles = ceil_div(p.K, kernel.channels);
   int64_t count = ceil_div(whole, round_up(wanted, unit));
+  if (count > call.threads) {
+    count = round_up(count, call.threads);  // each has as many
+  }
   int64_t band = round_up(ceil_div(whole, count), unit);
   if (!pads && band > kernel.pixels) {
     band = round_up(band, kernel.pixels);
@@ -160,8 +166,7 @@ void launch_conv_packed(const PackedCall& call, const ParallelFor& parallel_for)
   const int64_t items = count;
   int64_t parts = 1;
   if (call.threads > 1 && items < 4 * call.threads) {
-    parts = std::min(
-        {tiles, ceil_div(4 * call.threads, items), std::max<int64_t>(1, products * tiles / kLeastProducts)});
+    parts = tiles;
   }
   const int64_t part = ceil_div(tiles, parts);
   parts = ceil_div(tiles, part);

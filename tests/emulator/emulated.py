@@ -22,86 +22,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import translate
 from fused_conv_bn import reference
+from structures import (
+    AFFINE,
+    Affine,
+    Backward,
+    BackwardParams,
+    Buffer,
+    Epilogue,
+    GemmSm90Layout,
+    Operands,
+    Problem,
+    Shape,
+    Train,
+    Weight,
+    Wgrad,
+)
 
 ELEMENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # csrc/kernels/common/scalar.h
 
 
 class RuleBroken(AssertionError):
     """What a kernel did that the emulated GPU does not allow."""
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in "N C H W K R S P Q".split()),
-        *((f"{name}_{side}", ctypes.c_int64) for name in ("stride", "pad", "dilation") for side in "hw"),
-        ("groups", ctypes.c_int64),
-        ("element_bytes", ctypes.c_int),
-        *((name, ctypes.c_bool) for name in ("channels_last", "has_residual", "allow_tf32")),
-    ]
-
-
-AFFINE = ("mean", "var", "weight", "bias", "conv_bias")
-
-
-class _Affine(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in AFFINE),
-        *((name, ctypes.c_double) for name in ("scaling_factor", "eps")),
-        ("wide", ctypes.c_bool),
-    ]
-
-
-class _Epilogue(ctypes.Structure):
-    _fields_ = [
-        ("activation", ctypes.c_int),
-        ("residual_last", ctypes.c_bool),
-        ("negative_slope", ctypes.c_double),
-    ]
-
-
-class _Operands(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "w")),
-        *((f"w_stride_{name}", ctypes.c_int64) for name in "kcrs"),
-        ("affine", _Affine),
-        ("late_affine", ctypes.c_bool),
-        *((name, ctypes.c_void_p) for name in ("residual", "y")),
-    ]
-
-
-class _Buffer(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("element", ctypes.c_int)]
-
-
-class _Train(ctypes.Structure):
-    _fields_ = [
-        *((name, _Buffer) for name in ("running_mean", "running_var", "weight", "bias", "conv_bias")),
-        *((name, ctypes.c_double) for name in ("scaling_factor", "momentum", "eps")),
-        ("spare_centers", ctypes.c_bool),
-        *((name, ctypes.c_void_p) for name in ("saved_mean", "saved_invstd")),
-    ]
-
-
-class _Backward(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("dy", "z", "other", "dz", "dresidual")),
-        ("from_result", ctypes.c_bool),
-    ]
-
-
-class _BackwardParams(ctypes.Structure):
-    _fields_ = [
-        *((name, _Buffer) for name in ("mean", "var", "invstd", "weight", "bias", "conv_bias")),
-        *((name, ctypes.c_double) for name in ("scaling_factor", "eps")),
-        ("counts", _Buffer),
-        ("count", ctypes.c_double),
-        *((name, _Buffer) for name in ("dweight", "dbias", "dconv_bias")),
-        ("sums", ctypes.c_void_p),
-    ]
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("numel", "channels", "inner")]
 
 
 @functools.cache
@@ -155,12 +96,12 @@ def _element(x: Tensor) -> int:
     return ELEMENTS.index(x.dtype)
 
 
-def _buffer(x: Tensor | None) -> _Buffer:
-    return _Buffer() if x is None else _Buffer(x.data_ptr(), x.stride(0), _element(x))
+def _buffer(x: Tensor | None) -> Buffer:
+    return Buffer() if x is None else Buffer(x.data_ptr(), x.stride(0), _element(x))
 
 
-def _epilogue(activation: str, negative_slope: float, residual_last: bool) -> _Epilogue:
-    return _Epilogue(list(reference.ACTIVATIONS).index(activation), residual_last, negative_slope)
+def _epilogue(activation: str, negative_slope: float, residual_last: bool) -> Epilogue:
+    return Epilogue(list(reference.ACTIVATIONS).index(activation), residual_last, negative_slope)
 
 
 class _AffineTensors:
@@ -172,17 +113,7 @@ class _AffineTensors:
         common = dtype if all(t.dtype == dtype for t in given) else wide
         self.tensors = {name: None if t is None else t.to(common).contiguous() for name, t in tensors.items()}
         pointers = {name: None if t is None else t.data_ptr() for name, t in self.tensors.items()}
-        self.struct = _Affine(**pointers, scaling_factor=scaling_factor, eps=eps, wide=common == wide)
-
-
-class GemmSm90Layout(ctypes.Structure):
-    """A tile of gemm_sm90 and so many splits, on a GPU of its own; a call says what came of it."""
-
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("tile", "splits", "multiprocessors", "shared_memory")),
-        *((name, ctypes.c_int) for name in ("stages", "buffers", "rounds")),
-        ("resident", ctypes.c_bool),
-    ]
+        self.struct = Affine(**pointers, scaling_factor=scaling_factor, eps=eps, wide=common == wide)
 
 
 def gemm_sm90_tiles() -> int:
@@ -257,8 +188,8 @@ class _Conv:
         }
         self.affine = affine
         sizes = (*input.shape, weight.size(0), *weight.shape[2:], *self.y.shape[2:], *itertools.chain(*pairs))
-        self.problem = _Problem(*sizes, groups, input.element_size(), last, residual is not None, False)
-        self.operands = _Operands(
+        self.problem = Problem(*sizes, groups, input.element_size(), last, residual is not None, False)
+        self.operands = Operands(
             **{name: None if t is None else t.data_ptr() for name, t in self.tensors.items()},
             **{f"w_stride_{name}": size for name, size in zip("kcrs", weight.stride(), strict=True)},
             affine=affine.struct,
@@ -273,7 +204,7 @@ def _conv(
     pairs: list[list[int]],
     groups: int,
     residual: Tensor | None,
-    epilogue: _Epilogue,
+    epilogue: Epilogue,
     algorithm: str,
     layout: GemmSm90Layout | None,
     capability: int,
@@ -376,7 +307,7 @@ def conv_bn_scale_train(
     numbers = (scaling_factor, momentum, eps)
     y = _result("conv_bn_scale_train", input, conv_weight, conv_bias, *bn, *numbers, *pairs, groups)
     conv = _Conv(y, input, conv_weight, _AffineTensors(input.dtype), pairs, groups, residual, algorithm)
-    train = _Train(*(_buffer(t) for t in (*bn, conv_bias)), *numbers)
+    train = Train(*(_buffer(t) for t in (*bn, conv_bias)), *numbers)
     epilogue = _epilogue(activation, negative_slope, residual_last)
     _call(
         capability,
@@ -387,26 +318,8 @@ def conv_bn_scale_train(
     return y
 
 
-class _Weight(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((f"stride_{name}", ctypes.c_int64) for name in "kcrs")]
-
-
-class _Wgrad(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "dy", "result")),
-        ("activation", ctypes.c_int),
-        ("w", _Weight),
-        ("has_statistics", ctypes.c_bool),
-        *((name, _Buffer) for name in ("mean", "var", "weight", "conv_bias")),
-        *((name, ctypes.c_double) for name in ("scaling_factor", "eps")),
-        ("input_sums", ctypes.c_void_p),
-        *((name, _Weight) for name in ("dw", "scaled_weight")),
-        *((name, _Buffer) for name in ("dweight", "dbias", "dconv_bias", "input_scale", "input_shift")),
-    ]
-
-
-def _weight(x: Tensor | None) -> _Weight:
-    return _Weight() if x is None else _Weight(x.data_ptr(), *x.stride())
+def _weight(x: Tensor | None) -> Weight:
+    return Weight() if x is None else Weight(x.data_ptr(), *x.stride())
 
 
 def conv_bn_wgrad(
@@ -437,8 +350,8 @@ def conv_bn_wgrad(
     dw, scaled = conv_weight.clone().fill_(math.nan), conv_weight.clone().fill_(math.nan)
     dweight, dbias, dconv_bias, scale, shift = torch.full((5, channels), math.nan)
     sizes = (*x.shape, channels, *conv_weight.shape[2:], *dy.shape[2:], *itertools.chain(*pairs))
-    problem = _Problem(*sizes, groups, x.element_size(), last, False, False)
-    operands = _Wgrad(
+    problem = Problem(*sizes, groups, x.element_size(), last, False, False)
+    operands = Wgrad(
         *(_pointer(x).value, _pointer(dy).value, _pointer(result).value),
         list(reference.ACTIVATIONS).index(activation),
         *(
@@ -461,8 +374,8 @@ def conv_bn_wgrad(
 # ---- elementwise -----------------------------------------------------------------------------------------------------
 
 
-def _shape(x: Tensor) -> _Shape:
-    return _Shape(x.numel(), x.size(1), x[0, 0].numel() if x.is_contiguous() else 1)
+def _shape(x: Tensor) -> Shape:
+    return Shape(x.numel(), x.size(1), x[0, 0].numel() if x.is_contiguous() else 1)
 
 
 def bn_scale_train(
@@ -485,7 +398,7 @@ def bn_scale_train(
     y = _result("bn_scale_train", input, *statistics, scaling_factor, momentum, eps)
     x = y.clone().copy_(input)
     added = None if residual is None else y.clone().copy_(residual)
-    bn = _Train(*(_buffer(t) for t in (*statistics, None)), scaling_factor, momentum, eps)
+    bn = Train(*(_buffer(t) for t in (*statistics, None)), scaling_factor, momentum, eps)
     epilogue = _epilogue(activation, negative_slope, residual_last)
     _call(
         *(capability, "emulated_bn_scale_train"),
@@ -495,7 +408,7 @@ def bn_scale_train(
     return y
 
 
-def _elementwise(input: Tensor, affine: _AffineTensors, residual: Tensor | None, epilogue: _Epilogue, capability: int):
+def _elementwise(input: Tensor, affine: _AffineTensors, residual: Tensor | None, epilogue: Epilogue, capability: int):
     y = _result("scale_shift", input, None, None)
     x = y.clone().copy_(input)
     added = None if residual is None else y.clone().copy_(residual)
@@ -656,16 +569,16 @@ def bn_scale_backward(
     tensors = [None if t is None else _misaligned_as(t, shaped) for t in (dy, input if needs_z else None, other)]
     pointers = [None if t is None else t.data_ptr() for t in (*tensors, dz, dresidual)]
     trains = invstd is not None
-    params = _BackwardParams(
+    params = BackwardParams(
         *(_buffer(t) for t in (mean, var, invstd, weight, bias, None if trains else conv_bias)),
-        *(scaling_factor, eps, _Buffer(), dy.numel() / dy.size(1)),
+        *(scaling_factor, eps, Buffer(), dy.numel() / dy.size(1)),
         *(_buffer(t) for t in (dweight, dbias, dconv_bias)),
     )
     affine = dict(mean=mean, var=var, weight=weight, bias=bias, conv_bias=conv_bias)
     affine_tensors = _AffineTensors(dy.dtype, scaling_factor, eps, **({} if trains else affine))
     _call(
         *(capability, "emulated_backward"),
-        *(ctypes.byref(_Backward(*pointers, result is not None)), ctypes.byref(_shape(shaped)), ctypes.byref(params)),
+        *(ctypes.byref(Backward(*pointers, result is not None)), ctypes.byref(_shape(shaped)), ctypes.byref(params)),
         *(ctypes.byref(affine_tensors.struct), ctypes.byref(_epilogue(activation, negative_slope, False))),
         *(ctypes.c_void_p(None), _element(dy)),
     )

@@ -275,19 +275,24 @@ def test_forced_choices(algorithm: str) -> None:
 @pytest.mark.parametrize(
     "reach, pads", [(0, (0, 127)), (1, (0, 128)), (128, (0, 128)), (200, (72, 128)), (255, (127, 128))]
 )
-def test_windows_of_gemm_sm90(reach: int, pads: tuple[int, int]) -> None:
-    """From the least padding to the most of a window that reaches so far."""
+@pytest.mark.parametrize("down", [True, False], ids=["down", "right"])
+def test_windows_of_gemm_sm90(reach: int, pads: tuple[int, int], down: bool) -> None:
+    """From the least padding to the most of a window that reaches so far, and strides up to 8."""
 
-    def is_covered(pad: int, reach: int) -> bool:
+    def is_covered(pad: int, reach: int, stride: int = 1, images: int = 1) -> bool:
         taps, dilation = (2, reach) if reach > 0 else (1, 1)
-        size = 300 + 2 * pad - reach
-        window = (taps, 1, size, 7, 1, 1, pad, 0, dilation, 1)
+        size = (300 + 2 * pad - reach - 1) // stride + 1
+        pairs = [(300, 7), (taps, 1), (size, 7), (stride, 1), (pad, 0), (dilation, 1)]
+        image, *window = (pair if down else pair[::-1] for pair in pairs)
+        numbers = [n for pair in window for n in pair]
+        problem = Problem(images, 8, *image, 8, *numbers, 1, 2, True, False, False)
         try:
-            return "gemm_sm90" in configuration(
-                Problem(1, 8, 300, 7, 8, *window, 1, 2, True, False, False), GPUS[4], "gemm_sm90"
-            )
+            return "gemm_sm90" in configuration(problem, GPUS[4], "gemm_sm90")
         except RuntimeError:
             return False
+
+    assert is_covered(pads[0], reach, 8) and not is_covered(pads[0], reach, 9)
+    assert not is_covered(pads[0], reach, images=0)
 
     least, most = pads
     assert is_covered(least, reach) and is_covered(most, reach)

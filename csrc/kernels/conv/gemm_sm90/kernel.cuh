@@ -3,8 +3,8 @@
 // A block has a tile of filters for good, and takes one tile of pixels after another. Two threads fetch what is multiplied,
 // as boxes of tensors (ptx/tensor_map.cuh): of a tap's pixels as the tensor map for im2col finds them, and of its filters.
 // Two warpgroups have every second tile each: while one multiplies, the other adds the affine, the residual and the activation,
-// and sends its results to shared memory and from there as boxes to the output. Where there are few tiles, a cluster of
-// blocks has one, and shares its terms.
+// and sends its results to shared memory and from there as boxes to the output. Larger tiles they have together, half each.
+// Where there are few tiles, a cluster of blocks has one, and shares its terms.
 //
 //     plan.h        the domain, tiles, and what they are chosen by
 //     params.cuh    what a block knows: parameters, shared memory, the ring of stages

@@ -70,10 +70,10 @@ cudaError_t set_maps(const ConvCall& call, const Layout& l, Params<T>& p) {
   if (status == cudaSuccess) {
     status = encode_filters<T>(p.w, operands.w, c, l);
   }
-  if (status == cudaSuccess) {
+  if (status == cudaSuccess && l.splits == 1) {
     status = encode_matrix<T>(p.y, operands.y, c.K, c.N * c.P * c.Q, row, t.pixels);
   }
-  if (status == cudaSuccess && p.has_residual) {
+  if (status == cudaSuccess && l.splits == 1 && p.has_residual) {
     status = encode_matrix<T>(p.residual, operands.residual, c.K, c.N * c.P * c.Q, row, t.pixels);
   }
   return status;

@@ -77,7 +77,9 @@ struct Block {
     if (threadIdx.x == 0) {
       prefetch_map(p.x);
       prefetch_map(p.w);
-      prefetch_map(p.y);
+      if (p.layout.splits == 1) {
+        prefetch_map(p.y);
+      }
       for (int stage = 0; stage < p.layout.stages; ++stage) {
         barrier_init(full(stage), 1);
         barrier_init(empty(stage), kShape.together ? 4 * kConsumers : 4);

@@ -6,21 +6,18 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-template <typename T>
-__device__ __forceinline__ void multiply(float (&sums)[128], uint64_t a, uint64_t b) {
-  product_m64n256k16<T, true>(sums, a, b);
-}
-template <typename T>
-__device__ __forceinline__ void multiply(float (&sums)[64], uint64_t a, uint64_t b) {
-  product_m64n128k16<T, true>(sums, a, b);
-}
-template <typename T>
-__device__ __forceinline__ void multiply(float (&sums)[32], uint64_t a, uint64_t b) {
-  product_m64n64k16<T, true>(sums, a, b);
-}
-template <typename T>
-__device__ __forceinline__ void multiply(float (&sums)[16], uint64_t a, uint64_t b) {
-  product_m64n32k16<T, true>(sums, a, b);
+// Of 64 pixels by twice as many filters as a thread has sums.
+template <typename T, int kCount>
+__device__ __forceinline__ void multiply(float (&sums)[kCount], uint64_t a, uint64_t b) {
+  if constexpr (kCount == 128) {
+    product_m64n256k16<T, true>(sums, a, b);
+  } else if constexpr (kCount == 64) {
+    product_m64n128k16<T, true>(sums, a, b);
+  } else if constexpr (kCount == 32) {
+    product_m64n64k16<T, true>(sums, a, b);
+  } else {
+    product_m64n32k16<T, true>(sums, a, b);
+  }
 }
 
 template <typename T, int kTile>

@@ -14,6 +14,7 @@ _aten = torch.ops.aten
 _conv_scale_shift = torch.ops.fused_conv_bn.conv_scale_shift.default
 _is_compiling = torch.compiler.is_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_precision = torch._C._get_fp32_precision_getter
 
 Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """stride, padding, dilation, groups."""
@@ -46,6 +47,18 @@ def as_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     if not _is_any_autocast_enabled():
         return tensors
     return [None if t is None else t.to(autocast_dtype(t)) for t in tensors]
+
+
+def allows_tf32(input: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution may round float32 to TF32: PyTorch's flag allows it, and eager's own does it.
+
+    Eager's of few channels need not, whatever the flag says. (The older flag raises once the newer one was set.)
+    """
+    return input.dtype is torch.float32 and input.is_cuda and weight.shape[1] > 16 and tf32_is_on()
+
+
+def tf32_is_on() -> bool:
+    return bool(_precision("cuda", "conv") == "tf32" and torch._C._get_cudnn_enabled())
 
 
 def keeps_result(input: Tensor, weight: Tensor, groups: int, backward_needs_it: bool) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from . import _activations, _sync, autograd, conditions
-from ._conv import autocast_dtype
+from ._conv import allows_tf32, autocast_dtype
 from ._dispatch import keywords
 from .conditions import PLAIN_TENSORS, Operands, operands, why_refused
 from .reference import ACTIVATIONS, activate, check_activation, convolution
@@ -208,6 +208,7 @@ class ConvBnScale2d(nn.Module):
                         (mean, var, bn_weight, bn_bias, factor, bn.eps),
                         (conv.stride, conv.padding, conv.dilation, conv.groups),
                         (residual, self.activation, self.negative_slope, self.residual_last),
+                        allows_tf32(x, weight),
                     )
                 return _eval_call(
                     x,
@@ -223,7 +224,9 @@ class ConvBnScale2d(nn.Module):
                     conv.padding,
                     conv.dilation,
                     conv.groups,
-                    **keywords(residual, self.activation, self.negative_slope, self.residual_last),
+                    **keywords(
+                        residual, self.activation, self.negative_slope, self.residual_last, allows_tf32(x, weight)
+                    ),
                 )
             except RuntimeError:
                 # The op refuses before it writes anything. What PyTorch's ops take, or refuse in words of their own,

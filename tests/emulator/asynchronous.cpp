@@ -1,6 +1,7 @@
 // What happens beside the threads: copies, matrix products, and the barriers in shared memory that tell of them.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <map>
 
@@ -100,6 +101,17 @@ void complete_copy(Thread& t) {  // the oldest
   move(t, copy);
 }
 
+// To nearest, halves away from zero.
+void round_to_tf32(unsigned char* at, uint32_t bytes) {
+  for (uint32_t i = 0; i < bytes; i += 4) {
+    uint32_t bits;
+    std::memcpy(&bits, at + i, 4);
+    const bool finite = (bits & 0x7f800000) != 0x7f800000;
+    bits = (bits + (finite ? ~kTf32 / 2 + 1 : 0)) & kTf32;
+    std::memcpy(at + i, &bits, 4);
+  }
+}
+
 void complete_fetch(size_t index) {
   const Fetch fetch = std::move(fetches[index]);
   if (index + 1 < fetches.size()) {
@@ -111,6 +123,9 @@ void complete_fetch(size_t index) {
   std::memset(to, 0, fetch.box.bytes);
   for (const Piece& piece : fetch.box.pieces) {
     std::memcpy(shared_at(fetch.rank, piece.shared), piece.global, piece.bytes);
+    if (fetch.box.to_tf32) {
+      round_to_tf32(shared_at(fetch.rank, piece.shared), piece.bytes);
+    }
   }
   Barrier& b = find_barrier(fetch.rank, fetch.barrier);
   join(b.gathered, fetch.clock);
@@ -155,7 +170,7 @@ void move_store(BulkStore& store) {  // of the running thread
 
 struct Product {
   unsigned rank;  // of the block
-  Half type;
+  Factor type;
   unsigned n;
   uint64_t a, b;
   bool add;
@@ -186,7 +201,7 @@ struct Operand {
       fail("a wgmma descriptor of a swizzled operand that starts within a pattern, or has no whole ones: %#llx", whole);
     }
   }
-  // 8 values of k of a row.
+  // 16 bytes of k of a row.
   uint32_t chunk(unsigned row, unsigned half) const {
     return span == 0 ? start + half * other_half + row / 8 * step + row % 8 * 16
                      : swizzled(start + row / 8 * step + row % 8 * span + half * 16, span);
@@ -223,13 +238,20 @@ void note_end(Thread& t, const Operand& operand, unsigned rows) {
 }
 
 void multiply(const Product& p) {
+  const unsigned bytes = p.type == Factor::tf32 ? 4 : 2, depth = 32 / bytes, chunk = 16 / bytes;
+  const auto value = [&](const unsigned char* from) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, from, bytes);
+    if (p.type != Factor::tf32) {
+      return from_half(p.type == Factor::float16 ? Half::float16 : Half::bfloat16, static_cast<uint16_t>(bits));
+    }
+    return std::bit_cast<float>(bits & kTf32);
+  };
   const auto values = [&](const Operand& operand, unsigned rows) {
-    std::vector<float> all(rows * 16);
+    std::vector<float> all(rows * depth);
     for (unsigned row = 0; row < rows; ++row) {
-      for (unsigned k = 0; k < 16; ++k) {
-        uint16_t bits;
-        std::memcpy(&bits, shared_at(p.rank, operand.chunk(row, k / 8)) + k % 8 * 2, 2);
-        all[row * 16 + k] = from_half(p.type, bits);
+      for (unsigned k = 0; k < depth; ++k) {
+        all[row * depth + k] = value(shared_at(p.rank, operand.chunk(row, k / chunk)) + k % chunk * bytes);
       }
     }
     return all;
@@ -241,8 +263,8 @@ void multiply(const Product& p) {
       const unsigned col = i / 4 * 8 + thread % 4 * 2 + i % 2;
       float& sum = *p.sums[thread][i];
       double total = p.add ? sum : 0.0;
-      for (unsigned k = 0; k < 16; ++k) {
-        total += double{a[row * 16 + k]} * b[col * 16 + k];
+      for (unsigned k = 0; k < depth; ++k) {
+        total += double{a[row * depth + k]} * b[col * depth + k];
       }
       sum = static_cast<float>(total);
     }
@@ -408,7 +430,7 @@ void copy_bulk_wait(unsigned groups_left) {
 }
 void fence_async() { ++running->fences; }
 
-void product(Half type, unsigned n, float* const* sums, uint64_t a, uint64_t b, bool add) {
+void product(Factor type, unsigned n, float* const* sums, uint64_t a, uint64_t b, bool add) {
   Warpgroup& g = warpgroups[warpgroup_of(*running)];
   const size_t index = running->products++ - g.done;
   if (index == g.products.size()) {

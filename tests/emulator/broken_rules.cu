@@ -176,7 +176,7 @@ __global__ void product_without_fence(Arguments) {
   store_shared(own(), make_uint4(0, 0, 0, 0));
   __syncthreads();
   float sums[32];
-  product_m64n64k16<float16, false>(sums, operand(operand_start(base(), 1024)), operand(operand_start(base(), 1024)));
+  product_m64n64<float16, false>(sums, operand(operand_start(base(), 1024)), operand(operand_start(base(), 1024)));
   product_commit();
   product_wait<0>();
 }
@@ -185,7 +185,7 @@ __global__ void product_overwritten(Arguments) {
   fence_async();
   __syncthreads();
   float sums[32];
-  product_m64n64k16<float16, false>(sums, operand(operand_start(base(), 1024)), operand(operand_start(base(), 1024)));
+  product_m64n64<float16, false>(sums, operand(operand_start(base(), 1024)), operand(operand_start(base(), 1024)));
   product_commit();
   store_shared(own(), uint32_t{1});
   product_wait<0>();

@@ -126,7 +126,7 @@ def gemm_sm90_fits(layouts: Iterable[GemmSm90Layout], input: Tensor, weight: Ten
     """Whether there are these layouts of a convolution; each says what would come of it."""
     y = _result("conv_scale_shift", input, weight, None, None, *_pairs(input, 1, 0, 1), 1)
     affine = _AffineTensors(input.dtype)
-    conv = _Conv(y, input, weight, affine, _pairs(input, 1, 0, 1), 1, None, "gemm_sm90")
+    conv = _Conv(y, input, weight, affine, _pairs(input, 1, 0, 1), 1, None, "gemm_sm90", True)
     compiled = _library(90)
     assert not isinstance(compiled, RuntimeError)
     fits = compiled[1].emulated_gemm_sm90_fits
@@ -170,6 +170,7 @@ class _Conv:
         groups: int,
         residual: Tensor | None,
         algorithm: str,
+        allow_tf32: bool = False,
     ) -> None:
         self.y = y
         last = not self.y.is_contiguous()
@@ -188,7 +189,7 @@ class _Conv:
         }
         self.affine = affine
         sizes = (*input.shape, weight.size(0), *weight.shape[2:], *self.y.shape[2:], *itertools.chain(*pairs))
-        self.problem = Problem(*sizes, groups, input.element_size(), last, residual is not None, False)
+        self.problem = Problem(*sizes, groups, input.element_size(), last, residual is not None, allow_tf32)
         self.operands = Operands(
             **{name: None if t is None else t.data_ptr() for name, t in self.tensors.items()},
             **{f"w_stride_{name}": size for name, size in zip("kcrs", weight.stride(), strict=True)},
@@ -208,8 +209,9 @@ def _conv(
     algorithm: str,
     layout: GemmSm90Layout | None,
     capability: int,
+    allow_tf32: bool,
 ) -> Tensor:
-    conv = _Conv(y, input, weight, affine, pairs, groups, residual, algorithm)
+    conv = _Conv(y, input, weight, affine, pairs, groups, residual, algorithm, allow_tf32)
     _call(
         capability,
         "emulated_conv",
@@ -233,6 +235,7 @@ def conv_scale_shift(
     activation: str = "none",
     negative_slope: float = 0.01,
     residual_last: bool = False,
+    allow_tf32: bool = False,
     algorithm: str,
     layout: GemmSm90Layout | None = None,
     capability: int = 90,
@@ -241,7 +244,7 @@ def conv_scale_shift(
     y = _result("conv_scale_shift", input, weight, scale, shift, *pairs, groups)
     affine = _AffineTensors(input.dtype, weight=scale, bias=shift)
     epilogue = _epilogue(activation, negative_slope, residual_last)
-    return _conv(y, input, weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability)
+    return _conv(y, input, weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability, allow_tf32)
 
 
 def conv_bn_scale(
@@ -263,6 +266,7 @@ def conv_bn_scale(
     activation: str = "none",
     negative_slope: float = 0.01,
     residual_last: bool = False,
+    allow_tf32: bool = False,
     algorithm: str,
     layout: GemmSm90Layout | None = None,
     capability: int = 90,
@@ -272,7 +276,7 @@ def conv_bn_scale(
     bn = dict(mean=running_mean, var=running_var, weight=weight, bias=bias, conv_bias=conv_bias)
     affine = _AffineTensors(input.dtype, scaling_factor, eps, **bn)
     epilogue = _epilogue(activation, negative_slope, residual_last)
-    _conv(y, input, conv_weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability)
+    _conv(y, input, conv_weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability, allow_tf32)
     # The op's with_bn_strides(): extents of 1 have others.
     arguments = (conv_weight, conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps, *pairs, groups)
     return y.as_strided(y.shape, _result("conv_bn_scale", input, *arguments).stride())

@@ -112,10 +112,12 @@ void store_box(const void* map, unsigned rank, const int* coordinates, uint32_t 
 // The driver's function of this name, or nullptr.
 void* driver_function(const char* name);
 
-// wgmma: sums (64 x n) = a * b (+ sums), 16 values of k; a and b by their descriptors. Rounded to nearest, where tensor cores
-// cut off: errors on a GPU are larger.
+// wgmma: sums (64 x n) = a * b (+ sums), 32 bytes of k; a and b by their descriptors. Sums are rounded to nearest, where tensor
+// cores cut off: errors on a GPU are larger. Of tf32, bits of float32 are cut off, as there.
 enum class Half { float16, bfloat16 };
-void product(Half type, unsigned n, float* const* sums, uint64_t a, uint64_t b, bool add);
+enum class Factor { float16, bfloat16, tf32 };
+constexpr uint32_t kTf32 = 0xffffe000;  // the bits of float32 that count
+void product(Factor type, unsigned n, float* const* sums, uint64_t a, uint64_t b, bool add);
 void product_commit();
 void product_wait(unsigned groups_left);
 

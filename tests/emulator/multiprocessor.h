@@ -120,6 +120,7 @@ inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
 struct Box {
   uint32_t bytes = 0;         // also what is outside of the tensor
   std::vector<Piece> pieces;  // inside
+  bool to_tf32 = false;       // float32, which is rounded on the way
 };
 // As in shared memory from there on. Whether memory may be read or written is looked at.
 Box find_box(const void* map, unsigned rank, const int* coordinates, const uint16_t* offsets, uint32_t shared,

@@ -233,6 +233,8 @@ Box find_box(const void* pointer, unsigned rank, const int* coordinates, const u
     fail("cp.async.bulk.tensor at %u of shared memory, which is no multiple of %u", shared - kSharedBase, alignment);
   }
   Collector collector{map, shared, write};
+  collector.box.to_tf32 = !write && (map.type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 ||
+                                     map.type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ);
   if (map.im2col) {
     collector.add_pixels(coordinates, offsets);
   } else {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +17,12 @@ from conv_problems import check, make
 SHARED = 232448  # bytes of a block, as compute capability 9.0 has them
 TILES = range(9)
 SPLITS = (2, 4, 8)
-DTYPES = (torch.float16, torch.bfloat16)  # in turns
+# In turns. float32 is TF32's: with numbers that it has.
+DTYPES: tuple[dict[str, Any], ...] = (
+    {"dtype": torch.float16},
+    {"dtype": torch.float32, "tf32": True},
+    {"dtype": torch.bfloat16},
+)
 
 # Tiles end behind the last pixel, filter and channel. Steps have 16, 32 and 64 channels, and a tap one or two of them.
 PROBLEMS: dict[str, tuple[Any, ...]] = {
@@ -37,6 +44,11 @@ EPILOGUES: tuple[dict[str, Any], ...] = (
     {"residual": "first", "activation": "silu"},
     {"residual": "last", "activation": "relu", "bn": True},
 )
+
+
+def make_call(generator: torch.Generator, turn: int, problem: tuple[Any, ...]) -> Any:
+    named = DTYPES[turn % 3] | EPILOGUES[turn // 3 % 3]
+    return make(generator, "cpu", named.pop("dtype"), *problem, formats="ll", **named)
 
 
 @pytest.fixture
@@ -64,8 +76,10 @@ def test_tiles(problem, multiprocessors, by_layout, generator):
     for tile in TILES:
         layout = by_layout(tile, 1, multiprocessors, SHARED)
         turn = tile + len(problem) + multiprocessors
-        call = make(generator, "cpu", DTYPES[turn % 2], *PROBLEMS[problem], formats="ll", **EPILOGUES[turn % 3])
-        assert check(call), tile
+        call = make_call(generator, turn, PROBLEMS[problem])
+        if not check(call):  # two blocks of this tile have no room for stages and results of four bytes
+            assert tile == 3 and call.allow_tf32
+            continue
         assert (layout.rounds > 1) == (multiprocessors == 1), tile
 
 
@@ -76,7 +90,7 @@ def test_splits(problem, splits, by_layout, generator):
     for tile in TILES:
         by_layout(tile, splits, 132, SHARED)
         turn = tile + splits // 2 + len(problem)
-        call = make(generator, "cpu", DTYPES[turn % 2], *SPLIT_PROBLEMS[problem], formats="ll", **EPILOGUES[turn % 3])
+        call = make_call(generator, turn, SPLIT_PROBLEMS[problem])
         if check(call):
             tested.append(tile)
     assert len(tested) >= 3, tested  # others have no kernel for clusters
@@ -98,13 +112,35 @@ def test_windows_at_the_limits_of_tensor_maps(reach, pad, by_layout, generator):
 def test_ways_to_lay_out_shared_memory(tile, by_layout, generator):
     """Filters that stay in it or not, a consumer's results in one buffer or two; each with as few stages as may be."""
     ways = {}
-    for kernel in ((1, 3), (5, 5)):
-        call = make(generator, "cpu", torch.float16, (1, 16, 31, 25), (40, 16, *kernel), formats="ll", residual="first")
+    for kernel, named in itertools.product(((1, 3), (5, 5)), DTYPES[:2]):
+        shapes = (1, 16, 31, 25), (40, 16, *kernel)
+        call = make(generator, "cpu", named["dtype"], *shapes, formats="ll", residual="first", tf32="tf32" in named)
         layouts = [emulated.GemmSm90Layout(tile, 1, 1, shared) for shared in range(8192, SHARED, 2048)]
         for layout, fits in zip(layouts, emulated.gemm_sm90_fits(layouts, call.x, call.w), strict=True):
             if fits:
-                ways.setdefault((layout.resident, layout.buffers), (call, layout))
-    assert len(ways) == 4
+                ways.setdefault((named["dtype"], layout.resident, layout.buffers), (call, layout))
+    kinds = {dtype: sum(way[0] == dtype for way in ways) for dtype in (torch.float16, torch.float32)}
+    assert kinds[torch.float16] == 4 and kinds[torch.float32] >= 2  # large tiles of four bytes have no room for two buffers
     for call, layout in ways.values():
         by_layout(tile, 1, 1, layout.shared_memory)
         assert check(call)
+
+
+def test_float32_is_rounded_to_tf32(by_layout, generator):
+    """To nearest: products with the bits cut off, as they are taken, would err by twice as much, and to one side."""
+    call = make(generator, "cpu", torch.float32, (2, 40, 9, 11), (24, 40, 3, 3), formats="ll", tf32=True)
+    by_layout(0, 1, 132, SHARED)
+    for part in (-0.2, 0.4):  # steps are half as long below a power of two
+        off = replace(call, **{name: t + part * tf32_step(t) for name, t in (("x", call.x), ("w", call.w))})
+        assert not torch.equal(off.x, call.x)
+        assert torch.equal(call.call(), off.call())
+
+
+def test_float32_without_tf32_is_not_covered(by_layout, generator):
+    by_layout(0, 1, 132, SHARED)
+    assert make(generator, "cpu", torch.float32, (2, 40, 9, 11), (24, 40, 3, 3), formats="ll").ours() is None
+
+
+def tf32_step(x: torch.Tensor) -> torch.Tensor:
+    """From TF32's numbers to the next larger ones."""
+    return torch.ldexp(x.sign(), torch.frexp(x).exponent - 11)

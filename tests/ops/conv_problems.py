@@ -57,6 +57,7 @@ class Call:
     residual: Tensor | None = None
     activation: str = "none"
     residual_last: bool = False
+    allow_tf32: bool = False
 
     def window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
@@ -76,8 +77,11 @@ class Call:
             "residual_last": self.residual_last,
         }
 
+    def named(self) -> dict[str, Any]:
+        return self.epilogue() | ({"allow_tf32": True} if self.allow_tf32 else {})
+
     def call(self) -> Tensor:
-        return fcb.conv_scale_shift(self.x, self.w, self.scale, self.shift, *self.window(), **self.epilogue())
+        return fcb.conv_scale_shift(self.x, self.w, self.scale, self.shift, *self.window(), **self.named())
 
     def ours(self) -> Tensor | None:
         """None where the algorithm that is forced does not cover the call."""
@@ -165,7 +169,7 @@ class BnCall(Call):
         return self.scaling_factor, self.eps
 
     def call(self) -> Tensor:
-        return fcb.conv_bn_scale(self.x, self.w, *self.affine(), *self.numbers(), *self.window(), **self.epilogue())
+        return fcb.conv_bn_scale(self.x, self.w, *self.affine(), *self.numbers(), *self.window(), **self.named())
 
     def to(self, device: str, dtype: torch.dtype) -> BnCall:
         """BatchNorm's tensors keep their dtype, but for float64, which takes none but its own."""
@@ -277,9 +281,10 @@ def make(
     residual: bool | str = False,
     activation: str = "none",
     bn: bool = False,
+    tf32: bool = False,
 ) -> Call:
     """Random arguments. formats: a letter each for the memory formats of x and w, c or l. residual: also one of RESIDUALS.
-    bn: of conv_bn_scale, whose tensors then have the dtype."""
+    bn: of conv_bn_scale, whose tensors then have the dtype. tf32: it is allowed, and exact, as x and w have its bits."""
     fan_in = math.prod(w[1:])
     mean, var, scale, shift = random_bn(w[0], torch.float32, "cpu", generator)
     values = torch.randn(x, generator=generator), torch.randn(w, generator=generator) / math.sqrt(fan_in)
@@ -290,7 +295,9 @@ def make(
         call = BnCall(*values, None, None, *window, **tensors, scaling_factor=FACTOR, eps=EPS)
     else:
         call = Call(*values, scale, shift, *window)
-    call.activation, call.residual_last = activation, residual == "last"
+    call.activation, call.residual_last, call.allow_tf32 = activation, residual == "last", tf32
+    if tf32:
+        call.x, call.w = rounded_to_tf32(call.x), rounded_to_tf32(call.w)
     if residual and residual != "none":
         call.residual = torch.randn(call.out_size(), generator=generator)
     call = call.to(device, dtype)
@@ -298,6 +305,11 @@ def make(
         if letter == "l":
             setattr(call, name, channels_last(getattr(call, name)))
     return call
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """float32 with TF32's 10 bits behind the first one: to nearest, halves away from zero."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:

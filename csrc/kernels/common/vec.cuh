@@ -133,6 +133,13 @@ __device__ __forceinline__ void unpack(const Vec<double>& v, double (&out)[2]) {
   out[0] = __hiloint2double(static_cast<int>(v.words.y), static_cast<int>(v.words.x));
   out[1] = __hiloint2double(static_cast<int>(v.words.w), static_cast<int>(v.words.z));
 }
+// The words of two elements.
+template <typename T>
+using PairWords = std::conditional_t<sizeof(T) == 2, uint32_t, uint2>;
+
+__device__ __forceinline__ float2 unpack_pair(float, uint2 words) {
+  return {__uint_as_float(words.x), __uint_as_float(words.y)};
+}
 __device__ __forceinline__ float2 unpack_pair(float16, uint32_t word) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
@@ -156,6 +163,9 @@ __device__ __forceinline__ void pack(const float (&in)[4], Vec<float>& v) {
 __device__ __forceinline__ void pack(const double (&in)[2], Vec<double>& v) {
   v.words = {static_cast<uint32_t>(__double2loint(in[0])), static_cast<uint32_t>(__double2hiint(in[0])),
              static_cast<uint32_t>(__double2loint(in[1])), static_cast<uint32_t>(__double2hiint(in[1]))};
+}
+__device__ __forceinline__ uint2 pack_pair(float, float low, float high) {
+  return {__float_as_uint(low), __float_as_uint(high)};
 }
 __device__ __forceinline__ uint32_t pack_pair(float16, float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);

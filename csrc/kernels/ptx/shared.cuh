@@ -32,6 +32,14 @@ __device__ __forceinline__ uint4 load_shared_4(uint32_t address) {
                : "memory");
   return v;
 }
+template <typename Words>
+__device__ __forceinline__ Words load_shared_words(uint32_t address) {
+  if constexpr (sizeof(Words) == 4) {
+    return load_shared_1(address);
+  } else {
+    return load_shared_2(address);
+  }
+}
 // 4 or 2 bytes if a < b, else 0.
 template <int kBytes>
 __device__ __forceinline__ uint32_t load_shared_if_less(uint32_t address, int a, int b) {

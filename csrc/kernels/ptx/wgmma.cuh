@@ -52,7 +52,7 @@ __host__ __device__ constexpr uint32_t operand_start(uint32_t address, uint32_t 
 }
 
 // An operand in shared memory as a box of a tensor comes there, swizzled over its whole row of 128, 64 or 32 bytes, k along a
-// row. Eight rows are a pattern, which starts at a multiple of its size; the next 16 values of k are 32 bytes further on.
+// row. Eight rows are a pattern, which starts at a multiple of its size; the k of the next product is 32 bytes further on.
 __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address, uint32_t row_bytes) {
   const uint64_t mode = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
   return mode << 62 | static_cast<uint64_t>(row_bytes * 8 >> 4) << 32 | uint64_t{1} << 16 | address >> 4;
@@ -79,21 +79,23 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address, uint32_t 
   ", %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100"      \
   ", %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116" \
   ", %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define FCB_PRODUCT_OF(type, n, registers, operands, ...)                                                    \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " operands \
-               ", 1, 1, 0, 0;"                                                                               \
-               : __VA_ARGS__                                                                                 \
+#define FCB_PRODUCT_OF(kind, more, n, registers, operands, ...)                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n kind " {" registers "}, " operands ", 1, 1" more ";" \
+               : __VA_ARGS__                                                                              \
                : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
-#define FCB_PRODUCT(...)                             \
-  if constexpr (std::is_same_v<MmaType, bfloat16>) { \
-    FCB_PRODUCT_OF("bf16", __VA_ARGS__);             \
-  } else {                                           \
-    FCB_PRODUCT_OF("f16", __VA_ARGS__);              \
+#define FCB_PRODUCT(...)                                      \
+  if constexpr (std::is_same_v<MmaType, float>) {             \
+    FCB_PRODUCT_OF("k8.f32.tf32.tf32", "", __VA_ARGS__);      \
+  } else if constexpr (std::is_same_v<MmaType, bfloat16>) {   \
+    FCB_PRODUCT_OF("k16.f32.bf16.bf16", ", 0, 0", __VA_ARGS__); \
+  } else {                                                    \
+    FCB_PRODUCT_OF("k16.f32.f16.f16", ", 0, 0", __VA_ARGS__);   \
   }
 
-// sums = a * b, or kAdd: sums += a * b. 64 rows of a, 128 rows of b; 16 values of k. MmaType: float16 or bfloat16.
+// sums = a * b, or kAdd: sums += a * b. 64 rows of a, 128 rows of b; 32 bytes of k. MmaType: float16, bfloat16, or float, of which
+// TF32's bits count.
 template <typename MmaType, bool kAdd>
-__device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void product_m64n128(float (&sums)[64], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(128, FCB_REGISTERS_64, "%64, %65, %66", FCB_SUMS_64(0))
 #endif
@@ -101,7 +103,7 @@ __device__ __forceinline__ void product_m64n128k16(float (&sums)[64], uint64_t a
 
 // The same of 256 rows of b.
 template <typename MmaType, bool kAdd>
-__device__ __forceinline__ void product_m64n256k16(float (&sums)[128], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void product_m64n256(float (&sums)[128], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(256, FCB_REGISTERS_128, "%128, %129, %130", FCB_SUMS_128(0))
 #endif
@@ -109,7 +111,7 @@ __device__ __forceinline__ void product_m64n256k16(float (&sums)[128], uint64_t 
 
 // The same of 64 rows of b.
 template <typename MmaType, bool kAdd>
-__device__ __forceinline__ void product_m64n64k16(float (&sums)[32], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void product_m64n64(float (&sums)[32], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(64, FCB_REGISTERS_32, "%32, %33, %34", FCB_SUMS_32(0))
 #endif
@@ -117,7 +119,7 @@ __device__ __forceinline__ void product_m64n64k16(float (&sums)[32], uint64_t a,
 
 // The same of 32 rows of b.
 template <typename MmaType, bool kAdd>
-__device__ __forceinline__ void product_m64n32k16(float (&sums)[16], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void product_m64n32(float (&sums)[16], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FCB_PRODUCT(32, FCB_REGISTERS_16, "%16, %17, %18", FCB_SUMS_16(0))
 #endif

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd, ops
+from .._conv import allows_tf32
 from .._dispatch import keywords
 from ..algorithms import explain
 from ..modules import ConvBnScale2d
@@ -70,6 +71,7 @@ class Block(abc.ABC):
         op.residual_last = group.residual_last
         # What the op does not get when it is what the op takes anyway: arguments cost time.
         self.named = keywords(None, op.activation, op.negative_slope, op.residual_last)
+        self.named_tf32 = self.named | {"allow_tf32": True}
         window = () if conv is None else (conv.stride, conv.padding, conv.dilation)
         zeros = conv is None or (conv.padding_mode == "zeros" and all(type(v) is tuple for v in window))
         self.is_quick = zeros and not (bn is not None and (self.bn_twin.training or self._statistics() is None))
@@ -115,7 +117,9 @@ class Block(abc.ABC):
             return None
         try:
             window = conv.stride, conv.padding, conv.dilation, conv.groups
-            return explain(x, conv._parameters["weight"], *window, residual=residual is not None)
+            weight = conv._parameters["weight"]
+            tf32 = allows_tf32(x, weight)
+            return explain(x, weight, *window, residual=residual is not None, allow_tf32=tf32)
         except RuntimeError:
             return None
 
@@ -156,7 +160,8 @@ class ConvNormBlock(Block):
             if not grad:
                 return self.quick(x, residual)
             epilogue = residual, op.activation, op.negative_slope, op.residual_last
-            return autograd.bn_scale(x, weight, conv_bias, (*norm, self.factor, bn.eps), window, epilogue)
+            tf32 = allows_tf32(x, weight)
+            return autograd.bn_scale(x, weight, conv_bias, (*norm, self.factor, bn.eps), window, epilogue, tf32)
         except _REFUSALS:
             return self.plain(x, residual)
 
@@ -181,7 +186,7 @@ class ConvNormBlock(Block):
                 conv["dilation"],
                 conv["groups"],
                 residual=residual,
-                **self.named,
+                **(self.named_tf32 if allows_tf32(x, c["weight"]) else self.named),
             )
             return y
         except _REFUSALS:
@@ -221,6 +226,7 @@ class ConvBlock(Block):
                 activation=op.activation,
                 negative_slope=op.negative_slope,
                 residual_last=op.residual_last,
+                allow_tf32=allows_tf32(x, c["weight"]),
             )
         except _REFUSALS:
             return self.plain(x, residual)
@@ -239,7 +245,8 @@ class ConvBlock(Block):
                     x, c["weight"], bias, *self._nothing(bias), 1.0, 0.0, *window, residual=residual, **self.named
                 )
             else:
-                y = _conv(x, c["weight"], None, bias, *window, residual=residual, **self.named)
+                named = self.named_tf32 if allows_tf32(x, c["weight"]) else self.named
+                y = _conv(x, c["weight"], None, bias, *window, residual=residual, **named)
             return y
         except _REFUSALS:
             return self.plain(x, residual)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import conditions
+from .._conv import tf32_is_on
 from ..conditions import is_watched
 from ..modules import ConvBnScale2d
 from .blocks import block_of
@@ -40,6 +41,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TF32_TOLERANCE = 5e-3
 
 
 Block = Callable[..., Tensor]
@@ -390,9 +392,11 @@ def _difference(got: Any, expected: Any) -> str | None:
             if not torch.equal(a, b):
                 return "other integers"
             continue
-        tolerance = TOLERANCES.get(a.dtype, 1e-4)
         if a.numel() == 0:
             continue
+        tolerance = TF32_TOLERANCE if a.is_cuda and a.dtype == torch.float32 and tf32_is_on() else TOLERANCES.get(a.dtype, 1e-4)
+        # What is less than the least normal number has few bits, or none.
+        least = torch.finfo(a.dtype).smallest_normal
         wide = torch.promote_types(a.dtype, torch.float32)
         a, b = a.detach().to(wide), b.detach().to(wide)
         largest, off = b.abs().max(), (a - b).abs().max()
@@ -402,7 +406,7 @@ def _difference(got: Any, expected: Any) -> str | None:
                 return "other values that are Inf or NaN"
             zero = b.new_zeros(())
             largest, off = (torch.where(finite, t, zero).abs().max() for t in (b, a - b))
-        error = float(off / largest.clamp(min=1e-30))
+        error = float(off / largest.clamp(min=max(1e-30, least)))
         if error > tolerance:
             return f"a relative error of {error:.1e}"
     return None

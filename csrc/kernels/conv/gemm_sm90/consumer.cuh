@@ -17,8 +17,9 @@ struct Consumer {
   static constexpr bool kTogether = B::kShape.together;
   static constexpr int kEvery = kTogether ? 1 : kConsumers;  // of the block's tiles
   static constexpr int kM = Products<T, kTile>::kM;
-  static constexpr int kRow = kFilters < 64 ? kFilters : 64;  // filters of a row of a box of the output
-  static constexpr int kRowBytes = kRow * 2;
+  static constexpr int kBytes = sizeof(T);
+  static constexpr int kRowBytes = kFilters * kBytes < 128 ? kFilters * kBytes : 128;  // of a box of the output
+  static constexpr int kRow = kRowBytes / kBytes;                                      // filters
 
   const B& block;
   const int consumer;
@@ -33,7 +34,7 @@ struct Consumer {
   // ---- products ----
 
   // next: another consumer's tile follows.
-  template <int kDepth>
+  template <int kStepBytes>
   __device__ __forceinline__ void multiply_tile(bool first_tile, bool next) {
     const Layout& l = p.layout;
     products.clear();
@@ -48,8 +49,8 @@ struct Consumer {
         __syncwarp();
         arrive_as_warp(block.turn(1 - consumer));
       }
-      const uint32_t pixels = block.pixels_of(ring.stage) + (kTogether ? consumer * (kPixels * kDepth * 2) : 0);
-      products.template start<kDepth>(pixels, block.filters_of(ring.stage, step));
+      const uint32_t pixels = block.pixels_of(ring.stage) + (kTogether ? consumer * (kPixels * kStepBytes) : 0);
+      products.template start<kStepBytes>(pixels, block.filters_of(ring.stage, step));
       if (step > 0) {
         product_wait<1>();
         arrive_as_warp(block.empty(previous));
@@ -63,12 +64,13 @@ struct Consumer {
 
   // ---- results ----
 
-  // Where the thread's filters 8 * j and the one behind it are of one of its pixels, in shared memory.
+  // Where the thread's two filters of the eight from 8 * j on are of one of its pixels, in shared memory.
   __device__ __forceinline__ uint32_t place(int row, int j) const {
-    constexpr int kChunks = kRowBytes / 16;
+    constexpr int kChunks = kRowBytes / 16, kChunksOf8 = kBytes / 2;
+    const int first = j * kChunksOf8, byte = thread % 4 * (2 * kBytes);
     const int swizzle = kRowBytes == 128 ? row & 7 : row >> 1 & 3;
-    return output + j / kChunks * (kPixels * kRowBytes) + row * kRowBytes + ((j % kChunks ^ swizzle) * 16) +
-           thread % 4 * 4;
+    return output + first / kChunks * (kPixels * kRowBytes) + row * kRowBytes +
+           ((first % kChunks + byte / 16) ^ swizzle) * 16 + byte % 16;
   }
   __device__ __forceinline__ int row(int m, int half) const {
     return m * 64 + thread / 32 * 16 + thread % 32 / 4 + half * 8;
@@ -79,7 +81,7 @@ struct Consumer {
     for (int j = 0; j < kFilters / 8; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 r = unpack_pair(T(), load_shared_1(place(row(m, half), j)));
+        const float2 r = unpack_pair(T(), load_shared_words<PairWords<T>>(place(row(m, half), j)));
         products.sums[m][4 * j + 2 * half] += r.x;
         products.sums[m][4 * j + 2 * half + 1] += r.y;
       }
@@ -155,8 +157,9 @@ struct Consumer {
       if (!kTogether && tile > 0) {
         barrier_wait(block.turn(consumer), (tile - 1) / kConsumers & 1);
       }
-      Products<T, kTile>::with_depth(
-          l.depth, [&]<int kDepth>() { multiply_tile<kDepth>(round == 0, !kTogether && tile + 1 < tiles); });
+      Products<T, kTile>::with_row_bytes(l.depth, [&]<int kStepBytes>() {
+        multiply_tile<kStepBytes>(round == 0, !kTogether && tile + 1 < tiles);
+      });
       if (!kTogether) {
         ring.skip(p.stage_rounds, p.stage_rest, l.stages);
       }

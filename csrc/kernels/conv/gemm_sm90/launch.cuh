@@ -10,8 +10,12 @@ namespace fused_conv_bn {
 namespace gemm_sm90 {
 
 template <typename T>
-constexpr CUtensorMapDataType kType = std::is_same_v<T, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+constexpr CUtensorMapDataType kType = std::is_same_v<T, float>      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                      : std::is_same_v<T, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+// Of what is multiplied: float32 is rounded to TF32 on its way, where products would cut it off.
+template <typename T>
+constexpr CUtensorMapDataType kFactorType = std::is_same_v<T, float> ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 : kType<T>;
 
 // Boxes whose rows have so many bytes are swizzled over them.
 inline CUtensorMapSwizzle swizzle(int row_bytes) {
@@ -22,26 +26,27 @@ inline CUtensorMapSwizzle swizzle(int row_bytes) {
 
 // Rows of `columns` values that follow each other.
 template <typename T>
-cudaError_t encode_matrix(CUtensorMap& map, const void* data, int64_t columns, int64_t rows, int box_columns,
-                          int box_rows) {
+cudaError_t encode_matrix(CUtensorMap& map, CUtensorMapDataType type, const void* data, int64_t columns, int64_t rows,
+                          int box_columns, int box_rows) {
   const TensorLayout<2> matrix{data,
-                               kType<T>,
+                               type,
                                {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-                               {static_cast<cuuint64_t>(columns) * 2}};
+                               {static_cast<cuuint64_t>(columns) * sizeof(T)}};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  return encode_tiled(map, matrix, box, swizzle(box_columns * 2));
+  return encode_tiled(map, matrix, box, swizzle(box_columns * static_cast<int>(sizeof(T))));
 }
 
 template <typename T>
 cudaError_t encode_pixels(CUtensorMap& map, const void* x, const Conv2d& c, const Layout& l, bool flat) {
   if (flat) {
-    return encode_matrix<T>(map, x, c.C, c.N * c.P * c.Q, l.depth, kTiles[l.tile].block_pixels());
+    return encode_matrix<T>(map, kFactorType<T>, x, c.C, c.N * c.P * c.Q, l.depth, kTiles[l.tile].block_pixels());
   }
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const cuuint64_t pixel = size(c.C) * sizeof(T);
   const TensorLayout<4> images{x,
-                               kType<T>,
+                               kFactorType<T>,
                                {size(c.C), size(c.W), size(c.H), size(c.N)},
-                               {size(c.C * 2), size(c.W * c.C * 2), size(c.H * c.W * c.C * 2)}};
+                               {pixel, size(c.W) * pixel, size(c.H * c.W) * pixel}};
   const auto corner = [](int64_t pad, int64_t taps, int64_t dilation) {
     return static_cast<int>(pad - (taps == 1 ? 0 : dilation * (taps - 1)));
   };
@@ -49,32 +54,33 @@ cudaError_t encode_pixels(CUtensorMap& map, const void* x, const Conv2d& c, cons
   const int upper[] = {corner(c.pad_w, c.S, c.dilation_w), corner(c.pad_h, c.R, c.dilation_h)};
   const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(c.stride_w), static_cast<cuuint32_t>(c.stride_h), 1};
   return encode_im2col(map, images, lower, upper, static_cast<cuuint32_t>(l.depth),
-                       static_cast<cuuint32_t>(kTiles[l.tile].block_pixels()), steps, swizzle(l.depth * 2));
+                       static_cast<cuuint32_t>(kTiles[l.tile].block_pixels()), steps, swizzle(l.depth * static_cast<int>(sizeof(T))));
 }
 
 template <typename T>
 cudaError_t encode_filters(CUtensorMap& map, const void* w, const Conv2d& c, const Layout& l) {
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const cuuint64_t tap = size(c.C) * sizeof(T);
   const TensorLayout<3> filters{
-      w, kType<T>, {size(c.C), size(c.R * c.S), size(c.K)}, {size(c.C * 2), size(c.R * c.S * c.C * 2)}};
+      w, kFactorType<T>, {size(c.C), size(c.R * c.S), size(c.K)}, {tap, size(c.R * c.S) * tap}};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(l.depth), 1, static_cast<cuuint32_t>(kTiles[l.tile].filters)};
-  return encode_tiled(map, filters, box, swizzle(l.depth * 2));
+  return encode_tiled(map, filters, box, swizzle(l.depth * static_cast<int>(sizeof(T))));
 }
 
 template <typename T>
 cudaError_t set_maps(const ConvCall& call, const Layout& l, Params<T>& p) {
   const auto& [c, operands, gpu, epilogue] = call;
   const TileShape& t = kTiles[l.tile];
-  const int row = std::min(t.filters, 64);
+  const int row = std::min(t.filters, 128 / static_cast<int>(sizeof(T)));
   cudaError_t status = encode_pixels<T>(p.x, operands.x, c, l, p.flat);
   if (status == cudaSuccess) {
     status = encode_filters<T>(p.w, operands.w, c, l);
   }
   if (status == cudaSuccess && l.splits == 1) {
-    status = encode_matrix<T>(p.y, operands.y, c.K, c.N * c.P * c.Q, row, t.pixels);
+    status = encode_matrix<T>(p.y, kType<T>, operands.y, c.K, c.N * c.P * c.Q, row, t.pixels);
   }
   if (status == cudaSuccess && l.splits == 1 && p.has_residual) {
-    status = encode_matrix<T>(p.residual, operands.residual, c.K, c.N * c.P * c.Q, row, t.pixels);
+    status = encode_matrix<T>(p.residual, kType<T>, operands.residual, c.K, c.N * c.P * c.Q, row, t.pixels);
   }
   return status;
 }
@@ -138,11 +144,7 @@ cudaError_t launch(const ConvCall& call, const Layout& l, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t GemmSm90::launch(const ConvCall& call, cudaStream_t stream) const {
-  if constexpr (sizeof(T) == 2) {
-    return gemm_sm90::launch<T>(call, layout, stream);
-  } else {
-    return cudaErrorInvalidValue;  // supports() has none of these
-  }
+  return gemm_sm90::launch<T>(call, layout, stream);
 }
 
 }  // namespace fused_conv_bn

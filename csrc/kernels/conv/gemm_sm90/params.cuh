@@ -120,7 +120,7 @@ struct Block {
                              : pixels_of(stage) + p.layout.pixel_bytes;
   }
   __device__ __forceinline__ uint32_t output(int consumer, int buffer) const {
-    return base + p.layout.at_output + (consumer * p.layout.buffers + buffer) * kShape.out_bytes();
+    return base + p.layout.at_output + (consumer * p.layout.buffers + buffer) * kShape.out_bytes(sizeof(T));
   }
   __device__ __forceinline__ uint32_t full(int stage) const { return shared_address(&header.full[stage]); }
   __device__ __forceinline__ uint32_t empty(int stage) const { return shared_address(&header.empty[stage]); }

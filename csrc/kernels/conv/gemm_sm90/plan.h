@@ -1,8 +1,9 @@
-// gemm_sm90: any convolution of 16 bits and channels_last as a product of matrices, with its epilogue, on the tensor cores of
-// compute capability 9.0a (tensor maps, wgmma).
+// gemm_sm90: any convolution in channels_last of 16 bits, or of float32 by TF32 products, as a product of matrices, with its
+// epilogue, on the tensor cores of compute capability 9.0a (tensor maps, wgmma).
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -28,7 +29,8 @@ struct TileShape {
   bool is_shared;  // a cluster may share a tile's steps
 
   constexpr int block_pixels() const { return pixels * (together ? kConsumers : 1); }
-  constexpr int out_bytes() const { return pixels * filters * 2; }
+  constexpr int out_bytes(int element_bytes) const { return pixels * filters * element_bytes; }
+  constexpr int sum_bytes() const { return pixels * filters * 4; }
 };
 constexpr TileShape kTiles[] = {
     {128, 128, 1, false, true}, {64, 256, 1, false, false}, {128, 64, 1, false, true},
@@ -43,7 +45,7 @@ constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 // Where there are few tiles, the blocks of a cluster share the steps of one.
 struct Layout {
   int tile;       // of kTiles
-  int depth;      // channels of a step: 64, 32 or 16
+  int depth;      // channels of a step: 128, 64 or 32 bytes of a pixel
   int slices;     // steps of a tap
   int steps;      // of the whole filter
   int splits;     // blocks of a cluster
@@ -63,8 +65,10 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
     // Of the window's first tap: from -pad on, and pad - reach behind the last pixel at most, each from -128 to 127.
     return stride <= 8 && pad <= 128 && pad - reach <= 127 && reach - pad <= 128 && reach <= 255;
   };
-  return gpu.has_wgmma && c.channels_last && c.element_bytes == 2 && c.groups == 1 && c.C >= 1 && c.K >= 1 &&
-         c.N >= 1 && c.P >= 1 && c.Q >= 1 && c.C % 8 == 0 && c.K % 8 == 0 && c.R >= 1 && c.S >= 1 &&
+  const bool has_products = c.element_bytes == 2 || (c.element_bytes == 4 && c.allow_tf32);
+  return gpu.has_wgmma && c.channels_last && has_products && c.groups == 1 && c.C >= 1 && c.K >= 1 && c.N >= 1 &&
+         c.P >= 1 && c.Q >= 1 && c.C * c.element_bytes % 16 == 0 && c.K * c.element_bytes % 16 == 0 && c.R >= 1 &&
+         c.S >= 1 &&
          fits_map(c.stride_h, c.pad_h, c.R == 1 ? 0 : c.dilation_h * (c.R - 1)) &&
          fits_map(c.stride_w, c.pad_w, c.S == 1 ? 0 : c.dilation_w * (c.S - 1)) && c.N * c.P * c.Q <= kMost &&
          c.N * c.H * c.W <= kMost && c.C <= kMost && c.K <= kMost && c.C * c.R * c.S <= kMost;
@@ -73,11 +77,12 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
 inline Layout steps_of(const Conv2d& c, int tile) {
   Layout l{};
   l.tile = tile;
-  l.depth = c.C <= 16 ? 16 : c.C <= 32 ? 32 : 64;
+  const int row_bytes = static_cast<int>(std::clamp<int64_t>(std::bit_ceil(static_cast<uint64_t>(c.C * c.element_bytes)), 32, 128));
+  l.depth = row_bytes / c.element_bytes;
   l.slices = static_cast<int>(ceil_div(c.C, l.depth));
   l.steps = static_cast<int>(c.R * c.S * l.slices);
-  l.pixel_bytes = kTiles[tile].block_pixels() * l.depth * 2;
-  l.filter_bytes = kTiles[tile].filters * l.depth * 2;
+  l.pixel_bytes = kTiles[tile].block_pixels() * row_bytes;
+  l.filter_bytes = kTiles[tile].filters * row_bytes;
   return l;
 }
 
@@ -91,7 +96,7 @@ inline std::optional<Layout> lay_out(const Conv2d& c, const GpuTraits& gpu, int 
   // As many stages as there is room for; whether these are so many at least.
   const auto fill = [&](bool resident, int buffers, int least) {
     const int apart = resident ? l.steps * l.filter_bytes : 0;
-    const int fixed = kHeaderBytes + apart + kConsumers * buffers * t.out_bytes();
+    const int fixed = kHeaderBytes + apart + kConsumers * buffers * t.out_bytes(c.element_bytes);
     l.resident = resident;
     l.buffers = buffers;
     l.stage_bytes = l.pixel_bytes + (resident ? 0 : l.filter_bytes);
@@ -121,7 +126,7 @@ inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu
   const int room = std::min(kMostStages, (gpu.shared_memory_per_block - kHeaderBytes) / l.stage_bytes) / 2 * 2;
   l.stages = std::min(room, static_cast<int>(round_up(ceil_div(l.steps, splits), 2)));
   l.at_resident = l.at_output = kHeaderBytes;  // the sums of both consumers take the place of the stages
-  l.shared_memory = kHeaderBytes + std::max(l.stages * l.stage_bytes, kConsumers * t.out_bytes() * 2);
+  l.shared_memory = kHeaderBytes + std::max(l.stages * l.stage_bytes, kConsumers * t.sum_bytes());
   l.blocks_of_filters = static_cast<int>(ceil_div(c.N * c.P * c.Q, t.pixels));
   // A consumer gives a stage back while it has the next one.
   const bool turns = l.stages >= 2 * kConsumers || ceil_div(l.steps, splits) <= l.stages;
@@ -145,9 +150,9 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
   const int64_t tiles = ceil_div(ceil_div(pixels, t.block_pixels()), l.blocks_of_filters);  // of a block
   const int64_t neighbours = l.splits == 1 ? std::min<int64_t>(ceil_div(blocks, gpu.multiprocessors), t.blocks) : 1;
   const double steps = number(ceil_div(l.steps, l.splits));
-  const double products = 2.0 * t.block_pixels() * t.filters * l.depth * steps / 11.5e6;
+  const double products = 1.0 * t.block_pixels() * t.filters * l.depth * c.element_bytes * steps / 11.5e6;
   const double fetched = steps * (l.pixel_bytes + (l.resident ? l.filter_bytes / number(tiles) : l.filter_bytes));
-  const double output = t.out_bytes() * (t.together ? kConsumers : 1) / 25e3;
+  const double output = t.out_bytes(c.element_bytes) * (t.together ? kConsumers : 1) / 25e3;
   const double machine = number(tiles * neighbours) * std::max(products, fetched / 110e3) + output;
   const int64_t rounds = t.together ? tiles : ceil_div(tiles, kConsumers);  // of a consumer
   const double waits = std::max(0.64 / l.stages, 0.142) * steps *
@@ -155,7 +160,7 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
   const double consumer = number(rounds) * (std::max(waits, products) + 0.14 + output);
   const double window = std::min(1.0, number(c.R * c.S) / number(c.stride_h * c.stride_w));
   const double memory =
-      2.0 * (number(c.N * c.H * c.W * c.C) * window + number(pixels * c.K) + number(c.K * c.C * c.R * c.S)) / 3.12e6;
+      c.element_bytes * (number(c.N * c.H * c.W * c.C) * window + number(pixels * c.K) + number(c.K * c.C * c.R * c.S)) / 3.12e6;
   const double sum = std::cbrt(std::pow(machine, 3) + std::pow(consumer, 3) + std::pow(memory, 3));
   const double exchange = l.splits == 1 ? 0 : 0.04 + 0.135 * l.splits + t.block_pixels() * t.filters * 8 / 39e3;
   return 2.53 + number(ceil_div(blocks, at_a_time)) * sum + exchange;

@@ -10,13 +10,13 @@ namespace fused_conv_bn::gemm_sm90 {
 template <typename T, int kCount>
 __device__ __forceinline__ void multiply(float (&sums)[kCount], uint64_t a, uint64_t b) {
   if constexpr (kCount == 128) {
-    product_m64n256k16<T, true>(sums, a, b);
+    product_m64n256<T, true>(sums, a, b);
   } else if constexpr (kCount == 64) {
-    product_m64n128k16<T, true>(sums, a, b);
+    product_m64n128<T, true>(sums, a, b);
   } else if constexpr (kCount == 32) {
-    product_m64n64k16<T, true>(sums, a, b);
+    product_m64n64<T, true>(sums, a, b);
   } else {
-    product_m64n32k16<T, true>(sums, a, b);
+    product_m64n32<T, true>(sums, a, b);
   }
 }
 
@@ -36,16 +36,16 @@ struct Products {
     }
   }
 
-  // Starts the products of a stage. kDepth: its channels.
-  template <int kDepth>
+  // Starts the products of a stage. kRowBytes: of its channels.
+  template <int kRowBytes>
   __device__ __forceinline__ void start(uint32_t pixels_at, uint32_t filters_at) {
-    const uint64_t pixels = swizzled_operand(pixels_at, kDepth * 2), filters = swizzled_operand(filters_at, kDepth * 2);
+    const uint64_t pixels = swizzled_operand(pixels_at, kRowBytes), filters = swizzled_operand(filters_at, kRowBytes);
     product_fence();
 #pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
+    for (int k = 0; k < kRowBytes / 32; ++k) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        multiply<T>(sums[m], pixels + (m * 64 * kDepth * 2 >> 4) + 2 * k, filters + 2 * k);
+        multiply<T>(sums[m], pixels + (m * 64 * kRowBytes >> 4) + 2 * k, filters + 2 * k);
       }
     }
     product_commit();
@@ -63,16 +63,16 @@ struct Products {
     }
   }
 
-  // f<kDepth>(): once, for the depth of this launch.
+  // f<kRowBytes>(): once, for the depth of this launch.
   template <typename F>
-  static __device__ __forceinline__ void with_depth(int depth, F&& f) {
-    switch (depth) {
+  static __device__ __forceinline__ void with_row_bytes(int depth, F&& f) {
+    switch (depth * static_cast<int>(sizeof(T))) {
+      case 128:
+        return f.template operator()<128>();
       case 64:
         return f.template operator()<64>();
-      case 32:
-        return f.template operator()<32>();
       default:
-        return f.template operator()<16>();
+        return f.template operator()<32>();
     }
   }
 };

@@ -35,7 +35,7 @@ struct Split {
     producer.fetch(block.first_pixel(0), producer.step_at(first_step), steps);
   }
 
-  template <int kDepth>
+  template <int kStepBytes>
   __device__ __forceinline__ void multiply(int consumer, Products<T, kTile>& products) const {
     products.clear();
     Ring ring{};
@@ -45,7 +45,7 @@ struct Split {
 #pragma unroll 1
     for (int i = 0; i < rounds; ++i) {
       barrier_wait(block.full(ring.stage), ring.parity);
-      products.template start<kDepth>(block.pixels_of(ring.stage), block.filters_of(ring.stage, 0));
+      products.template start<kStepBytes>(block.pixels_of(ring.stage), block.filters_of(ring.stage, 0));
       if (i > 0) {
         product_wait<1>();
         arrive_as_warp(block.empty(previous));
@@ -59,7 +59,8 @@ struct Split {
   // By all consumers, who may not write before all of them have multiplied.
   __device__ __forceinline__ void consume(int consumer) const {
     Products<T, kTile> products;
-    Products<T, kTile>::with_depth(p.layout.depth, [&]<int kDepth>() { multiply<kDepth>(consumer, products); });
+    Products<T, kTile>::with_row_bytes(p.layout.depth,
+                                       [&]<int kStepBytes>() { multiply<kStepBytes>(consumer, products); });
     named_barrier_sync(1 + kConsumers, 128 * kConsumers);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -95,7 +96,7 @@ struct Split {
     for (int half = 0; half < 2; ++half) {
       const int64_t at = static_cast<int64_t>(pixel + 8 * half) * p.filters + k;
       if (p.has_residual && pixel + 8 * half < p.pixels) {
-        const float2 r = unpack_pair(T(), *reinterpret_cast<const uint32_t*>(p.residual_data + at));
+        const float2 r = unpack_pair(T(), *reinterpret_cast<const PairWords<T>*>(p.residual_data + at));
         residual[2 * half] = r.x;
         residual[2 * half + 1] = r.y;
       }
@@ -118,7 +119,7 @@ struct Split {
     for (int half = 0; half < 2; ++half) {
       if (pixel + 8 * half < p.pixels) {
         const int64_t at = static_cast<int64_t>(pixel + 8 * half) * p.filters + k;
-        *reinterpret_cast<uint32_t*>(p.y_data + at) = pack_pair(T(), v[2 * half], v[2 * half + 1]);
+        *reinterpret_cast<PairWords<T>*>(p.y_data + at) = pack_pair(T(), v[2 * half], v[2 * half + 1]);
       }
     }
   }

@@ -42,8 +42,8 @@ __device__ __forceinline__ void multiply(const Block<C>& block, typename C::Accu
       float low[32];
       product_fence();
       for_each_step(x + part * (64 * 16), [&](uint32_t units, uint32_t w, auto more) {
-        product_m64n128k16<MmaType, more()>(both, operand(units), operand(w));
-        product_m64n64k16<MmaType, more()>(low, operand(units + x_low), operand(w));
+        product_m64n128<MmaType, more()>(both, operand(units), operand(w));
+        product_m64n64<MmaType, more()>(low, operand(units + x_low), operand(w));
       });
       product_commit();
       if (part == 1) {
@@ -63,11 +63,11 @@ __device__ __forceinline__ void multiply(const Block<C>& block, typename C::Accu
         product_into_part<MmaType, 0, more()>(acc, operand(units), operand(w));
         product_into_part<MmaType, 1, more()>(acc, operand(units + 64), operand(w));
       } else if constexpr (C::kFloat32) {
-        product_m64n128k16<MmaType, more()>(low, operand(w + w_low), operand(units));
-        product_m64n128k16<MmaType, more()>(acc, operand(w), operand(units));
-        product_m64n128k16<MmaType, true>(low, operand(w), operand(units + x_low));
+        product_m64n128<MmaType, more()>(low, operand(w + w_low), operand(units));
+        product_m64n128<MmaType, more()>(acc, operand(w), operand(units));
+        product_m64n128<MmaType, true>(low, operand(w), operand(units + x_low));
       } else {
-        product_m64n128k16<MmaType, more()>(acc, operand(w), operand(units));
+        product_m64n128<MmaType, more()>(acc, operand(w), operand(units));
       }
     });
     product_commit();

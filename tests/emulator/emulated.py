@@ -122,11 +122,14 @@ def gemm_sm90_tiles() -> int:
     return compiled[1].emulated_gemm_sm90_tiles()
 
 
-def gemm_sm90_fits(layouts: Iterable[GemmSm90Layout], input: Tensor, weight: Tensor) -> list[bool]:
+def gemm_sm90_fits(
+    layouts: Iterable[GemmSm90Layout], input: Tensor, weight: Tensor, *window: int | Sequence[int]
+) -> list[bool]:
     """Whether there are these layouts of a convolution; each says what would come of it."""
-    y = _result("conv_scale_shift", input, weight, None, None, *_pairs(input, 1, 0, 1), 1)
+    pairs = _pairs(input, *(window or (1, 0, 1)))
+    y = _result("conv_scale_shift", input, weight, None, None, *pairs, 1)
     affine = _AffineTensors(input.dtype)
-    conv = _Conv(y, input, weight, affine, _pairs(input, 1, 0, 1), 1, None, "gemm_sm90", True)
+    conv = _Conv(y, input, weight, affine, pairs, 1, None, "gemm_sm90", True)
     compiled = _library(90)
     assert not isinstance(compiled, RuntimeError)
     fits = compiled[1].emulated_gemm_sm90_fits

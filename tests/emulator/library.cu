@@ -70,7 +70,7 @@ std::vector<double> make_workspace(int64_t doubles) {
   return workspace;
 }
 
-// A layout of gemm_sm90 that a test asks for, on a GPU of its own; what came of it.
+// A layout of gemm_sm90 that a test asks for, on a GPU of its own; what came of it. No splits: with halos.
 struct GemmSm90Layout {
   int tile, splits, multiprocessors, shared_memory;
   int stages, buffers, rounds;  // rounds: tiles of a block, or of a cluster
@@ -82,15 +82,16 @@ std::optional<ConvPlan> make_plan(GemmSm90Layout& asked, const Conv2d& c) {
   if (!gemm_sm90::supports(c, gpu)) {
     return std::nullopt;
   }
-  const auto l = asked.splits == 1 ? gemm_sm90::lay_out(c, gpu, asked.tile)
-                                   : gemm_sm90::lay_out_split(c, gpu, asked.tile, asked.splits);
+  const auto l = asked.splits == 0   ? gemm_sm90::lay_out_halo(c, gpu, asked.tile)
+                 : asked.splits == 1 ? gemm_sm90::lay_out(c, gpu, asked.tile)
+                                     : gemm_sm90::lay_out_split(c, gpu, asked.tile, asked.splits);
   if (!l.has_value()) {
     return std::nullopt;
   }
   asked.stages = l->stages;
   asked.buffers = l->buffers;
   asked.rounds = static_cast<int>(
-      ceil_div(ceil_div(c.N * c.P * c.Q, gemm_sm90::kTiles[asked.tile].block_pixels()), l->blocks_of_filters));
+      ceil_div(ceil_div(gemm_sm90::count_pixels(c, *l), gemm_sm90::kTiles[asked.tile].block_pixels()), l->blocks_of_filters));
   asked.resident = l->resident;
   return GemmSm90{*l};
 }

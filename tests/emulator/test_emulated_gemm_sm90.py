@@ -17,6 +17,8 @@ from conv_problems import check, make
 SHARED = 232448  # bytes of a block, as compute capability 9.0 has them
 TILES = range(9)
 SPLITS = (2, 4, 8)
+HALO = 0  # for the number of splits: a block fetches pixels once for all taps
+HALO_TILES = (0, 2, 4)
 # In turns. float32 is TF32's: with numbers that it has.
 DTYPES: tuple[dict[str, Any], ...] = (
     {"dtype": torch.float16},
@@ -94,6 +96,51 @@ def test_splits(problem, splits, by_layout, generator):
         if check(call):
             tested.append(tile)
     assert len(tested) >= 3, tested  # others have no kernel for clusters
+
+
+# Images end within tiles, and the last tile within an image.
+HALO_PROBLEMS: dict[str, tuple[Any, ...]] = {
+    "3x3": ((3, 96, 9, 11), (136, 96, 3, 3), 1, 1),
+    "3x3 of 8 channels": ((2, 8, 17, 19), (40, 8, 3, 3), 1, 1),
+    "3x3 with dilation": ((2, 40, 10, 21), (72, 40, 3, 3), 1, 2, 2),
+    "1x5": ((2, 72, 8, 13), (24, 72, 1, 5), 1, (0, 2)),
+    "7x1": ((1, 16, 21, 15), (264, 16, 7, 1), 1, (3, 0)),
+}
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+@pytest.mark.parametrize("problem", HALO_PROBLEMS)
+def test_halos(problem, multiprocessors, by_layout, generator):
+    for tile in TILES:
+        turn = tile // 2 + len(problem) + multiprocessors
+        call = make_call(generator, turn, HALO_PROBLEMS[problem])
+        by_layout(tile, HALO, multiprocessors, SHARED)
+        covered = check(call)
+        assert covered or tile not in HALO_TILES or (tile == 0 and call.allow_tf32), tile
+
+
+@pytest.mark.parametrize("tile", HALO_TILES)
+def test_ways_to_lay_out_halos(tile, by_layout, generator):
+    """Filters that stay in shared memory or not, each with as little of it as may be."""
+    ways = {}
+    for channels in (16, 96):
+        call = make(generator, "cpu", torch.float16, (2, channels, 9, 12), (40, channels, 3, 3), 1, 1, formats="ll")
+        layouts = [emulated.GemmSm90Layout(tile, HALO, 1, shared) for shared in range(8192, SHARED, 2048)]
+        window = 1, 1, 1
+        for layout, fits in zip(layouts, emulated.gemm_sm90_fits(layouts, call.x, call.w, *window), strict=True):
+            if fits:
+                ways.setdefault(layout.resident, (call, layout))
+    assert len(ways) == 2
+    for call, layout in ways.values():
+        by_layout(tile, HALO, 1, layout.shared_memory)
+        assert check(call)
+
+
+@pytest.mark.parametrize("window", [(2, 1, 1), (1, 0, 1), (1, 1, 2), (1, (1, 0), 1)])
+def test_windows_without_halos(window, by_layout, generator):
+    """Those whose output is not as large as the input."""
+    by_layout(0, HALO, 132, SHARED)
+    assert make(generator, "cpu", torch.float16, (1, 16, 9, 9), (16, 16, 3, 3), *window, formats="ll").ours() is None
 
 
 @pytest.mark.parametrize("reach, pad", [(0, 127), (1, 128), (128, 0), (255, 127), (255, 128)])

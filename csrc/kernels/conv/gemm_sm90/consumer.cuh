@@ -68,10 +68,10 @@ struct Consumer {
   __device__ __forceinline__ uint32_t place(int row, int j) const {
     constexpr int kChunks = kRowBytes / 16, kChunksOf8 = kBytes / 2;
     const int first = j * kChunksOf8, byte = thread % 4 * (2 * kBytes);
-    const int swizzle = kRowBytes == 128 ? row & 7 : row >> 1 & 3;
     return output + first / kChunks * (kPixels * kRowBytes) + row * kRowBytes +
-           ((first % kChunks + byte / 16) ^ swizzle) * 16 + byte % 16;
+           ((first % kChunks + byte / 16) ^ swizzle(row)) * 16 + byte % 16;
   }
+  static __device__ __forceinline__ int swizzle(int row) { return kRowBytes == 128 ? row & 7 : row >> 1 & 3; }
   __device__ __forceinline__ int row(int m, int half) const {
     return m * 64 + thread / 32 * 16 + thread % 32 / 4 + half * 8;
   }

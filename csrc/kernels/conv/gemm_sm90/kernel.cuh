@@ -12,10 +12,11 @@
 //     products.cuh  from a stage to sums
 //     consumer.cuh  from stages to results
 //     split.cuh     the same in a cluster
+//     halo.cuh      the same with pixels that are fetched once for all taps
 //     launch.cuh    from a problem to parameters
 #pragma once
 
-#include "consumer.cuh"
+#include "halo.cuh"
 #include "kernels/ptx/launch.cuh"
 #include "producer.cuh"
 #include "split.cuh"
@@ -48,6 +49,26 @@ __global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
     acquire_registers<kConsumerRegisters<kBlocks>>();
     block.set_affines();
     Consumer<T, kTile>{block, static_cast<int>(threadIdx.x) / 128 - 1}.run();
+  }
+#endif
+}
+
+template <typename T, int kTile>
+__global__ void __launch_bounds__(kThreads, 1) gemm_sm90_halo_kernel(const __grid_constant__ Params<T> p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const Block<T, kTile> block(p, blockIdx.x);
+  block.set_up();
+  wait_for_previous();
+  let_next_begin();
+  if (threadIdx.x < 128) {
+    release_registers<kProducerRegisters<1>>();
+    if (threadIdx.x % 32 == 0 && threadIdx.x < 64) {
+      HaloProducer<T, kTile>{block}.run(threadIdx.x == 32);
+    }
+  } else {
+    acquire_registers<kConsumerRegisters<1>>();
+    block.set_affines();
+    HaloConsumer<T, kTile>(block, static_cast<int>(threadIdx.x) / 128 - 1).run();
   }
 #endif
 }

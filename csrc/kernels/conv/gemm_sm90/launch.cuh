@@ -38,8 +38,9 @@ cudaError_t encode_matrix(CUtensorMap& map, CUtensorMapDataType type, const void
 
 template <typename T>
 cudaError_t encode_pixels(CUtensorMap& map, const void* x, const Conv2d& c, const Layout& l, bool flat) {
+  const TileShape& t = kTiles[l.tile];
   if (flat) {
-    return encode_matrix<T>(map, kFactorType<T>, x, c.C, c.N * c.P * c.Q, l.depth, kTiles[l.tile].block_pixels());
+    return encode_matrix<T>(map, kFactorType<T>, x, c.C, c.N * c.P * c.Q, l.depth, t.block_pixels());
   }
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   const cuuint64_t pixel = size(c.C) * sizeof(T);
@@ -51,10 +52,12 @@ cudaError_t encode_pixels(CUtensorMap& map, const void* x, const Conv2d& c, cons
     return static_cast<int>(pad - (taps == 1 ? 0 : dilation * (taps - 1)));
   };
   const int lower[] = {static_cast<int>(-c.pad_w), static_cast<int>(-c.pad_h)};
-  const int upper[] = {corner(c.pad_w, c.S, c.dilation_w), corner(c.pad_h, c.R, c.dilation_h)};
+  // With halos the padding is between rows and images, once.
+  const int upper[] = {l.halo ? 0 : corner(c.pad_w, c.S, c.dilation_w), l.halo ? 0 : corner(c.pad_h, c.R, c.dilation_h)};
+  const int64_t pixels = l.halo ? halo_rows(c, t) : t.block_pixels();
   const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(c.stride_w), static_cast<cuuint32_t>(c.stride_h), 1};
   return encode_im2col(map, images, lower, upper, static_cast<cuuint32_t>(l.depth),
-                       static_cast<cuuint32_t>(kTiles[l.tile].block_pixels()), steps, swizzle(l.depth * static_cast<int>(sizeof(T))));
+                       static_cast<cuuint32_t>(pixels), steps, swizzle(l.depth * static_cast<int>(sizeof(T))));
 }
 
 template <typename T>
@@ -76,10 +79,11 @@ cudaError_t set_maps(const ConvCall& call, const Layout& l, Params<T>& p) {
   if (status == cudaSuccess) {
     status = encode_filters<T>(p.w, operands.w, c, l);
   }
-  if (status == cudaSuccess && l.splits == 1) {
+  const bool by_boxes = l.splits == 1 && !l.halo;
+  if (status == cudaSuccess && by_boxes) {
     status = encode_matrix<T>(p.y, kType<T>, operands.y, c.K, c.N * c.P * c.Q, row, t.pixels);
   }
-  if (status == cudaSuccess && l.splits == 1 && p.has_residual) {
+  if (status == cudaSuccess && by_boxes && p.has_residual) {
     status = encode_matrix<T>(p.residual, kType<T>, operands.residual, c.K, c.N * c.P * c.Q, row, t.pixels);
   }
   return status;
@@ -93,7 +97,8 @@ cudaError_t launch(const ConvCall& call, const Layout& l, cudaStream_t stream) {
   p.affine = AffineSource<T>(operands.affine);
   p.residual_data = static_cast<const T*>(operands.residual);
   p.y_data = static_cast<T*>(operands.y);
-  p.pixels = static_cast<int>(c.N * c.P * c.Q);
+  const Padded padded(c);
+  p.pixels = static_cast<int>(count_pixels(c, l));
   p.filters = static_cast<int>(c.K);
   p.R = static_cast<int>(c.R);
   p.S = static_cast<int>(c.S);
@@ -103,14 +108,21 @@ cudaError_t launch(const ConvCall& call, const Layout& l, cudaStream_t stream) {
   p.pad_w = static_cast<int>(c.pad_w);
   p.dilation_h = c.R == 1 ? 1 : static_cast<int>(c.dilation_h);
   p.dilation_w = c.S == 1 ? 1 : static_cast<int>(c.dilation_w);
-  p.image_pixels = FastDiv(static_cast<uint32_t>(c.P * c.Q));
-  p.columns = FastDiv(static_cast<uint32_t>(c.Q));
+  p.image_pixels = FastDiv(static_cast<uint32_t>(l.halo ? padded.image : c.P * c.Q));
+  p.columns = FastDiv(static_cast<uint32_t>(l.halo ? padded.pitch : c.Q));
+  p.H = static_cast<int>(c.P);
+  p.W = static_cast<int>(c.Q);
+  p.tap_row = static_cast<int>(padded.pitch) * p.dilation_h;
+  p.tap_columns = p.dilation_w * p.S;
   const int64_t filter_tiles = ceil_div(c.K, t.filters);
   p.filter_tiles = FastDiv(static_cast<uint32_t>(filter_tiles));
-  p.pixel_tiles = static_cast<int>(ceil_div(c.N * c.P * c.Q, t.block_pixels()));
+  p.pixel_tiles = static_cast<int>(ceil_div(p.pixels, t.block_pixels()));
   p.layout = l;
-  p.stage_rounds = l.steps / l.stages;
-  p.stage_rest = l.steps % l.stages;
+  const int fetches = l.halo ? l.slices : l.steps;
+  p.stage_rounds = fetches / l.stages;
+  p.stage_rest = fetches % l.stages;
+  p.filter_rounds = l.filter_stages == 0 ? 0 : l.steps / l.filter_stages;
+  p.filter_rest = l.filter_stages == 0 ? 0 : l.steps % l.filter_stages;
   p.flat = c.R == 1 && c.S == 1 && c.stride_h == 1 && c.stride_w == 1 && c.pad_h == 0 && c.pad_w == 0;
   p.has_residual = operands.residual != nullptr;
   p.residual_last = epilogue.residual_last;
@@ -126,7 +138,11 @@ cudaError_t launch(const ConvCall& call, const Layout& l, cudaStream_t stream) {
     }
   };
   const auto start_tile = [&]<int kTile>() {
-    if (l.splits == 1) {
+    if (l.halo) {
+      if constexpr (kTiles[kTile].has_halo) {
+        start(gemm_sm90_halo_kernel<T, kTile>);
+      }
+    } else if (l.splits == 1) {
       start(gemm_sm90_kernel<T, kTile>);
     } else if constexpr (kTiles[kTile].is_shared) {
       start(gemm_sm90_split_kernel<T, kTile>);

@@ -25,15 +25,18 @@ struct Params {
   AffineSource<T> affine;
   const T* residual_data;
   T* y_data;
-  int pixels;
+  int pixels;                     // with the padding between them where tiles have halos
   int filters;
   int R, S;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  FastDiv image_pixels, columns;  // of the output
+  FastDiv image_pixels, columns;  // of the output, counted like its pixels
   FastDiv filter_tiles;
   int pixel_tiles;
   Layout layout;
-  int stage_rounds, stage_rest;  // a tile's steps in stages: whole rounds of the ring, and what is left
+  int stage_rounds, stage_rest;    // a tile's steps in stages: whole rounds of the ring, and what is left
+  int filter_rounds, filter_rest;  // the same where filters have a ring of their own
+  int H, W;                        // with halos: of the output
+  int tap_row, tap_columns;        // with halos: pixels from a row of taps to the next, and of such a row
   bool flat;                     // x is a matrix of pixels by channels: a tap, a pixel
   bool has_residual;
   bool residual_last;
@@ -44,7 +47,8 @@ struct Params {
 struct Header {
   uint64_t full[kMostStages];       // a stage has come
   uint64_t empty[kMostStages];      // its consumer is done with it
-  uint64_t filters[kMostResident];  // those of a step have come for good
+  uint64_t filters[kMostResident];  // those of a step have come, for good or to a stage of their own
+  uint64_t spare[kMostStages];      // their consumer is done with them
   uint64_t residual[kConsumers];    // a consumer's has come
   uint64_t turn[kConsumers];        // a consumer's turn to wait for stages: nobody waits for one that is a round ahead
   alignas(16) float scales[kMostFilters];
@@ -77,15 +81,18 @@ struct Block {
     if (threadIdx.x == 0) {
       prefetch_map(p.x);
       prefetch_map(p.w);
-      if (p.layout.splits == 1) {
+      if (p.layout.splits == 1 && !p.layout.halo) {
         prefetch_map(p.y);
       }
       for (int stage = 0; stage < p.layout.stages; ++stage) {
         barrier_init(full(stage), 1);
         barrier_init(empty(stage), kShape.together ? 4 * kConsumers : 4);
       }
-      for (int i = 0; p.layout.resident && i < p.layout.steps; ++i) {
+      for (int i = 0; i < (p.layout.resident ? p.layout.steps : p.layout.filter_stages); ++i) {
         barrier_init(filters(i), 1);
+      }
+      for (int i = 0; i < p.layout.filter_stages; ++i) {
+        barrier_init(spare(i), 4);
       }
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
         barrier_init(residual(consumer), 1);
@@ -116,8 +123,11 @@ struct Block {
     return base + kHeaderBytes + stage * p.layout.stage_bytes;
   }
   __device__ __forceinline__ uint32_t filters_of(int stage, int step_of_filter) const {
-    return p.layout.resident ? base + p.layout.at_resident + step_of_filter * p.layout.filter_bytes
-                             : pixels_of(stage) + p.layout.pixel_bytes;
+    return p.layout.resident ? filters_at(step_of_filter) : pixels_of(stage) + p.layout.pixel_bytes;
+  }
+  // Those that lie apart.
+  __device__ __forceinline__ uint32_t filters_at(int place) const {
+    return base + p.layout.at_resident + place * p.layout.filter_bytes;
   }
   __device__ __forceinline__ uint32_t output(int consumer, int buffer) const {
     return base + p.layout.at_output + (consumer * p.layout.buffers + buffer) * kShape.out_bytes(sizeof(T));
@@ -127,6 +137,7 @@ struct Block {
   __device__ __forceinline__ uint32_t filters(int step_of_filter) const {
     return shared_address(&header.filters[step_of_filter]);
   }
+  __device__ __forceinline__ uint32_t spare(int stage) const { return shared_address(&header.spare[stage]); }
   __device__ __forceinline__ uint32_t residual(int consumer) const {
     return shared_address(&header.residual[consumer]);
   }

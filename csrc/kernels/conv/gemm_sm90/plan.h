@@ -27,15 +27,16 @@ struct TileShape {
   int blocks;  // that a multiprocessor is to have at a time
   bool together;
   bool is_shared;  // a cluster may share a tile's steps
+  bool has_halo;   // and a block may fetch pixels once for all taps
 
   constexpr int block_pixels() const { return pixels * (together ? kConsumers : 1); }
   constexpr int out_bytes(int element_bytes) const { return pixels * filters * element_bytes; }
   constexpr int sum_bytes() const { return pixels * filters * 4; }
 };
 constexpr TileShape kTiles[] = {
-    {128, 128, 1, false, true}, {64, 256, 1, false, false}, {128, 64, 1, false, true},
-    {128, 64, 2, false, false}, {128, 32, 2, false, false}, {64, 64, 2, false, false},
-    {64, 64, 1, false, true},   {128, 128, 1, true, false}, {128, 64, 1, true, false},
+    {128, 128, 1, false, true, true},  {64, 256, 1, false, false, false}, {128, 64, 1, false, true, true},
+    {128, 64, 2, false, false, false}, {128, 32, 2, false, false, true},  {64, 64, 2, false, false, false},
+    {64, 64, 1, false, true, false},   {128, 128, 1, true, false, false}, {128, 64, 1, true, false, false},
 };
 constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -50,7 +51,9 @@ struct Layout {
   int steps;      // of the whole filter
   int splits;     // blocks of a cluster
   bool resident;  // filters lie apart
+  bool halo;      // a stage has the pixels of all taps, and filters have stages of their own unless they are resident
   int stages;
+  int filter_stages;
   int buffers;            // of a consumer, for its results
   int blocks_of_filters;  // blocks, or clusters, that have the same filters
   // In bytes.
@@ -73,6 +76,27 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
          fits_map(c.stride_w, c.pad_w, c.S == 1 ? 0 : c.dilation_w * (c.S - 1)) && c.N * c.P * c.Q <= kMost &&
          c.N * c.H * c.W <= kMost && c.C <= kMost && c.K <= kMost && c.C * c.R * c.S <= kMost;
 }
+
+// The pixels of a convolution whose output is as large as its input, counted with the padding that is behind each row and each
+// image: that of its other side as well.
+struct Padded {
+  int64_t pitch, image, pixels;
+
+  explicit Padded(const Conv2d& c) : pitch(c.W + c.pad_w), image((c.H + c.pad_h) * pitch), pixels(c.N * image) {}
+};
+
+// What of them a tile's windows reach.
+inline int64_t halo_rows(const Conv2d& c, const TileShape& t) {
+  return round_up(t.pixels + 2 * (c.pad_h * Padded(c).pitch + c.pad_w), 8);
+}
+
+inline bool supports_halo(const Conv2d& c) {
+  const auto keeps_size = [](int64_t stride, int64_t pad, int64_t reach) { return stride == 1 && 2 * pad == reach; };
+  return c.R * c.S > 1 && keeps_size(c.stride_h, c.pad_h, c.dilation_h * (c.R - 1)) &&
+         keeps_size(c.stride_w, c.pad_w, c.dilation_w * (c.S - 1)) && Padded(c).pixels <= int64_t{1} << 30;
+}
+
+inline int64_t count_pixels(const Conv2d& c, const Layout& l) { return l.halo ? Padded(c).pixels : c.N * c.P * c.Q; }
 
 inline Layout steps_of(const Conv2d& c, int tile) {
   Layout l{};
@@ -117,6 +141,37 @@ inline std::optional<Layout> lay_out(const Conv2d& c, const GpuTraits& gpu, int 
   return l;
 }
 
+// With the pixels of all taps in a stage.
+inline std::optional<Layout> lay_out_halo(const Conv2d& c, const GpuTraits& gpu, int tile) {
+  constexpr int kMostRows = 1024, kFewFilters = 3;  // rows: of a box
+  const TileShape& t = kTiles[tile];
+  if (!t.has_halo || !supports_halo(c) || halo_rows(c, t) > kMostRows) {
+    return std::nullopt;
+  }
+  Layout l = steps_of(c, tile);
+  l.splits = l.buffers = 1;
+  l.halo = true;
+  l.pixel_bytes = static_cast<int>(halo_rows(c, t)) * l.depth * c.element_bytes;
+  l.stage_bytes = static_cast<int>(round_up(l.pixel_bytes, 1024));
+  const int64_t filter_tiles = ceil_div(c.K, t.filters), pixel_tiles = ceil_div(count_pixels(c, l), t.pixels);
+  l.blocks_of_filters = static_cast<int>(std::clamp<int64_t>(gpu.multiprocessors / filter_tiles, 1, pixel_tiles));
+  const int all = l.steps * l.filter_bytes;
+  const int room = gpu.shared_memory_per_block - kHeaderBytes - kConsumers * t.out_bytes(c.element_bytes);
+  l.resident = l.steps <= kMostResident && all + 2 * l.stage_bytes <= room;
+  if (!l.resident) {
+    l.filter_stages = std::min(kMostStages, (room - 2 * l.stage_bytes) / l.filter_bytes);
+    if (l.filter_stages < kFewFilters) {
+      return std::nullopt;
+    }
+  }
+  const int apart = l.resident ? all : l.filter_stages * l.filter_bytes;
+  l.stages = std::min(kMostStages, (room - apart) / l.stage_bytes);
+  l.at_resident = kHeaderBytes + l.stages * l.stage_bytes;
+  l.at_output = l.at_resident + apart;
+  l.shared_memory = l.at_output + kConsumers * t.out_bytes(c.element_bytes);
+  return l;
+}
+
 // Each cluster has one tile, whose consumers have every second step: the number of stages is even, so that each has its own.
 inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu, int tile, int splits) {
   const TileShape& t = kTiles[tile];
@@ -141,26 +196,28 @@ inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu
 inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
   const TileShape& t = kTiles[l.tile];
   const auto number = [](int64_t value) { return static_cast<double>(value); };
-  const int64_t pixels = c.N * c.P * c.Q, filter_tiles = ceil_div(c.K, t.filters);
+  const int64_t pixels = count_pixels(c, l), filter_tiles = ceil_div(c.K, t.filters);
   const int64_t blocks = filter_tiles * l.blocks_of_filters * l.splits;
   // Not all multiprocessors can have a block of a larger cluster.
-  const int64_t at_a_time = l.splits == 1   ? int64_t{gpu.multiprocessors} * t.blocks
+  const int64_t at_a_time = l.halo          ? gpu.multiprocessors
+                            : l.splits == 1 ? int64_t{gpu.multiprocessors} * t.blocks
                             : l.splits == 2 ? gpu.multiprocessors
                                             : std::max(1, gpu.multiprocessors * 10 / 11);
   const int64_t tiles = ceil_div(ceil_div(pixels, t.block_pixels()), l.blocks_of_filters);  // of a block
-  const int64_t neighbours = l.splits == 1 ? std::min<int64_t>(ceil_div(blocks, gpu.multiprocessors), t.blocks) : 1;
+  const int64_t neighbours = l.splits == 1 && !l.halo ? std::min<int64_t>(ceil_div(blocks, gpu.multiprocessors), t.blocks) : 1;
   const double steps = number(ceil_div(l.steps, l.splits));
   const double products = 1.0 * t.block_pixels() * t.filters * l.depth * c.element_bytes * steps / 11.5e6;
-  const double fetched = steps * (l.pixel_bytes + (l.resident ? l.filter_bytes / number(tiles) : l.filter_bytes));
+  const double fetched = (l.halo ? l.slices : steps) * l.pixel_bytes +
+                         steps * (l.resident ? l.filter_bytes / number(tiles) : l.filter_bytes);
   const double output = t.out_bytes(c.element_bytes) * (t.together ? kConsumers : 1) / 25e3;
   const double machine = number(tiles * neighbours) * std::max(products, fetched / 110e3) + output;
   const int64_t rounds = t.together ? tiles : ceil_div(tiles, kConsumers);  // of a consumer
-  const double waits = std::max(0.64 / l.stages, 0.142) * steps *
+  const double waits = std::max(0.64 / (l.halo ? 12 : l.stages), 0.142) * (l.halo && l.resident ? l.slices : steps) *
                        number(t.together ? 1 : std::min<int64_t>(tiles, kConsumers));
   const double consumer = number(rounds) * (std::max(waits, products) + 0.14 + output);
   const double window = std::min(1.0, number(c.R * c.S) / number(c.stride_h * c.stride_w));
   const double memory =
-      c.element_bytes * (number(c.N * c.H * c.W * c.C) * window + number(pixels * c.K) + number(c.K * c.C * c.R * c.S)) / 3.12e6;
+      c.element_bytes * (number(c.N * c.H * c.W * c.C) * window + number(c.N * c.P * c.Q * c.K) + number(c.K * c.C * c.R * c.S)) / 3.12e6;
   const double sum = std::cbrt(std::pow(machine, 3) + std::pow(consumer, 3) + std::pow(memory, 3));
   const double exchange = l.splits == 1 ? 0 : 0.04 + 0.135 * l.splits + t.block_pixels() * t.filters * 8 / 39e3;
   return 2.53 + number(ceil_div(blocks, at_a_time)) * sum + exchange;
@@ -177,6 +234,7 @@ inline std::optional<Layout> best_layout(const Conv2d& c, const GpuTraits& gpu) 
   };
   for (int tile = 0; tile < kTileCount; ++tile) {
     consider(lay_out(c, gpu, tile));
+    consider(lay_out_halo(c, gpu, tile));
     for (int splits = 2; splits <= kMostSplits; splits *= 2) {
       consider(lay_out_split(c, gpu, tile, splits));
     }
@@ -215,7 +273,7 @@ struct GemmSm90 {
   std::string describe() const {
     const gemm_sm90::TileShape& t = gemm_sm90::kTiles[layout.tile];
     return std::string(kName) + " " + std::to_string(t.filters) + " channels by " + std::to_string(t.block_pixels()) +
-           " pixels" + (layout.resident ? ", weights in shared memory" : "") +
+           " pixels" + (layout.halo ? " and what their windows reach" : "") + (layout.resident ? ", weights in shared memory" : "") +
            (layout.splits > 1 ? ", channels in " + std::to_string(layout.splits) + " parts" : "");
   }
 

@@ -78,44 +78,46 @@ struct HaloConsumer : Consumer<T, kTile> {
   __device__ __forceinline__ void multiply_tile(bool first_tile, bool next) {
     const Layout& l = p.layout;
     products.clear();
-    int step = 0, previous = 0, previous_filters = 0;
+    const int taps = p.R * p.S;
+    int tap = 0, row = 0, column = 0, previous = 0, previous_filters = 0;
 #pragma unroll 1
-    for (int slice = 0; slice < l.slices; ++slice) {
-      barrier_wait(block.full(ring.stage), ring.parity);
-      const uint32_t pixels = block.pixels_of(ring.stage);
-      int row = 0, column = 0;
-#pragma unroll 1
-      for (int tap = 0; tap < p.R * p.S; ++tap, ++step) {
-        const int place = l.resident ? step : filter_ring.stage;
-        if (!l.resident || first_tile) {
-          barrier_wait(block.filters(place), filter_ring.parity);
-        }
-        if (next && step + 1 == l.steps) {
-          __syncwarp();
-          arrive_as_warp(block.turn(1 - consumer));
-        }
-        products.template start<kStepBytes>(pixels + (row + column) * kStepBytes, block.filters_at(place));
-        if (step > 0) {
-          product_wait<1>();
-          if (!l.resident) {
-            arrive_as_warp(block.spare(previous_filters));
-          }
-          if (tap == 0) {
-            arrive_as_warp(block.empty(previous));
-          }
-        }
-        previous_filters = place;
+    for (int step = 0; step < l.steps; ++step) {
+      const int place = l.resident ? step : filter_ring.stage;
+      if (tap == 0) {
+        barrier_wait(block.full(ring.stage), ring.parity);
+      }
+      if (!l.resident || first_tile) {
+        barrier_wait(block.filters(place), filter_ring.parity);
+      }
+      if (next && step + 1 == l.steps) {
+        __syncwarp();
+        arrive_as_warp(block.turn(1 - consumer));
+      }
+      products.template start<kStepBytes>(block.pixels_of(ring.stage) + (row + column) * kStepBytes,
+                                          block.filters_at(place));
+      if (step > 0) {
+        product_wait<1>();
         if (!l.resident) {
-          filter_ring.advance(l.filter_stages);
+          arrive_as_warp(block.spare(previous_filters));
         }
-        column += p.dilation_w;
-        if (column == p.tap_columns) {
-          column = 0;
-          row += p.tap_row;
+        if (tap == 0) {
+          arrive_as_warp(block.empty(previous));
         }
       }
-      previous = ring.stage;
-      ring.advance(l.stages);
+      previous_filters = place;
+      if (!l.resident) {
+        filter_ring.advance(l.filter_stages);
+      }
+      column += p.dilation_w;
+      if (column == p.tap_columns) {
+        column = 0;
+        row += p.tap_row;
+      }
+      if (++tap == taps) {
+        tap = row = 0;
+        previous = ring.stage;
+        ring.advance(l.stages);
+      }
     }
     products.finish();
     arrive_as_warp(block.empty(previous));

@@ -35,10 +35,11 @@ __global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kBlocks = kTiles[kTile].blocks;
   const Block<T, kTile> block(p, blockIdx.x);
+  const int warpgroup = warpgroup_index();
   block.set_up();
   wait_for_previous();
   let_next_begin();
-  if (threadIdx.x < 128) {
+  if (warpgroup == 0) {
     release_registers<kProducerRegisters<kBlocks>>();
     if (threadIdx.x == 0) {
       Producer<T, kTile, false>{block}.run();
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
   } else {
     acquire_registers<kConsumerRegisters<kBlocks>>();
     block.set_affines();
-    Consumer<T, kTile>{block, static_cast<int>(threadIdx.x) / 128 - 1}.run();
+    Consumer<T, kTile>{block, warpgroup - 1}.run();
   }
 #endif
 }
@@ -57,10 +58,11 @@ template <typename T, int kTile>
 __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_halo_kernel(const __grid_constant__ Params<T> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const Block<T, kTile> block(p, blockIdx.x);
+  const int warpgroup = warpgroup_index();
   block.set_up();
   wait_for_previous();
   let_next_begin();
-  if (threadIdx.x < 128) {
+  if (warpgroup == 0) {
     release_registers<kProducerRegisters<1>>();
     if (threadIdx.x % 32 == 0 && threadIdx.x < 64) {
       HaloProducer<T, kTile>{block}.run(threadIdx.x == 32);
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_halo_kernel(const __gri
   } else {
     acquire_registers<kConsumerRegisters<1>>();
     block.set_affines();
-    HaloConsumer<T, kTile>(block, static_cast<int>(threadIdx.x) / 128 - 1).run();
+    HaloConsumer<T, kTile>(block, warpgroup - 1).run();
   }
 #endif
 }

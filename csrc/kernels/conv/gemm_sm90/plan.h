@@ -98,10 +98,18 @@ inline bool supports_halo(const Conv2d& c) {
 
 inline int64_t count_pixels(const Conv2d& c, const Layout& l) { return l.halo ? Padded(c).pixels : c.N * c.P * c.Q; }
 
-inline Layout steps_of(const Conv2d& c, int tile) {
+// Bytes of a pixel in a step: as many as the channels have, up to 128. Where they end within the last step of a tap, half as many
+// may be less work.
+constexpr int kMostRowBytes = 128, kFewestRowBytes = 32;
+
+inline int row_bytes_of(const Conv2d& c) {
+  const uint64_t bytes = std::bit_ceil(static_cast<uint64_t>(c.C * c.element_bytes));
+  return static_cast<int>(std::clamp<uint64_t>(bytes, kFewestRowBytes, kMostRowBytes));
+}
+
+inline Layout steps_of(const Conv2d& c, int tile, int row_bytes) {
   Layout l{};
   l.tile = tile;
-  const int row_bytes = static_cast<int>(std::clamp<int64_t>(std::bit_ceil(static_cast<uint64_t>(c.C * c.element_bytes)), 32, 128));
   l.depth = row_bytes / c.element_bytes;
   l.slices = static_cast<int>(ceil_div(c.C, l.depth));
   l.steps = static_cast<int>(c.R * c.S * l.slices);
@@ -111,11 +119,11 @@ inline Layout steps_of(const Conv2d& c, int tile) {
 }
 
 // Each block has one tile after another.
-inline std::optional<Layout> lay_out(const Conv2d& c, const GpuTraits& gpu, int tile) {
+inline std::optional<Layout> lay_out(const Conv2d& c, const GpuTraits& gpu, int tile, int row_bytes) {
   constexpr int kFewStages = 4, kReserved = 1024;  // reserved: of each block, by the system
   const TileShape& t = kTiles[tile];
   const int memory = std::min(gpu.shared_memory_per_block, gpu.shared_memory_per_multiprocessor / t.blocks - kReserved);
-  Layout l = steps_of(c, tile);
+  Layout l = steps_of(c, tile, row_bytes);
   l.splits = 1;
   // As many stages as there is room for; whether these are so many at least.
   const auto fill = [&](bool resident, int buffers, int least) {
@@ -142,13 +150,13 @@ inline std::optional<Layout> lay_out(const Conv2d& c, const GpuTraits& gpu, int 
 }
 
 // With the pixels of all taps in a stage.
-inline std::optional<Layout> lay_out_halo(const Conv2d& c, const GpuTraits& gpu, int tile) {
+inline std::optional<Layout> lay_out_halo(const Conv2d& c, const GpuTraits& gpu, int tile, int row_bytes) {
   constexpr int kMostRows = 1024, kFewFilters = 3;  // rows: of a box
   const TileShape& t = kTiles[tile];
   if (!t.has_halo || !supports_halo(c) || halo_rows(c, t) > kMostRows) {
     return std::nullopt;
   }
-  Layout l = steps_of(c, tile);
+  Layout l = steps_of(c, tile, row_bytes);
   l.splits = l.buffers = 1;
   l.halo = true;
   l.pixel_bytes = static_cast<int>(halo_rows(c, t)) * l.depth * c.element_bytes;
@@ -173,9 +181,9 @@ inline std::optional<Layout> lay_out_halo(const Conv2d& c, const GpuTraits& gpu,
 }
 
 // Each cluster has one tile, whose consumers have every second step: the number of stages is even, so that each has its own.
-inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu, int tile, int splits) {
+inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu, int tile, int splits, int row_bytes) {
   const TileShape& t = kTiles[tile];
-  Layout l = steps_of(c, tile);
+  Layout l = steps_of(c, tile, row_bytes);
   l.splits = splits;
   l.stage_bytes = l.pixel_bytes + l.filter_bytes;
   const int room = std::min(kMostStages, (gpu.shared_memory_per_block - kHeaderBytes) / l.stage_bytes) / 2 * 2;
@@ -233,10 +241,12 @@ inline std::optional<Layout> best_layout(const Conv2d& c, const GpuTraits& gpu) 
     }
   };
   for (int tile = 0; tile < kTileCount; ++tile) {
-    consider(lay_out(c, gpu, tile));
-    consider(lay_out_halo(c, gpu, tile));
-    for (int splits = 2; splits <= kMostSplits; splits *= 2) {
-      consider(lay_out_split(c, gpu, tile, splits));
+    for (int row_bytes = row_bytes_of(c), i = 0; i < 2 && row_bytes >= kFewestRowBytes; ++i, row_bytes /= 2) {
+      consider(lay_out(c, gpu, tile, row_bytes));
+      consider(lay_out_halo(c, gpu, tile, row_bytes));
+      for (int splits = 2; splits <= kMostSplits; splits *= 2) {
+        consider(lay_out_split(c, gpu, tile, splits, row_bytes));
+      }
     }
   }
   return best;

@@ -125,7 +125,7 @@ struct Split {
   }
 
   __device__ __forceinline__ void run() const {
-    const int warpgroup = static_cast<int>(threadIdx.x) / 128;
+    const int warpgroup = warpgroup_index();
     if (warpgroup == 0) {
       if (threadIdx.x == 0) {
         produce<false>();

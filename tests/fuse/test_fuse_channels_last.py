@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from common import assert_no_worse_than_eager
 from fused_conv_bn._fuse import blocks, inside
 from fused_conv_bn._fuse.root import STATE
 
@@ -462,12 +463,25 @@ def test_pickles(device: str) -> None:
         torch.testing.assert_close(again(data(device)).contiguous(), model(data(device)))
 
 
-def test_training_afterwards(device: str) -> None:
-    """Steps of an optimizer, then evaluation again."""
-    plain = net(lambda m, x: m.b(m.a(x)), device)
-    fused, x = first_call(copy.deepcopy(plain), device), data(device)
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "fused Adam", "fused Adam before"])
+def test_training_afterwards(optimizer: str, device: str) -> None:
+    """Steps of an optimizer, then evaluation again. A fused one is wrong where its tensors' strides are not a weight's."""
+    options = {"momentum": 0.9} if optimizer == "SGD" else {"fused": optimizer.startswith("fused")}
+    of = getattr(torch.optim, "SGD" if optimizer == "SGD" else "Adam")
+    plain, x = net(lambda m, x: m.b(m.a(x)), device), data(device)
+    fused = copy.deepcopy(plain)
+    optimizers = {}
+    if optimizer.endswith("before"):
+        for model in (plain, fused):
+            optimizers[model] = of(model.parameters(), 0.01, **options)
+            model.train()(x).square().mean().backward()
+            optimizers[model].step()
+            optimizers[model].zero_grad()
+            model.eval()
+    first_call(fused, device)
+    assert bool(changed(fused)) is not optimizer.endswith("before")
     for model in (plain, fused):
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        optimizer = optimizers.get(model) or of(model.parameters(), 0.01, **options)
         for _ in range(3):
             model.train()(x).square().mean().backward()
             optimizer.step()
@@ -596,3 +610,28 @@ def test_report(device: str) -> None:
     assert model.inner.__dict__[STATE].changed == {"a.0", "b.0"}
     fcb.unfuse(model)
     assert not fcb.report(model).channels_last and not changed(model)
+
+
+# ---- by the rule -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_by_the_rule(graphs: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits the rule's own kernels run where there are some; their results are held to float64's."""
+    monkeypatch.undo()
+    torch.manual_seed(3)
+    exact = randomised(nn.Sequential(block(64, 64), *(block(64, 64) for _ in range(7))), "cpu").double()
+    plain = copy.deepcopy(exact).to(device, dtype)
+    fused = fcb.fuse(copy.deepcopy(plain))
+    run = fcb.graphed(fused) if graphs else fused
+    x = data(device, (4, 64, 28, 28)).to(dtype)
+    own = fcb.explain(x.to(memory_format=torch.channels_last), plain[0][0].weight, padding=1).split()[0]
+    with torch.no_grad():
+        for _ in range(3):
+            got, eager = run(x), plain(x)
+            assert got.stride() == eager.stride()
+            assert_no_worse_than_eager(got.cpu(), eager.cpu(), exact(x.cpu().double()))
+    assert is_inside(fused) == (own != "aten") == bool(changed(fused))
+    if is_inside(fused):
+        assert {row.algorithm.split()[0] for row in fcb.report(fused).rows if row.module == "conv"} == {own}

@@ -21,6 +21,7 @@ import fused_conv_bn as fcb
 from common import assert_no_worse_than_eager
 from fused_conv_bn._fuse import blocks, inside
 from fused_conv_bn._fuse.root import STATE
+from fused_conv_bn._graphs.model import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -411,6 +412,14 @@ def test_weights_that_others_have_stay(why: str, device: str) -> None:
     assert conv.weight.is_contiguous() and conv.weight.data_ptr() == pointer
     assert changed(model) == (set() if why == "state_dict" else {"a.0.weight"} if why != "subclass" else changed(model))
     del kept
+
+
+def test_weights_that_are_only_watched(device: str) -> None:
+    """fcb.graphed looks at a model's tensors, and sees that they have moved."""
+    model = net(lambda m, x: m.b(m.a(x)), device)
+    watch = Watch(model)
+    first_call(model, device)
+    assert changed(model) == {"a.0.weight", "b.0.weight"} and not watch.holds()
 
 
 def test_weights_of_two_modules(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -31,13 +32,13 @@ class Row(NamedTuple):
 
 class Report:
     """``rows``: a :class:`Row` for each convolution and BatchNorm, then for each gate; ``not_captured``: what was not
-    captured, and why.
+    captured, and why; ``channels_last``: paths of what is contiguous and runs in channels_last inside.
 
     Prints as a table.
     """
 
-    def __init__(self, rows: list[Row], not_captured: dict[str, str]) -> None:
-        self.rows, self.not_captured = rows, not_captured
+    def __init__(self, rows: list[Row], not_captured: dict[str, str], channels_last: Sequence[str] = ()) -> None:
+        self.rows, self.not_captured, self.channels_last = rows, not_captured, list(channels_last)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -57,6 +58,7 @@ class Report:
             "counts": self.counts,
             "groups": {group: self.groups().count(group) for group in dict.fromkeys(self.groups())},
             "not captured": self.not_captured,
+            "channels_last inside": self.channels_last,
         }
 
     def __str__(self) -> str:
@@ -66,6 +68,7 @@ class Report:
             for row in self.rows
         ]
         lines += [f"{path or '(the model)'} is not captured: {reason}" for path, reason in self.not_captured.items()]
+        lines += [f"{path or '(the model)'} runs in channels_last inside" for path in self.channels_last]
         total = ", ".join(f"{n} {state}" for state, n in self.counts.items()) or "no convolution and no BatchNorm"
         return "\n".join([*lines, total])
 
@@ -79,6 +82,7 @@ def report(model: nn.Module) -> Report:
     rows: dict[nn.Module, Row] = {}
     gates: dict[str, Row] = {}
     not_captured: dict[str, str] = {}
+    channels_last: list[str] = []
     for path, root in roots.items():
         state: State = root.__dict__[STATE]
         entries = [
@@ -87,6 +91,8 @@ def report(model: nn.Module) -> Report:
         reasons = [*filter(None, [state.reason]), *state.refused.values()]
         if reasons:
             not_captured[path] = reasons[-1]
+        if any(e.inside is not None and e.inside.is_on for e in entries):
+            channels_last.append(path)
         for entry in reversed(entries):
             rows |= _rows_of(root, entry, rows)
             for g in entry.groups:
@@ -103,7 +109,7 @@ def report(model: nn.Module) -> Report:
             else:
                 state_of, (reason, text) = _otherwise(path, roots, not_captured)
             found.append(Row(path, "conv" if is_conv(m) else "bn", state_of, text, reason, algorithm))
-    return Report([*found, *gates.values()], not_captured)
+    return Report([*found, *gates.values()], not_captured, channels_last)
 
 
 def _rows_of(root: nn.Module, entry: Entry, known: dict[nn.Module, Row]) -> dict[nn.Module, Row]:

@@ -14,7 +14,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -30,6 +30,7 @@ from .capture import Arguments, Refused, capture, is_compared
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .frozen import frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
+from .inside import give_back, inside_of
 from .layers import is_conv, is_norm
 from .patterns import Matcher, ModuleWords
 
@@ -105,6 +106,8 @@ class Entry:
         silent |= set(chain(*parts))
         self._put_groups_in(graph)
         self.run_groups = compiled(graph)  # what is compared
+        may_go_inside = self.groups and not frozen and is_compared(root)
+        self.inside = inside_of(graph, words, arguments.tensors.values()) if may_go_inside else None
         self.full: list[Block] = []
         self.quick: list[Block] = []
         self.thaw()
@@ -128,6 +131,24 @@ class Entry:
         self.full = [_placed(b.forward, first) for b, first in zip(self.blocks, firsts, strict=True)]
         quick = [b.quick if b.is_quick else b.forward for b in self.blocks]
         self.quick = [_placed(call, first) for call, first in zip(quick, firsts, strict=True)]
+
+    def call(self, root: nn.Module, calls: list[Block], tensors: Sequence[Tensor]) -> Any:
+        if self.inside is not None and self.inside.takes(tensors):
+            return self.inside.run(root, calls, *tensors)
+        return self.run(root, calls, *tensors)
+
+    def look_inside(self, root: nn.Module, state: State, arguments: Arguments, expected: Any) -> None:
+        """Whether later calls run in channels_last inside.
+
+        Weights may change their strides at the first call of the root. Whoever trains it, or has its calls in a CUDA
+        graph, has called it before.
+        """
+        needs_nothing = not (_is_grad_enabled() or _is_any_autocast_enabled())
+        if self.inside is None or not (needs_nothing or state.changed):
+            return
+        with undisturbed(root), _lock:
+            may_change = needs_nothing and state.calls == 1
+            self.inside.decide(root, self, arguments.copies(), expected, state.changed, may_change, _difference)
 
     def chain(self) -> None:
         """Behind the first call of a snapshot: consecutive groups become one op."""
@@ -164,6 +185,8 @@ class State:
         self.owner = weakref.ref(owner)
         self.frozen = False
         self.captures = 0
+        self.calls = 0
+        self.changed: set[str] = set()  # paths of convolutions whose weights have got channels_last strides
         self.entries: dict[Any, list[Entry]] = {}
         self.reason: str | None = None  # why it is not captured
         self.refused: dict[Any, str] = {}
@@ -213,6 +236,7 @@ def _is_in_cuda_graph() -> bool:
 
 
 def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    state.calls += 1
     if state.reason is not None:
         return own(root, *args, **kwargs)
     try:
@@ -260,7 +284,7 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
         result = _checked(root, state, key, entry, own, arguments, args, kwargs)
     else:
         quick = not (_is_grad_enabled() or _is_any_autocast_enabled())
-        result = entry.run(root, entry.quick if quick else entry.full, *arguments.tensors.values())
+        result = entry.call(root, entry.quick if quick else entry.full, [*arguments.tensors.values()])
     if entry.graph is not None and not entry.unchecked:
         entry.chain()
     return result
@@ -367,7 +391,8 @@ def _checked(
         problem = f"its graph gave another result than its forward: {difference}"
     if problem is None:
         entry.unchecked = False
-        return entry.run(root, entry.full, *arguments.tensors.values())
+        entry.look_inside(root, state, arguments, expected)
+        return entry.call(root, entry.full, [*arguments.tensors.values()])
     if entry.frozen:  # what cannot be frozen may be fused: a model that reads the strides of a result, say
         entry.thaw()
         entry.guard.look_at(entry.blocks)
@@ -443,6 +468,8 @@ def fused_class(of: type[nn.Module]) -> type[nn.Module]:
                 state = copy.deepcopy(found[2], memo)
                 twin.__setstate__(state) if hasattr(twin, "__setstate__") else twin.__dict__.update(state)
             swap(twin)
+            if is_root(twin):
+                twin.__dict__[STATE].changed |= self.__dict__[STATE].changed
             return twin
 
         own = {
@@ -517,4 +544,4 @@ def restore(m: nn.Module) -> None:
     if is_root(m):
         if "_fused_conv_bn_class" in type(m).__dict__:
             m.__class__ = type(m)._fused_conv_bn_class  # type: ignore[attr-defined]
-        del m.__dict__[STATE]
+        give_back(m, m.__dict__.pop(STATE).changed)

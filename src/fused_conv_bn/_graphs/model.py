@@ -18,6 +18,10 @@ _values: Callable[[Any], Iterable[Any]] = dict.values
 _training = operator.itemgetter("training")
 
 
+class Looked(list[Any]):
+    """What is looked at where it is. Who has such a list has no claim on what is in it."""
+
+
 class Watch:
     """A model's modules and tensors as they were. All of it is lists, so that a look at them is a few calls into C."""
 
@@ -26,16 +30,16 @@ class Watch:
         contents = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
         self.filled, self.empty = [d for d in contents if d], [d for d in contents if not d]
         self.hooks = [d for m in self.modules for d in (m._forward_hooks, m._forward_pre_hooks)]
-        self.values = [*itertools.chain.from_iterable(map(_values, self.filled))]
+        self.values = Looked(itertools.chain.from_iterable(map(_values, self.filled)))
         tensors = [v for v in self.values if isinstance(v, Tensor)]
-        self.tensors = [t for t in tensors if not is_lazy(t)]
+        self.tensors = Looked(t for t in tensors if not is_lazy(t))
         self.lazy = len(self.tensors) < len(tensors)  # nothing to compare, until they have memory
         for t in self.tensors:
             if type(t) not in conditions.PLAIN_TENSORS:
                 raise TypeError(
                     f"graphed: a parameter or buffer of the model is a {type(t).__name__}, expected plain tensors"
                 )
-        self.parameters = [p for p in self.tensors if isinstance(p, nn.Parameter)]
+        self.parameters = Looked(p for p in self.tensors if isinstance(p, nn.Parameter))
         self.pointers, self.sizes = [*map(_data_ptr, self.tensors)], [*map(_numel, self.parameters)]
         self.attributes = [m.__dict__ for m in self.modules]
         self.types = [*map(type, self.modules)]

@@ -1,6 +1,7 @@
 """What a run measures: bn_scale and bn_scale_train (bn_scale.py), the convolutions (conv.py), with every activation
 (activations.py), concatenations and gates (cat_gate.py), with grad mode on (grad_mode.py), whole steps (steps.py),
-whole models (models.py), the host's times (host.py), the CPU's short planes (short_planes.py).
+whole models (models.py), the host's times (host.py), the CPU's short
+planes (short_planes.py).
 
 Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it.
 """
@@ -17,7 +18,18 @@ import torch
 
 import fused_conv_bn as fcb
 
-from . import activations, bn_scale, cat_gate, conv, grad_mode, host, models, record, short_planes, steps
+from . import (
+    activations,
+    bn_scale,
+    cat_gate,
+    conv,
+    grad_mode,
+    host,
+    models,
+    record,
+    short_planes,
+    steps,
+)
 from .common import EPS, MB, SCALING_FACTOR, Compiler, progress
 from .layers import GROUPS, ConvCase, StepCase, activation_cases, conv_cases, grad_mode_cases, step_cases
 from .stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, MAX_PAIRS, Stopwatch
@@ -123,7 +135,7 @@ def measure(args: argparse.Namespace) -> record.Report:
     with_each = with_batch(activation_cases(device, args.quick) if "activations" in parts else [], args)
     in_grad_mode = with_batch(grad_mode_cases(device) if "grad_mode" in parts else [], args)
     joined = cat_gate.cat_gate_cases(device, args.quick) if "cat_gate" in parts else []
-    whole = models.model_cases(device, args.quick) if "models" in parts else []
+    whole = models.model_cases(device, args.quick, args.models) if "models" in parts else []
     in_steps = selected_steps(args, device) if "steps" in parts else []
     short = short_planes.short_cases() if device == "cpu" and "bn_scale_train" in parts else []
     compilers = {
@@ -152,8 +164,9 @@ def measure(args: argparse.Namespace) -> record.Report:
         checks += short_planes.check_short(short_case)
     checks += joined_bench.check(joined)
     checks += activation_bench.check(with_each) + grad_bench.check(in_grad_mode) + step_bench.check(in_steps)
-    model_rows, model_checks = models.ModelBench(device, args.repeats, compilers["models"], watch).time(whole)
-    checks += model_checks
+    model_bench = models.ModelBench(device, args.repeats, compilers["models"], watch, args.rivals)
+    model_rows = model_bench.time(whole)
+    checks += model_bench.checks
     report: record.Report = {
         **record.describe(device, args.commit),
         "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
@@ -180,6 +193,8 @@ def measure(args: argparse.Namespace) -> record.Report:
         report["short_planes"] = short_planes.time_short(short, bench.watch, args.repeats)
     for part in cases:
         report[part] = [bench.time_bn_scale(case) for case in progress(cases[part], part)]
+    if model_bench.failed:
+        report["failed"] = model_bench.failed
     report["notes"] = {**NOTES, **{part: note for part, note in PART_NOTES.items() if part in report}}
     spent = {part: compiler.spent for part, compiler in compilers.items()}
     return {**report, "compile_s": spent, "seconds": time.perf_counter() - began}

@@ -16,10 +16,12 @@ from . import (
     charts,
     documents,
     models,
+    network_layers,
     record,
     report,
     report_conv,
     report_grad_mode,
+    report_layers,
     report_models,
     report_steps,
 )
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PARTS,
         metavar="PART",
         help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it, of which train has the batch's "
-        "statistics (default: all but models; on the CPU bn_scale, bn_scale_train, host, problem_73, train)",
+        "statistics (default: all but models and layers; on the CPU bn_scale, bn_scale_train, host, problem_73, train)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{part}: {budget}" for part, budget in COMPILE_BUDGETS.items())
         + ")",
     )
+    network_layers.add_arguments(parser)
     models.add_arguments(parser)
     parser.add_argument("--commit", help="recorded (default: what git says)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write every number to FILE, JSON a line each")
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_grad_mode.print_tables(found)
     report_steps.print_tables(found)
     report_models.print_tables(found)
+    report_layers.print_tables(found)
     report.print_tables(found)
     if args.charts:
         for path in charts.draw(found, args.charts):

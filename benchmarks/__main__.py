@@ -12,7 +12,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, documents, record, report, report_conv, report_grad_mode, report_models, report_steps
+from . import (
+    charts,
+    documents,
+    models,
+    network_layers,
+    record,
+    report,
+    report_conv,
+    report_grad_mode,
+    report_layers,
+    report_models,
+    report_steps,
+)
 from .common import InaccurateError
 from .run import COMPILE_BUDGETS, CPU_MAX_MB, PARTS, measure
 
@@ -25,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PARTS,
         metavar="PART",
         help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it, of which train has the batch's "
-        "statistics (default: all but models; on the CPU bn_scale, bn_scale_train, host, problem_73 and train)",
+        "statistics (default: all but models and layers; on the CPU bn_scale, bn_scale_train, host, problem_73, train)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
@@ -41,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{part}: {budget}" for part, budget in COMPILE_BUDGETS.items())
         + ")",
     )
+    network_layers.add_arguments(parser)
+    models.add_arguments(parser)
     parser.add_argument("--commit", help="recorded (default: what git says)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write every number to FILE, JSON a line each")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw PNGs into DIR (needs matplotlib)")
@@ -83,11 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_grad_mode.print_tables(found)
     report_steps.print_tables(found)
     report_models.print_tables(found)
+    report_layers.print_tables(found)
     report.print_tables(found)
     if args.charts:
         for path in charts.draw(found, args.charts):
             print(f"wrote {path}")
-    return 0
+    for case, why in found.get("failed", {}).items():
+        print(f"benchmarks: not measured: {case}: {why}", file=sys.stderr)
+    return 1 if found.get("failed") else 0
 
 
 def why_not_writable(path: Path) -> str:

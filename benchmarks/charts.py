@@ -1,4 +1,5 @@
-"""The charts of a run: bn_scale's times and share of the copy's rate by size, the convolutions below their roofline."""
+"""The charts of a run: bn_scale's times and share of the copy's rate by size, the convolutions and the
+networks' layers below their roofline."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .networks import NETWORKS
 from .record import Report, Row
 from .report import LAYOUTS
 from .report_conv import groups
@@ -21,6 +23,7 @@ RIVALS: dict[str, tuple[str, str, dict[str, Any]]] = {
 DTYPES = {"float32": "#0072B2", "float16": "#D55E00", "bfloat16": "#E69F00", "float64": "#009E73"}
 OTHER_SHAPES = {256: ("P", "C = 256, 14x14"), 2048: ("X", "C = 2048, 7x7")}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
+MORE_COLOURS = ["#56B4E9", "#8c564b", "#7f7f7f", "#9467bd", "#a6b81e"]
 PANELS = {"float16 channels_last": ("float16", "channels_last"), "float32 NCHW": ("float32", "nchw")}
 
 
@@ -91,8 +94,8 @@ def draw_shares(report: Report, plt: Any) -> Any:
     return figure
 
 
-def legend_below(figure: Any, panels: Any) -> None:
-    """One legend for both panels, each label once."""
+def legend_below(figure: Any, panels: Any, share: float = 0.05) -> None:
+    """One legend for all panels, each label once. ``share``: of the figure's height, that a line of it takes."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -100,37 +103,17 @@ def legend_below(figure: Any, panels: Any) -> None:
     columns = min(len(entries), 4 if len(entries) > 6 else 3)
     figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=columns, frameon=False, fontsize=9)
     rows = -(-len(entries) // columns)
-    figure.tight_layout(rect=(0, 0.01 + 0.05 * rows, 1, 0.97))
+    figure.tight_layout(rect=(0, 0.01 + share * rows, 1, 0.97))
 
 
 def draw_roofline(report: Report, plt: Any) -> Any:
     """Each layer by its FLOP per byte: what it reaches with ours and with the best rival, below what the device can."""
-    rates = report["rates"]
     names = list(dict.fromkeys(group.split(",")[0] for group in groups(report, "conv")))
     colours = dict(zip(names, COLOURS, strict=False))
     figure, panels = plt.subplots(1, 2, figsize=(8, 4.8), sharey=True)
     for axes, (title, kind) in zip(panels, PANELS.items(), strict=True):
-        peak = rates["matrix_tflop_per_s"].get(kind[0])
         rows = [row for row in report["conv"] if (row["dtype"], row["layout"]) == kind and not row["allow_tf32"]]
-        for row in rows:
-            intensity = row["flop"] / row["bytes"]
-            ours = row["flop"] / row["us"]["ours"]["median"] / 1e6
-            rival = ours / row["best rival/ours"]
-            group = row["group"].split(",")[0]
-            axes.plot([intensity] * 2, [ours, rival], color=colours[group], linewidth=0.7, zorder=1)
-            axes.plot(intensity, rival, "o", markerfacecolor="white", color=colours[group], markersize=4, zorder=2)
-            axes.plot(intensity, ours, "o", color=colours[group], markersize=5, label=group, zorder=3)
-        axes.plot([], [], "o", markerfacecolor="white", color="#777777", markersize=4, label="the best rival")
-        if peak:
-            intensities = [1.0, 1e3 * peak / rates["copy_gb_per_s"], 2048.0]
-            roof = [min(peak, i * rates["copy_gb_per_s"] / 1e3) for i in intensities]
-            axes.plot(intensities, roof, color="#222222", linewidth=1.2, label="copy rate, matrix rate", zorder=0)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda number, _: f"{number:g}")
-        axes.grid(True, color="#e4e4e4", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        roofline(axes, report, rows, kind[0], lambda row: row["group"].split(",")[0], colours)
         axes.set_xlabel("FLOP per byte that has to be moved")
         axes.set_title(title, fontsize=10)
     panels[0].set_ylabel("TFLOP/s")
@@ -139,11 +122,66 @@ def draw_roofline(report: Report, plt: Any) -> Any:
     return figure
 
 
+def draw_layers_roofline(report: Report, plt: Any) -> Any:
+    """The same of the networks' layers in the record's first dtype, a panel a batch. A layer of several networks has
+    the first one's colour."""
+    group = report["layers"][0]["group"]
+    batches = sorted({row["batch"] for row in report["layers"] if row["group"] == group})
+    colours = dict(zip(NETWORKS, [*COLOURS, *MORE_COLOURS], strict=True))
+    columns = min(2, len(batches))
+    lines = -(-len(batches) // columns)
+    shape = {"figsize": (8, 1.6 + 3.4 * lines), "sharex": True, "sharey": True, "squeeze": False}
+    figure, panels = plt.subplots(lines, columns, **shape)
+    for axes in panels.flat[len(batches) :]:
+        axes.set_visible(False)
+    kind = "TF32" if "TF32" in group else group.split()[0]
+    for axes, batch in zip(panels.flat, batches, strict=False):
+        rows = [row for row in report["layers"] if (row["group"], row["batch"]) == (group, batch)]
+        roofline(axes, report, rows, kind, lambda row: next(iter(row["networks"])), colours)
+        axes.set_title(f"batch {batch}", fontsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("FLOP per byte that has to be moved")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("TFLOP/s")
+    legend_below(figure, panels.flat, share=0.24 / figure.get_figheight())
+    name = report["device"]["name"]
+    figure.suptitle(f"Layers of ten networks, {group}, fused_conv_bn and the best rival, on {name}", fontsize=11)
+    return figure
+
+
+def roofline(
+    axes: Any, report: Report, rows: list[Row], kind: str, label: Callable[[Row], str], colours: dict[str, str]
+) -> None:
+    """``kind``: whose matrix rate is the roof."""
+    rates = report["rates"]
+    peak = rates["matrix_tflop_per_s"].get(kind)
+    for row in rows:
+        intensity = row["flop"] / row["bytes"]
+        ours = row["flop"] / row["us"]["ours"]["median"] / 1e6
+        rival = ours / row["best rival/ours"]
+        colour = colours[label(row)]
+        axes.plot([intensity] * 2, [ours, rival], color=colour, linewidth=0.7, zorder=1)
+        axes.plot(intensity, rival, "o", markerfacecolor="white", color=colour, markersize=4, zorder=2)
+        axes.plot(intensity, ours, "o", color=colour, markersize=5, label=label(row), zorder=3)
+    axes.plot([], [], "o", markerfacecolor="white", color="#777777", markersize=4, label="the best rival")
+    if peak:
+        intensities = [1.0, 1e3 * peak / rates["copy_gb_per_s"], 2048.0]
+        roof = [min(peak, i * rates["copy_gb_per_s"] / 1e3) for i in intensities]
+        axes.plot(intensities, roof, color="#222222", linewidth=1.2, label="copy rate, matrix rate", zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda number, _: f"{number:g}")
+    axes.grid(True, color="#e4e4e4", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 # By file: the part of a report it shows, what draws it.
 CHARTS: dict[str, tuple[str, Callable[[Report, Any], Any]]] = {
     "bn_scale_time.png": ("bn_scale", draw_times),
     "bn_scale_share.png": ("bn_scale", draw_shares),
     "conv_roofline.png": ("conv", draw_roofline),
+    "layers_roofline.png": ("layers", draw_layers_roofline),
 }
 
 

@@ -75,6 +75,9 @@ COMPILE_MODES: dict[str, tuple[str | None, bool]] = {
     "compile max-autotune": ("max-autotune-no-cudagraphs", False),
     "compile freezing": (None, True),
     "compile max-autotune freezing": ("max-autotune-no-cudagraphs", True),
+    # In CUDA graphs of its own, which whole models take.
+    "compile graphed": ("reduce-overhead", True),
+    "autotune graphed": ("max-autotune", True),
 }
 
 

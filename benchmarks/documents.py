@@ -17,6 +17,8 @@ from .record import Report, Row
 from .report import LAYOUTS, Table, cat_gate_table, host_table, short
 from .report_conv import floor_us, groups, mean_ratio, slowest
 from .report_grad_mode import forward, kernelbench
+from .report_layers import layer_table, slower, worst
+from .report_layers import means as layer_means
 from .report_models import models
 from .report_steps import layer_steps, step_means, steps, worst_step
 
@@ -198,6 +200,10 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "step_means": functools.partial(of_table, step_means),
     "worst_step": worst_step,
     "models": functools.partial(of_table, models),
+    "layers": lambda report: of_table(lambda found: layer_table(found["layers"]), report),
+    "layer_means": functools.partial(of_table, layer_means),
+    "worst_layers": functools.partial(of_table, worst),
+    "slower_layers": slower,
     "cat_gate": functools.partial(of_table, cat_gate_table),
     "host": functools.partial(of_table, host_table),
 }

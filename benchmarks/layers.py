@@ -12,17 +12,23 @@ import torch
 
 from .common import LAYOUTS, SCALING_FACTOR, dtype_name
 
+Extent = int | tuple[int, int]  # the same in height and width, or of each
+
+
+def pair(extent: Extent) -> tuple[int, int]:
+    return (extent, extent) if isinstance(extent, int) else extent
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A square convolution of square images, then BatchNorm, a factor, a residual and an activation."""
+    """A convolution of square images with square results, then BatchNorm, a factor, a residual and an activation."""
 
     inputs: int
     outputs: int
-    kernel: int
+    kernel: Extent
     side: int  # of the input's images
     stride: int = 1
-    padding: int = 0
+    padding: Extent = 0
     groups: int = 1
     bias: bool = False
     scaling_factor: float = 1.0
@@ -31,11 +37,13 @@ class Layer:
 
     @property
     def output_side(self) -> int:
-        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+        sides = zip(pair(self.kernel), pair(self.padding), strict=True)
+        (side,) = {(self.side + 2 * padding - kernel) // self.stride + 1 for kernel, padding in sides}
+        return side
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        return self.outputs, self.inputs // self.groups, self.kernel, self.kernel
+        return self.outputs, self.inputs // self.groups, *pair(self.kernel)
 
     @property
     def flop(self) -> int:
@@ -45,8 +53,8 @@ class Layer:
     @property
     def elements(self) -> int:
         """Of one image that have to be moved: the inputs that a window covers, the residual, the results."""
-        covered = min(1.0, self.kernel / self.stride)
-        return int(self.inputs * (self.side * covered) ** 2) + self.output_elements * (2 if self.residual else 1)
+        height, width = (self.side * min(1.0, kernel / self.stride) for kernel in pair(self.kernel))
+        return int(self.inputs * height * width) + self.output_elements * (2 if self.residual else 1)
 
     @property
     def output_elements(self) -> int:
@@ -54,9 +62,13 @@ class Layer:
 
     def __str__(self) -> str:
         stride = f"/{self.stride}" if self.stride > 1 else ""
-        what = f"{self.outputs} depthwise" if self.groups > 1 else f"{self.inputs}->{self.outputs}"
+        what = f"{self.inputs}->{self.outputs}"
+        if self.groups > 1:
+            depthwise = self.groups == self.inputs == self.outputs
+            what = f"{self.outputs} depthwise" if depthwise else f"{what} in {self.groups} groups"
+        height, width = pair(self.kernel)
         behind = [*(["add"] if self.residual else []), *([self.activation] if self.activation != "none" else [])]
-        return " ".join([f"{self.kernel}x{self.kernel}{stride} {what} {self.side}x{self.side}", *behind])
+        return " ".join([f"{height}x{width}{stride} {what} {self.side}x{self.side}", *behind])
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ RESULTS = Path(__file__).with_name("results")
 PARTS = (
     "host",
     "conv",
+    "layers",
     "train",
     "activations",
     "cat_gate",

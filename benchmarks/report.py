@@ -77,7 +77,7 @@ def print_tables(report: Report) -> None:
         print(f"host time of one call, input (1, 4, 2, 2)\n{table(*host_table(report))}\n")
         print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
     of_convolutions = [
-        row for part in ("conv", "train", "activations", "grad_mode", "steps") for row in report.get(part, [])
+        row for part in ("conv", "layers", "train", "activations", "grad_mode", "steps") for row in report.get(part, [])
     ]
     every = of_convolutions + rows + train_rows + short_rows + joined_rows
     for name, why in sorted({pair for row in every for pair in row["missing"].items()}):

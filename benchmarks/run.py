@@ -1,6 +1,7 @@
 """What a run measures: bn_scale and bn_scale_train (bn_scale.py), the convolutions (conv.py), with every activation
 (activations.py), concatenations and gates (cat_gate.py), with grad mode on (grad_mode.py), whole steps (steps.py),
-whole models (models.py), the host's times (host.py), the CPU's short planes (short_planes.py).
+whole models (models.py), the layers of ten networks (network_layers.py), the host's times (host.py), the CPU's short
+planes (short_planes.py).
 
 Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it.
 """
@@ -17,8 +18,21 @@ import torch
 
 import fused_conv_bn as fcb
 
-from . import activations, bn_scale, cat_gate, conv, grad_mode, host, models, record, short_planes, steps
+from . import (
+    activations,
+    bn_scale,
+    cat_gate,
+    conv,
+    grad_mode,
+    host,
+    models,
+    network_layers,
+    record,
+    short_planes,
+    steps,
+)
 from .common import EPS, MB, SCALING_FACTOR, Compiler, progress
+from .graph_watch import GraphWatch
 from .layers import GROUPS, ConvCase, StepCase, activation_cases, conv_cases, grad_mode_cases, step_cases
 from .stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, MAX_PAIRS, Stopwatch
 
@@ -41,10 +55,11 @@ PARTS = [
     "grad_mode",
     "steps",
     "models",
+    "layers",
     "conv",
     *GROUPS,
 ]
-BY_NAME = ["models"]  # which take torchvision and timm
+BY_NAME = ["models", "layers"]  # models take torchvision and timm, both take minutes
 QUICK_TRIALS = 5  # of KernelBench's 100, and on the CPU, where it does not measure
 
 NOTES = {
@@ -71,6 +86,7 @@ PART_NOTES: dict[str, str | dict[str, str]] = {
     "grad_mode": grad_mode.NOTES,
     "steps": steps.NOTES,
     "models": models.NOTES,
+    "layers": network_layers.NOTES,
 }
 
 
@@ -123,7 +139,8 @@ def measure(args: argparse.Namespace) -> record.Report:
     with_each = with_batch(activation_cases(device, args.quick) if "activations" in parts else [], args)
     in_grad_mode = with_batch(grad_mode_cases(device) if "grad_mode" in parts else [], args)
     joined = cat_gate.cat_gate_cases(device, args.quick) if "cat_gate" in parts else []
-    whole = models.model_cases(device, args.quick) if "models" in parts else []
+    whole = models.model_cases(device, args.quick, args.models) if "models" in parts else []
+    of_networks = network_layers.layer_cases(args) if "layers" in parts else []
     in_steps = selected_steps(args, device) if "steps" in parts else []
     short = short_planes.short_cases() if device == "cpu" and "bn_scale_train" in parts else []
     compilers = {
@@ -152,8 +169,9 @@ def measure(args: argparse.Namespace) -> record.Report:
         checks += short_planes.check_short(short_case)
     checks += joined_bench.check(joined)
     checks += activation_bench.check(with_each) + grad_bench.check(in_grad_mode) + step_bench.check(in_steps)
-    model_rows, model_checks = models.ModelBench(device, args.repeats, compilers["models"], watch).time(whole)
-    checks += model_checks
+    model_bench = models.ModelBench(device, args.repeats, compilers["models"], watch, args.rivals)
+    model_rows = model_bench.time(whole)
+    checks += model_bench.checks
     report: record.Report = {
         **record.describe(device, args.commit),
         "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
@@ -162,8 +180,8 @@ def measure(args: argparse.Namespace) -> record.Report:
     if "host" in parts:  # the import first, with the machine still cool
         report["import_ms"] = host.time_import(1 if args.quick else 5)
         report["host"] = host.time_host(bench.watch, device, rounds=30 if args.quick else 300)
-    if selected:
-        report["rates"] = conv.measure_rates(watch, device, [case.dtype for case in selected], args.repeats)
+    if convolutions := [*selected, *(of.case for of in of_networks)]:
+        report["rates"] = conv.measure_rates(watch, device, [case.dtype for case in convolutions], args.repeats)
     for part, of_part in convs.items():
         report[part] = conv_benches[part].time(of_part, report["rates"])
     if with_each:
@@ -180,6 +198,17 @@ def measure(args: argparse.Namespace) -> record.Report:
         report["short_planes"] = short_planes.time_short(short, bench.watch, args.repeats)
     for part in cases:
         report[part] = [bench.time_bn_scale(case) for case in progress(cases[part], part)]
+    failed = model_bench.failed
+    if of_networks:  # the last, as it has most kernels: if one of them harms the device, all other numbers are there
+        replays = network_layers.COARSE_REPLAYS if args.coarse or args.quick else network_layers.REPLAYS
+        layer_bench = network_layers.LayerBench(device, GraphWatch(device, replays), args.limit_s)
+        report["layers"] = layer_bench.time(of_networks, report["rates"])
+        report["layers_left_out"] = layer_bench.left_out
+        report["settings"] |= {"replays": replays, "network_layers": network_layers.count_layers()}
+        report["validation"] = record.summary(checks + layer_bench.checks)
+        failed = {**failed, **layer_bench.failed}
+    if failed:
+        report["failed"] = failed
     report["notes"] = {**NOTES, **{part: note for part, note in PART_NOTES.items() if part in report}}
     spent = {part: compiler.spent for part, compiler in compilers.items()}
     return {**report, "compile_s": spent, "seconds": time.perf_counter() - began}

@@ -32,6 +32,7 @@ from benchmarks.stopwatch import kernelbench_us
 from fused_conv_bn import reference
 
 PNG = b"\x89PNG"
+MODES = [mode or "" for mode, _ in COMPILE_MODES.values()]
 
 
 def test_json_has_every_number(report_file: Path) -> None:
@@ -352,8 +353,9 @@ def test_compile_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.keys() == COMPILE_MODES.keys() and not missing
     assert [freezing for _, freezing in seen] == [freezing for _, freezing in COMPILE_MODES.values()]
     assert len({str(options) for options, _ in seen}) == len(COMPILE_MODES)
-    assert [bool(options.get("max_autotune")) for options, _ in seen] == [
-        bool(mode) for mode, _ in COMPILE_MODES.values()
+    assert [bool(options.get("max_autotune")) for options, _ in seen] == ["max-autotune" in name for name in MODES]
+    assert [bool(options.get("triton.cudagraphs")) for options, _ in seen] == [
+        name in ("reduce-overhead", "max-autotune") for name in MODES
     ]
     assert not config.freezing
     compiled, missing = Compiler(0)(torch.neg, [x], COMPILE_MODES)

@@ -39,4 +39,5 @@ def test_no_row_is_there_twice() -> None:
 
 
 def test_records_are_short() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in RECORDS) < 2000
+    """All layers of ten networks at four batches are 1100 rows."""
+    assert sum(len(path.read_text().splitlines()) for path in RECORDS) < 4000

@@ -28,6 +28,7 @@ PARTS = (
     "train",
     "activations",
     "cat_gate",
+    "pools",
     "grad_mode",
     "steps",
     "models",

@@ -1,6 +1,6 @@
 """What a run measures: bn_scale and bn_scale_train (bn_scale.py), the convolutions (conv.py), with every activation
-(activations.py), concatenations and gates (cat_gate.py), with grad mode on (grad_mode.py), whole steps (steps.py),
-whole models (models.py), the host's times (host.py), the CPU's short planes (short_planes.py).
+(activations.py), concatenations and gates (cat_gate.py), pools (pools.py), with grad mode on (grad_mode.py), whole
+steps (steps.py), whole models (models.py), the host's times (host.py), the CPU's short planes (short_planes.py).
 
 Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it.
 """
@@ -17,7 +17,7 @@ import torch
 
 import fused_conv_bn as fcb
 
-from . import activations, bn_scale, cat_gate, conv, grad_mode, host, models, record, short_planes, steps
+from . import activations, bn_scale, cat_gate, conv, grad_mode, host, models, pools, record, short_planes, steps
 from .common import EPS, MB, SCALING_FACTOR, Compiler, progress
 from .layers import GROUPS, ConvCase, StepCase, activation_cases, conv_cases, grad_mode_cases, step_cases
 from .stopwatch import FOOTPRINT, KERNELBENCH_TRIALS, MAX_PAIRS, Stopwatch
@@ -38,6 +38,7 @@ PARTS = [
     "host",
     "activations",
     "cat_gate",
+    "pools",
     "grad_mode",
     "steps",
     "models",
@@ -68,6 +69,7 @@ PART_NOTES: dict[str, str | dict[str, str]] = {
     "train": conv.TRAIN_NOTES,
     "activations": activations.NOTES,
     "cat_gate": cat_gate.NOTE,
+    "pools": pools.NOTE,
     "grad_mode": grad_mode.NOTES,
     "steps": steps.NOTES,
     "models": models.NOTES,
@@ -123,6 +125,7 @@ def measure(args: argparse.Namespace) -> record.Report:
     with_each = with_batch(activation_cases(device, args.quick) if "activations" in parts else [], args)
     in_grad_mode = with_batch(grad_mode_cases(device) if "grad_mode" in parts else [], args)
     joined = cat_gate.cat_gate_cases(device, args.quick) if "cat_gate" in parts else []
+    pooled = pools.pool_cases(device, args.quick) if "pools" in parts else []
     whole = models.model_cases(device, args.quick) if "models" in parts else []
     in_steps = selected_steps(args, device) if "steps" in parts else []
     short = short_planes.short_cases() if device == "cpu" and "bn_scale_train" in parts else []
@@ -139,6 +142,7 @@ def measure(args: argparse.Namespace) -> record.Report:
     grad_bench = grad_mode.GradBench(device, args.repeats, compilers["grad_mode"], watch, trials)
 
     joined_bench = cat_gate.CatGateBench(device, args.repeats, compilers["cat_gate"], watch)
+    pool_bench = pools.PoolBench(device, args.repeats, watch)
     # A step is many kernels, or some seconds of a CPU's.
     step_watch = Stopwatch(device, max_calls=20 if device == "cuda" else 5)
     step_bench = steps.StepBench(device, args.repeats, compilers["steps"], step_watch)
@@ -150,7 +154,7 @@ def measure(args: argparse.Namespace) -> record.Report:
         checks += conv_benches[part].check(of_part)
     for short_case in short:
         checks += short_planes.check_short(short_case)
-    checks += joined_bench.check(joined)
+    checks += joined_bench.check(joined) + pool_bench.check(pooled)
     checks += activation_bench.check(with_each) + grad_bench.check(in_grad_mode) + step_bench.check(in_steps)
     model_rows, model_checks = models.ModelBench(device, args.repeats, compilers["models"], watch).time(whole)
     checks += model_checks
@@ -170,6 +174,8 @@ def measure(args: argparse.Namespace) -> record.Report:
         report["activations"] = activation_bench.time(with_each)
     if joined:
         report["cat_gate"] = joined_bench.time(joined)
+    if pooled:
+        report["pools"] = pool_bench.time(pooled)
     if in_grad_mode:
         report["grad_mode"] = grad_bench.time(in_grad_mode)
     if in_steps:

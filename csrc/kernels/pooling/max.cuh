@@ -16,7 +16,8 @@
 
 namespace fused_conv_bn {
 
-constexpr int kMaxPoolThreads = 256;
+// Of a block. Few threads are in small ones, which all multiprocessors get their share of.
+constexpr int kMaxPoolThreads = 256, kMaxPoolFewThreads = 64;
 // Of a multiprocessor. Where tiles are fewer, each thread has one output.
 constexpr int64_t kMaxPoolFullThreads = 2048;
 constexpr int kTileRowsOfVectors = 2, kTileRowsOfElements = 4;
@@ -140,7 +141,7 @@ __device__ __forceinline__ MaxPoolTile<T> max_pool_tile(const MaxPoolParams<T>& 
 // Square windows without dilation. Of a tile each row of the input is read once, whatever windows it is in.
 template <typename Max, int kKernel, int kStride, int kTileRows, typename T = typename Max::Element>
 __global__ void __launch_bounds__(kMaxPoolThreads) max_pool_square_kernel(const MaxPoolParams<T> p) {
-  const uint32_t thread = blockIdx.x * kMaxPoolThreads + threadIdx.x;
+  const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   if (thread >= p.threads) {
     return;
   }
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kMaxPoolThreads) max_pool_square_kernel(const 
 // Any window.
 template <typename Max, typename T = typename Max::Element>
 __global__ void __launch_bounds__(kMaxPoolThreads) max_pool_any_kernel(const MaxPoolParams<T> p) {
-  const uint32_t thread = blockIdx.x * kMaxPoolThreads + threadIdx.x;
+  const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   if (thread >= p.threads) {
     return;
   }
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kMaxPoolThreads) max_pool_any_kernel(const Max
 // tile_rows: of a thread of this kernel.
 template <typename Max, typename T>
 cudaError_t launch_max_pool_tiles(void (*kernel)(MaxPoolParams<T>), int tile_rows, const T* input, T* output,
-                                  const PoolProblem& problem, cudaStream_t stream) {
+                                  const PoolProblem& problem, int multiprocessors, cudaStream_t stream) {
   const PoolWindow &rows = problem.rows, &columns = problem.columns;
   MaxPoolParams<T> p{};
   p.lanes = FastDiv(static_cast<uint32_t>(problem.channels / Max::kElements));
@@ -250,8 +251,8 @@ cudaError_t launch_max_pool_tiles(void (*kernel)(MaxPoolParams<T>), int tile_row
       p.first_tile = static_cast<int>(tile);
       p.tiles = FastDiv(static_cast<uint32_t>(count));
       p.threads = static_cast<uint32_t>(images * count * row_threads);
-      const unsigned blocks = (p.threads + kMaxPoolThreads - 1) / kMaxPoolThreads;
-      const cudaError_t status = launch_kernel(kernel, dim3(blocks), kMaxPoolThreads, 0, true, stream, p);
+      const unsigned size = p.threads < kMaxPoolFullThreads * multiprocessors ? kMaxPoolFewThreads : kMaxPoolThreads;
+      const cudaError_t status = launch_kernel(kernel, dim3((p.threads + size - 1) / size), size, 0, true, stream, p);
       if (status != cudaSuccess) {
         return status;
       }
@@ -269,9 +270,9 @@ cudaError_t launch_max_pool_with(const T* input, T* output, const PoolProblem& p
   const auto square = [&](auto kernel, auto stride) {
     constexpr int kKernel = kernel(), kStride = stride(), kTileRows = Max::kTileRows;
     return is_large ? launch_max_pool_tiles<Max>(max_pool_square_kernel<Max, kKernel, kStride, kTileRows>, kTileRows,
-                                                 input, output, problem, stream)
+                                                 input, output, problem, multiprocessors, stream)
                     : launch_max_pool_tiles<Max>(max_pool_square_kernel<Max, kKernel, kStride, 1>, 1, input, output,
-                                                 problem, stream);
+                                                 problem, multiprocessors, stream);
   };
   const auto all = [&](int64_t kernel, int64_t stride) {
     return rows.kernel == kernel && columns.kernel == kernel && rows.stride == stride && columns.stride == stride &&
@@ -286,7 +287,7 @@ cudaError_t launch_max_pool_with(const T* input, T* output, const PoolProblem& p
   if (all(3, 1)) {
     return square(std::integral_constant<int, 3>(), std::integral_constant<int, 1>());
   }
-  return launch_max_pool_tiles<Max>(max_pool_any_kernel<Max>, 1, input, output, problem, stream);
+  return launch_max_pool_tiles<Max>(max_pool_any_kernel<Max>, 1, input, output, problem, multiprocessors, stream);
 }
 
 template <typename T>

@@ -254,22 +254,25 @@ cudaError_t launch_mean_columns(const T* input, T* output, int64_t images, int64
                                 int multiprocessors, cudaStream_t stream) {
   const int64_t vectors = (channels + kElements - 1) / kElements;
   const int64_t wanted = int64_t{kMeanBlocksOfMultiprocessor} * multiprocessors;
-  // Vectors of a block: no more than leave each thread its loads, in whole lines of the caches where there are as many, and fewer
-  // where there are few blocks. Not less than the 32 bytes that memory is read in, and 16 bytes of sums.
-  const int64_t least = kElements == 1 ? 16 : 2, line = kElements == 1 ? 32 : 8;
-  int64_t lanes = line;
+  // Vectors of a block: a line of the caches, and more where pixels are too few for all loads of a thread.
+  int64_t lanes = kElements == 1 ? 32 : 8;
   while (lanes < 32 && lanes < vectors && pixels * lanes * 2 <= kMeanThreads * kMeanLoads) {
     lanes *= 2;
   }
-  const auto blocks_of = [&](int64_t size) { return images * ((vectors + size - 1) / size); };
-  while (lanes > least && (lanes / 2 >= vectors || blocks_of(lanes) < wanted)) {
+  // Not less than the 32 bytes that memory is read in, and 16 bytes of sums.
+  const int64_t least = kElements == 1 ? 16 : 2;
+  while (lanes > least && lanes / 2 >= vectors) {
     lanes /= 2;
   }
-  const int64_t rows = kMeanThreads / lanes;
+  const auto blocks = [&] { return images * ((vectors + lanes - 1) / lanes); };
+  // Where there are few blocks, pixels are split as long as threads keep half their loads, and then lines.
+  const unsigned most = launches_dependents() ? kMostMeanBlocks : 1;
   unsigned cluster = 1;
-  while (launches_dependents() && cluster < kMostMeanBlocks && blocks_of(lanes) * cluster < wanted &&
-         pixels >= 2 * cluster * rows * kMeanLoads / 2) {
+  while (cluster < most && blocks() * cluster < wanted && pixels >= cluster * (kMeanThreads / lanes) * kMeanLoads) {
     cluster *= 2;
+  }
+  while (lanes > least && 2 * blocks() * cluster <= wanted) {
+    lanes /= 2;
   }
   MeanColumnsParams<T> p{};
   p.pixels = pixels;
@@ -283,8 +286,8 @@ cudaError_t launch_mean_columns(const T* input, T* output, int64_t images, int64
   for (int64_t begin = 0; begin < images; begin += step) {
     p.input = input + begin * pixels * channels;
     p.output = output + begin * channels;
-    const auto blocks = static_cast<unsigned>(std::min(step, images - begin) * p.groups * cluster);
-    const cudaError_t status = launch_cluster(mean_columns_kernel<T, kElements>, dim3(blocks), cluster, kMeanThreads,
+    const auto grid = static_cast<unsigned>(std::min(step, images - begin) * p.groups * cluster);
+    const cudaError_t status = launch_cluster(mean_columns_kernel<T, kElements>, dim3(grid), cluster, kMeanThreads,
                                               shared, true, stream, p);
     if (status != cudaSuccess) {
       return status;

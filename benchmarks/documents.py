@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from . import record
 from .bn_scale import PROBLEM_73
 from .record import Report, Row
-from .report import LAYOUTS, Table, cat_gate_table, host_table, short
+from .report import LAYOUTS, Table, cat_gate_table, host_table, pools_table, short
 from .report_conv import floor_us, groups, mean_ratio, slowest
 from .report_grad_mode import forward, kernelbench
 from .report_layers import layer_table, slower, worst
@@ -205,6 +205,7 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "worst_layers": functools.partial(of_table, worst),
     "slower_layers": slower,
     "cat_gate": functools.partial(of_table, cat_gate_table),
+    "pools": functools.partial(of_table, pools_table),
     "host": functools.partial(of_table, host_table),
 }
 

@@ -29,6 +29,7 @@ PARTS = (
     "train",
     "activations",
     "cat_gate",
+    "pools",
     "grad_mode",
     "steps",
     "models",

@@ -73,13 +73,16 @@ def print_tables(report: Report) -> None:
     joined_rows = report.get("cat_gate", [])
     if joined_rows:
         print(f"bn_scale_cat and gate\n{table(*cat_gate_table(report))}\n")
+    pool_rows = report.get("pools", [])
+    if pool_rows:
+        print(f"max_pool2d and spatial_mean\n{table(*pools_table(report))}\n")
     if "host" in report:
         print(f"host time of one call, input (1, 4, 2, 2)\n{table(*host_table(report))}\n")
         print(f"import fused_conv_bn, after torch: {report['import_ms']['median']:.0f} ms")
     of_convolutions = [
         row for part in ("conv", "layers", "train", "activations", "grad_mode", "steps") for row in report.get(part, [])
     ]
-    every = of_convolutions + rows + train_rows + short_rows + joined_rows
+    every = of_convolutions + rows + train_rows + short_rows + joined_rows + pool_rows
     for name, why in sorted({pair for row in every for pair in row["missing"].items()}):
         print(f"n/a for {name}: {why}")
     limited = sorted({f"{row['case']} ({name})" for row in every for name, s in row["us"].items() if s["host_limited"]})
@@ -89,13 +92,21 @@ def print_tables(report: Report) -> None:
 
 def cat_gate_table(report: Report) -> Table:
     names, ratios = ["copy", "ours", "eager", "compile"], ["ours/copy", "eager/ours", "compile/ours"]
+    return _of_each(report["cat_gate"], names, ratios)
+
+
+def pools_table(report: Report) -> Table:
+    return _of_each(report["pools"], ["copy", "ours", "eager"], ["ours/copy", "eager/ours"])
+
+
+def _of_each(of_part: Sequence[Row], names: list[str], ratios: list[str]) -> Table:
     rows = [
         [
             row["case"],
             *(f"{row['us'][name]['median']:.1f}" if name in row["us"] else "n/a" for name in names),
             *(f"{row[name]:.2f}" if name in row else "n/a" for name in ratios),
         ]
-        for row in report["cat_gate"]
+        for row in of_part
     ]
     return ["case", *(f"{name} us" for name in names), *ratios], rows
 

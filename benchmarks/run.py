@@ -1,7 +1,7 @@
 """What a run measures: bn_scale and bn_scale_train (bn_scale.py), the convolutions (conv.py), with every activation
-(activations.py), concatenations and gates (cat_gate.py), with grad mode on (grad_mode.py), whole steps (steps.py),
-whole models (models.py), the layers of ten networks (network_layers.py), the host's times (host.py), the CPU's short
-planes (short_planes.py).
+(activations.py), concatenations and gates (cat_gate.py), pools (pools.py), with grad mode on (grad_mode.py), whole
+steps (steps.py), whole models (models.py), the layers of ten networks (network_layers.py), the host's times (host.py),
+the CPU's short planes (short_planes.py).
 
 Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it.
 """
@@ -27,6 +27,7 @@ from . import (
     host,
     models,
     network_layers,
+    pools,
     record,
     short_planes,
     steps,
@@ -52,6 +53,7 @@ PARTS = [
     "host",
     "activations",
     "cat_gate",
+    "pools",
     "grad_mode",
     "steps",
     "models",
@@ -83,6 +85,7 @@ PART_NOTES: dict[str, str | dict[str, str]] = {
     "train": conv.TRAIN_NOTES,
     "activations": activations.NOTES,
     "cat_gate": cat_gate.NOTE,
+    "pools": pools.NOTE,
     "grad_mode": grad_mode.NOTES,
     "steps": steps.NOTES,
     "models": models.NOTES,
@@ -139,6 +142,7 @@ def measure(args: argparse.Namespace) -> record.Report:
     with_each = with_batch(activation_cases(device, args.quick) if "activations" in parts else [], args)
     in_grad_mode = with_batch(grad_mode_cases(device) if "grad_mode" in parts else [], args)
     joined = cat_gate.cat_gate_cases(device, args.quick) if "cat_gate" in parts else []
+    pooled = pools.pool_cases(device, args.quick) if "pools" in parts else []
     whole = models.model_cases(device, args.quick, args.models) if "models" in parts else []
     of_networks = network_layers.layer_cases(args) if "layers" in parts else []
     in_steps = selected_steps(args, device) if "steps" in parts else []
@@ -156,6 +160,7 @@ def measure(args: argparse.Namespace) -> record.Report:
     grad_bench = grad_mode.GradBench(device, args.repeats, compilers["grad_mode"], watch, trials)
 
     joined_bench = cat_gate.CatGateBench(device, args.repeats, compilers["cat_gate"], watch)
+    pool_bench = pools.PoolBench(device, args.repeats, watch)
     # A step is many kernels, or some seconds of a CPU's.
     step_watch = Stopwatch(device, max_calls=20 if device == "cuda" else 5)
     step_bench = steps.StepBench(device, args.repeats, compilers["steps"], step_watch)
@@ -167,7 +172,7 @@ def measure(args: argparse.Namespace) -> record.Report:
         checks += conv_benches[part].check(of_part)
     for short_case in short:
         checks += short_planes.check_short(short_case)
-    checks += joined_bench.check(joined)
+    checks += joined_bench.check(joined) + pool_bench.check(pooled)
     checks += activation_bench.check(with_each) + grad_bench.check(in_grad_mode) + step_bench.check(in_steps)
     model_bench = models.ModelBench(device, args.repeats, compilers["models"], watch, args.rivals)
     model_rows = model_bench.time(whole)
@@ -188,6 +193,8 @@ def measure(args: argparse.Namespace) -> record.Report:
         report["activations"] = activation_bench.time(with_each)
     if joined:
         report["cat_gate"] = joined_bench.time(joined)
+    if pooled:
+        report["pools"] = pool_bench.time(pooled)
     if in_grad_mode:
         report["grad_mode"] = grad_bench.time(in_grad_mode)
     if in_steps:

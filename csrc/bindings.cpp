@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   // Times an element for each channel of each image: (N, C) and perhaps ones.
   m.def("gate(Tensor input, Tensor gate, *, " FCB_EPILOGUE ") -> Tensor");
 
+  // PyTorch's max_pool2d without its indices, and the mean of each channel of each image.
+  m.def(
+      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, "
+      "bool ceil_mode=False) -> Tensor");
+  m.def("spatial_mean(Tensor input, *, bool keepdim=False) -> Tensor");
+
   m.def("scale_shift(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> Tensor");
   m.def("scale_shift.out(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ", Tensor(a!) out) -> ()");
   m.def("scale_shift_(Tensor(a!) input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> ()");

@@ -13,6 +13,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -115,6 +116,32 @@ inline Tensor convolution(const Tensor& input, const Tensor& weight, int64_t spa
              "run its convolution");
   const Tensor differentiable(result);
   return with_strides(differentiable, differentiable.strides().data());
+}
+
+// One of PyTorch's ops that have one result, on a tensor. Unknown to autograd, as above.
+template <size_t n>
+Tensor call_torch(const char* name, const char* overload, std::array<StableIValue, n> stack, const char* what) {
+  check_shim(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION), what);
+  const auto differentiable = torch::stable::detail::to<Tensor>(stack[0]);
+  return with_strides(differentiable, differentiable.strides().data());
+}
+
+inline Tensor torch_max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
+                               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                               const std::vector<int64_t>& dilation, bool ceil_mode) {
+  using torch::stable::detail::from;
+  return call_torch<6>("aten::max_pool2d", "",
+                       {from(input), from(kernel_size), from(stride), from(padding), from(dilation), from(ceil_mode)},
+                       "pool the input");
+}
+
+// In the dtype of the input.
+inline Tensor torch_mean(const Tensor& input, const std::vector<int64_t>& dims, bool keepdim) {
+  using torch::stable::detail::from;
+  const std::optional<std::vector<int64_t>> optional_dims = dims;
+  const std::optional<ScalarType> dtype;
+  return call_torch<4>("aten::mean", "dim", {from(input), from(optional_dims), from(keepdim), from(dtype)},
+                       "take a mean");
 }
 
 #if defined(__CUDACC__)

@@ -27,8 +27,10 @@ from .ops import (  # noqa: E402
     conv_scale_shift,
     fold_bn,
     gate,
+    max_pool2d,
     scale_shift,
     scale_shift_,
+    spatial_mean,
 )
 
 __version__ = "0.1.0"
@@ -50,10 +52,12 @@ __all__ = [
     "fuse",
     "gate",
     "graphed",
+    "max_pool2d",
     "reference",
     "report",
     "scale_shift",
     "scale_shift_",
+    "spatial_mean",
     "thaw",
     "unfuse",
     "use_algorithm",

@@ -52,3 +52,17 @@ def check_gate(input: Tensor, gate: Tensor, residual: Tensor | None) -> None:
             raise RuntimeError(
                 f"gate: {name} has dtype {_name(t.dtype)}, expected {_name(input.dtype)}, the dtype of input"
             )
+
+
+def check_max_pool2d(input: Tensor) -> None:
+    """What F.max_pool2d takes for an image without a batch."""
+    if input.dim() != 4:
+        raise RuntimeError(f"max_pool2d: input has shape {list(input.shape)}, expected 4 dimensions: (N, C, H, W)")
+
+
+def check_spatial_mean(input: Tensor) -> None:
+    if not 3 <= input.dim() <= 5:
+        raise RuntimeError(
+            f"spatial_mean: input has shape {list(input.shape)}, expected 3 to 5 dimensions: (N, C, L), (N, C, H, W) "
+            f"or (N, C, D, H, W)"
+        )

@@ -35,6 +35,8 @@ from . import autograd, reference
 from ._checks import check_cat, check_gate
 from ._conv import NO_WINDOW, Window
 from ._dispatch import RAW, TWIN, keywords, refuse_grad, require_grad, way_of, written
+from ._pooling import max_pool2d as max_pool2d
+from ._pooling import spatial_mean as spatial_mean
 
 _ops = torch.ops.fused_conv_bn
 _is_compiling = torch.compiler.is_compiling

@@ -136,6 +136,23 @@ def gate(
     return epilogue(y, residual, activation, negative_slope, residual_last)
 
 
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | list[int] | tuple[int, ...],
+    stride: int | list[int] | tuple[int, ...] | None = None,
+    padding: int | list[int] | tuple[int, ...] = 0,
+    dilation: int | list[int] | tuple[int, ...] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Twin of :func:`fused_conv_bn.max_pool2d`."""
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def spatial_mean(input: Tensor, *, keepdim: bool = False) -> Tensor:
+    """Twin of :func:`fused_conv_bn.spatial_mean`."""
+    return input.mean(tuple(range(2, input.dim())), keepdim)
+
+
 def per_channel(x: Tensor, dim: int) -> Tensor:
     """``x`` of shape (C,), to be broadcast over a tensor of ``dim`` dimensions."""
     return x.view(-1, *[1] * (dim - 2))

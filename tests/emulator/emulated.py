@@ -140,11 +140,11 @@ def gemm_sm90_fits(
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
-def _result(op: str, *arguments: Any) -> Tensor:
+def _result(op: str, *arguments: Any, **named: Any) -> Tensor:
     """Of an op: a tensor of its shape and strides, full of NaN."""
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
-        fake = getattr(torch.ops.fused_conv_bn, op)(*fakes)
+        fake = getattr(torch.ops.fused_conv_bn, op)(*fakes, **named)
     return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(math.nan)
 
 

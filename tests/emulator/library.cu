@@ -9,6 +9,7 @@
 #include "kernels/conv/train.cuh"
 #include "kernels/conv/wgrad_stem_sm80/operands.h"
 #include "kernels/conv/wgrad_stem_sm80/plan.h"
+#include "kernels/pooling/launch.cuh"
 #include "machine.h"
 
 namespace fused_conv_bn {
@@ -274,6 +275,35 @@ const char* emulated_gate(const void* x, const void* gate, const void* residual,
     using T = decltype(tag);
     return launch_gate(static_cast<const T*>(x), static_cast<const T*>(gate), static_cast<const T*>(residual),
                        static_cast<T*>(y), *shape, pixels, *epilogue, nullptr);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+const char* emulated_max_pool(const void* x, void* y, const PoolProblem* problem, int element, uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  const PoolWindow &rows = problem->rows, &columns = problem->columns;
+  const auto bytes = static_cast<size_t>(problem->images * problem->channels) * bytes_of(type);
+  emulated::allow(x, bytes * static_cast<size_t>(rows.input * columns.input));
+  emulated::allow(y, bytes * static_cast<size_t>(rows.output * columns.output));
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    return launch_max_pool(static_cast<const T*>(x), static_cast<T*>(y), *problem, kMultiprocessors, nullptr);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+const char* emulated_spatial_mean(const void* x, void* y, int64_t images, int64_t pixels, int64_t channels, int element,
+                                  uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  const auto bytes = static_cast<size_t>(images * channels) * bytes_of(type);
+  emulated::allow(x, bytes * static_cast<size_t>(pixels));
+  emulated::allow(y, bytes);
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    return launch_spatial_mean(static_cast<const T*>(x), static_cast<T*>(y), images, pixels, channels, kMultiprocessors,
+                               nullptr);
   };
   return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
 }

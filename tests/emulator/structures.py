@@ -104,3 +104,14 @@ class GemmSm90Layout(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("stages", "buffers", "rounds")),
         ("resident", ctypes.c_bool),
     ]
+
+
+class PoolWindow(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("input", "output", "kernel", "stride", "padding", "dilation")]
+
+
+class PoolProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "channels")),
+        *((name, PoolWindow) for name in ("rows", "columns")),
+    ]

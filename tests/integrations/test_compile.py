@@ -459,6 +459,8 @@ FUNCTIONS = {
     "bn_scale": 5,
     "bn_scale_cat": 6,
     "gate": 3,
+    "max_pool2d": 1,
+    "spatial_mean": 1,
     "scale_shift": 4,
     "conv_scale_shift": 5,
     "conv_bn_scale": 7,
@@ -478,6 +480,8 @@ def function_arguments(name: str, device: str, generator: torch.Generator) -> tu
         return [mean, var, weight, bias, mean + 1], lambda m, v, w, b, cb: f(m, v, w, b, conv_bias=cb)
     if name == "gate":
         return [x, mean.expand(2, C).clone(), x + 1], lambda x, g, r: f(x, g, residual=r, activation="silu")
+    if name in ("max_pool2d", "spatial_mean"):
+        return [x], lambda x: f(x, 3, 2, 1) if name == "max_pool2d" else f(x)
     if name == "bn_scale_cat":
         bn = random_bn(2 * C, torch.float32, device, generator)
         return [x, x + 1, *bn], lambda x, y, *bn: f([x, y], *bn)

@@ -193,7 +193,7 @@ def found(model: nn.Module) -> tuple[dict[str, int], dict[str, int], dict[str, i
     groups = fcb.report(model).groups()
     with_bn = Counter(kind(g) for g in groups if g.startswith("conv bn"))
     alone = Counter(kind(g) for g in groups if g.split()[0] in ("bn", "cat"))
-    others = Counter(g for g in groups if "bn" not in g.split())
+    others = Counter(g for g in groups if "bn" not in g.split() and g not in ("max pool", "mean"))
     return dict(with_bn), dict(alone), dict(others)
 
 

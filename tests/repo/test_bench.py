@@ -111,6 +111,17 @@ def test_cat_and_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["validation"]["count"] == 2 and "bn_scale_cat and gate" in capsys.readouterr().out
 
 
+def test_pools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.jsonl"
+    assert call("--only=pools", "--quick", "--repeats=1", "--device=cpu", f"--record={path}") == 0
+    found = record.read(path)
+    assert [row["op"] for row in found["pools"]] == ["max_pool2d", "spatial_mean"]
+    for row in found["pools"]:
+        assert {"copy", "ours", "eager"} == row["us"].keys()
+        assert row["ours/copy"] == row["us"]["ours"]["median"] / row["us"]["copy"]["median"]
+    assert found["validation"]["count"] == 2 and "max_pool2d and spatial_mean" in capsys.readouterr().out
+
+
 def test_from_json_prints_the_tables_and_draws(
     report_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

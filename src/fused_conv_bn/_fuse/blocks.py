@@ -22,12 +22,14 @@ from .layers import class_of_conv, frozen_twin, norm_of, twin_of
 from .patterns import Group
 
 _ops = torch.ops.fused_conv_bn
-_conv_bn, _conv, _bn, _cat, _gate = (
+_conv_bn, _conv, _bn, _cat, _gate, _max_pool, _mean = (
     _ops.conv_bn_scale.default._op,
     _ops.conv_scale_shift.default._op,
     _ops.bn_scale.default._op,
     _ops.bn_scale_cat.default._op,
     _ops.gate.default._op,
+    _ops.max_pool2d.default._op,
+    _ops.spatial_mean.default._op,
 )
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -40,6 +42,8 @@ _REFUSALS = RuntimeError, TypeError, KeyError
 def block_of(group: Group, conv: nn.Module | None, bn: nn.Module | None) -> Block:
     if group.is_gate:
         return GateBlock(group, None, None)
+    if group.pooling is not None:
+        return PoolBlock(group, None, None)
     if bn is None:
         return ConvBlock(group, conv, None)
     if conv is None:
@@ -369,6 +373,44 @@ class GateBlock(Block):
         if large.dim() < 3 or small.shape != (*large.shape[:2], *[1] * (large.dim() - 2)):
             return False
         return residual is None or (isinstance(residual, Tensor) and residual.shape == large.shape)
+
+
+class PoolBlock(Block):
+    """Maxima of windows, or means over rows and columns. Gradients are PyTorch's."""
+
+    def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
+        super().__init__(group, conv, bn)
+        assert group.pooling is not None
+        self.pooling = group.pooling
+
+    def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        return self.plain(x) if self._needs_grad(x) else self.quick(x)
+
+    def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        pooling = self.pooling
+        if type(x) is not Tensor or x.dim() != 4:
+            return self.plain(x)
+        y: Tensor
+        try:
+            if pooling.window is not None:
+                y = _max_pool(x, *pooling.window)
+                return y
+            if not _is_dense(x):  # then PyTorch's result may lie otherwise
+                return self.plain(x)
+            y = _mean(x, keepdim=pooling.keepdim)
+        except _REFUSALS:
+            return self.plain(x)
+        _, by_channel, _, by_column = x.stride()
+        if pooling.adaptive and by_channel == 1 and by_column > 1:
+            n, c, _, _ = x.shape
+            return y.as_strided((n, c, 1, 1), (c, 1, c, c))
+        return y
+
+    def plain(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        return self.pooling.plain(x)
+
+    def takes(self, x: Any, residual: Any) -> bool:
+        return isinstance(x, Tensor) and x.dim() == 4
 
 
 def _is_dense(x: Tensor) -> bool:

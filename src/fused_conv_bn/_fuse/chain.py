@@ -62,15 +62,8 @@ def _link(node: fx.Node, words: ModuleWords, found: dict[fx.Node, Link]) -> Link
     named = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
     named.pop("input", None)
     is_function = node.op in ("call_function", "call_method")
-    if is_function and node.target in ("mean", torch.mean):
-        dims = named.get("dim")
-        is_mean = isinstance(dims, (list, tuple)) and sorted(dims) in ([2, 3], [-2, -1])
-        if is_mean and named.keys() <= {"dim", "keepdim"}:
-            return Link("mean", named.get("keepdim", False) is not True)
-    if type(m) is nn.AdaptiveAvgPool2d and m.output_size in (1, (1, 1)):
-        return Link("mean", False)
-    if node.target is F.adaptive_avg_pool2d and list(named.values()) in ([1], [(1, 1)], [[1, 1]]):
-        return Link("mean", False)
+    if (pooling := words.pooled(node)) is not None and pooling.is_mean:
+        return Link("mean", not pooling.keepdim)
     if before is None:
         return None
     # Behind a mean there is a row of channels for each image.

@@ -1,5 +1,5 @@
 """Which nodes of a graph one fused op computes: a convolution, its BatchNorm, a factor, a residual, an activation; a
-BatchNorm of inputs that are concatenated; the gate of a squeeze-and-excite block.
+BatchNorm of inputs that are concatenated; the gate of a squeeze-and-excite block; pooling.
 
 The matcher knows dataflow. What a node is, :class:`Words` tell it: there are two kinds of graphs, those of modules that
 are called, and those of torch.compile, which have functions alone.
@@ -19,7 +19,9 @@ from torch import fx, nn
 from .. import _activations
 from ..modules import ConvBnScale2d
 from ..ops import MOST_PARTS
+from . import pools
 from .layers import class_of_conv, is_conv, is_norm, norm_of
+from .pools import Pooling
 
 IN_PLACE_OPERATORS = (
     *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
@@ -91,6 +93,7 @@ class Group:
     nodes: list[fx.Node]
     concatenates: bool = False  # the inputs, in front of the BatchNorm
     product: fx.Node | None = None  # of a gate, which has neither: its factors are the inputs
+    pooling: Pooling | None = None  # of rows and columns, which has neither
     factor: float = 1.0
     residual: fx.Node | None = None
     adds: str = ""  # the name of the node that adds it
@@ -103,12 +106,14 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Its module's path, or the name of the product's node."""
-        node = self.bn or self.conv
-        if node is not None:
-            return str(node.target)
-        assert self.product is not None
-        return self.product.name
+        """Its module's path, or the name of the product's or the pooling's node."""
+        node = self.bn or self.conv or self.product or self.nodes[0]
+        return str(node.target) if node.op == "call_module" else node.name
+
+    @property
+    def key(self) -> str:
+        """The name of the node that is none of a group where the first call shows that an op does not fit."""
+        return self.nodes[0].name if self.pooling is not None else self.adds if self.product is None else self.name
 
     @property
     def argument(self) -> fx.Node | tuple[fx.Node, ...]:
@@ -126,6 +131,8 @@ class Group:
             self.residual = by
 
     def describe(self) -> str:
+        if self.pooling is not None:
+            return self.pooling.describe()
         parts = ["gate"] if self.is_gate else ["cat"] if self.concatenates else []
         parts += [name for name, node in (("conv", self.conv), ("bn", self.bn)) if node is not None]
         if self.factor != 1.0:
@@ -166,6 +173,9 @@ class Words(Protocol):
 
     def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The factors of a product one of which may be the gate of a squeeze-and-excite block; nothing of others."""
+
+    def pooled(self, node: fx.Node) -> Pooling | None:
+        """How a node pools, if an op does that and it is to be called."""
 
     def passes(self, node: fx.Node) -> bool:
         """Whether it returns its argument: nn.Identity, and a dropout or a stochastic depth in evaluation."""
@@ -224,6 +234,9 @@ class FunctionWords:
 
     def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
+
+    def pooled(self, node: fx.Node) -> Pooling | None:
+        return None
 
     def may_go(self, node: fx.Node) -> bool:
         return True
@@ -321,6 +334,12 @@ class ModuleWords(FunctionWords):
         found = self.activation(node)
         return found is not None and found[0] in ("sigmoid", "hardsigmoid") and node.all_input_nodes[:1] != [gated]
 
+    def pooled(self, node: fx.Node) -> Pooling | None:
+        m = self.module(node)
+        if m is None:
+            return pools.of_call(node) if node.op in ("call_function", "call_method") else None
+        return pools.of_module(m) if not isinstance(self._input(node), Why) else None
+
     def passes(self, node: fx.Node) -> bool:
         m = self.module(node)
         if m is None:
@@ -351,10 +370,13 @@ def _is_drop_path(m: nn.Module) -> bool:
 
 
 class Matcher:
-    """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape."""
+    """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape. ``pools``: whether
+    pooling is one."""
 
-    def __init__(self, graph: fx.Graph, words: Words, broadcast: frozenset[str] = frozenset()) -> None:
-        self.graph, self.words, self.broadcast = graph, words, broadcast
+    def __init__(
+        self, graph: fx.Graph, words: Words, broadcast: frozenset[str] = frozenset(), pools: bool = False
+    ) -> None:
+        self.graph, self.words, self.broadcast, self.pools = graph, words, broadcast, pools
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
         self.why: dict[fx.Node, Why] = {}
@@ -392,6 +414,9 @@ class Matcher:
                 group = self.gate_of(node, factors)
                 self.taken |= set(group.nodes)
                 found.append(group)
+        for node in self.graph.nodes if self.pools else ():
+            if node not in self.taken and node.name not in self.broadcast and (how := self.words.pooled(node)):
+                found.append(Group(None, None, (node.all_input_nodes[0],), [node], pooling=how, swallowed=[node]))
         return sorted(found, key=lambda g: self.order[g.nodes[0]])
 
     def gate_of(self, product: fx.Node, factors: tuple[fx.Node, ...]) -> Group:

@@ -13,10 +13,11 @@ from .root import STATE, Entry, State, is_root
 
 
 class Row(NamedTuple):
-    """A convolution or a BatchNorm, or a gate that is fused: a squeeze-and-excite block's product.
+    """A convolution or a BatchNorm, or what is fused without them: a gate, which is a squeeze-and-excite block's
+    product, or, on CUDA, a pool.
 
-    ``path``: in the model; of a gate its name behind the path of what calls it. ``module``: ``"conv"``, ``"bn"`` or
-    ``"gate"``. ``state``: ``"fused"``, ``"left"``, ``"pending"`` (what
+    ``path``: in the model; of a gate, and of a pool that is no module, its name behind the path of what calls it.
+    ``module``: ``"conv"``, ``"bn"``, ``"gate"`` or ``"pool"``. ``state``: ``"fused"``, ``"left"``, ``"pending"`` (what
     it is in was not called yet) or ``"not called"``. ``text``: what it was fused with, or why not. ``reason``: the kind
     of that, one of ``REASONS`` in ``_fuse/patterns.py``; empty for what is fused. ``algorithm``: what computes a fused
     convolution, for the shapes of the first call in evaluation mode, as :func:`fused_conv_bn.explain` says.
@@ -31,8 +32,8 @@ class Row(NamedTuple):
 
 
 class Report:
-    """``rows``: a :class:`Row` for each convolution and BatchNorm, then for each gate; ``not_captured``: what was not
-    captured, and why; ``channels_last``: paths of what is contiguous and runs in channels_last inside.
+    """``rows``: a :class:`Row` for each convolution and BatchNorm, then for each gate and each pool; ``not_captured``:
+    what was not captured, and why; ``channels_last``: paths of what is contiguous and runs in channels_last inside.
 
     Prints as a table.
     """
@@ -80,7 +81,7 @@ def report(model: nn.Module) -> Report:
     modules = dict(model.named_modules())
     roots = {path: m for path, m in modules.items() if is_root(m)}
     rows: dict[nn.Module, Row] = {}
-    gates: dict[str, Row] = {}
+    alone: dict[str, Row] = {}
     not_captured: dict[str, str] = {}
     channels_last: list[str] = []
     for path, root in roots.items():
@@ -96,10 +97,12 @@ def report(model: nn.Module) -> Report:
         for entry in reversed(entries):
             rows |= _rows_of(root, entry, rows)
             for g in entry.groups:
+                name = f"{path}.{g.name}".lstrip(".")
                 if g.is_gate:
                     own = "" if entry.on_cuda or g.describe() != "gate" else ", on the CPU PyTorch's own product"
-                    name = f"{path}.{g.name}".lstrip(".")
-                    gates[name] = Row(name, "gate", "fused", g.describe() + own)
+                    alone[name] = Row(name, "gate", "fused", g.describe() + own)
+                elif g.pooling is not None:
+                    alone[name] = Row(name, "pool", "fused", g.describe())
     found = []
     for path, m in modules.items():
         if is_conv(m) or is_norm(m):
@@ -109,7 +112,7 @@ def report(model: nn.Module) -> Report:
             else:
                 state_of, (reason, text) = _otherwise(path, roots, not_captured)
             found.append(Row(path, "conv" if is_conv(m) else "bn", state_of, text, reason, algorithm))
-    return Report([*found, *gates.values()], not_captured, channels_last)
+    return Report([*found, *alone.values()], not_captured, channels_last)
 
 
 def _rows_of(root: nn.Module, entry: Entry, known: dict[nn.Module, Row]) -> dict[nn.Module, Row]:

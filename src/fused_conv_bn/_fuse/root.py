@@ -25,6 +25,7 @@ from .. import conditions
 from .._conv import tf32_is_on
 from ..conditions import is_watched
 from ..modules import ConvBnScale2d
+from . import pools
 from .blocks import block_of
 from .capture import Arguments, Refused, capture, is_compared
 from .chain import Link, call_block, chain_groups, compiled, links_of
@@ -86,7 +87,8 @@ class Entry:
         self.called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
         free = {path for path in self.called if not is_watched(modules[path])}
         words = ModuleWords(modules, free)
-        matcher = Matcher(graph, words, broadcast)
+        has_pools = any(t.device.type in pools.DEVICES for t in arguments.tensors.values())
+        matcher = Matcher(graph, words, broadcast, has_pools)
         if matcher.writes_attributes():
             raise Refused("it writes to its parameters or buffers")
         self.groups = matcher.groups()
@@ -319,7 +321,7 @@ class _Compared:
         group, block = self.entry.groups[index], self.entry.blocks[index]
         expected = block.plain(x, residual)
         if not block.takes(x, residual):
-            self.broadcast.add(group.name if group.is_gate else group.adds)
+            self.broadcast.add(group.key)
             return expected
         if residual is not None and (residual.shape != expected.shape or residual.dtype != expected.dtype):
             self.broadcast.add(group.adds)

@@ -68,6 +68,16 @@ def _bn_scale_cat(inputs, *args, **kwargs):
     return _like(y.contiguous(memory_format=_channels_last(y.dim()) if last else torch.contiguous_format))
 
 
+@torch.library.register_fake("fused_conv_bn::max_pool2d")
+def _max_pool2d(input, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False):
+    return torch.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+@torch.library.register_fake("fused_conv_bn::spatial_mean")
+def _spatial_mean(input, *, keepdim=False):
+    return input.new_empty((*input.shape[:2], *[1] * (input.dim() - 2 if keepdim else 0)))
+
+
 for _name in ("bn_scale", "scale_shift", "bn_scale_train", "gate"):
     torch.library.register_fake(f"fused_conv_bn::{_name}")(_like_input)
 for _name in ("bn_scale.out", "bn_scale_", "scale_shift.out", "scale_shift_"):

@@ -1,0 +1,69 @@
+// max_pool2d, but for the device: F.max_pool2d, and what it refuses.
+#pragma once
+
+#include <vector>
+
+#include "kernels/pooling/problem.h"
+#include "torch/conv_checks.h"
+#include "torch/marshal.h"
+
+namespace fused_conv_bn {
+
+// A checked call. `window`: of rows and columns.
+struct MaxPoolArguments {
+  Operand input;
+  PoolWindow window[2];
+  bool ceil_mode;
+};
+
+// Outputs of a window: in ceil_mode the last one may begin before the end of the input, and reach beyond it.
+inline int64_t pooled_size(const PoolWindow& w, bool ceil_mode) {
+  const int64_t rest = w.input + 2 * w.padding - w.dilation * (w.kernel - 1) - 1;
+  if (rest + (ceil_mode ? w.stride - 1 : 0) < 0) {
+    return 0;
+  }
+  const int64_t size = (rest + (ceil_mode ? w.stride - 1 : 0)) / w.stride + 1;
+  return ceil_mode && (size - 1) * w.stride >= w.input + w.padding ? size - 1 : size;
+}
+
+inline MaxPoolArguments check_max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
+                                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                         const std::vector<int64_t>& dilation, bool ceil_mode) {
+  const char* op = "max_pool2d";
+  MaxPoolArguments a{Operand("input", input), {}, ceil_mode};
+  const Operand& x = a.input;
+  if (x.dim != 4) {
+    fail(op, ": input has shape ", x.shape(), ", expected 4 dimensions: (N, C, H, W)");
+  }
+  check_input(op, x);
+  for (int64_t d = 1; d < x.dim; ++d) {
+    if (x.sizes[d] == 0) {
+      fail(op, ": input has shape ", x.shape(), ", expected at least one element in each dimension but the first");
+    }
+  }
+  const Spatial kernel = check_window(op, "kernel_size", kernel_size, 2, 1);
+  const Spatial step = stride.empty() ? kernel : check_window(op, "stride", stride, 2, 1);
+  const Spatial border = check_window(op, "padding", padding, 2, 0);
+  const Spatial spread = check_window(op, "dilation", dilation, 2, 1);
+  for (int d = 0; d < 2; ++d) {
+    PoolWindow& w = a.window[d];
+    w = {x.sizes[d + 2], 0, kernel[d], step[d], border[d], spread[d]};
+    const int64_t covered = (w.kernel - 1) * w.dilation + 1;
+    if (w.padding > w.kernel / 2) {
+      fail(op, ": padding is ", list_text(border.data(), 2), ", expected at most half of kernel_size, which is ",
+           list_text(kernel.data(), 2));
+    }
+    w.output = pooled_size(w, ceil_mode);
+    if (w.output < 1) {
+      fail(op, ": input has shape ", x.shape(), ", expected at least one window: in dimension ", d + 2, " that has ",
+           w.input + 2 * w.padding, " elements with its padding, and a window covers ", covered);
+    }
+    if (w.input >= kMostPooled || covered > kMostPooled) {
+      fail(op, ": dimension ", d + 2, " of input has ", w.input, " elements and a window covers ", covered,
+           ", expected at most ", kMostPooled);
+    }
+  }
+  return a;
+}
+
+}  // namespace fused_conv_bn

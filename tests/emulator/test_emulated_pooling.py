@@ -1,0 +1,73 @@
+"""The pooling kernels on the processor: the tests of the ops, with every access to memory looked at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import emulated
+import emulated_pooling
+import fused_conv_bn as fcb
+import test_pooling
+from common import DTYPES
+from elementwise_problems import arrange
+
+
+@pytest.fixture(autouse=True)
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("max_pool2d", "spatial_mean"):
+        monkeypatch.setattr(fcb, name, getattr(emulated_pooling, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max(dtype, generator):
+    for layout in ("contiguous", "channels_last", "sliced"):
+        for window in test_pooling.WINDOWS:
+            test_pooling.test_max("cpu", dtype, layout, window, generator)
+        if layout != "sliced":
+            test_pooling.test_max_of_values_that_are_not_finite("cpu", dtype, layout, generator)
+    test_pooling.test_max_of_random_windows("cpu", dtype, generator)
+    test_pooling.test_misaligned_memory("cpu", dtype, generator)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "window", [dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=2, ceil_mode=True)], ids=str
+)
+def test_threads_of_several_outputs(layout, window, generator):
+    """With three multiprocessors 6144 threads are many."""
+    shape = (2, 80, 51, 67) if layout == "channels_last" else (11, 3, 61, 67)
+    x = arrange(torch.randn(shape, generator=generator).half(), layout)
+    test_pooling.check_max(x, window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_mean(dtype, layout, generator):
+    test_pooling.test_mean("cpu", dtype, layout, generator)
+
+
+def test_mean_of_values_that_are_not_finite(generator):
+    for layout in ("contiguous", "channels_last"):
+        test_pooling.test_mean_of_values_that_are_not_finite("cpu", layout, generator)
+
+
+@pytest.mark.parametrize("capability", [75, 86, 120])
+def test_other_gpus(capability, generator):
+    """Those have no clusters, and the oldest no maxima of pairs."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = arrange(torch.randn(1, 16, 60, 50, generator=generator).to(dtype), "channels_last")
+        x[0, 3, 7, 7] = torch.nan
+        ours = emulated_pooling.max_pool2d(x, 3, 2, 1, capability=capability)
+        assert test_pooling.same(ours, torch.nn.functional.max_pool2d(x, 3, 2, 1))
+        mean = emulated_pooling.spatial_mean(x, capability=capability)
+        assert torch.equal(mean.isnan(), x.mean((2, 3)).isnan())
+        assert emulated.launches(capability) == 1
+
+
+def test_one_order_of_sums(generator):
+    """Whatever order the blocks and threads run in."""
+    x = arrange(torch.randn(1, 16, 90, 70, generator=generator).half(), "channels_last")
+    found = [emulated_pooling.spatial_mean(x) for _ in range(4)]
+    assert emulated.launches() == 1
+    assert all(torch.equal(found[0], again) for again in found)

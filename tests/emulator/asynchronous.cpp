@@ -199,7 +199,8 @@ struct Operand {
     // It may start at any row of a pattern, as an H200 was seen to do with rows of 128 bytes: swizzling goes by addresses.
     const uint32_t pattern = std::max(1u, 8 * span);
     if (start % std::max(1u, span) % 32 != 0 || step % pattern != 0) {
-      fail("a wgmma descriptor of a swizzled operand that starts within 32 bytes, or has no whole patterns: %#llx", whole);
+      fail("a wgmma descriptor of a swizzled operand that starts within 32 bytes, or has no whole patterns: %#llx",
+           whole);
     }
   }
   // 16 bytes of k of a row.

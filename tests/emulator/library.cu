@@ -92,8 +92,8 @@ std::optional<ConvPlan> make_plan(GemmSm90Layout& asked, const Conv2d& c) {
   }
   asked.stages = l->stages;
   asked.buffers = l->buffers;
-  asked.rounds = static_cast<int>(
-      ceil_div(ceil_div(gemm_sm90::count_pixels(c, *l), gemm_sm90::kTiles[asked.tile].block_pixels()), l->blocks_of_filters));
+  asked.rounds = static_cast<int>(ceil_div(
+      ceil_div(gemm_sm90::count_pixels(c, *l), gemm_sm90::kTiles[asked.tile].block_pixels()), l->blocks_of_filters));
   asked.resident = l->resident;
   return GemmSm90{*l};
 }

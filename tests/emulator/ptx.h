@@ -316,14 +316,14 @@ inline void mma_sync_aligned_m16n8k4_row_col_f64_f64_f64_f64(const List<double, 
 inline void wgmma_fence_sync_aligned() {}
 inline void wgmma_commit_group_sync_aligned() { product_commit(); }
 inline void wgmma_wait_group_sync_aligned(int groups) { product_wait(groups); }
-#define FCB_WGMMA_OF(n, name, type, ...)                                                                      \
-  inline void wgmma_mma_async_sync_aligned_m64n##n##name(const List<float, n / 2>& d, uint64_t a, uint64_t b, \
-                                                         int add, int, int __VA_ARGS__) {                     \
-    product(Factor::type, n, d.data(), a, b, add != 0);                                                       \
+#define FCB_WGMMA_OF(n, name, type, ...)                                                                               \
+  inline void wgmma_mma_async_sync_aligned_m64n##n##name(const List<float, n / 2>& d, uint64_t a, uint64_t b, int add, \
+                                                         int, int __VA_ARGS__) {                                       \
+    product(Factor::type, n, d.data(), a, b, add != 0);                                                                \
   }
-#define FCB_WGMMA(n)                                          \
-  FCB_WGMMA_OF(n, k16_f32_f16_f16, float16, , int, int)       \
-  FCB_WGMMA_OF(n, k16_f32_bf16_bf16, bfloat16, , int, int)    \
+#define FCB_WGMMA(n)                                       \
+  FCB_WGMMA_OF(n, k16_f32_f16_f16, float16, , int, int)    \
+  FCB_WGMMA_OF(n, k16_f32_bf16_bf16, bfloat16, , int, int) \
   FCB_WGMMA_OF(n, k8_f32_tf32_tf32, tf32)
 FCB_WGMMA(32)
 FCB_WGMMA(64)

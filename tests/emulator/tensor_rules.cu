@@ -123,7 +123,7 @@ struct BoxProduct {
         product_fence();
         for (int k = 0; k < kRowBytes; k += 32) {
           product_m64n64<float16, true>(sums, swizzled_operand(stage(i) + k, kRowBytes),
-                                           swizzled_operand(stage(i) + kOperand + k, kRowBytes));
+                                        swizzled_operand(stage(i) + kOperand + k, kRowBytes));
         }
         product_commit();
         if (kMistake == Mistake::products_not_awaited) {

@@ -79,16 +79,16 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address, uint32_t 
   ", %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100"      \
   ", %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116" \
   ", %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define FCB_PRODUCT_OF(kind, more, n, registers, operands, ...)                                           \
+#define FCB_PRODUCT_OF(kind, more, n, registers, operands, ...)                                            \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #n kind " {" registers "}, " operands ", 1, 1" more ";" \
-               : __VA_ARGS__                                                                              \
+               : __VA_ARGS__                                                                               \
                : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
-#define FCB_PRODUCT(...)                                      \
-  if constexpr (std::is_same_v<MmaType, float>) {             \
-    FCB_PRODUCT_OF("k8.f32.tf32.tf32", "", __VA_ARGS__);      \
-  } else if constexpr (std::is_same_v<MmaType, bfloat16>) {   \
+#define FCB_PRODUCT(...)                                        \
+  if constexpr (std::is_same_v<MmaType, float>) {               \
+    FCB_PRODUCT_OF("k8.f32.tf32.tf32", "", __VA_ARGS__);        \
+  } else if constexpr (std::is_same_v<MmaType, bfloat16>) {     \
     FCB_PRODUCT_OF("k16.f32.bf16.bf16", ", 0, 0", __VA_ARGS__); \
-  } else {                                                    \
+  } else {                                                      \
     FCB_PRODUCT_OF("k16.f32.f16.f16", ", 0, 0", __VA_ARGS__);   \
   }
 

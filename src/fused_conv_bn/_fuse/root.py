@@ -421,7 +421,8 @@ def _difference(got: Any, expected: Any) -> str | None:
             continue
         if a.numel() == 0:
             continue
-        tolerance = TF32_TOLERANCE if a.is_cuda and a.dtype == torch.float32 and tf32_is_on() else TOLERANCES.get(a.dtype, 1e-4)
+        is_tf32 = a.is_cuda and a.dtype == torch.float32 and tf32_is_on()
+        tolerance = TF32_TOLERANCE if is_tf32 else TOLERANCES.get(a.dtype, 1e-4)
         # What is less than the least normal number has few bits, or none.
         least = torch.finfo(a.dtype).smallest_normal
         wide = torch.promote_types(a.dtype, torch.float32)

@@ -157,9 +157,8 @@ struct Consumer {
       if (!kTogether && tile > 0) {
         barrier_wait(block.turn(consumer), (tile - 1) / kConsumers & 1);
       }
-      Products<T, kTile>::with_row_bytes(l.depth, [&]<int kStepBytes>() {
-        multiply_tile<kStepBytes>(round == 0, !kTogether && tile + 1 < tiles);
-      });
+      Products<T, kTile>::with_row_bytes(
+          l.depth, [&]<int kStepBytes>() { multiply_tile<kStepBytes>(round == 0, !kTogether && tile + 1 < tiles); });
       if (!kTogether) {
         ring.skip(p.stage_rounds, p.stage_rest, l.stages);
       }

@@ -53,11 +53,12 @@ cudaError_t encode_pixels(CUtensorMap& map, const void* x, const Conv2d& c, cons
   };
   const int lower[] = {static_cast<int>(-c.pad_w), static_cast<int>(-c.pad_h)};
   // With halos the padding is between rows and images, once.
-  const int upper[] = {l.halo ? 0 : corner(c.pad_w, c.S, c.dilation_w), l.halo ? 0 : corner(c.pad_h, c.R, c.dilation_h)};
+  const int upper[] = {l.halo ? 0 : corner(c.pad_w, c.S, c.dilation_w),
+                       l.halo ? 0 : corner(c.pad_h, c.R, c.dilation_h)};
   const int64_t pixels = l.halo ? halo_rows(c, t) : t.block_pixels();
   const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(c.stride_w), static_cast<cuuint32_t>(c.stride_h), 1};
-  return encode_im2col(map, images, lower, upper, static_cast<cuuint32_t>(l.depth),
-                       static_cast<cuuint32_t>(pixels), steps, swizzle(l.depth * static_cast<int>(sizeof(T))));
+  return encode_im2col(map, images, lower, upper, static_cast<cuuint32_t>(l.depth), static_cast<cuuint32_t>(pixels),
+                       steps, swizzle(l.depth * static_cast<int>(sizeof(T))));
 }
 
 template <typename T>

@@ -25,7 +25,7 @@ struct Params {
   AffineSource<T> affine;
   const T* residual_data;
   T* y_data;
-  int pixels;                     // with the padding between them where tiles have halos
+  int pixels;  // with the padding between them where tiles have halos
   int filters;
   int R, S;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -37,7 +37,7 @@ struct Params {
   int filter_rounds, filter_rest;  // the same where filters have a ring of their own
   int H, W;                        // with halos: of the output
   int tap_row, tap_columns;        // with halos: pixels from a row of taps to the next, and of such a row
-  bool flat;                     // x is a matrix of pixels by channels: a tap, a pixel
+  bool flat;                       // x is a matrix of pixels by channels: a tap, a pixel
   bool has_residual;
   bool residual_last;
   Activation activation;

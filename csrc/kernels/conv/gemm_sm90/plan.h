@@ -71,8 +71,7 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
   const bool has_products = c.element_bytes == 2 || (c.element_bytes == 4 && c.allow_tf32);
   return gpu.has_wgmma && c.channels_last && has_products && c.groups == 1 && c.C >= 1 && c.K >= 1 && c.N >= 1 &&
          c.P >= 1 && c.Q >= 1 && c.C * c.element_bytes % 16 == 0 && c.K * c.element_bytes % 16 == 0 && c.R >= 1 &&
-         c.S >= 1 &&
-         fits_map(c.stride_h, c.pad_h, c.R == 1 ? 0 : c.dilation_h * (c.R - 1)) &&
+         c.S >= 1 && fits_map(c.stride_h, c.pad_h, c.R == 1 ? 0 : c.dilation_h * (c.R - 1)) &&
          fits_map(c.stride_w, c.pad_w, c.S == 1 ? 0 : c.dilation_w * (c.S - 1)) && c.N * c.P * c.Q <= kMost &&
          c.N * c.H * c.W <= kMost && c.C <= kMost && c.K <= kMost && c.C * c.R * c.S <= kMost;
 }
@@ -212,7 +211,9 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
                             : l.splits == 2 ? gpu.multiprocessors
                                             : std::max(1, gpu.multiprocessors * 10 / 11);
   const int64_t tiles = ceil_div(ceil_div(pixels, t.block_pixels()), l.blocks_of_filters);  // of a block
-  const int64_t neighbours = l.splits == 1 && !l.halo ? std::min<int64_t>(ceil_div(blocks, gpu.multiprocessors), t.blocks) : 1;
+  const int64_t neighbours = l.splits == 1 && !l.halo
+                                 ? std::min<int64_t>(ceil_div(blocks, gpu.multiprocessors), t.blocks)
+                                 : 1;
   const double steps = number(ceil_div(l.steps, l.splits));
   const double products = 1.0 * t.block_pixels() * t.filters * l.depth * c.element_bytes * steps / 11.5e6;
   const double fetched = (l.halo ? l.slices : steps) * l.pixel_bytes +
@@ -224,8 +225,10 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
                        number(t.together ? 1 : std::min<int64_t>(tiles, kConsumers));
   const double consumer = number(rounds) * (std::max(waits, products) + 0.14 + output);
   const double window = std::min(1.0, number(c.R * c.S) / number(c.stride_h * c.stride_w));
-  const double memory =
-      c.element_bytes * (number(c.N * c.H * c.W * c.C) * window + number(c.N * c.P * c.Q * c.K) + number(c.K * c.C * c.R * c.S)) / 3.12e6;
+  const double memory = c.element_bytes *
+                        (number(c.N * c.H * c.W * c.C) * window + number(c.N * c.P * c.Q * c.K) +
+                         number(c.K * c.C * c.R * c.S)) /
+                        3.12e6;
   const double sum = std::cbrt(std::pow(machine, 3) + std::pow(consumer, 3) + std::pow(memory, 3));
   const double exchange = l.splits == 1 ? 0 : 0.04 + 0.135 * l.splits + t.block_pixels() * t.filters * 8 / 39e3;
   return 2.53 + number(ceil_div(blocks, at_a_time)) * sum + exchange;
@@ -283,7 +286,8 @@ struct GemmSm90 {
   std::string describe() const {
     const gemm_sm90::TileShape& t = gemm_sm90::kTiles[layout.tile];
     return std::string(kName) + " " + std::to_string(t.filters) + " channels by " + std::to_string(t.block_pixels()) +
-           " pixels" + (layout.halo ? " and what their windows reach" : "") + (layout.resident ? ", weights in shared memory" : "") +
+           " pixels" + (layout.halo ? " and what their windows reach" : "") +
+           (layout.resident ? ", weights in shared memory" : "") +
            (layout.splits > 1 ? ", channels in " + std::to_string(layout.splits) + " parts" : "");
   }
 

@@ -197,10 +197,28 @@ inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu
   return fits ? std::optional(l) : std::nullopt;
 }
 
+// What estimate() was fitted to: times in microseconds and bytes per microsecond on an H200.
+struct Rates {
+  double products = 7.58e6;  // a multiprocessor's: pixels by filters by bytes of a row
+  double fetches = 118e3;    // a multiprocessor's
+  double rows = 1210;        // the same, rows of whatever bytes
+  double l2 = 14.2e6;
+  double memory = 3.69e6;
+  double output = 30.5e3;   // a consumer's
+  double stage = 0.55;      // a step, by the number of stages
+  double step = 0.098;      // at least
+  double halo = 1.69;       // a slice of pixels with halos, by the number of stages
+  double tile = 0.11;       // a consumer's
+  double halo_tile = 0.33;  // more, where threads write the results
+  double split = 0.071, of_splits = 0.113, exchange = 30.7e3;
+  double kernel = 2.1;
+  double together = 2.74;  // how much of the longest alone counts: the exponent of a norm
+};
+
 // An estimate of the time in microseconds on an H200: what a multiprocessor has to multiply, fetch and send out, what a consumer
-// has to wait for, and memory, of which the longest counts most. Fitted to 11,000 times of 218 layers of ten networks at batch 1
-// to 128, in all layouts: the layout of the least takes 1.01 times the time of the best, in one case of twenty more than 1.07.
+// has to wait for, L2 and memory, of which the longest counts most.
 inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
+  constexpr Rates kRates;
   const TileShape& t = kTiles[l.tile];
   const auto number = [](int64_t value) { return static_cast<double>(value); };
   const int64_t pixels = count_pixels(c, l), filter_tiles = ceil_div(c.K, t.filters);
@@ -214,24 +232,37 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
   const int64_t neighbours = l.splits == 1 && !l.halo
                                  ? std::min<int64_t>(ceil_div(blocks, gpu.multiprocessors), t.blocks)
                                  : 1;
-  const double steps = number(ceil_div(l.steps, l.splits));
-  const double products = 1.0 * t.block_pixels() * t.filters * l.depth * c.element_bytes * steps / 11.5e6;
+  const double steps = number(ceil_div(l.steps, l.splits)), row_bytes = l.depth * c.element_bytes;
+  // With few filters an instruction waits for its pixels, which come from shared memory as well.
+  const double filters = std::max(t.filters, 32 + t.filters / 2);
+  const double products = t.block_pixels() * filters * row_bytes * steps / kRates.products;
   const double fetched = (l.halo ? l.slices : steps) * l.pixel_bytes +
                          steps * (l.resident ? l.filter_bytes / number(tiles) : l.filter_bytes);
-  const double output = t.out_bytes(c.element_bytes) * (t.together ? kConsumers : 1) / 25e3;
-  const double machine = number(tiles * neighbours) * std::max(products, fetched / 110e3) + output;
+  const double fetch = std::max(fetched / kRates.fetches, fetched / row_bytes / kRates.rows);
+  const double output = t.out_bytes(c.element_bytes) * (t.together ? kConsumers : 1) / kRates.output;
+  const double machine = number(tiles * neighbours) * std::max(products, fetch) + output;
+  const auto step = [&](int stages) { return std::max(kRates.stage / stages, kRates.step); };
+  const double wait = l.halo ? steps * (l.resident ? kRates.step : step(l.filter_stages)) +
+                                   l.slices * kRates.halo / l.stages
+                             : steps * step(l.stages);
   const int64_t rounds = t.together ? tiles : ceil_div(tiles, kConsumers);  // of a consumer
-  const double waits = std::max(0.64 / (l.halo ? 12 : l.stages), 0.142) * (l.halo && l.resident ? l.slices : steps) *
-                       number(t.together ? 1 : std::min<int64_t>(tiles, kConsumers));
-  const double consumer = number(rounds) * (std::max(waits, products) + 0.14 + output);
+  const double waits = wait * number(t.together ? 1 : std::min<int64_t>(tiles, kConsumers));
+  const double consumer = number(rounds) *
+                          (std::max(waits, products) + kRates.tile + (l.halo ? kRates.halo_tile : 0) + output);
   const double window = std::min(1.0, number(c.R * c.S) / number(c.stride_h * c.stride_w));
-  const double memory = c.element_bytes *
-                        (number(c.N * c.H * c.W * c.C) * window + number(c.N * c.P * c.Q * c.K) +
-                         number(c.K * c.C * c.R * c.S)) /
-                        3.12e6;
-  const double sum = std::cbrt(std::pow(machine, 3) + std::pow(consumer, 3) + std::pow(memory, 3));
-  const double exchange = l.splits == 1 ? 0 : 0.04 + 0.135 * l.splits + t.block_pixels() * t.filters * 8 / 39e3;
-  return 2.53 + number(ceil_div(blocks, at_a_time)) * sum + exchange;
+  const double elements = number(c.N * c.H * c.W * c.C) * window + number(c.N * c.P * c.Q * c.K) +
+                          number(c.K * c.C * c.R * c.S);
+  const double memory = c.element_bytes * elements / kRates.memory;
+  const double l2 = number(blocks * tiles) * fetched / kRates.l2;
+  double sum = 0;
+  for (const double part : {machine, consumer, memory, l2}) {
+    sum += std::pow(part, kRates.together);
+  }
+  sum = std::pow(sum, 1 / kRates.together);
+  const double exchange = l.splits == 1 ? 0
+                                        : kRates.split + kRates.of_splits * l.splits +
+                                              t.block_pixels() * t.filters * 8 / kRates.exchange;
+  return kRates.kernel + number(ceil_div(blocks, at_a_time)) * sum + exchange;
 }
 
 inline std::optional<Layout> best_layout(const Conv2d& c, const GpuTraits& gpu) {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "kernels/batch_norm/fold.h"
+#include "kernels/batch_norm/moments.h"
 #include "kernels/common/epilogue.h"
 #include "kernels/common/fast_div.h"
 #include "kernels/ptx/mbarrier.cuh"
@@ -25,6 +25,7 @@ struct Params {
   AffineSource<T> affine;
   const T* residual_data;
   T* y_data;
+  Moments* moments;  // [partials][filters] of the results (plan.h); nullptr: they are not asked for
   int pixels;                     // with the padding between them where tiles have halos
   int filters;
   int R, S;

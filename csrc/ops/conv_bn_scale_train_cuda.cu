@@ -29,7 +29,7 @@ struct CudaKernel {
         const Tensor workspace = make_workspace(plan.workspace(choice.problem), c.input.device);
         // Elementwise kernels take any alignment.
         DenseCopies any(1);
-        DenseCopies& copies = plan.from_output.has_value() ? any : conv.copies;
+        DenseCopies& copies = plan.in_place ? any : conv.copies;
         conv.operands.residual = residual.has_value() ? copies.data(*residual, conv.channels_last) : nullptr;
         double* input_sums = nullptr;
         if (saved != nullptr && saved->input_sums.has_value() && plan.from_input.has_value()) {

@@ -307,6 +307,7 @@ def conv_bn_scale_train(
     residual_last: bool = False,
     algorithm: str,
     statistics: str,
+    layout: GemmSm90Layout | None = None,
     capability: int = 90,
 ) -> Tensor:
     pairs = _pairs(input, stride, padding, dilation)
@@ -320,7 +321,7 @@ def conv_bn_scale_train(
         capability,
         "emulated_conv_train",
         *(ctypes.byref(conv.problem), ctypes.byref(conv.operands), ctypes.byref(train), ctypes.byref(epilogue)),
-        *(_element(input), algorithm.encode(), statistics.encode()),
+        *(_element(input), algorithm.encode(), None if layout is None else ctypes.byref(layout), statistics.encode()),
     )
     return y
 

@@ -125,12 +125,12 @@ const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, i
                                  [&](auto tag) { return launch_conv<decltype(tag)>(*plan, call, nullptr); }));
 }
 
-// statistics: a name of kConvStatistics.
+// statistics: a name of kConvStatistics. layout: as above.
 const char* emulated_conv_train(const Conv2d* problem, const ConvOperands* operands, const TrainParams* bn,
-                                const Epilogue* epilogue, int element, const char* algorithm, const char* statistics,
-                                uint64_t seed) {
+                                const Epilogue* epilogue, int element, const char* algorithm, GemmSm90Layout* layout,
+                                const char* statistics, uint64_t seed) {
   const Conv2d& c = *problem;
-  const std::optional<ConvPlan> plan = make_plan(algorithm, c, kGpu);
+  const std::optional<ConvPlan> plan = layout == nullptr ? make_plan(algorithm, c, kGpu) : make_plan(*layout, c);
   const auto source = std::find_if(std::begin(kConvStatistics), std::end(kConvStatistics),
                                    [&](const auto& known) { return known.first == std::string(statistics); });
   if (!plan.has_value() || !has_statistics(source->second, *plan, c, kGpu)) {

@@ -18,9 +18,12 @@ from common import random_bn
 EPILOGUES = [("none", False), ("silu", True)]
 
 
-def arguments(device: str, depthwise: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    x = torch.randn(4, 16 if depthwise else 4, 17, 16, generator=generator).to(device)
-    w = torch.randn(16, 1 if depthwise else 4, 3, 3, generator=generator).to(device)
+def arguments(device: str, algorithm: str, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    channels, of_filter = {"depthwise": (16, 1), "gemm_sm90": (16, 16)}.get(algorithm, (4, 4))
+    x = torch.randn(4, channels, 17, 16, generator=generator).to(device)
+    w = torch.randn(16, of_filter, 3, 3, generator=generator).to(device)
+    if algorithm == "gemm_sm90":
+        x, w = (t.half().to(memory_format=torch.channels_last) for t in (x, w))
     return x, w, random_bn(16, torch.float32, device, generator)
 
 
@@ -45,12 +48,13 @@ def allocations(call: Callable[[], object]) -> int:
 
 
 # The passes of each way: statistics, their merge and the convolution; for sums over the input two merges, of pairs of taps and of
-# channels; where the convolution gathers nothing, a pass in place behind it.
+# channels; a pass in place behind a convolution that gathers nothing, or its results' statistics (gemm_sm90).
 WAYS = [
     ("stem_sm90", "from_output", 3),
     ("stem_sm90", "from_input", 4),
     ("stem_sm80", "from_output", 4),
     ("depthwise", "from_output", 4),
+    ("gemm_sm90", "from_output", 3),
     ("aten", "from_output", 3),  # and PyTorch's own
 ]
 
@@ -62,11 +66,10 @@ WAYS = [
 def test_nothing_but_its_own_passes(
     device, algorithm, statistics, passes, with_bn, activation, with_residual, generator
 ):
-    if algorithm == "stem_sm90" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("stem_sm90 is for compute capability 9.0")
-    depthwise = algorithm == "depthwise"
-    groups = 16 if depthwise else 1
-    x, w, bn = arguments(device, depthwise, generator)
+    if algorithm.endswith("_sm90") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"{algorithm} is for compute capability 9.0")
+    groups = 16 if algorithm == "depthwise" else 1
+    x, w, bn = arguments(device, algorithm, generator)
     residual = torch.randn_like(F.conv2d(x, w, groups=groups)) if with_residual else None
     call = functools.partial(
         fcb.conv_bn_scale_train,
@@ -106,7 +109,7 @@ def copies(call: Callable[[], object]) -> Counter[str]:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_nothing_beside_the_convolution(layout, with_bn, activation, with_residual, generator):
     """float64, which is PyTorch's to convolve."""
-    x, w, bn = arguments("cpu", False, generator)
+    x, w, bn = arguments("cpu", "aten", generator)
     x, w = x.double().contiguous(memory_format=layout), w.double()
     residual = torch.randn_like(F.conv2d(x, w)) if with_residual else None
     given = [t.double() for t in bn] if with_bn else [None] * 4

@@ -24,9 +24,11 @@ from train_problems import (
     EPS,
     FACTOR,
     MOMENTUM,
+    STORED_CASES,
     check_forms,
     check_running,
     check_statistics,
+    check_stored_statistics,
     covered,
     dtypes,
     long_train,
@@ -173,6 +175,15 @@ def test_statistics_from_the_input_are_exact(device, case, layout, dtype, genera
     assert ((var.double() - exact_var).abs() <= u * exact_var + slack).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0, 50])
+@pytest.mark.parametrize("case", STORED_CASES)
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_statistics_are_of_the_values_as_stored(device, case, mean, dtype, generator):
+    with fcb.use_algorithm("gemm_sm90"):
+        check_stored_statistics(*STORED_CASES[case], dtype=dtype, device=device, mean=mean, generator=generator)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("channels", [4, 8])
 def test_conv_of_values_far_from_zero(train_device, channels, memory_format, generator):
@@ -198,21 +209,27 @@ def test_conv_of_values_far_from_zero(train_device, channels, memory_format, gen
     assert ((ours[1].double() - var).abs() <= 2 * var.sqrt() * off + off.square() + u * var).all()
 
 
+# Of 16 bits as gemm_sm90 and gemm_sm80 take them.
+KINDS = [(torch.float32, 6, torch.contiguous_format), (torch.float16, 8, torch.channels_last)]
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_conv_of_values_that_are_not_finite(train_device, value, generator):
+@pytest.mark.parametrize("dtype, channels, memory_format", KINDS, ids=str)
+def test_conv_of_values_that_are_not_finite(train_device, dtype, channels, memory_format, value, generator):
     """What BatchNorm makes of them: nothing is left of any channel that has one."""
-    x = torch.randn(3, 6, 10, 12, generator=generator).to(train_device)
+    x = torch.randn(3, channels, 10, 12, generator=generator).to(train_device, dtype).to(memory_format=memory_format)
     x[1, 2, 4, 5] = value
-    w = torch.randn(8, 6, 3, 3, generator=generator).to(train_device)
+    w = torch.randn(8, channels, 3, 3, generator=generator).to(train_device, dtype)
     s = state(8, torch.float32, train_device, generator)
     y = covered(lambda: fcb.conv_bn_scale_train(x, w, None, *s))
     assert y.isnan().all() and s[1].isnan().all()
     assert not s[0].isfinite().any()
 
 
-def test_conv_is_deterministic(train_device, generator):
-    x = torch.randn(8, 8, 40, 41, generator=generator).to(train_device)
-    w = torch.randn(16, 8, 3, 3, generator=generator).to(train_device)
+@pytest.mark.parametrize("dtype, channels, memory_format", KINDS, ids=str)
+def test_conv_is_deterministic(train_device, dtype, channels, memory_format, generator):
+    x = torch.randn(8, channels, 40, 41, generator=generator).to(train_device, dtype).to(memory_format=memory_format)
+    w = torch.randn(16, channels, 3, 3, generator=generator).to(train_device, dtype)
     before = state(16, torch.float32, train_device, generator)
     results = []
     for _ in range(3):

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fused_conv_bn as fcb
 from common import DTYPES, long, random_bn
-from elementwise_problems import LAYOUTS, SHAPES
+from elementwise_problems import LAYOUTS, SHAPES, allowed, epilogue_of, errors, long_of
+from fused_conv_bn import reference
 
 OPS = torch.ops.fused_conv_bn
 FACTOR = 1.7
@@ -162,6 +164,51 @@ CONV_CASES: dict[str, tuple[Any, ...]] = {
     "1d": ((4, 5, 33), (7, 5, 4), 3, 1, 1, 1),
     "3d": ((2, 4, 5, 6, 7), (6, 4, 3, 3, 3), 1, 1, 1, 1),
 }
+
+
+# The same, of 16 bits in channels_last. Tiles end behind the last pixel, filter and channel.
+STORED_CASES: dict[str, tuple[Any, ...]] = {
+    "3x3": ((2, 8, 17, 19), (40, 8, 3, 3), 1, 1, 1, 1),
+    "3x3 with a stride": ((1, 24, 45, 49), (136, 24, 3, 3), 2, 1, 1, 1),
+    "2x3 with dilation": ((1, 96, 24, 21), (8, 96, 2, 3), 1, (0, 2), (1, 2), 1),
+    "1x1": ((3, 16, 14, 15), (264, 16, 1, 1), 1, 0, 1, 1),
+    "few pixels, many channels": ((2, 40, 9, 8), (136, 40, 4, 4), 1, 2, 1, 1),
+    "1 pixel of each image": ((5, 16, 3, 3), (24, 16, 3, 3), 1, 0, 1, 1),
+    "2 pixels of each image": ((3, 16, 3, 4), (24, 16, 3, 3), 1, 0, 1, 1),
+    "2 pixels": ((1, 8, 1, 2), (8, 8, 1, 1), 1, 0, 1, 1),
+    "several tiles of each block": ((20, 24, 60, 61), (72, 24, 1, 1), 1, 0, 1, 1),
+}
+
+
+def check_stored_statistics(
+    size: tuple[int, ...],
+    weight_size: tuple[int, ...],
+    *window: Any,
+    dtype: torch.dtype,
+    device: str,
+    mean: float,
+    generator: torch.Generator,
+    activation: str = "none",
+    residual: str = "none",
+) -> None:
+    """A batch's statistics are those of the convolution's values as they are stored, whatever their mean is, and what is put out
+    is these values' BatchNorm; the same bits each time. ``mean``: of a channel, in about as many deviations."""
+    x = torch.randn(size, generator=generator).add(mean / math.sqrt(math.prod(weight_size[1:])))
+    x = x.to(device, dtype).to(memory_format=torch.channels_last)
+    w = torch.rand(weight_size, generator=generator).sub(0 if mean else 0.5).to(device, dtype)
+    before = state(weight_size[0], torch.float32, device, generator)
+    z = covered(lambda: fcb.conv_scale_shift(x, w, None, None, *window))
+    kwargs = epilogue_of(z, activation, residual, generator)
+    results = []
+    for _ in range(2):
+        ours = copy.deepcopy(before)
+        results.append((fcb.conv_bn_scale_train(x, w, None, *ours, FACTOR, 1.0, EPS, *window, **kwargs), *ours))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    y, *ours = results[0]
+    check_running(long(z), before, ours, momentum=1.0)
+    eager = reference.bn_scale_train(z, *copy.deepcopy(before), FACTOR, 1.0, EPS, **kwargs)
+    got, eagers_error = errors(long_of(long_train(long(z), *before[2:]), kwargs), y, eager)
+    assert got <= allowed(eagers_error, y), (got, eagers_error)
 
 
 def covered(call: Callable[[], Any]) -> Any:

@@ -8,7 +8,21 @@
 
 namespace fused_conv_bn {
 
-// A pass over the input for its statistics, their merge, and a pass that applies what comes of it.
+// What follows when x's moments are there, [splits][channels][inner] of them: their merge, and a pass that applies what comes of
+// it. affines: where that is kept, 3 values a channel. x: dense with the given shape. residual: nullptr for none. y may be x.
+template <typename T>
+cudaError_t launch_bn_normalise(const T* x, const T* residual, T* y, const Shape& shape, const Moments* partials,
+                                int64_t splits, int64_t inner, void* affines, const TrainParams& bn,
+                                const Epilogue& epilogue, cudaStream_t stream) {
+  const AffineBuffer buffer{affines, static_cast<uint32_t>(shape.channels), kElement<T>};
+  const cudaError_t status = launch_bn_finish(bn, partials, splits, inner, buffer, stream);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  return launch_scale_shift(x, residual, y, shape, affine_of_buffer<T>(affines, shape.channels), epilogue, stream);
+}
+
+// A pass over the input for its statistics, and what follows.
 template <typename T>
 struct BnTrainPlan {
   Shape shape;
@@ -26,17 +40,12 @@ struct BnTrainPlan {
   cudaError_t launch(const T* x, const T* residual, T* y, const TrainParams& bn, const Epilogue& epilogue,
                      double* workspace, cudaStream_t stream) const {
     auto* const partials = reinterpret_cast<Moments*>(workspace);
-    const AffineBuffer affines{workspace + stats.partials(shape) * kMomentsDoubles,
-                               static_cast<uint32_t>(shape.channels), kElement<T>};
-    cudaError_t status = launch_bn_stats(x, shape, stats, partials, stream);
-    if (status == cudaSuccess) {
-      status = launch_bn_finish(bn, partials, stats.splits, stats.inner, affines, stream);
+    const cudaError_t status = launch_bn_stats(x, shape, stats, partials, stream);
+    if (status != cudaSuccess) {
+      return status;
     }
-    if (status == cudaSuccess) {
-      status = launch_scale_shift(x, residual, y, shape, affine_of_buffer<T>(affines.data, shape.channels), epilogue,
-                                  stream);
-    }
-    return status;
+    return launch_bn_normalise(x, residual, y, shape, partials, stats.splits, stats.inner,
+                               workspace + stats.partials(shape) * kMomentsDoubles, bn, epilogue, stream);
   }
 };
 

@@ -117,6 +117,13 @@ struct ConvCall {
   const Epilogue& epilogue;
 };
 
+// How an algorithm gathers the moments of a batch's results, channel by channel, for BatchNorm in training mode.
+enum class GathersMoments {
+  never,
+  first,         // launch_moments() computes the convolution, and writes nothing but its moments
+  with_results,  // launch_with_moments() is launch() that writes them too, of the results as they are stored
+};
+
 // How a kernel wants its operands.
 struct ConvRequirements {
   int alignment = 1;                  // bytes: where input and residual are to start

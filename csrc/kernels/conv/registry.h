@@ -4,7 +4,7 @@
 // without a GPU, and has
 //
 //     kName                       as users call the algorithm
-//     kGathersMoments             whether it has launch_moments(), which reads a batch and writes nothing but its moments
+//     kGathersMoments             how it gathers a batch's moments (problem.h), by what further launch function
 //     make(problem, gpu)          a plan; nullopt where the problem is outside of the algorithm's domain
 //     is_faster(problem, train)   than PyTorch's convolution with a pass behind it, by measurements; train: with a batch's
 //                                 statistics, which are taken before the epilogue
@@ -29,7 +29,7 @@ namespace fused_conv_bn {
 // PyTorch's convolution without a bias, then the affine and the epilogue in place. It takes every problem.
 struct Aten {
   static constexpr const char* kName = "aten";
-  static constexpr bool kGathersMoments = false;
+  static constexpr GathersMoments kGathersMoments = GathersMoments::never;
 
   static std::optional<Aten> make(const Conv2d&, const GpuTraits&) { return Aten{}; }
   bool is_faster(const Conv2d&, bool) const { return true; }

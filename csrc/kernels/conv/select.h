@@ -17,7 +17,7 @@ namespace fused_conv_bn {
 // Where a batch's statistics come from.
 enum class ConvStatistics {
   none,         // there are none to take
-  from_output,  // the convolution's results: some algorithms compute them twice, the others read what they have written
+  from_output,  // the convolution's results: as they are written, or computed twice, or read again, by the algorithm
   from_input,   // sums over the input, before the convolution
 };
 constexpr std::pair<const char*, ConvStatistics> kConvStatistics[] = {{"from_output", ConvStatistics::from_output},
@@ -92,7 +92,8 @@ inline ConvPlan select_plan(const Conv2d& problem, const GpuTraits& gpu, bool tr
 inline bool has_statistics(ConvStatistics statistics, const ConvPlan& plan, const Conv2d& problem,
                            const GpuTraits& gpu) {
   return statistics == ConvStatistics::from_output ||
-         (std::visit([](const auto& p) { return p.kGathersMoments; }, plan) && FromInputSm90::supports(problem, gpu));
+         (std::visit([](const auto& p) { return p.kGathersMoments == GathersMoments::first; }, plan) &&
+          FromInputSm90::supports(problem, gpu));
 }
 
 // keeps_sums: backward wants the sums over the input, and else takes them itself.

@@ -1,9 +1,9 @@
 // A convolution, BatchNorm in training mode and the epilogue on the GPU, by an algorithm of this package: which kernels run, in
 // which memory, in which order.
 //
-// With an algorithm that gathers moments the statistics come first, from sums over the input, or from a pass that computes the
-// convolution and writes nothing else; then comes the convolution with the affine that they make. With the others the
-// convolution is written, and BnTrainPlan follows in place.
+// With an algorithm that gathers moments first these come from sums over the input, or from a pass that computes the convolution
+// and writes nothing else; then comes the convolution with the affine that they make. With the others the convolution is
+// written, with its moments or not, and BatchNorm follows in place: without them BnTrainPlan, which takes them itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,15 +23,16 @@ struct ConvTrainPlan {
   std::optional<FromInputSm90> from_input;
   std::optional<int64_t> partials;            // moments of each channel that the convolution's own kernel gathers
   std::optional<BnTrainPlan<T>> from_output;  // reads what the convolution has written
+  bool in_place;                              // BatchNorm and the epilogue are a pass behind the convolution
 
   // The chosen plan is not Aten. y: the result, dense and not empty.
   static ConvTrainPlan make(const ConvChoice& choice, const Conv2d& c, const GpuTraits& gpu, const T* y) {
-    ConvTrainPlan train{choice.plan, {}, {}, {}};
+    ConvTrainPlan train{choice.plan, {}, {}, {}, false};
     std::visit(
         [&]<typename Plan>(const Plan& plan) {
-          if constexpr (!Plan::kGathersMoments) {
-            const Shape shape{c.N * c.K * c.P * c.Q, c.K, c.channels_last ? 1 : c.P * c.Q};
-            train.from_output = BnTrainPlan<T>::make(y, shape, gpu.multiprocessors);
+          train.in_place = Plan::kGathersMoments != GathersMoments::first;
+          if constexpr (Plan::kGathersMoments == GathersMoments::never) {
+            train.from_output = BnTrainPlan<T>::make(y, shape_of_output(c), gpu.multiprocessors);
           } else if (choice.statistics == ConvStatistics::from_input) {
             train.from_input = FromInputSm90::make(c, gpu);
           } else {
@@ -42,7 +43,7 @@ struct ConvTrainPlan {
     return train;
   }
 
-  // Doubles. Where the statistics come first: the affines, then what these are gathered in.
+  // Doubles. Of statistics that are gathered here: the affines, then what these come from.
   int64_t workspace(const Conv2d& c) const {
     return from_output.has_value()  ? from_output->workspace()
            : from_input.has_value() ? affine_doubles(c) + from_input->workspace() + FromInputSm90::kSums
@@ -55,16 +56,20 @@ struct ConvTrainPlan {
                      double* input_sums = nullptr) const {
     return std::visit(
         [&]<typename Plan>(const Plan& plan) {
-          if constexpr (Plan::kGathersMoments) {
+          if constexpr (Plan::kGathersMoments == GathersMoments::first) {
             return statistics_first(plan, call, bn, workspace, input_sums, stream);
           } else {
-            return convolution_first(call, bn, workspace, stream);
+            return convolution_first(plan, call, bn, workspace, stream);
           }
         },
         conv);
   }
 
  private:
+  static Shape shape_of_output(const Conv2d& c) {
+    return {c.N * c.K * c.P * c.Q, c.K, c.channels_last ? 1 : c.P * c.Q};
+  }
+
   // 3 floats a channel.
   static int64_t affine_doubles(const Conv2d& c) { return 2 * c.K; }
 
@@ -96,15 +101,30 @@ struct ConvTrainPlan {
     return plan.template launch<T>({c, operands, call.gpu, call.epilogue}, stream);
   }
 
-  cudaError_t convolution_first(const ConvCall& call, const TrainParams& bn, double* workspace,
+  template <typename Plan>
+  cudaError_t convolution_first(const Plan& plan, const ConvCall& call, const TrainParams& bn, double* workspace,
                                 cudaStream_t stream) const {
-    const cudaError_t status = launch_conv<T>(conv, {call.problem, plain(call.operands), call.gpu, Epilogue{}}, stream);
-    if (status != cudaSuccess) {
-      return status;
-    }
+    const Conv2d& c = call.problem;
+    const ConvOperands operands = plain(call.operands);
+    const Epilogue none{};
+    const ConvCall alone{c, operands, call.gpu, none};
     auto* const y = static_cast<T*>(call.operands.y);
-    return from_output->launch(y, static_cast<const T*>(call.operands.residual), y, bn, call.epilogue, workspace,
-                               stream);
+    const auto* const residual = static_cast<const T*>(call.operands.residual);
+    if constexpr (Plan::kGathersMoments == GathersMoments::with_results) {
+      auto* const moments = reinterpret_cast<Moments*>(workspace + affine_doubles(c));
+      const cudaError_t status = plan.template launch_with_moments<T>(alone, moments, stream);
+      if (status != cudaSuccess) {
+        return status;
+      }
+      return launch_bn_normalise(y, residual, y, shape_of_output(c), moments, *partials, 1, workspace, bn,
+                                 call.epilogue, stream);
+    } else {
+      const cudaError_t status = launch_conv<T>(conv, alone, stream);
+      if (status != cudaSuccess) {
+        return status;
+      }
+      return from_output->launch(y, residual, y, bn, call.epilogue, workspace, stream);
+    }
   }
 
   // The convolution alone.

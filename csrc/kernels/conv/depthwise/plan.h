@@ -233,7 +233,7 @@ inline bool depthwise_supports(const Conv2d& c) {
 
 struct Depthwise {
   static constexpr const char* kName = "depthwise";
-  static constexpr bool kGathersMoments = false;
+  static constexpr GathersMoments kGathersMoments = GathersMoments::never;
 
   DepthwisePlan plan;
 

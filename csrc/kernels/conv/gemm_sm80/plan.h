@@ -89,7 +89,7 @@ inline std::optional<int> best_tile(const Conv2d& c, const GpuTraits& gpu) {
 
 struct GemmSm80 {
   static constexpr const char* kName = "gemm_sm80";
-  static constexpr bool kGathersMoments = false;
+  static constexpr GathersMoments kGathersMoments = GathersMoments::never;
 
   int tile;  // of kTiles
 

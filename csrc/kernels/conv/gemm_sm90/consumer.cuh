@@ -6,6 +6,7 @@
 #include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/ptx/launch.cuh"
 #include "kernels/ptx/tma.cuh"
+#include "moments.cuh"
 #include "products.cuh"
 
 namespace fused_conv_bn::gemm_sm90 {
@@ -28,6 +29,7 @@ struct Consumer {
   Ring ring{};
   uint32_t output = 0;  // the buffer of this tile's results
   Products<T, kTile> products;
+  ConsumerMoments<T, kTile> moments;
 
   __device__ __forceinline__ void sync() const { named_barrier_sync(1 + consumer, 128); }
 
@@ -64,16 +66,23 @@ struct Consumer {
 
   // ---- results ----
 
-  // Where the thread's two filters of the eight from 8 * j on are of one of its pixels, in shared memory.
-  __device__ __forceinline__ uint32_t place(int row, int j) const {
-    constexpr int kChunks = kRowBytes / 16, kChunksOf8 = kBytes / 2;
-    const int first = j * kChunksOf8, byte = thread % 4 * (2 * kBytes);
-    return output + first / kChunks * (kPixels * kRowBytes) + row * kRowBytes +
-           ((first % kChunks + byte / 16) ^ swizzle(row)) * 16 + byte % 16;
+  // Where 16 bytes of a pixel are in shared memory, swizzled over the row of a box. A row starts at a multiple of its size. beside:
+  // 1 for those behind a chunk of an even number.
+  __device__ __forceinline__ uint32_t place_of_chunk(int row, int chunk, int beside = 0) const {
+    constexpr int kChunks = kRowBytes / 16;
+    return ((output + row * kRowBytes + (swizzle(row) ^ beside) * 16) ^ (chunk % kChunks * 16)) +
+           chunk / kChunks * (kPixels * kRowBytes);
   }
   static __device__ __forceinline__ int swizzle(int row) { return kRowBytes == 128 ? row & 7 : row >> 1 & 3; }
-  __device__ __forceinline__ int row(int m, int half) const {
-    return m * 64 + thread / 32 * 16 + thread % 32 / 4 + half * 8;
+  __device__ __forceinline__ uint32_t place_of_filter(int row, int filter) const {
+    constexpr int kOfChunk = 16 / kBytes;
+    return place_of_chunk(row, filter / kOfChunk) + filter % kOfChunk * kBytes;
+  }
+  // Where the thread's two filters of the eight from 8 * j on are of one of its pixels. Swizzles are the same every eight rows: the
+  // places are few sums, and constants.
+  __device__ __forceinline__ uint32_t place(int m, int half, int j) const {
+    const int row = thread / 32 * 16 + thread % 32 / 4, byte = thread % 4 * (2 * kBytes);
+    return place_of_chunk(row, j * (kBytes / 2), byte / 16) + byte % 16 + (m * 64 + half * 8) * kRowBytes;
   }
 
   __device__ __forceinline__ void add_residual(int m) {
@@ -81,7 +90,7 @@ struct Consumer {
     for (int j = 0; j < kFilters / 8; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 r = unpack_pair(T(), load_shared_words<PairWords<T>>(place(row(m, half), j)));
+        const float2 r = unpack_pair(T(), load_shared_words<PairWords<T>>(place(m, half, j)));
         products.sums[m][4 * j + 2 * half] += r.x;
         products.sums[m][4 * j + 2 * half + 1] += r.y;
       }
@@ -109,7 +118,7 @@ struct Consumer {
     for (int j = 0; j < kFilters / 8; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        store_shared(place(row(m, half), j),
+        store_shared(place(m, half, j),
                      pack_pair(T(), products.sums[m][4 * j + 2 * half], products.sums[m][4 * j + 2 * half + 1]));
       }
     }
@@ -177,9 +186,18 @@ struct Consumer {
         for_boxes([&](int filter, uint32_t at) { store_box(p.y, filter, pixel, at); });
         copy_bulk_commit();
       }
+      if (p.moments != nullptr) {  // there is no residual, which would come into the buffer too soon
+        moments.add(
+            p.pixels - pixel, [&](int row, int filter) { return place_of_filter(row, filter); },
+            [](int) { return true; });
+      }
     }
     if (thread == 0) {
       copy_bulk_wait();
+    }
+    if (p.moments != nullptr) {
+      sync();
+      moments.write(block, consumer, block.output(consumer, 0), [&] { sync(); });
     }
   }
 };

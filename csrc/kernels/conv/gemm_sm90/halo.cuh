@@ -126,6 +126,14 @@ struct HaloConsumer : Consumer<T, kTile> {
     }
   }
 
+  // Of the output, by its number with the padding; -1 for padding.
+  __device__ __forceinline__ int64_t pixel_of(int padded) const {
+    auto rest = static_cast<uint32_t>(padded);
+    const auto image = static_cast<int>(div_mod(p.image_pixels, rest));
+    const auto y = static_cast<int>(div_mod(p.columns, rest)), x = static_cast<int>(rest);
+    return padded < p.pixels && y < p.H && x < p.W ? (static_cast<int64_t>(image) * p.H + y) * p.W + x : -1;
+  }
+
   // f(place in shared memory, element of the tensor) for what the thread has of the tile from `first` on, and of what there is.
   template <typename F>
   __device__ __forceinline__ void for_chunks(int first, F&& f) const {
@@ -135,11 +143,8 @@ struct HaloConsumer : Consumer<T, kTile> {
 #pragma unroll
     for (int i = 0; i < Base::kPixels / kRowsAtOnce; ++i) {
       const int row = thread / kChunks + i * kRowsAtOnce;
-      auto rest = static_cast<uint32_t>(first + row);
-      const auto image = static_cast<int>(div_mod(p.image_pixels, rest));
-      const auto y = static_cast<int>(div_mod(p.columns, rest)), x = static_cast<int>(rest);
-      if (filter < p.filters && first + row < p.pixels && y < p.H && x < p.W) {
-        const int64_t pixel = (static_cast<int64_t>(image) * p.H + y) * p.W + x;
+      const int64_t pixel = pixel_of(first + row);
+      if (filter < p.filters && pixel >= 0) {
         f(box + row * Base::kRowBytes + ((chunk % kOfBox) ^ Base::swizzle(row)) * 16, pixel * p.filters + filter);
       }
     }
@@ -180,6 +185,15 @@ struct HaloConsumer : Consumer<T, kTile> {
       }
       this->sync();
       for_chunks(first, [&](uint32_t at, int64_t element) { store_words(p.y_data + element, load_shared_4(at)); });
+      if (p.moments != nullptr) {
+        this->moments.add(
+            p.pixels - first, [&](int row, int filter) { return this->place_of_filter(row, filter); },
+            [&](int row) { return pixel_of(first + row) >= 0; });
+      }
+    }
+    if (p.moments != nullptr) {
+      this->sync();
+      this->moments.write(block, consumer, this->output, [&] { this->sync(); });
     }
   }
 };

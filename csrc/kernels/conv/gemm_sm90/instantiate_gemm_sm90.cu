@@ -6,5 +6,8 @@ namespace fused_conv_bn {
 template cudaError_t GemmSm90::launch<float>(const ConvCall&, cudaStream_t) const;
 template cudaError_t GemmSm90::launch<float16>(const ConvCall&, cudaStream_t) const;
 template cudaError_t GemmSm90::launch<bfloat16>(const ConvCall&, cudaStream_t) const;
+template cudaError_t GemmSm90::launch_with_moments<float>(const ConvCall&, Moments*, cudaStream_t) const;
+template cudaError_t GemmSm90::launch_with_moments<float16>(const ConvCall&, Moments*, cudaStream_t) const;
+template cudaError_t GemmSm90::launch_with_moments<bfloat16>(const ConvCall&, Moments*, cudaStream_t) const;
 
 }  // namespace fused_conv_bn

@@ -11,6 +11,7 @@
 //     producer.cuh  from tensors to stages
 //     products.cuh  from a stage to sums
 //     consumer.cuh  from stages to results
+//     moments.cuh   from results to their moments, for BatchNorm in training mode
 //     split.cuh     the same in a cluster
 //     halo.cuh      the same with pixels that are fetched once for all taps
 //     launch.cuh    from a problem to parameters

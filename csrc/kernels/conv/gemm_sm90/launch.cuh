@@ -90,14 +90,19 @@ cudaError_t set_maps(const ConvCall& call, const Layout& l, Params<T>& p) {
   return status;
 }
 
+// moments: nullptr, or where those of the results go, which then have no residual.
 template <typename T>
-cudaError_t launch(const ConvCall& call, const Layout& l, cudaStream_t stream) {
+cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cudaStream_t stream) {
   const auto& [c, operands, gpu, epilogue] = call;
+  if (moments != nullptr && operands.residual != nullptr) {
+    return cudaErrorInvalidValue;
+  }
   const TileShape& t = kTiles[l.tile];
   Params<T> p{};
   p.affine = AffineSource<T>(operands.affine);
   p.residual_data = static_cast<const T*>(operands.residual);
   p.y_data = static_cast<T*>(operands.y);
+  p.moments = moments;
   const Padded padded(c);
   p.pixels = static_cast<int>(count_pixels(c, l));
   p.filters = static_cast<int>(c.K);
@@ -161,7 +166,12 @@ cudaError_t launch(const ConvCall& call, const Layout& l, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t GemmSm90::launch(const ConvCall& call, cudaStream_t stream) const {
-  return gemm_sm90::launch<T>(call, layout, stream);
+  return launch_with_moments<T>(call, nullptr, stream);
+}
+
+template <typename T>
+cudaError_t GemmSm90::launch_with_moments(const ConvCall& call, Moments* moments, cudaStream_t stream) const {
+  return gemm_sm90::launch<T>(call, layout, moments, stream);
 }
 
 }  // namespace fused_conv_bn

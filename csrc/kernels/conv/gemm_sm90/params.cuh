@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "kernels/batch_norm/fold.h"
+#include "kernels/batch_norm/moments.h"
 #include "kernels/common/epilogue.h"
 #include "kernels/common/fast_div.h"
 #include "kernels/ptx/mbarrier.cuh"
@@ -25,7 +25,8 @@ struct Params {
   AffineSource<T> affine;
   const T* residual_data;
   T* y_data;
-  int pixels;  // with the padding between them where tiles have halos
+  Moments* moments;  // [partials][filters] of the results (plan.h); nullptr: they are not asked for
+  int pixels;        // with the padding between them where tiles have halos
   int filters;
   int R, S;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;

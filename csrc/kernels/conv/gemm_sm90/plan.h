@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 
+#include "kernels/batch_norm/moments.h"
 #include "kernels/conv/problem.h"
 
 namespace fused_conv_bn {
@@ -20,6 +21,7 @@ constexpr int kMostResident = 40;  // steps whose filters may stay in shared mem
 constexpr int kMostFilters = 256;  // of a tile
 constexpr int kMostSplits = 4;     // blocks of a cluster; 8 were seldom faster
 constexpr int kHeaderBytes = 3072;
+constexpr int kWarpPixels = 16;  // of a product
 
 // A tile of the product: a consumer's pixels by filters. Consumers have tiles in turns, or work together, on one behind the other.
 struct TileShape {
@@ -290,7 +292,7 @@ inline std::optional<Layout> best_layout(const Conv2d& c, const GpuTraits& gpu) 
 
 struct GemmSm90 {
   static constexpr const char* kName = "gemm_sm90";
-  static constexpr bool kGathersMoments = false;
+  static constexpr GathersMoments kGathersMoments = GathersMoments::with_results;
 
   gemm_sm90::Layout layout;
 
@@ -300,8 +302,8 @@ struct GemmSm90 {
   }
 
   // Measured on an H200 for the layers of ten networks, batch 1 to 128. Not so where tiles are few and long, or much of each is
-  // empty: there it takes up to 1.3 times as long. Fewer than 16 channels are for stems. What it is faster by is its epilogue,
-  // which does not come at once in training.
+  // empty: there it takes up to 1.3 times as long. Fewer than 16 channels are for stems. In
+  // training, where it gathers the statistics and its epilogue comes later, it has not been measured.
   bool is_faster(const Conv2d& c, bool train) const {
     constexpr int64_t kTile = 128;
     const int64_t tiles = ceil_div(c.N * c.P * c.Q, kTile) * ceil_div(c.K, kTile), taps = c.R * c.S;
@@ -322,9 +324,17 @@ struct GemmSm90 {
            (layout.splits > 1 ? ", channels in " + std::to_string(layout.splits) + " parts" : "");
   }
 
+  // Moments of each channel that launch_with_moments() puts out: of each consumer, or of what a warp finishes of a split tile.
+  int64_t partials(const Conv2d&, const GpuTraits&) const {
+    const int of_tile = gemm_sm90::kTiles[layout.tile].pixels / gemm_sm90::kWarpPixels;
+    return int64_t{layout.blocks_of_filters} * (layout.splits == 1 ? gemm_sm90::kConsumers : of_tile);
+  }
+
 #if defined(__CUDACC__)
   template <typename T>
   cudaError_t launch(const ConvCall& call, cudaStream_t stream) const;
+  template <typename T>
+  cudaError_t launch_with_moments(const ConvCall& call, Moments* moments, cudaStream_t stream) const;
 #endif
 };
 

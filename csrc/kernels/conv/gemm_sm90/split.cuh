@@ -5,6 +5,7 @@
 
 #include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/ptx/cluster.cuh"
+#include "moments.cuh"
 #include "producer.cuh"
 #include "products.cuh"
 
@@ -88,14 +89,12 @@ struct Split {
         v[3] += part.w;
       }
     }
-    if (k >= p.filters) {  // a whole number of vectors: both filters are there, or none
-      return;
-    }
+    const bool exists = k < p.filters;  // a whole number of vectors: both filters do, or none
     float residual[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t at = static_cast<int64_t>(pixel + 8 * half) * p.filters + k;
-      if (p.has_residual && pixel + 8 * half < p.pixels) {
+      if (p.has_residual && exists && pixel + 8 * half < p.pixels) {
         const float2 r = unpack_pair(T(), *reinterpret_cast<const PairWords<T>*>(p.residual_data + at));
         residual[2 * half] = r.x;
         residual[2 * half + 1] = r.y;
@@ -117,10 +116,14 @@ struct Split {
         [&] { activate_all<T, false>(p.activation, p.negative_slope, v); });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (pixel + 8 * half < p.pixels) {
+      if (exists && pixel + 8 * half < p.pixels) {
         const int64_t at = static_cast<int64_t>(pixel + 8 * half) * p.filters + k;
         *reinterpret_cast<PairWords<T>*>(p.y_data + at) = pack_pair(T(), v[2 * half], v[2 * half + 1]);
       }
+    }
+    if (p.moments != nullptr) {
+      const int first = pixel - thread % 32 / 4;  // of the warp's
+      write_warp_moments(p, first / kWarpPixels, first, k, exists, v);
     }
   }
 

@@ -172,7 +172,7 @@ inline std::optional<TileLayout> best_tile(const Conv2d& c, const GpuTraits& gpu
 
 struct StemSm80 {
   static constexpr const char* kName = "stem_sm80";
-  static constexpr bool kGathersMoments = false;
+  static constexpr GathersMoments kGathersMoments = GathersMoments::never;
 
   stem_sm80::TileLayout tile;
 

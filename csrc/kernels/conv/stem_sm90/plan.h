@@ -72,7 +72,7 @@ inline std::optional<TileLayout> best_tile(const Conv2d& c, const GpuTraits& gpu
 
 struct StemSm90 {
   static constexpr const char* kName = "stem_sm90";
-  static constexpr bool kGathersMoments = true;
+  static constexpr GathersMoments kGathersMoments = GathersMoments::first;
 
   stem_sm90::TileLayout tile;          // to write results
   stem_sm90::TileLayout moments_tile;  // to gather moments of them instead

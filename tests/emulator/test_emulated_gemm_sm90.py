@@ -15,10 +15,11 @@ import fused_conv_bn as fcb
 from conv_problems import check, make
 
 SHARED = 232448  # bytes of a block, as compute capability 9.0 has them
-TILES = range(9)
+TILES = range(8)
 SPLITS = (2, 4, 8)
 HALO = 0  # for the number of splits: a block fetches pixels once for all taps
-HALO_TILES = (0, 2, 4)
+HALO_TILES = (0, 2, 3)
+WIDE_TILES = (1, 6)  # of 16 bits alone
 # In turns. float32 is TF32's: with numbers that it has.
 DTYPES: tuple[dict[str, Any], ...] = (
     {"dtype": torch.float16},
@@ -79,8 +80,8 @@ def test_tiles(problem, multiprocessors, by_layout, generator):
         layout = by_layout(tile, 1, multiprocessors, SHARED)
         turn = tile + len(problem) + multiprocessors
         call = make_call(generator, turn, PROBLEMS[problem])
-        if not check(call):  # two blocks of this tile have no room for stages and results of four bytes
-            assert tile == 3 and call.allow_tf32
+        if not check(call):
+            assert tile in WIDE_TILES and call.allow_tf32
             continue
         assert (layout.rounds > 1) == (multiprocessors == 1), tile
 
@@ -147,7 +148,7 @@ def test_windows_without_halos(window, by_layout, generator):
 def test_windows_at_the_limits_of_tensor_maps(reach, pad, by_layout, generator):
     """In either direction."""
     taps, dilation = (2, reach) if reach else (1, 1)
-    for tile, i in ((0, 0), (5, 1)):
+    for tile, i in ((0, 0), (4, 1)):
         by_layout(tile, 1, 3, SHARED)
         space, kernel, paddings, dilations = [2, 2], [1, 1], [0, 0], [1, 1]
         space[i], kernel[i], paddings[i], dilations[i] = 140, taps, pad, dilation
@@ -168,7 +169,8 @@ def test_ways_to_lay_out_shared_memory(tile, by_layout, generator):
                 ways.setdefault((named["dtype"], layout.resident, layout.buffers), (call, layout))
     kinds = {dtype: sum(way[0] == dtype for way in ways) for dtype in (torch.float16, torch.float32)}
     assert kinds[torch.float16] == 4
-    assert kinds[torch.float32] >= 2  # large tiles have no room for two buffers
+    # Large tiles have no room for two buffers.
+    assert kinds[torch.float32] >= 2 or tile in WIDE_TILES
     for call, layout in ways.values():
         by_layout(tile, 1, 1, layout.shared_memory)
         assert check(call)

@@ -149,7 +149,9 @@ cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cuda
         start(gemm_sm90_halo_kernel<T, kTile>);
       }
     } else if (l.splits == 1) {
-      start(gemm_sm90_kernel<T, kTile>);
+      if constexpr (sizeof(T) == 2 || !kTiles[kTile].is_wide) {
+        start(gemm_sm90_kernel<T, kTile>);
+      }
     } else if constexpr (kTiles[kTile].is_shared) {
       start(gemm_sm90_split_kernel<T, kTile>);
     }

@@ -30,15 +30,17 @@ struct TileShape {
   bool together;
   bool is_shared;  // a cluster may share a tile's steps
   bool has_halo;   // and a block may fetch pixels once for all taps
+  bool is_wide;    // results of 4 bytes leave too little room for stages
 
   constexpr int block_pixels() const { return pixels * (together ? kConsumers : 1); }
   constexpr int out_bytes(int element_bytes) const { return pixels * filters * element_bytes; }
   constexpr int sum_bytes() const { return pixels * filters * 4; }
 };
 constexpr TileShape kTiles[] = {
-    {128, 128, 1, false, true, true},  {64, 256, 1, false, false, false}, {128, 64, 1, false, true, true},
-    {128, 64, 2, false, false, false}, {128, 32, 2, false, false, true},  {64, 64, 2, false, false, false},
-    {64, 64, 1, false, true, false},   {128, 128, 1, true, false, false}, {128, 64, 1, true, false, false},
+    {128, 128, 1, false, true, true, false}, {64, 256, 1, false, false, false, true},
+    {128, 64, 1, false, true, true, false},  {128, 32, 2, false, false, true, false},
+    {64, 64, 2, false, false, false, false}, {64, 64, 1, false, true, false, false},
+    {128, 128, 1, true, false, false, true}, {128, 64, 1, true, false, false, false},
 };
 constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -123,6 +125,9 @@ inline Layout steps_of(const Conv2d& c, int tile, int row_bytes) {
 inline std::optional<Layout> lay_out(const Conv2d& c, const GpuTraits& gpu, int tile, int row_bytes) {
   constexpr int kFewStages = 4, kReserved = 1024;  // reserved: of each block, by the system
   const TileShape& t = kTiles[tile];
+  if (t.is_wide && c.element_bytes > 2) {
+    return std::nullopt;
+  }
   const int memory = std::min(gpu.shared_memory_per_block, gpu.shared_memory_per_multiprocessor / t.blocks - kReserved);
   Layout l = steps_of(c, tile, row_bytes);
   l.splits = 1;
@@ -201,20 +206,21 @@ inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu
 
 // What estimate() was fitted to: times in microseconds and bytes per microsecond on an H200.
 struct Rates {
-  double products = 7.58e6;  // a multiprocessor's: pixels by filters by bytes of a row
+  double products = 7.66e6;  // a multiprocessor's: pixels by filters by bytes of a row
   double fetches = 118e3;    // a multiprocessor's
-  double rows = 1210;        // the same, rows of whatever bytes
-  double l2 = 14.2e6;
-  double memory = 3.69e6;
-  double output = 30.5e3;   // a consumer's
-  double stage = 0.55;      // a step, by the number of stages
-  double step = 0.098;      // at least
-  double halo = 1.69;       // a slice of pixels with halos, by the number of stages
-  double tile = 0.11;       // a consumer's
-  double halo_tile = 0.33;  // more, where threads write the results
-  double split = 0.071, of_splits = 0.113, exchange = 30.7e3;
-  double kernel = 2.1;
-  double together = 2.74;  // how much of the longest alone counts: the exponent of a norm
+  double rows = 1198;        // the same, rows of whatever bytes
+  double l2 = 14.35e6;
+  double memory = 3.64e6;
+  double output = 33e3;      // a consumer's
+  double stage = 0.533;      // a step, by the number of stages
+  double step = 0.097;       // at least
+  double halo_stage = 1.63;  // a slice of pixels with halos, by the number of stages
+  double halo_fetch = 1.3;   // as many times as long as another fetch
+  double tile = 0.111;       // a consumer's
+  double halo_tile = 0.37;   // more, where threads write the results
+  double split = 0.058, of_splits = 0.115, exchange = 30.8e3;
+  double kernel = 2.27;
+  double together = 2.745;  // how much of the longest alone counts: the exponent of a norm
 };
 
 // An estimate of the time in microseconds on an H200: what a multiprocessor has to multiply, fetch and send out, what a consumer
@@ -240,12 +246,13 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
   const double products = t.block_pixels() * filters * row_bytes * steps / kRates.products;
   const double fetched = (l.halo ? l.slices : steps) * l.pixel_bytes +
                          steps * (l.resident ? l.filter_bytes / number(tiles) : l.filter_bytes);
-  const double fetch = std::max(fetched / kRates.fetches, fetched / row_bytes / kRates.rows);
+  const double fetch = (l.halo ? kRates.halo_fetch : 1) *
+                       std::max(fetched / kRates.fetches, fetched / row_bytes / kRates.rows);
   const double output = t.out_bytes(c.element_bytes) * (t.together ? kConsumers : 1) / kRates.output;
   const double machine = number(tiles * neighbours) * std::max(products, fetch) + output;
   const auto step = [&](int stages) { return std::max(kRates.stage / stages, kRates.step); };
   const double wait = l.halo ? steps * (l.resident ? kRates.step : step(l.filter_stages)) +
-                                   l.slices * kRates.halo / l.stages
+                                   l.slices * kRates.halo_stage / l.stages
                              : steps * step(l.stages);
   const int64_t rounds = t.together ? tiles : ceil_div(tiles, kConsumers);  // of a consumer
   const double waits = wait * number(t.together ? 1 : std::min<int64_t>(tiles, kConsumers));
@@ -301,15 +308,25 @@ struct GemmSm90 {
     return layout.has_value() ? std::optional(GemmSm90{*layout}) : std::nullopt;
   }
 
-  // Measured on an H200 for the layers of ten networks, batch 1 to 128. Not so where tiles are few and long, or much of each is
-  // empty: there it takes up to 1.3 times as long. Fewer than 16 channels are for stems. In
-  // training, where it gathers the statistics and its epilogue comes later, it has not been measured.
+  // Measured on an H200 for the layers of ten networks, batch 1 to 128. PyTorch's is faster where tiles are few and long, or long
+  // and partly empty, unless pixels are fetched once; in TF32 where many are long. Fewer than 16 channels are for stems.
   bool is_faster(const Conv2d& c, bool train) const {
     constexpr int64_t kTile = 128;
-    const int64_t tiles = ceil_div(c.N * c.P * c.Q, kTile) * ceil_div(c.K, kTile), taps = c.R * c.S;
-    const bool few = layout.steps >= (taps == 1 ? 32 : 64) && tiles >= 24 && tiles < (taps == 1 ? 104 : 264);
+    const int64_t tiles = ceil_div(c.N * c.P * c.Q, kTile) * ceil_div(c.K, kTile);
     const int64_t room = int64_t{layout.slices} * layout.depth * round_up(c.K, gemm_sm90::kTiles[layout.tile].filters);
-    return !train && c.C >= 16 && !few && !(taps > 1 && layout.steps >= 18 && tiles >= 196 && c.C * c.K * 5 < room * 4);
+    const bool is_1x1 = c.R * c.S == 1, is_tf32 = c.element_bytes == 4;
+    const int steps = layout.steps;
+    bool slower = false;
+    if (layout.halo) {
+      slower = tiles >= 3000 && steps >= 36;
+    } else if (is_tf32) {
+      slower = tiles >= 196 && steps >= 32;
+    } else if (is_1x1) {
+      slower = (steps >= 32 && tiles >= 24 && tiles < 104) || (steps >= 12 && tiles >= 96 && c.C * c.K * 6 < room * 5);
+    } else {
+      slower = (steps >= 64 && tiles >= 24 && tiles < 264) || (steps >= 18 && tiles >= 196 && c.C * c.K * 5 < room * 4);
+    }
+    return !train && c.C >= 16 && !slower;
   }
 
   ConvRequirements requirements(const Conv2d&) const {

@@ -81,6 +81,13 @@ def gemm_sm90_window_fits(stride: int, pad: int, reach: int) -> bool:
 
 
 DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
+    "pointwise": lambda p, gpu: (
+        p.H == p.W == p.P == p.Q == p.R == p.S == p.groups == 1
+        and p.pad_h == p.pad_w == 0
+        and p.element_bytes <= 4
+        and 1 <= p.N
+        and max(p.N * p.C, p.N * p.K, p.C * p.K) <= 1 << 30
+    ),
     "gemm_sm90": lambda p, gpu: (
         gpu.has_wgmma
         and p.channels_last

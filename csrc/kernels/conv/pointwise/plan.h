@@ -70,7 +70,7 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
 
 struct Pointwise {
   static constexpr const char* kName = "pointwise";
-  static constexpr bool kGathersMoments = false;
+  static constexpr GathersMoments kGathersMoments = GathersMoments::never;
 
   int tile;            // of kTiles
   bool is_recent_gpu;  // compute capability 8.0 on
@@ -81,7 +81,8 @@ struct Pointwise {
                : std::nullopt;
   }
 
-  // Behind more products than these, tensor cores make up for a start that takes longer.
+  // One short kernel, where PyTorch has a longer one and a pass behind it. With more products than these, tensor cores would make
+  // up for their longer start. By an estimate: the rule has not been measured.
   bool is_faster(const Conv2d& c, bool train) const {
     constexpr int64_t kMostImages = 256, kMostProducts = int64_t{1} << 24;
     return is_recent_gpu && !train && c.N <= kMostImages && c.C * c.K <= kMostProducts / c.N;

@@ -205,8 +205,8 @@ class ConvBlock(Block):
         self.statistics: tuple[Tensor, Tensor] | None = None
 
     def _nothing(self, bias: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """A BatchNorm that changes nothing, for a bias of 16 bits: its op takes such a one as it is where all of its tensors are
-        alike, and a shift would have to be cast first."""
+        """A BatchNorm that changes nothing, for a bias of 16 bits. Its op takes that as it is, where all of its tensors
+        have one dtype; a shift would have to be cast first."""
         found = self.statistics
         if found is None or (found[0].device, found[0].dtype, found[0].shape) != (bias.device, bias.dtype, bias.shape):
             with torch.inference_mode(False):

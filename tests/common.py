@@ -24,7 +24,7 @@ FEW, MANY = 3, 20
 DEVICES = ("cpu", "cuda")
 """The parameters of the fixture ``device`` (conftest.py)."""
 
-CONV_ALGORITHMS = ("gemm_sm90", "stem_sm90", "stem_sm80", "depthwise", "gemm_sm80", "aten")
+CONV_ALGORITHMS = ("pointwise", "gemm_sm90", "stem_sm90", "stem_sm80", "depthwise", "gemm_sm80", "aten")
 """The algorithms of conv_scale_shift on CUDA, each of which tests force (ops/conftest.py's ``conv_device``)."""
 
 CONV_STATISTICS = ("from_output", "from_input")

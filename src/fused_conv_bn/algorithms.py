@@ -35,9 +35,9 @@ def use_algorithm(algorithm: str | None = None, statistics: str | None = None) -
     ``await``.
 
     Args:
-        algorithm: ``"gemm_sm90"``, ``"stem_sm90"``, ``"stem_sm80"``, ``"depthwise"``, ``"gemm_sm80"`` or ``"aten"``;
-            ``"by rule"``, whatever was measured; ``"default"`` for what the environment variable says; None to leave it
-            as it is.
+        algorithm: ``"pointwise"``, ``"gemm_sm90"``, ``"stem_sm90"``, ``"stem_sm80"``, ``"depthwise"``, ``"gemm_sm80"``
+            or ``"aten"``; ``"by rule"``, whatever was measured; ``"default"`` for what the environment variable says;
+            None to leave it as it is.
         statistics: where :func:`conv_bn_scale_train` takes a batch's statistics from, ``"from_output"`` or
             ``"from_input"``; ``"by rule"``, ``"default"`` or None as above.
 

@@ -63,6 +63,11 @@ inline void st_shared_v4_u32(uint32_t address, const List<uint32_t, 4>& v) {
   const uint32_t words[] = {*v[0], *v[1], *v[2], *v[3]};
   store_shared(address, words, 16);
 }
+inline void ld_global_u16(uint32_t& to, const void* from) {
+  uint16_t v;
+  load_global(from, &v, 2);
+  to = v;
+}
 inline void ld_global_u32(uint32_t& to, const void* from) { load_global(from, &to, 4); }
 inline void ld_global_v2_u32(const List<uint32_t, 2>& to, const void* from) {
   uint32_t words[2];

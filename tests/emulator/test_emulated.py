@@ -65,6 +65,11 @@ ALL_OF_KERNELS = (*FLOAT32_AND_16, torch.bfloat16)
 test_random_problems = some_of(test_conv.test_random_problems, dtype=ALL_OF_KERNELS)
 test_random_depthwise_problems = some_of(test_conv.test_random_depthwise_problems, dtype=ALL_OF_KERNELS)
 test_random_gemm_problems = some_of(test_conv.test_random_gemm_problems, dtype=ALL_OF_KERNELS)
+test_images_of_one_pixel = some_of(test_conv.test_images_of_one_pixel, dtype=ALL_OF_KERNELS)
+test_rows_of_one_pixel_anywhere_in_memory = some_of(
+    test_conv.test_rows_of_one_pixel_anywhere_in_memory, dtype=FLOAT32_AND_16
+)
+test_one_pixel_that_is_not_finite = some_of(test_conv.test_one_pixel_that_is_not_finite, dtype=FLOAT32_AND_16)
 test_problems = some_of(test_conv.test_problems, dtype=FLOAT32_AND_16)
 test_filters_of_few_terms = some_of(test_conv.test_filters_of_few_terms, dtype=FLOAT32_AND_16)
 test_activations_and_residual = some_of(test_conv.test_activations_and_residual, dtype=FLOAT32_AND_16)
@@ -218,31 +223,32 @@ def test_elementwise(shape, layout, dtype, capability, generator):
 
 # What each way takes: statistics, their merge and the convolution; two merges for sums over the input, of pairs of taps and of
 # channels; a pass in place behind a convolution, which gathers nothing, or its statistics as well (gemm_sm90).
-TRAIN_LAUNCHES = dict(zip(TRAIN_WAYS, (3, 4, 4, 4, 3, 4), strict=True))
+TRAIN_LAUNCHES = dict(zip(TRAIN_WAYS, (3, 4, 4, 4, 3, 4), strict=True)) | {("pointwise", "from_output"): 4}
 
 
-@pytest.mark.parametrize("way", TRAIN_WAYS, ids="-".join)
+@pytest.mark.parametrize("way", TRAIN_LAUNCHES, ids="-".join)
 def test_training_launches_its_own_passes_alone(way, generator):
     """Whatever the epilogue is, and whatever is missing."""
     algorithm, statistics = way
     gemm = algorithm.startswith("gemm")
     channels, groups = (12, 12) if algorithm == "depthwise" else (16 if gemm else 4, 1)
     filters = 24 if gemm else 12
-    x = torch.randn(2, channels, 9, 8, generator=generator)
-    w = torch.randn(filters, channels // groups, 3, 3, generator=generator)
+    pixels, taps, results = ((1, 1),) * 3 if algorithm == "pointwise" else ((9, 8), (3, 3), (7, 6))
+    x = torch.randn(2, channels, *pixels, generator=generator)
+    w = torch.randn(filters, channels // groups, *taps, generator=generator)
     if gemm:
         x, w = x.half().to(memory_format=torch.channels_last), w.half()
     bn = random_bn(filters, torch.float32, "cpu", generator)
     for given in (bn, (None,) * 4):
         for activation, residual in (("none", "none"), ("silu", "first"), ("relu", "last")):
-            like = torch.randn(2, filters, 7, 6, generator=generator).to(x.dtype)
+            like = torch.randn(2, filters, *results, generator=generator).to(x.dtype)
             kwargs = epilogue_of(like, activation, residual, generator)
             tensors = [None if t is None else t.clone() for t in given]
             emulated.conv_bn_scale_train(
                 x, w, None, *tensors, groups=groups, **kwargs, algorithm=algorithm, statistics=statistics
             )
             assert emulated.launches() == TRAIN_LAUNCHES[way]
-            emulated.bn_scale_train(torch.randn(2, filters, 7, 6, generator=generator), *tensors)
+            emulated.bn_scale_train(torch.randn(2, filters, *results, generator=generator), *tensors)
             assert emulated.launches() == 3
 
 
@@ -262,6 +268,14 @@ def test_convolutions_of_other_gpus(capability, algorithm, dtype, generator, mon
     for problem in ("problem 73", "depthwise, 5x5, stride 2", "rows of odd lengths, longer than a tile"):
         test_conv.test_problems("cpu", dtype, problem, generator)
         test_conv_bn.test_bn_problems("cpu", dtype, problem, generator)
+
+
+@pytest.mark.parametrize("capability", [75, 86])
+@pytest.mark.parametrize("dtype", ALL_OF_KERNELS, ids=str)
+def test_images_of_one_pixel_of_other_gpus(capability, dtype, generator, monkeypatch):
+    monkeypatch.setattr(common, "forced_algorithm", "pointwise")
+    by_algorithm(monkeypatch, algorithm="pointwise", capability=capability)
+    test_conv.test_images_of_one_pixel("cpu", dtype, generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

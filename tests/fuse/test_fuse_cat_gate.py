@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import fused_conv_bn as fcb
 
@@ -313,3 +314,25 @@ def test_more_tensors_than_the_op_takes() -> None:
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
     assert fcb.report(fused).groups() == ["bn relu"]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_convolutions_of_a_gate_are_launched_alone(device: str, dtype: torch.dtype, memory_format: Any) -> None:
+    """Nothing is cast or copied around a convolution with a bias and an activation; nor behind a change of the dtype."""
+    model = nn.Sequential(nn.Conv2d(12, 5, 1), nn.SiLU(), nn.Conv2d(5, 12, 1), nn.Sigmoid()).eval().to(device)
+    fused = fcb.fuse(copy.deepcopy(model))
+    x = torch.randn(3, 12, 1, 1, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.bfloat16()(x.bfloat16()), model.bfloat16()(x.bfloat16()), rtol=0.02, atol=0.02)
+        model, fused, x = (t.to(dtype=dtype, memory_format=memory_format) for t in (model, fused, x))
+        torch.testing.assert_close(fused(x), model(x), rtol=0.02, atol=0.02)
+        with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as profiler:
+            fused(x)
+            if device == "cuda":
+                torch.cuda.synchronize()
+    events = profiler.events() or []
+    assert not any(e.name == "aten::_to_copy" for e in events)
+    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        kernels = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(kernels) == 2 and all("pointwise_kernel" in name for name in kernels), kernels

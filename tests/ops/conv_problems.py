@@ -315,6 +315,7 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
 def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:
     """Whether the algorithm that is forced, if any, covers some of a test's calls; ``depthwise``: if those are among them."""
     covers = {
+        "pointwise": False,  # some have one such call, and test_images_of_one_pixel many
         "stem_sm90": dtype != torch.float64,
         "stem_sm80": dtype != torch.float64,
         "depthwise": depthwise and dtype != torch.float64,

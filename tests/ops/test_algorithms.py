@@ -72,8 +72,8 @@ def test_other_threads_have_the_default() -> None:
     [
         (
             ("fastest", None),
-            "use_algorithm: algorithm is 'fastest', expected one of 'gemm_sm90', 'stem_sm90', 'stem_sm80', "
-            "'depthwise', 'gemm_sm80', 'aten', 'by rule' or 'default'",
+            "use_algorithm: algorithm is 'fastest', expected one of 'pointwise', 'gemm_sm90', 'stem_sm90', "
+            "'stem_sm80', 'depthwise', 'gemm_sm80', 'aten', 'by rule' or 'default'",
         ),
         (
             ("aten", "anywhere"),
@@ -140,8 +140,8 @@ with fcb.use_algorithm("stem_sm80", "from_output"):
     first, second, third = output(FUSED_CONV_BN_CONV="aten")
     assert (first, second.split()[0], third) == ("aten", "stem_sm80", "aten")
     unknown = (
-        "explain: FUSED_CONV_BN_CONV is 'fastest', expected one of 'gemm_sm90', 'stem_sm90', 'stem_sm80', "
-        "'depthwise', 'gemm_sm80', 'aten', or nothing for a choice by rule"
+        "explain: FUSED_CONV_BN_CONV is 'fastest', expected one of 'pointwise', 'gemm_sm90', 'stem_sm90', "
+        "'stem_sm80', 'depthwise', 'gemm_sm80', 'aten', or nothing for a choice by rule"
     )
     first, second, third = output(FUSED_CONV_BN_CONV="fastest")
     assert (first, second.split()[0], third) == (unknown, "stem_sm80", unknown)
@@ -180,6 +180,8 @@ def test_explain_on_cuda(device: str) -> None:
     for algorithm in CONV_ALGORITHMS:
         with fcb.use_algorithm(algorithm):
             arguments = (deep, of_deep, 1, 1, 1, 16) if algorithm == "depthwise" else (x, w)
+            if algorithm == "pointwise":
+                arguments = x[..., :1, :1], w[..., :1, :1]
             if algorithm.startswith("gemm"):
                 arguments = x.to(memory_format=torch.channels_last), w[:1].repeat(8, 1, 1, 1)
             assert fcb.explain(*arguments).split()[0] == algorithm

@@ -112,6 +112,69 @@ def test_random_gemm_problems(conv_device, dtype, generator):
     assert covered >= least.get(common.forced_algorithm, 0) or dtype.itemsize > 2
 
 
+ONE_PIXEL = (
+    *((1, 1), (3, 5), (4, 96), (8, 33), (16, 8), (28, 50), (48, 70)),
+    *((96, 4), (102, 31), (144, 6), (480, 20), (1153, 3), (1290, 7)),
+)
+"""Channels and filters: fewer than a load has, as many as lanes share, odd ones, and more than are loaded at once."""
+
+
+@dtypes
+def test_images_of_one_pixel(conv_device, dtype, generator):
+    """As squeeze-and-excite blocks and classifiers have them. Strides and dilations make no difference."""
+    names, covered, calls = list(reference.ACTIVATIONS), 0, 0
+    for channels, filters in ONE_PIXEL:
+        for images in (1, 2, 5, 70):
+            covered += check(
+                make(
+                    *(generator, conv_device, dtype, (images, channels, 1, 1), (filters, channels, 1, 1)),
+                    *(1 + calls % 2, 0, 1 + calls % 3),
+                    formats=("cc", "cl", "lc", "ll")[calls % 4],
+                    residual=RESIDUALS[calls % 3],
+                    activation=names[calls % len(names)],
+                    bn=calls // 2 % 2 == 1,
+                )
+            )
+            calls += 1
+    assert covered == calls or common.forced_algorithm != "pointwise" or dtype == torch.float64
+
+
+@dtypes
+def test_rows_of_one_pixel_anywhere_in_memory(conv_device, dtype, generator):
+    """Off the 16-byte boundary, and weights whose channels or filters lie elsewhere than one behind the other."""
+    for channels, filters in ((8, 16), (28, 9), (96, 12)):
+        call = make(
+            *(generator, conv_device, dtype, (7, channels, 1, 1), (filters, channels, 1, 1)),
+            residual=True,
+            activation="silu",
+        )
+        expected = check(call)
+        for offsets in ((1, 0, 0), (0, 2, 0), (4, 4, 3), (2, 8, 1)):
+            moved = [
+                torch.empty(t.numel() + 16, device=conv_device, dtype=dtype)[offset : offset + t.numel()]
+                .view(t.shape)
+                .copy_(t)
+                for t, offset in zip((call.x, call.w, call.residual), offsets, strict=True)
+            ]
+            assert check(replace(call, x=moved[0], w=moved[1], residual=moved[2])) == expected
+        for w in (call.w.transpose(0, 1).contiguous().transpose(0, 1), call.w[:1].expand(call.w.shape)):
+            assert check(replace(call, w=w)) == expected
+
+
+@dtypes
+def test_one_pixel_that_is_not_finite(conv_device, dtype, generator):
+    """It spoils its own image, and none of its neighbours."""
+    for channels, filters in ((28, 9), (96, 24)):
+        call = make(generator, conv_device, dtype, (9, channels, 1, 1), (filters, channels, 1, 1))
+        for image, value in ((0, math.nan), (4, math.inf), (8, -math.inf)):
+            call.x[image, -1] = value
+        ours = call.ours()
+        if ours is not None:
+            torch.testing.assert_close(ours.isnan(), call.eager().isnan())
+            torch.testing.assert_close(ours.isinf(), call.eager().isinf())
+            assert ours[1:4].isfinite().all() and ours[5:8].isfinite().all()
+
+
 @dtypes
 def test_filters_of_few_terms(conv_device, dtype, generator):
     """Where each product's own error shows: that of an element is the largest of many."""

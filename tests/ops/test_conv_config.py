@@ -81,6 +81,13 @@ def gemm_sm90_window_fits(stride: int, pad: int, reach: int) -> bool:
 
 
 DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
+    "pointwise": lambda p, gpu: (
+        p.H == p.W == p.P == p.Q == p.R == p.S == p.groups == 1
+        and p.pad_h == p.pad_w == 0
+        and p.element_bytes <= 4
+        and 1 <= p.N
+        and max(p.N * p.C, p.N * p.K, p.C * p.K) <= 1 << 30
+    ),
     "gemm_sm90": lambda p, gpu: (
         gpu.has_wgmma
         and p.channels_last
@@ -219,14 +226,54 @@ def test_choices_stay_inside_the_domains(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.compute_capability}")
 def test_the_rule_stays_where_it_was_measured(gpu: Gpu) -> None:
-    """Dense convolutions of more than 16 input channels are gemm_sm90's where it covers them, in evaluation, or PyTorch's."""
+    """Dense convolutions of more than 16 input channels are pointwise's or gemm_sm90's where these cover them, in evaluation,
+    or PyTorch's."""
     rng = random.Random(gpu.multiprocessors)
     problems = [p for p in (random_problem(rng) for _ in range(2000)) if p.C > 16 and p.groups == 1]
     assert len(problems) > 100
     for problem in problems:
-        covered = DOMAINS["gemm_sm90"](problem, gpu)
-        assert configuration(problem, gpu).split()[0] in (("gemm_sm90", "aten") if covered else ("aten",)), problem
+        allowed = [name for name in ("pointwise", "gemm_sm90") if DOMAINS[name](problem, gpu)]
+        assert configuration(problem, gpu).split()[0] in (*allowed, "aten"), problem
         assert configuration(problem, gpu, statistics="from_output") == "aten", problem
+
+
+def one_pixel(images: int, channels: int, filters: int, element_bytes: int = 2) -> Problem:
+    return Problem(images, channels, 1, 1, filters, *(1,) * 6, 0, 0, 1, 1, 1, element_bytes, True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("images", "channels", "filters", "expected"),
+    [
+        (64, 8, 32, "pointwise 1 channel by 1 image"),
+        (64, 48, 1152, "pointwise 2 channels by 4 images"),
+        (64, 1152, 48, "pointwise 2 channels by 4 images"),
+        (64, 240, 10, "pointwise 1 channel by 1 image"),
+        (1, 1152, 48, "pointwise 1 channel by 1 image"),
+        (64, 960, 240, "pointwise 2 channels by 4 images"),
+        (256, 960, 240, "gemm_sm90 64 channels by 64 pixels"),
+        (257, 100, 10, "aten"),
+        (64, 1280, 1001, "aten"),
+    ],
+)
+def test_images_of_one_pixel(images: int, channels: int, filters: int, expected: str) -> None:
+    """Those of squeeze-and-excite blocks on an H200, in 16 bits: in evaluation, and as long as there is little to do."""
+    problem = one_pixel(images, channels, filters)
+    assert configuration(problem, GPUS[4]).startswith(expected)
+    assert not configuration(problem, GPUS[4], statistics="from_output").startswith("pointwise")
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.compute_capability}")
+def test_one_pixel_on_every_gpu(gpu: Gpu) -> None:
+    """Any numbers up to those of 32 bits; by rule from compute capability 8.0 on."""
+    for images, channels, filters in ((1, 1, 1), (1, 1 << 15, 1 << 15), (1 << 30, 1, 1), (3, 1 << 20, 77)):
+        for element_bytes in (2, 4):
+            problem = one_pixel(images, channels, filters, element_bytes)
+            assert configuration(problem, gpu, "pointwise").startswith("pointwise")
+    small = one_pixel(8, 40, 10, 4)
+    assert configuration(small, gpu).startswith("pointwise") == (gpu.compute_capability >= 80)
+    for other in (replace(small, pad_h=1, stride_h=3), replace(small, element_bytes=8), replace(small, N=1 << 29)):
+        with pytest.raises(RuntimeError, match="does not cover this convolution"):
+            configuration(other, gpu, "pointwise")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +363,9 @@ def test_statistics_stay_inside_their_domain() -> None:
     for _ in range(4000):
         problem, gpu = small_filter(random_problem(rng), rng), rng.choice(GPUS)
         chosen = configuration(problem, gpu, statistics="")
-        assert chosen.removesuffix(", statistics from the input") == configuration(problem, gpu)
+        evaluated = configuration(problem, gpu)
+        if not evaluated.startswith("pointwise"):  # that is for evaluation
+            assert chosen.removesuffix(", statistics from the input") == evaluated
         from_input = chosen.endswith(", statistics from the input")
         assert not from_input or (chosen.startswith("stem_sm90") and from_input_fits(problem, gpu)), (chosen, problem)
         seen.add(from_input)

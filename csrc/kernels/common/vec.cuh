@@ -57,6 +57,18 @@ __device__ __forceinline__ void store_words(void* address, const uint32_t (&w)[4
 }
 
 // If the condition holds, else zeros. As a branch it would wait for the load.
+__device__ __forceinline__ uint32_t load_half_if(bool condition, const void* address) {
+  uint32_t w;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.u32 %0, 0;\n@p ld.global.u16 %0, [%1];\n}"
+               : "=&r"(w)
+               : "l"(address), "r"(static_cast<int>(condition)));
+  return w;
+}
+__device__ __forceinline__ void load_words_if(bool condition, const void* address, uint32_t (&w)[1]) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.u32 %0, 0;\n@p ld.global.u32 %0, [%1];\n}"
+               : "=&r"(w[0])
+               : "l"(address), "r"(static_cast<int>(condition)));
+}
 __device__ __forceinline__ void load_words_if(bool condition, const void* address, uint32_t (&w)[2]) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\n@p ld.global.v2.u32 {%0, %1}, [%2];\n}"

@@ -20,6 +20,7 @@
 #include "kernels/conv/depthwise/plan.h"
 #include "kernels/conv/gemm_sm80/plan.h"
 #include "kernels/conv/gemm_sm90/plan.h"
+#include "kernels/conv/pointwise/plan.h"
 #include "kernels/conv/stem_sm80/plan.h"
 #include "kernels/conv/stem_sm90/plan.h"
 #include "problem.h"
@@ -38,7 +39,7 @@ struct Aten {
 };
 
 // The first one whose plan exists and is faster computes a convolution.
-using ConvPlan = std::variant<GemmSm90, StemSm90, StemSm80, Depthwise, GemmSm80, Aten>;
+using ConvPlan = std::variant<Pointwise, GemmSm90, StemSm90, StemSm80, Depthwise, GemmSm80, Aten>;
 
 inline ConvRequirements requirements_of(const ConvPlan& plan, const Conv2d& problem) {
   return std::visit([&](const auto& p) { return p.requirements(problem); }, plan);

@@ -205,11 +205,12 @@ class ConvBlock(Block):
         self.statistics: tuple[Tensor, Tensor] | None = None
 
     def _nothing(self, bias: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """A BatchNorm that changes nothing: its op casts a 16-bit bias inside, where a shift takes a kernel more."""
+        """A BatchNorm that changes nothing, for a bias of 16 bits. Its op takes that as it is, where all of its tensors
+        have one dtype; a shift would have to be cast first."""
         found = self.statistics
-        if found is None or found[0].device != bias.device or found[0].shape != bias.shape:
+        if found is None or (found[0].device, found[0].dtype, found[0].shape) != (bias.device, bias.dtype, bias.shape):
             with torch.inference_mode(False):
-                zero, one = (bias.new_full(bias.shape, v, dtype=torch.float32) for v in (0.0, 1.0))
+                zero, one = (bias.new_full(bias.shape, v) for v in (0.0, 1.0))
             found = self.statistics = zero, one
         return (*found, None, None)
 

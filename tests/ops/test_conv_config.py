@@ -91,9 +91,9 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
     "gemm_sm90": lambda p, gpu: (
         gpu.has_wgmma
         and p.channels_last
-        and p.element_bytes == 2
+        and (p.element_bytes == 2 or (p.element_bytes == 4 and p.allow_tf32))
         and p.groups == 1
-        and p.C % 8 == p.K % 8 == 0
+        and p.C * p.element_bytes % 16 == p.K * p.element_bytes % 16 == 0
         and gemm_sm90_window_fits(p.stride_h, p.pad_h, p.dilation_h * (p.R - 1))
         and gemm_sm90_window_fits(p.stride_w, p.pad_w, p.dilation_w * (p.S - 1))
         and max(p.N * p.P * p.Q, p.N * p.H * p.W, p.C * p.R * p.S, p.K) <= 1 << 30
@@ -279,10 +279,11 @@ def test_one_pixel_on_every_gpu(gpu: Gpu) -> None:
 @pytest.mark.parametrize(
     ("images", "channels", "filters", "taps", "side", "expected"),
     [
-        (32, 64, 256, 1, 56, "gemm_sm90 64 channels by 128 pixels, weights in shared memory"),
+        (32, 64, 256, 1, 56, "gemm_sm90 64 channels by 64 pixels, weights in shared memory"),
+        (32, 128, 32, 3, 56, "gemm_sm90 32 channels by 128 pixels and what their windows reach, weights in shared memory"),
         (1, 512, 512, 3, 7, "gemm_sm90 64 channels by 64 pixels, channels in 4 parts"),
         (1, 512, 512, 3, 28, "aten"),
-        (32, 512, 512, 3, 7, "aten"),
+        (32, 512, 512, 3, 7, "gemm_sm90 64 channels by 128 pixels and what their windows reach"),
         (32, 2048, 512, 1, 7, "aten"),
     ],
 )

@@ -318,7 +318,7 @@ struct GemmSm90 {
     const int steps = layout.steps;
     bool slower = false;
     if (layout.halo) {
-      slower = tiles >= 3000 && steps >= 36;
+      slower = (steps >= 36 && tiles >= 3000) || (steps >= 64 && tiles >= 24 && tiles < 40);
     } else if (is_tf32) {
       slower = tiles >= 196 && steps >= 32;
     } else if (is_1x1) {

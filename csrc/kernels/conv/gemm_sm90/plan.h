@@ -309,7 +309,8 @@ struct GemmSm90 {
   }
 
   // Measured on an H200 for the layers of ten networks, batch 1 to 128. PyTorch's is faster where tiles are few and long, or long
-  // and partly empty, unless pixels are fetched once; in TF32 where many are long. Fewer than 16 channels are for stems.
+  // and partly empty, unless pixels are fetched once; in TF32 where many are long. Fewer than 16 channels are for stems. In
+  // training what it gathers takes time: there it is faster where a result has few terms.
   bool is_faster(const Conv2d& c, bool train) const {
     constexpr int64_t kTile = 128;
     const int64_t tiles = ceil_div(c.N * c.P * c.Q, kTile) * ceil_div(c.K, kTile);
@@ -317,7 +318,10 @@ struct GemmSm90 {
     const bool is_1x1 = c.R * c.S == 1, is_tf32 = c.element_bytes == 4;
     const int steps = layout.steps;
     bool slower = false;
-    if (layout.halo) {
+    if (train) {
+      constexpr int64_t kFewTerms = 256, kManyPixels = 6272;
+      slower = !is_1x1 || c.C > kFewTerms || c.N * c.P * c.Q < kManyPixels || (c.C >= 160 && c.K > 4 * c.C);
+    } else if (layout.halo) {
       slower = (steps >= 36 && tiles >= 3000) || (steps >= 64 && tiles >= 24 && tiles < 40);
     } else if (is_tf32) {
       slower = tiles >= 196 && steps >= 32;
@@ -326,7 +330,7 @@ struct GemmSm90 {
     } else {
       slower = (steps >= 64 && tiles >= 24 && tiles < 264) || (steps >= 18 && tiles >= 196 && c.C * c.K * 5 < room * 4);
     }
-    return !train && c.C >= 16 && !slower;
+    return c.C >= 16 && !slower;
   }
 
   ConvRequirements requirements(const Conv2d&) const {

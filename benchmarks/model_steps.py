@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_conv_bn._fuse.root import undisturbed
-from fused_conv_bn._graphs.cuda import Cuda
 from fused_conv_bn._model_times import FACTOR, LARGE, norm_error
 
 NOTES = {
     "step": "train: forward in training mode, in autocast to the dtype with float32 parameters, and backward of a "
     "gradient of the result that is always the same, over the number of images; without a loss, an optimiser and the "
-    "scaling of gradients. fused: of fuse(model); graphed, eager graphed: the whole step as one CUDA graph. errors: "
+    "scaling of gradients. fused: of fuse(model). No CUDA graphs: one of PyTorch's own step ends in an illegal memory access. errors: "
     "the norm of the difference of all gradients over their norm in float64; what is ours must be within "
     f"max({FACTOR} * eager's, {LARGE}), as in python -m fused_conv_bn bench.",
 }
@@ -53,19 +52,6 @@ class ModelStep:
             y.backward(self.dy)
 
         return step
-
-    def graphed(self, model: nn.Module) -> Step:
-        """The step as a CUDA graph, on a copy of the model that nothing else uses."""
-        step, side = self.step_of(model), Cuda(self.x.device)
-        with side.aside():
-            for _ in range(3):
-                step()
-        torch.cuda.synchronize()
-        for p in model.parameters():
-            p.grad = None
-        graph, _ = side.capture(step)
-        replay: Any = graph.replay
-        return lambda: replay()
 
     def truth(self) -> list[Tensor]:
         model = self.copied().double()

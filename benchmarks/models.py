@@ -39,7 +39,7 @@ RIVALS = {
 COLUMNS = {
     ("cuda", False): ("eager", "eager graphed", "cudnn graphed", "compile graphed", "autotune graphed", "jax"),
     ("cpu", False): ("eager", "compile freezing", "jax"),
-    ("cuda", True): ("eager", "eager graphed", "compile"),
+    ("cuda", True): ("eager", "compile"),
     ("cpu", True): ("eager", "compile"),
 }
 OURS = ("graphed", "frozen", "fused")  # the first of them that a row has is what rivals are compared with
@@ -267,10 +267,6 @@ class ModelBench:
         if "eager" in wanted:
             forms["eager"] = of.step_of(of.model)
         makers: dict[str, Callable[[nn.Module], Callable[[], object]]] = {}
-        if self.device == "cuda":
-            makers["graphed"] = lambda copied: of.graphed(fcb.fuse(copied, of.x))
-        if "eager graphed" in wanted:
-            makers["eager graphed"] = of.graphed
         if "compile" in wanted:
             copied = of.copied()
             compiled, not_compiled = self.compiler.all_of({"compile": copied}, lambda run: of.step_of(run)())

@@ -71,7 +71,7 @@ inline std::optional<ConvPlan> make_plan(const std::string& name, const Conv2d& 
 }
 
 // By the rules of the plans. They say where an algorithm is faster than PyTorch's convolution with the epilogue behind it, ReLU's
-// and SiLU's. gemm_sm90 was measured by itself (its plan.h), pointwise was estimated, all others were measured on an H200 against
+// and SiLU's. gemm_sm90 and pointwise were measured by themselves (their plan.h), all others on an H200 against
 // torch 2.11 with cuDNN 9.19, under PyTorch's default flags, for 834 random problems: 1 to 16 channels and depthwise, filters of
 // 1x1 to 7x7, batch 1 to 64, three dtypes, both layouts. By these rules 18 of them took more than 1.03 times PyTorch's time, 1.4
 // at most; the geometric mean over all was 1.06 times that of the best choice. train: with a batch's statistics.

@@ -148,7 +148,7 @@ class ConvBnScale2d(nn.Module):
         bn: nn.BatchNorm2d,
         scaling_factor: float | Tensor,
         activation: Any,
-        negative_slope: float,
+        negative_slope: Any,
         residual_last: bool,
     ) -> None:
         _check_scaling_factor(op, scaling_factor)

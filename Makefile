@@ -1,6 +1,10 @@
 # Every task around this repository: `make` lists them. On a Linux machine with Python 3.10 or newer, a C++ compiler and
 # a network, each of them first installs what it needs into .venv and builds what has changed.
 
+ifneq ($(words $(CURDIR)),1)
+$(error This folder has a space in its path, which make cannot work with: $(CURDIR))
+endif
+
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0

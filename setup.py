@@ -20,7 +20,13 @@ Environment:
 
 from setuptools import setup
 
+from build_tools import readme
 from build_tools.commands import BdistWheel, BuildExt, extensions
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel})
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
+        long_description=readme.of_package(),
+        long_description_content_type="text/markdown",
+    )

@@ -12,6 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fused_conv_bn import _cli
+from fused_conv_bn._cli import UsageError, why_not_writable
+from fused_conv_bn._demo import why_no_gpu
+from fused_conv_bn._progress import part
+
 from . import (
     charts,
     documents,
@@ -42,9 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
     )
-    parser.add_argument("--max-mb", type=float, help=f"leave out larger tensors (default on the CPU: {CPU_MAX_MB})")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per number (default: 5)")
-    parser.add_argument("--conv-batch", type=int, metavar="N", help="batch of all convolutions (default: each part's)")
+    parser.add_argument(
+        "--max-mb", type=_megabytes, metavar="MB", help=f"leave out larger tensors (default on the CPU: {CPU_MAX_MB})"
+    )
+    parser.add_argument("--repeats", type=_positive, metavar="N", default=5, help="timings per number (default: 5)")
+    parser.add_argument(
+        "--conv-batch", type=_positive, metavar="N", help="batch of all convolutions (default: each part's)"
+    )
     parser.add_argument(
         "--compile-budget",
         type=float,
@@ -68,25 +77,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _megabytes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+    return number
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1 on")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser = _cli.Parser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     add_arguments(parser)
-    args = parser.parse_args(argv)
+    return _cli.run("benchmarks", lambda: _main(parser.parse_args(argv)))
+
+
+def _main(args: argparse.Namespace) -> int:
     if args.render:
         for path in args.render:
             path.write_text(documents.render(path.read_text()))
         return 0
-    if args.charts and importlib.util.find_spec("matplotlib") is None:
-        print("benchmarks: --charts needs matplotlib: pip install matplotlib", file=sys.stderr)
-        return 1
+    check_files(args)
     if args.from_record:
-        found = record.read(args.from_record)
-    else:
-        if args.record and (why := why_not_writable(args.record)):
-            print(f"benchmarks: cannot write the record: {why}", file=sys.stderr)
-            return 1
         try:
-            found = measure(args)
+            found = record.read(args.from_record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"--from-record is {args.from_record}, expected a file that --record wrote") from error
+    else:
+        if args.device == "cuda" and (why := why_no_gpu()):
+            raise UsageError(f"--device is cuda: {why}")
+        try:
+            with part("benchmarks"):
+                found = measure(args)
         except InaccurateError as error:
             print(f"benchmarks: stopped before any timing: {error}", file=sys.stderr)
             return 1
@@ -107,17 +136,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if found.get("failed") else 0
 
 
-def why_not_writable(path: Path) -> str:
-    """Asked before minutes of measuring; creates the directory, and leaves a file that is there as it is."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        path.open("a").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        return str(error)
-    return ""
+def check_files(args: argparse.Namespace) -> None:
+    """Before minutes of measuring. Creates folders that are missing."""
+    if args.charts and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--charts needs matplotlib: pip install matplotlib")
+    for option, path in (
+        ("--record", None if args.from_record else args.record),
+        ("--charts", args.charts and args.charts / "chart.png"),
+    ):
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            why = why_not_writable(path)
+        except OSError as error:
+            why = _cli.reason(error)
+        if why:
+            raise UsageError(f"{option} is {getattr(args, option[2:])}, which cannot be written to: {why}")
 
 
 if __name__ == "__main__":

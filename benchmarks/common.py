@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_conv_bn._progress import progress as progress
 
 MB = 1 << 20
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -126,13 +127,3 @@ class Compiler:
 
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-
-
-def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """``items`` behind a progress bar on stderr, if tqdm is installed."""
-    try:
-        tqdm: Any = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        return items
-    bar: Iterable[Any] = tqdm(items, desc=what, leave=False, file=sys.stderr)
-    return bar

@@ -52,8 +52,10 @@ NOTES = {
     "limit of compile time.",
     "cudnn": "torch.cudnn_convolution_relu, or _add_relu, on weight and bias with BN and factor folded into them. It "
     "has a ReLU also where the layer has ReLU6 or no activation: as much work, but another result.",
+    "folded": "on the CPU: F.conv2d on weight and bias with BN and factor folded into them before, as "
+    "torch.nn.utils.fusion.fuse_conv_bn_eval makes them, then += residual and the activation in place.",
     "conv": "F.conv2d without bias and with nothing behind it: what eager and aten contain.",
-    "best rival": "the fastest of eager, compile and cudnn.",
+    "best rival": "the fastest of eager, compile, cudnn and folded.",
     "copy": "of a tensor like the output, which reads and writes it once; on the CPU y.clone().",
     "floor": "the larger of bytes / copy rate and flop / matrix rate (rates). bytes: input (the pixels that windows "
     "cover), weight and residual read once, output written once. copy rate: of 512 MB (CPU: 64), read and written "
@@ -207,10 +209,25 @@ class Problem:
         ours = self.ours()["ours"]
         return {name: forced(ours, name) for name in self.case.forced} if self.x.is_cuda else {}
 
-    def folded_cudnn(self) -> Callable[..., Tensor]:
+    def folded_parameters(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution with BatchNorm and the factor in them."""
         conv = self.plain.conv
         weight = (conv.weight * self.scale.view(-1, 1, 1, 1)).to(conv.weight)
-        weight, bias = weight.contiguous(memory_format=LAYOUTS[self.case.layout]), self.shift.to(self.x.dtype)
+        return weight.contiguous(memory_format=LAYOUTS[self.case.layout]), self.shift.to(self.x.dtype)
+
+    def folded(self) -> Callable[..., Tensor]:
+        weight, bias = self.folded_parameters()
+
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            y = F.conv2d(x, weight, bias, *self.window)
+            if residual is not None:
+                y += residual
+            return activated(y, self.case.layer.activation)
+
+        return run
+
+    def folded_cudnn(self) -> Callable[..., Tensor]:
+        weight, bias = self.folded_parameters()
         stride, padding, dilation, groups = self.window
         if self.residual is None:
             return lambda x: torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
@@ -392,7 +409,8 @@ class ConvBench:
             missing["compile"] = "this row has none, see the note on compile in the record"
         has_cudnn = problem.x.is_cuda and not problem.case.train  # which has no op with batch statistics
         cudnn, no_cudnn = usable({"cudnn": problem.folded_cudnn()} if has_cudnn else {}, problem.inputs())
-        return {"eager": problem.plain, **compiled, **cudnn}, {**missing, **no_cudnn}
+        folded: Calls = {} if problem.x.is_cuda or problem.case.train else {"folded": problem.folded()}
+        return {"eager": problem.plain, **compiled, **cudnn, **folded}, {**missing, **no_cudnn}
 
     def row(self, problem: Problem, rates: dict[str, Any]) -> dict[str, Any]:
         case = problem.case

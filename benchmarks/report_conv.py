@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from .record import Report, Row
 from .report import short, table
 
-RATIOS = ["eager", "best compile", "cudnn", "best rival", "conv", "aten", "pair"]
+RATIOS = ["eager", "best compile", "cudnn", "folded", "best rival", "conv", "aten", "pair"]
 SLOWER = 1.03  # times what it is held to: such a row has a line of its own
 ERRORS = {"norm": "error, x eager's", "element": "by element"}
 ERRORS |= {name: name for name in ("running_mean", "running_var")}  # those of the rows in training mode

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 import fused_conv_bn as fcb
+from fused_conv_bn._cli import UsageError
 
 from . import (
     activations,
@@ -147,6 +148,11 @@ def measure(args: argparse.Namespace) -> record.Report:
     of_networks = network_layers.layer_cases(args) if "layers" in parts else []
     in_steps = selected_steps(args, device) if "steps" in parts else []
     short = short_planes.short_cases() if device == "cpu" and "bn_scale_train" in parts else []
+    selected_by_part = [cases, convs, with_each, in_grad_mode, joined, pooled, whole, of_networks, in_steps, short]
+    if not any(selected_by_part) and "host" not in parts:
+        raise UsageError(
+            f"nothing of {', '.join(parts)} is left to measure: --max-mb, --models or --layers leaves out all of it"
+        )
     compilers = {
         part: Compiler((0.0 if args.quick else budget) if args.compile_budget is None else args.compile_budget)
         for part, budget in COMPILE_BUDGETS.items()

@@ -6,6 +6,7 @@ flags          what the compilers and the linker are told
 extension      the libraries as torch's extensions, built by torch's BuildExtension; the only module that imports it
 commands       setuptools' commands
 backend        what pip calls
+readme         README.md, as a package index shows it
 """
 
 from __future__ import annotations

@@ -9,16 +9,20 @@ import os
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
-from build_tools import environment
+from build_tools import environment, fail
+
+environment.check_setuptools()
 
 
 def get_requires_for_build_wheel(config_settings=None):
     """What pip installs for a build in isolation, besides pyproject.toml's list: what the environment lacks."""
     requires = build_meta.get_requires_for_build_wheel(config_settings)
-    torch = environment.find_torch()
+    torch = environment.installed_torch()
     major: int | None = 13  # PyPI's torch is a build for CUDA 13
-    if isinstance(torch, str):
+    if torch is None:
         requires.append("torch>={}.{}".format(*environment.MIN_TORCH))
+    elif problem := torch.problem():
+        fail(problem)  # now, and not when what was built for another one is imported
     else:
         major = torch.cuda_major
     setting = os.environ.get("FUSED_CONV_BN_CUDA", "").strip()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-from build_tools import MATRIX, environment, fail, libraries
+from build_tools import MATRIX, ROOT, environment, fail, libraries
+
+environment.check_setuptools()
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  (older ones have none)
 
 
 def extensions() -> list[Extension]:
@@ -61,6 +65,11 @@ class BuildExt(build_ext):
         from build_tools import extension  # imports torch
 
         directory = Path(self.build_temp) / library
+        if (
+            self.editable_mode
+        ):  # pip's folder is new each time, and all would be compiled again: as `build_ext --inplace`
+            name_of_build = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            directory = ROOT / "build" / name_of_build / library
         if not extension.build(library, self.tools, directory):
             fail(f"{name} could not be compiled; the compiler's messages are above")
         return directory / name

@@ -16,6 +16,7 @@ from pathlib import Path
 from build_tools import MATRIX, fail
 
 MIN_TORCH = (2, 10)
+MIN_SETUPTOOLS = 77  # what pyproject.toml asks for, where pip installs it
 CUDA_REQUIREMENT = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"
 
 
@@ -60,12 +61,27 @@ def import_torch(torch: Torch) -> None:
         fail(f"torch {torch.version} is installed, and importing it fails ({error}): pip install -U torch")
 
 
+def check_setuptools() -> None:
+    """Without isolation pip takes the setuptools that is there."""
+    import setuptools  # which not everybody has who uses this module
+
+    if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+        fail(
+            f"building needs setuptools {MIN_SETUPTOOLS} or newer, and {setuptools.__version__} is installed: "
+            f"pip install -U setuptools"
+        )
+
+
+def installed_torch() -> Torch | None:
+    """The first that there is, new enough or not."""
+    found = (path / "torch" for path in site_packages())
+    return next((Torch(path) for path in found if (path / "version.py").exists()), None)
+
+
 def find_torch() -> Torch | str:
     """The torch to build against, or a sentence that says why there is none."""
-    for path in site_packages():
-        if (path / "torch" / "version.py").exists():
-            torch = Torch(path / "torch")
-            return torch.problem() or torch
+    if torch := installed_torch():
+        return torch.problem() or torch
     wanted = "{}.{}".format(*MIN_TORCH)
     return f"building needs torch {wanted} or newer, and {sys.executable} has none: pip install torch"
 
@@ -146,7 +162,7 @@ class Tools:
         if shutil.which(self.cxx[-1]) is None:
             fail(
                 f"building needs a C++ compiler, and {self.cxx[-1]} is not in PATH: install one, for example with "
-                f"apt install g++, or let CXX name it; the wheel (pip install fused_conv_bn) needs none"
+                f"apt install g++, or let CXX name it; a wheel needs none"
             )
         self.compiler = str(shutil.which(self.cxx[-1]))
         self.path = os.pathsep.join([os.environ.get("PATH", ""), f"{sys.prefix}/bin"])

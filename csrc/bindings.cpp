@@ -89,6 +89,8 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   // the environment says, and '' to leave it as it is. No kernel without a CUDA library: _check_algorithm checks the names.
   m.def("_use_algorithm(str algorithm, str statistics) -> (str algorithm, str statistics)");
   m.def("_check_algorithm(str algorithm, str statistics) -> ()");
+  // The names in the environment, FUSED_CONV_BN_CONV and FUSED_CONV_BN_STATISTICS: an unknown one is an error.
+  m.def("_check_environment() -> ()");
 
   // Batch statistics, in three forms. The first returns the result alone; _stats the batch's mean and the inverse of its
   // deviation as well, for a backward; _functional writes to no argument, and returns the updated running statistics, which are

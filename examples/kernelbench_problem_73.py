@@ -48,7 +48,13 @@ def get_init_inputs() -> list[int | float]:
     return [in_channels, out_channels, kernel_size, scaling_factor]
 
 
+def text(us: float) -> str:
+    value, unit = (us, "us") if us < 1e3 else (us / 1e3, "ms") if us < 1e6 else (us / 1e6, "s")
+    return f"{value:.3g} {unit}"
+
+
 def main() -> None:
+    from fused_conv_bn._progress import part
     from fused_conv_bn._stopwatch import time_us
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,13 +66,16 @@ def main() -> None:
     for mode, grad in (("train", True), ("train", False), ("eval", False)):
         for model in models:
             model.train(mode == "train")
-        with torch.no_grad():
-            difference = (models[0](x) - models[1](x)).abs().max().item()
-        with torch.set_grad_enabled(grad):
-            old_us, new_us = time_us([lambda model=model: model(x) for model in models], device)
+        name = f"{mode}, {'grad mode on' if grad else 'no_grad'}"
+        with part(name):  # seconds on a CPU
+            with torch.no_grad():
+                difference = (models[0](x) - models[1](x)).abs().max().item()
+            with torch.set_grad_enabled(grad):
+                old_us, new_us = time_us([lambda model=model: model(x) for model in models], device)
         print(
-            f"{mode}, {'grad mode on' if grad else 'no_grad'}: largest difference {difference:.1e}; Model {old_us:.0f} "
-            f"us, ModelNew {new_us:.0f} us, {old_us / new_us:.1f} times as fast"
+            f"{name}: largest difference {difference:.1e}; Model {text(old_us)}, ModelNew {text(new_us)}, "
+            f"{old_us / new_us:.1f} times as fast",
+            flush=True,
         )
     for name in ("running_mean", "running_var"):
         old, new = (getattr(model.bn, name) for model in models)

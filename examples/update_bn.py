@@ -4,25 +4,30 @@ That is what averaged weights (SWA, EMA), domain adaptation and calibration need
 without a gradient, which is where ConvBnScale2d runs its fused op. The data are crops of a photograph that matplotlib
 ships, so that nothing is downloaded.
 
+    pip install matplotlib
     python examples/update_bn.py
 """
 
 import time
 
-import matplotlib.cbook
-import matplotlib.image
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset
 
 import fused_conv_bn as fcb
+from fused_conv_bn._progress import part
 
 
 class Crops(Dataset[Tensor]):
     """Square crops of a photograph, evenly spaced, as (3, size, size) in [0, 1]."""
 
     def __init__(self, count: int, size: int) -> None:
+        try:
+            import matplotlib.cbook
+            import matplotlib.image
+        except ImportError as error:
+            raise SystemExit(f"update_bn.py needs matplotlib: pip install matplotlib ({error})") from None
         with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
             pixels = matplotlib.image.imread(file, format="jpg")
         self.image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
@@ -68,15 +73,17 @@ def run(count: int = 512, size: int = 64, batch: int = 64) -> float:
         torch.manual_seed(0)
         # The weights are those of the average, whose statistics no training step has seen.
         averaged = AveragedModel(network(fused).to(device))
-        update_bn(loader, averaged, device)  # once to warm up: it starts from nothing each time
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        update_bn(loader, averaged, device)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        elapsed_ms = (time.perf_counter() - start) * 1e3
-        print(f"{'fused' if fused else 'plain'}: {count} crops in {elapsed_ms:.1f} ms on {device}")
+        name = "fused" if fused else "plain"
+        with part(name):  # seconds on a CPU
+            update_bn(loader, averaged, device)  # once to warm up: it starts from nothing each time
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            update_bn(loader, averaged, device)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            elapsed_ms = (time.perf_counter() - start) * 1e3
+        print(f"{name}: {count} crops in {elapsed_ms:.0f} ms on {device}", flush=True)
         models.append(averaged)
     difference = 0.0
     for (name, old), new in zip(models[0].named_buffers(), models[1].buffers(), strict=True):

@@ -2,6 +2,7 @@
 // chosen by rule.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -89,6 +90,16 @@ inline ConvStatistics choose_statistics(const char* op, const Asked& asked, cons
     fail_not_covered(op, asked, "from_output");
   }
   return statistics;
+}
+
+// The environment's names. The CUDA library reads them once, when it is loaded.
+constexpr const char* kAlgorithmVariable = "FUSED_CONV_BN_CONV";
+constexpr const char* kStatisticsVariable = "FUSED_CONV_BN_STATISTICS";
+constexpr const char* kVariableOtherwise = "or nothing for a choice by rule";
+
+inline std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
 }
 
 // What use_algorithm() has set for a thread; nullptr: what the environment says.

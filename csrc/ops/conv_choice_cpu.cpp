@@ -79,11 +79,22 @@ void check_algorithm(StringHandle algorithm_handle, StringHandle statistics_hand
   use_algorithm({}, algorithm, statistics);
 }
 
+void check_environment() {
+  const std::string algorithm = variable(kAlgorithmVariable), statistics = variable(kStatisticsVariable);
+  if (!algorithm.empty()) {
+    find_algorithm("fused_conv_bn", {kAlgorithmVariable, algorithm.c_str(), kVariableOtherwise});
+  }
+  if (!statistics.empty()) {
+    find_statistics("fused_conv_bn", {kStatisticsVariable, statistics.c_str(), kVariableOtherwise});
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CompositeExplicitAutograd, m) {
   m.impl("_explain_problem", TORCH_BOX(&explain_problem));
   m.impl("_check_algorithm", TORCH_BOX(&check_algorithm));
+  m.impl("_check_environment", TORCH_BOX(&check_environment));
   m.impl("_set_choices.cpu", TORCH_BOX(&set_choices));
 }
 

@@ -1,6 +1,5 @@
 // The choice of an algorithm on CUDA: what the user asks for, by use_algorithm() or in the environment, else what tuning has found,
 // else the rule.
-#include <cstdlib>
 
 #include "conv_choice.h"
 #include "torch/marshal.h"
@@ -52,21 +51,14 @@ const std::string& device_name(int32_t index) {
   return all.at(static_cast<size_t>(index));
 }
 
-std::string variable(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? "" : value;
-}
-
-// Read once, when the library is loaded. Unknown names are refused by the first convolution.
-constexpr const char* kAlgorithmVariable = "FUSED_CONV_BN_CONV";
-constexpr const char* kStatisticsVariable = "FUSED_CONV_BN_STATISTICS";
+// Read once, when the library is loaded. Unknown names are refused by the first convolution, and before by Python's import.
 const std::string default_algorithm = variable(kAlgorithmVariable);
 const std::string default_statistics = variable(kStatisticsVariable);
 
 thread_local ThreadChoice thread_choice;
 
 Asked asked(const char* chosen, const char* argument, const std::string& by_default, const char* from) {
-  return chosen == nullptr ? Asked{from, by_default.c_str(), "or nothing for a choice by rule"}
+  return chosen == nullptr ? Asked{from, by_default.c_str(), kVariableOtherwise}
                            : Asked{argument, chosen, kUseAlgorithmOtherwise};
 }
 

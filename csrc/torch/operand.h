@@ -25,6 +25,14 @@ inline std::string list_text(const int64_t* values, int64_t count) {
   return text + "]";
 }
 
+// None, which PyTorch passes on as an undefined tensor where an op wants one, ends in a sentence.
+inline const Tensor& defined(const char* argument, const Tensor& t) {
+  if (!t.defined()) {
+    fail("fused_conv_bn: ", argument, " is None, expected a tensor");
+  }
+  return t;
+}
+
 // A tensor argument with its name and its metadata, read once. Refers to the argument.
 struct Operand {
   const char* name;
@@ -38,7 +46,7 @@ struct Operand {
 
   Operand(const char* argument, const Tensor& t)
       : name(argument),
-        tensor(&t),
+        tensor(&defined(argument, t)),
         dim(t.dim()),
         sizes(t.sizes().data()),
         strides(t.strides().data()),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,11 @@ import torch
 
 import fused_conv_bn as fcb
 
-from ._cli_model import UsageError, load
+from ._cli import UsageError, why_not_writable
+from ._cli_model import load
 from ._demo import why_no_gpu
 from ._model_times import LARGE, Case, Record, measure
+from ._progress import part
 from ._table import table
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -78,29 +78,27 @@ def _size(text: str) -> tuple[int, ...]:
 
 
 def bench(args: argparse.Namespace) -> int:
-    try:
-        check_files(args)
+    check_files(args)
+    with part(args.model):
         case = case_of(args)
         with torch.set_grad_enabled(args.train):
             record = {**described(args), **measure(case, args.rounds)}
-        print(text(record))
-        if args.json:
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
-            print(f"wrote {args.json}")
-        if args.chart:
+    print(text(record))
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    if args.chart:
+        with part("draw"):
             draw(record, args.chart)
-            print(f"wrote {args.chart}")
-    except (UsageError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+        print(f"wrote {args.chart}")
     return 0 if all(v["problem"] is None or v["name"] == "compile" for v in record["variants"]) else 1
 
 
 def check_files(args: argparse.Namespace) -> None:
     """Before minutes of measuring."""
     for option, path in (("--json", args.json), ("--chart", args.chart)):
-        if path is not None and (not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise UsageError(f"{option} is {path}, expected a file in a folder that is there and can be written to")
+        if path is not None and (why := why_not_writable(path)):
+            raise UsageError(f"{option} is {path}, which cannot be written to: {why}")
     if args.chart is not None:
         if args.chart.suffix != ".png":
             raise UsageError(f"--chart is {args.chart}, expected a name that ends in .png")

@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import nn
 
-
-class UsageError(Exception):
-    """What is wrong with a command line, in one sentence."""
+from ._cli import UsageError
 
 
 def load(spec: str) -> tuple[nn.Module, tuple[Any, ...] | None]:

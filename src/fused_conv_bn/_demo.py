@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ConvBnScale2d, _loader, bn_scale
+from ._cli import UsageError
+from ._progress import part, progress
 from ._stopwatch import time_us
 from ._table import table
 
@@ -52,7 +54,7 @@ def choose_device(wanted: str | None) -> str:
     if not why:
         return "cuda"
     if wanted == "cuda":
-        raise SystemExit(f"demo: {why}")
+        raise UsageError(f"--device is cuda: {why}")
     print(f"On the CPU: {why}.\n")
     return "cpu"
 
@@ -76,7 +78,8 @@ def largest_errors(
 def demo(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     torch.manual_seed(0)
-    model = Model().eval().to(device)
+    with part("start"):  # a GPU's first kernels take seconds
+        model = Model().eval().to(device)
     ours = ConvBnScale2d.from_modules(model.conv, model.bn, model.scaling_factor)
     model64 = Model().eval().to(device).double()
     model64.load_state_dict(model.state_dict())
@@ -105,7 +108,7 @@ def demo(args: argparse.Namespace) -> int:
     print("Medians; errors are the largest one against float64 over the largest result.\n")
     rows = [("", "eager", "ours", "speed-up", "eager's error", "our error")]
     accurate = True
-    for name, reference, inputs, eager_call, our_call in cases:
+    for name, reference, inputs, eager_call, our_call in progress(cases, "check and time"):
         eager_error, our_error = largest_errors(reference, inputs, (eager_call(), our_call()))
         eager_us, our_us = time_us((eager_call, our_call), device)
         # Twice eager's error is the package's promise; one rounding is what storing a result costs by itself.

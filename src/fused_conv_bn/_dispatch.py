@@ -52,14 +52,18 @@ def _unusual(op: str, names: tuple[str, ...], required: tuple[Any, ...], optiona
     if any(isinstance(t, torch.fx.Proxy) for t in tensors):
         return RAW
     for i, (name, t) in enumerate(zip(names, tensors, strict=True)):
-        may_be_none = i >= len(required)
-        if not (isinstance(t, Tensor) or (t is None and may_be_none)):
-            what = "None" if t is None else f"of type {type(t).__name__}"
-            raise TypeError(f"{op}: {name} is {what}, expected a tensor{' or None' if may_be_none else ''}")
+        check_tensor(op, name, t, may_be_none=i >= len(required))
     if conditions.exports_ops():
         return RAW
     grad = _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return TWIN if grad or conditions.transformed() or conditions.is_exporting() else RAW
+
+
+def check_tensor(op: str, name: str, value: Any, may_be_none: bool = False) -> None:
+    """Raises TypeError for what is no tensor."""
+    if not (isinstance(value, Tensor) or (value is None and may_be_none)):
+        what = "None" if value is None else f"of type {type(value).__name__}"
+        raise TypeError(f"{op}: {name} is {what}, expected a tensor{' or None' if may_be_none else ''}")
 
 
 def keywords(

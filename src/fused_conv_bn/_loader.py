@@ -20,6 +20,8 @@ import torch
 PACKAGE = Path(__file__).parent
 MIN_TORCH = (2, 10)
 FORCE = "FUSED_CONV_BN_LIBRARY"
+# By file: the name alone may find nothing, or another build. Without --no-deps pip would exchange torch as well.
+REINSTALL = "reinstall it (pip install --force-reinstall --no-deps WHEEL, the wheel's file)"
 
 loaded: dict[str, Path] = {}
 """The libraries in use, by name (``"cpu"``, ``"cu13"``)."""
@@ -50,7 +52,7 @@ def library_names(cuda: str | None, directory: Path = PACKAGE, forced: str | Non
     if "cpu" not in have:
         raise ImportError(
             f"fused_conv_bn: its library _cpu.so is missing from {directory}: "
-            f"reinstall it (pip install --force-reinstall fused_conv_bn), or, in a source tree, run make build"
+            f"{REINSTALL}, or, in a source tree, run make build"
         )
     if forced:
         if forced not in have:
@@ -94,9 +96,10 @@ def load_library(name: str, path: Path) -> None:
         check_complete(path)
         torch.ops.load_library(str(path))
     except OSError as error:
+        reason = error.__cause__ or error  # PyTorch puts its own error around the linker's
         raise ImportError(
-            f"fused_conv_bn: {path} could not be loaded ({error}): the file is damaged or for another platform, "
-            f"reinstall it (pip install --force-reinstall fused_conv_bn)"
+            f"fused_conv_bn: {path} could not be loaded ({reason}): the file is damaged or for another platform, "
+            f"{REINSTALL}"
         ) from None
     loaded[name] = path
 
@@ -107,6 +110,16 @@ def load() -> None:
     have = shipped()
     for name in library_names(torch.version.cuda, forced=os.environ.get(FORCE)):
         load_library(name, have[name])
+    check_environment()
+
+
+def check_environment() -> None:
+    """Raises ImportError for a name in FUSED_CONV_BN_CONV or FUSED_CONV_BN_STATISTICS that nothing has."""
+    try:
+        torch.ops.fused_conv_bn._check_environment()
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        raise ImportError(message) from None
 
 
 def cuda_archs() -> str | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import fused_conv_bn as fcb
 
 from ._cli_model import UsageError, first_line
 from ._fuse.root import STATE, TOLERANCES, is_root, undisturbed
+from ._progress import progress
 from ._stopwatch import call_us
 
 Record = dict[str, Any]
@@ -50,17 +49,6 @@ NOTES = {
     "training forward and backward.",
     "copy": "Of contiguous memory; its rate counts what is read and what is written.",
 }
-
-
-def progress(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """``items`` behind a bar on stderr, or, without tqdm, behind a line there."""
-    try:
-        tqdm: Any = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        return items
-    bar: Iterable[Any] = tqdm(items, desc=what, leave=False, file=sys.stderr)
-    return bar
 
 
 # ---- what is called --------------------------------------------------------------------------------------------------

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from . import _choices
 from ._bench import add_model_arguments, case_of
-from ._cli_model import UsageError
+from ._cli import UsageError
 from ._fuse import fuse
-from ._fuse.tune import Case, tune_cases
+from ._fuse.tune import Case, NamedAlgorithmError, tune_cases
+from ._progress import part
 from ._table import table
 
 
@@ -27,12 +27,12 @@ def add_command(commands: Any) -> None:
 
 
 def tune(args: argparse.Namespace) -> int:
-    try:
+    with part(args.model):
         of = case_of(args)
-        cases = tune_cases(fuse(of.model, of.inputs), of.inputs, args.again)
-    except UsageError as error:
-        print(f"tune: {error}", file=sys.stderr)
-        return 2
+        try:
+            cases = tune_cases(fuse(of.model, of.inputs), of.inputs, args.again)
+        except NamedAlgorithmError as error:
+            raise UsageError(str(error).removeprefix("tune: ")) from error
     if not cases:
         print("There is nothing to choose: one algorithm alone covers each of the model's convolutions.")
         return 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._conv import as_autocast
+from ._dispatch import check_tensor
 from .conditions import has_cuda_library
 
 _ops = torch.ops.fused_conv_bn
@@ -31,8 +32,8 @@ def use_algorithm(algorithm: str | None = None, statistics: str | None = None) -
     It holds for the calling thread: also for compiled functions that are called there, and not for the backward of
     CUDA tensors, which autograd runs in a thread of its own. In all other threads the environment variables
     FUSED_CONV_BN_CONV and FUSED_CONV_BN_STATISTICS hold. They take the same names of algorithms and statistics, and are
-    read once, when the package is imported. Enter the block outside of what torch.compile compiles, and not around an
-    ``await``.
+    read once, when the package is imported: an unknown name is an ImportError. Enter the block outside of what
+    torch.compile compiles, and not around an ``await``.
 
     Args:
         algorithm: ``"pointwise"``, ``"gemm_sm90"``, ``"stem_sm90"``, ``"stem_sm80"``, ``"depthwise"``, ``"gemm_sm80"``
@@ -106,7 +107,10 @@ def explain(
     Raises:
         RuntimeError: an argument that does not fit, or an algorithm of :func:`use_algorithm`'s that does not cover the
             convolution.
+        TypeError: ``input`` or ``weight`` is no tensor.
     """
+    check_tensor("explain", "input", input)
+    check_tensor("explain", "weight", weight)
     return _ops._explain(
         *as_autocast(input, weight),
         stride if isinstance(stride, Sequence) else (stride,),

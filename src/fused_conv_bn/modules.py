@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from . import _activations, _sync, autograd, conditions
 from ._conv import allows_tf32, autocast_dtype
-from ._dispatch import keywords
+from ._dispatch import check_tensor, keywords
 from .conditions import PLAIN_TENSORS, Operands, operands, why_refused
 from .reference import ACTIVATIONS, activate, check_activation, convolution
 
@@ -71,7 +71,7 @@ class ConvBnScale2d(nn.Module):
 
     Raises:
         ValueError: an unknown activation, or a ``scaling_factor`` tensor with dimensions.
-        TypeError: a ``scaling_factor`` that is no number and no tensor.
+        TypeError: a ``scaling_factor`` that is no number and no tensor, or a ``negative_slope`` that is no number.
     """
 
     negative_slope: float = 0.01
@@ -148,17 +148,23 @@ class ConvBnScale2d(nn.Module):
         bn: nn.BatchNorm2d,
         scaling_factor: float | Tensor,
         activation: Any,
-        negative_slope: float,
+        negative_slope: Any,
         residual_last: bool,
     ) -> None:
         _check_scaling_factor(op, scaling_factor)
         found = _activations.named(activation)
         if found is None:
             known = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(f"{op}: activation is {activation!r}, expected one of {known}, or PyTorch's own of them")
+            raise ValueError(
+                f"{op}: activation is {activation!r}, expected one of {known}, or PyTorch's module or function for one"
+            )
         self.conv = conv
         self.bn = bn
         self.scaling_factor = scaling_factor
+        if not isinstance(negative_slope, numbers.Real):
+            raise TypeError(
+                f"{op}: negative_slope is {negative_slope!r}, of type {type(negative_slope).__name__}, expected a float"
+            )
         self.activation, slope = found
         self.negative_slope = float(negative_slope if slope is None else slope)
         self.residual_last = bool(residual_last)
@@ -373,6 +379,9 @@ class ConvBnScale2d(nn.Module):
         return why_refused(x, found, residual, *window, dtype, takes_batch_statistics)
 
     def _forward_plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        _check_input("x", x)
+        if residual is not None:
+            _check_input("residual", residual)
         factor = self.scaling_factor
         y = self.bn(self.conv(x))
         own = False  # whether nobody else has y
@@ -440,6 +449,12 @@ class _Scriptable(nn.Module):
         if residual is not None and self.residual_last:
             y = y + residual
         return y
+
+
+def _check_input(name: str, value: Any) -> None:
+    """Raises TypeError for what is neither a tensor nor, as in a trace of torch.fx, computes as one."""
+    if value is None or not (type(value) in PLAIN_TENSORS or hasattr(type(value), "__torch_function__")):
+        check_tensor("ConvBnScale2d", name, value, may_be_none=name == "residual")
 
 
 def _check_scaling_factor(op: str, factor: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from fused_conv_bn import _bench, _model_times
+from fused_conv_bn import _bench, _model_times, _progress
 from fused_conv_bn.__main__ import main
-from fused_conv_bn._cli_model import UsageError, load
+from fused_conv_bn._cli import UsageError
+from fused_conv_bn._cli_model import load
 from fused_conv_bn._fuse.root import STATE, is_root
 from fused_conv_bn._model_times import Case, Race
 
@@ -158,10 +161,15 @@ def test_a_model_in_which_nothing_is_fused(capsys: pytest.CaptureFixture[str]) -
     assert "Nothing was fused" in capsys.readouterr().out
 
 
-def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert main(["bench", "torch.nn:Identity", "--device", "cpu", "--size", "9", "--rounds", "1"]) == 0
-    assert capsys.readouterr().err.splitlines() == ["prepare and check ...", "time the whole ..."]
+def test_signs_of_life(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all that takes long, whatever it is: here a model that takes long to make."""
+    slow = types.ModuleType("slow_to_make")
+    slow.make = lambda: time.sleep(0.3) or nn.Identity()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slow_to_make", slow)
+    monkeypatch.setattr(_progress, "SECONDS", 0.1)
+    arguments = ["--device", "cpu", "--size", "9", "--rounds", "1"]
+    assert main(["bench", "slow_to_make:make", *arguments]) == 0
+    assert "slow_to_make:make, 0 s" in capsys.readouterr().err.splitlines()
 
 
 BAD: list[tuple[str, list[str], str]] = [
@@ -178,7 +186,8 @@ BAD: list[tuple[str, list[str], str]] = [
     ("FILE:make", ["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
     ("FILE:make", ["--device=tpu"], "argument --device: invalid choice: 'tpu'"),
     ("FILE:make", ["--jsn=x"], "unrecognized arguments: --jsn=x"),
-    ("FILE:make", ["--json=nowhere/x"], "--json is nowhere/x, expected a file in a folder that is there"),
+    ("FILE:make", ["--json=nowhere/x"], "--json is nowhere/x, which cannot be written to: nowhere/x: No such file or"),
+    ("FILE:make", ["--json=/"], "--json is /, which cannot be written to: /: Is a directory"),
     ("FILE:make", ["--chart=x.svg"], "--chart is x.svg, expected a name that ends in .png"),
     ("FILE:with_inputs", ["--batch=3"], "with_inputs comes with its own"),
 ]

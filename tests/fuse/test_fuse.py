@@ -649,6 +649,9 @@ def test_report_of_any_model() -> None:
     report = fcb.report(model)
     assert report.counts == {"fused": 4} and report.to_dict()["counts"] == {"fused": 4}
     assert str(fcb.report(nn.Linear(1, 1))) == "no convolution and no BatchNorm"
+    for function, name in ((fcb.unfuse, "unfuse"), (fcb.report, "report")):
+        with pytest.raises(TypeError, match=f"^{name}: model is of type NoneType, expected an nn.Module$"):
+            function(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="fuse: model is of type int, expected an nn.Module"):
         fcb.fuse(3)  # type: ignore[arg-type]
 

@@ -123,6 +123,27 @@ def test_damaged_library(content: bytes, tmp_path: Path) -> None:
     assert _loader.loaded == before
 
 
+def test_the_linker_s_reason_is_said(tmp_path: Path) -> None:
+    """Of a complete file that needs a library which is not there."""
+    damaged = tmp_path / "_cpu.so"
+    damaged.write_bytes((_loader.PACKAGE / "_cpu.so").read_bytes().replace(b"\0libtorch.so\0", b"\0libnotch.so\0"))
+    with pytest.raises(
+        ImportError, match=r"could not be loaded \(libnotch\.so: cannot open shared object file"
+    ) as error:
+        _loader.load_library("cpu", damaged)
+    assert_one_sentence(error)
+
+
+def test_reinstalling_leaves_torch_alone(tmp_path: Path) -> None:
+    """By the wheel's file, as the name alone may find nothing, and without torch, which pip would exchange."""
+    advice = r"pip install --force-reinstall --no-deps WHEEL"
+    with pytest.raises(ImportError, match=advice):
+        _loader.library_names(None, tmp_path)
+    (tmp_path / "_cpu.so").touch()
+    with pytest.raises(ImportError, match=advice):
+        _loader.load_library("cpu", tmp_path / "_cpu.so")
+
+
 def test_this_process_has_what_its_torch_needs() -> None:
     assert list(_loader.loaded) == _loader.library_names(torch.version.cuda, forced=os.environ.get(_loader.FORCE))
     assert all(path.parent == _loader.PACKAGE for path in _loader.loaded.values())

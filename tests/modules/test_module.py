@@ -58,6 +58,9 @@ def test_constructor_refuses() -> None:
             ConvBnScale2d(4, 6, 3, factor)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="scaling_factor is a module, ReLU, .* an activation is passed as activation="):
         ConvBnScale2d.from_modules(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())  # type: ignore[arg-type]
+    for slope in ("a", None):
+        with pytest.raises(TypeError, match="^ConvBnScale2d: negative_slope is .*, expected a float"):
+            ConvBnScale2d(4, 6, 3, activation="leaky_relu", negative_slope=slope)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"scaling_factor has shape \[1\], expected a float or a tensor of no dim"):
         ConvBnScale2d(4, 6, 3, torch.ones(1))
 
@@ -91,6 +94,20 @@ def test_from_modules_refuses() -> None:
     ):
         with pytest.raises(TypeError, match=f"^from_modules: {message}"):
             ConvBnScale2d.from_modules(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_what_is_no_tensor(training: bool, generator: torch.Generator) -> None:
+    module, x = ConvBnScale2d(4, 6, 3).train(training), sample(generator)
+    y = module(x)
+    for value, what in ((None, "None"), (x.tolist(), "of type list"), (2.0, "of type float")):
+        with pytest.raises(TypeError, match=f"^ConvBnScale2d: x is {what}, expected a tensor$"):
+            module(value)
+        if value is not None:
+            with pytest.raises(TypeError, match=f"^ConvBnScale2d: residual is {what}, expected a tensor or None$"):
+                module(x, value)
+    traced = torch.fx.symbolic_trace(module, {"residual": None})
+    torch.testing.assert_close(traced(x, None), y)
 
 
 def test_activations_by_module_and_function(generator: torch.Generator) -> None:

@@ -200,3 +200,12 @@ def test_explain_checks_its_arguments(device: str) -> None:
         fcb.explain(x, w[:, :2])
     with pytest.raises(RuntimeError, match=r"^explain: stride has 3 values, expected 1 or 2"):
         fcb.explain(x, w, (1, 1, 1))
+
+
+def test_explain_refuses_what_is_no_tensor() -> None:
+    w = torch.randn(4, 3, 3, 3)
+    for value, what in ((None, "None"), ([1.0], "of type list"), (torch.nn.ReLU(), "of type ReLU")):
+        with pytest.raises(TypeError, match=f"^explain: input is {what}, expected a tensor$"):
+            fcb.explain(value, w)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"^explain: weight is {what}, expected a tensor$"):
+            fcb.explain(w, value)  # type: ignore[arg-type]

@@ -455,6 +455,45 @@ def test_types_of_arguments_that_do_not_matter(grad, kwargs):
         fcb.conv_bn_scale_train(x, torch.ones(3, 3, 1), None, None, None, activation="relu", **kwargs)
 
 
+X, C3, W = torch.randn(2, 3, 4, 4), torch.ones(3), torch.ones(3, 3, 1, 1)
+TENSORS = {
+    "fold_bn": (C3, C3),
+    "bn_scale": (X, C3, C3),
+    "bn_scale_": (X, C3, C3),
+    "bn_scale_train": (X, C3, C3),
+    "scale_shift": (X, C3, C3),
+    "scale_shift_": (X, C3, C3),
+    "gate": (X, X[..., :1, :1]),
+    "max_pool2d": (X,),
+    "spatial_mean": (X,),
+    "conv_scale_shift": (X, W, C3, C3),
+    "conv_bn_scale": (X, W, None, C3, C3),
+    "conv_bn_scale_train": (X, W, None, C3, C3),
+}
+MORE = {"max_pool2d": (2,)}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_no_tensor(name):
+    """By the function, and None, which PyTorch passes on, by the op as well."""
+    arguments = [*TENSORS[name], *MORE.get(name, ())]
+    function, op = getattr(fcb, name), getattr(torch.ops.fused_conv_bn, name)
+    function(*(t.clone() if isinstance(t, torch.Tensor) else t for t in arguments))
+    optional = {argument.name for argument in op.default._schema.arguments if argument.type.kind() == "OptionalType"}
+    for i, argument in enumerate(op.default._schema.arguments[: len(TENSORS[name])]):
+        for value, what in ((None, "None"), ([1.0], "of type list"), (2.0, "of type float")):
+            if value is None and argument.name in optional:
+                continue
+            wrong = [*arguments[:i], value, *arguments[i + 1 :]]
+            with pytest.raises(TypeError, match=f"^{name}: {argument.name} is {what}, expected a tensor( or None)?$"):
+                function(*wrong)
+        if (
+            argument.name not in optional and len(TENSORS[name]) > 1
+        ):  # with no tensor at all PyTorch's dispatcher ends it
+            with pytest.raises(RuntimeError, match=f"^fused_conv_bn: {argument.name} is None, expected a tensor"):
+                op(*arguments[:i], None, *arguments[i + 1 :])
+
+
 def test_overlap_is_refused_before_anything_is_written(device):
     buffer = torch.arange(2 * 3 * 16 + 40, dtype=torch.float32, device=device)
     kept = buffer.clone()

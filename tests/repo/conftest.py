@@ -11,6 +11,12 @@ import pytest
 from building import load
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's tables in one piece."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """What looks for torch and the compilers, with none of its environment variables set."""

@@ -30,6 +30,7 @@ from benchmarks.common import (
 from benchmarks.layers import Layer
 from benchmarks.stopwatch import kernelbench_us
 from fused_conv_bn import reference
+from fused_conv_bn._table import table
 
 PNG = b"\x89PNG"
 MODES = [mode or "" for mode, _ in COMPILE_MODES.values()]
@@ -70,14 +71,18 @@ def test_json_has_every_number(report_file: Path) -> None:
     for row in convolutions + trained:
         train = row in trained
         ours = {"ours", "op", *(() if train else ("pair",))}
-        assert {"copy", "eager", "conv", *ours} == row["us"].keys()
+        rivals = {"eager", *(() if train else ("folded",))}
+        assert {"copy", "conv", *rivals, *ours} == row["us"].keys()
         assert row["missing"].keys() == ({"compile"} if train else {"compile", "compile freezing"})
         assert row["case"].endswith(" train") == train
-        assert row["best rival/ours"] == row["eager/ours"] == row["us"]["eager"]["median"] / row["us"]["ours"]["median"]
+        assert row["best rival/ours"] == min(row[f"{name}/ours"] for name in rivals)
+        assert row["eager/ours"] == row["us"]["eager"]["median"] / row["us"]["ours"]["median"]
         assert row["flop"] == 2 * 64 * 126**2 * 8 * 9
         assert row["bytes"] == (8 * 128**2 + 64 * 126**2 + 64 * 8 * 9) * getattr(torch, row["dtype"]).itemsize
         assert row["share_of_floor_percent"] == 100 * max(row["floor_us"].values()) / row["us"]["ours"]["median"]
-        assert row["errors"].keys() == {"eager", *ours}
+        assert row["errors"].keys() == {*rivals, *ours}
+        if not train:  # it is the same layer: what rounding the folded weight costs
+            assert row["errors"]["folded"]["norm"] <= 4 * torch.finfo(getattr(torch, row["dtype"])).eps
         measures = {"norm", "element", *(("running_mean", "running_var") if train else ())}
         assert all(of_call.keys() == measures for of_call in row["errors"].values())
     for row in found["bn_scale"] + found["bn_scale_train"] + found["short_planes"] + convolutions + trained:
@@ -285,8 +290,10 @@ def test_a_file_that_cannot_be_written_stops_the_program(
     monkeypatch.setattr(__main__, "measure", lambda args: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "report.jsonl"):
-        assert call("--record", str(path)) == 1
-        assert "benchmarks: cannot write the record: " in capsys.readouterr().err
+        assert call("--record", str(path)) == 2
+        assert f"benchmarks: --record is {path}, which cannot be written to: " in capsys.readouterr().err
+    assert call("--charts", str(tmp_path / "file")) == 2
+    assert f"benchmarks: --charts is {tmp_path / 'file'}, which cannot be written to: " in capsys.readouterr().err
 
     def fail(args: argparse.Namespace) -> dict[str, Any]:
         raise InaccurateError
@@ -297,6 +304,48 @@ def test_a_file_that_cannot_be_written_stops_the_program(
             path.write_text(text)
         assert call("--record", str(path)) == 1
         assert (path.read_text() if path.exists() else None) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--from-record", "nothing.jsonl"], "nothing.jsonl: No such file or directory"),
+        (["--from-record", __file__], f"--from-record is {__file__}, expected a file that --record wrote"),
+        (["--render", "nothing.md"], "nothing.md: No such file or directory"),
+        (["--device=cpu", "--only", "bn_scale", "--max-mb=0.001"], "nothing of bn_scale is left to measure: --max-mb"),
+        (["--device=cpu", "--only", "models", "--models=none"], "nothing of models is left to measure: --max-mb"),
+    ],
+    ids=str,
+)
+def test_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"benchmarks: {words}") and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argument", ["--max-mb=0", "--max-mb=x", "--max-mb=nan", "--repeats=0", "--conv-batch=-1"])
+def test_numbers_that_make_no_sense(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        call(argument)
+    option, value = argument.split("=")
+    assert f"argument {option}: {value!r}, expected a " in capsys.readouterr().err
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(__main__, "why_no_gpu", lambda: "no GPU")
+    assert call("--device=cuda") == 2
+    assert capsys.readouterr().err == "benchmarks: --device is cuda: no GPU\n"
+
+
+def test_tables_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the terminal, and without one into 120 columns, if a column beside the first does."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert call("--from-record", str(record.RESULTS / "h200_grad_mode.jsonl")) == 0
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+    assert tables and max(map(len, tables)) <= 120
+    rows = [["case", "a", "b", "c"], ["x", "10", "200", "3000"]]
+    assert table(rows, numbers_from=1, width=14) == "case   a    b\nx     10  200\n\ncase     c\nx     3000"
+    assert table(rows, width=3).count("case") == 3
 
 
 def test_folded_weights_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -155,8 +156,8 @@ def test_toolkit_without_what_is_needed(
         (("2.14.0+cu126", "12.6"), False, "", set()),
         (("2.13.0+cpu", None), False, "1", {"cuda-toolkit"}),
         (("2.13.0+cpu", None), False, "13", {"cuda-toolkit"}),
-        (("2.9.0", "12.8"), False, "", {"torch", "cuda-toolkit"}),
         (None, False, "0", {"torch"}),
+        (None, False, "", {"torch", "cuda-toolkit"}),
     ],
 )
 def test_isolated_build_installs_only_what_is_missing(
@@ -177,6 +178,64 @@ def test_isolated_build_installs_only_what_is_missing(
     backend = importlib.import_module("build_tools.backend")
     monkeypatch.setattr(backend.build_meta, "get_requires_for_build_wheel", lambda config_settings: [])
     assert {re.split(r"[\[>]", name)[0] for name in backend.get_requires_for_build_wheel()} == expected
+
+
+def test_isolated_build_ends_early_next_to_a_torch_that_is_too_old(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What it builds against a newer one would be refused by import, minutes later."""
+    install_torch(tmp_path, "2.9.0", "12.8")
+    use(environment, monkeypatch, tmp_path)
+    backend = importlib.import_module("build_tools.backend")
+    monkeypatch.setattr(backend.build_meta, "get_requires_for_build_wheel", lambda config_settings: [])
+    with pytest.raises(SystemExit) as error:
+        backend.get_requires_for_build_wheel()
+    assert "torch 2.9.0 is installed, and building needs 2.10 or newer: pip install -U torch" in sentence(error)
+
+
+@pytest.mark.parametrize("module", ["backend", "commands"])
+def test_setuptools_that_is_too_old(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Both that pip asks and that setup.py begins with, before they import what an old one lacks."""
+    monkeypatch.setattr("setuptools.__version__", "65.7.0.post1")
+    monkeypatch.setitem(sys.modules, "setuptools.command.bdist_wheel", None)
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module(f"build_tools.{module}")
+    assert sentence(error) == (
+        "fused_conv_bn: building needs setuptools 77 or newer, and 65.7.0.post1 is installed: pip install -U setuptools"
+    )
+    assert f'"setuptools>={environment.MIN_SETUPTOOLS}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_an_editable_installation_compiles_once(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """pip gives each of them a new folder for what is compiled."""
+    from setuptools import Distribution
+    from setuptools.command.build_ext import build_ext
+
+    commands = importlib.import_module("build_tools.commands")
+    extension = importlib.import_module("build_tools.extension")
+    used: list[Path] = []
+    monkeypatch.setattr(extension, "build", lambda library, tools, directory: used.append(directory) or True)
+    for i, editable in enumerate((True, True, False)):
+        command = commands.BuildExt(Distribution())
+        command.tools, command.editable_mode, command.build_temp = None, editable, str(tmp_path / str(i))
+        command.compile("cpu", "_cpu.so")
+    in_place = build_ext(Distribution())
+    in_place.ensure_finalized()
+    assert used == [*[ROOT / in_place.build_temp / "cpu"] * 2, tmp_path / "2" / "cpu"]
+
+
+def test_make_says_that_it_takes_no_spaces(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shutil.copy(ROOT / "Makefile", folder)
+    run = subprocess.run(["make", "help"], cwd=folder, capture_output=True, text=True)
+    assert (
+        run.returncode and f"This folder has a space in its path, which make cannot work with: {folder}" in run.stderr
+    )
 
 
 # ---- the CUDA 12 compiler --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import doctest
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,18 @@ def test_update_bn(capsys: pytest.CaptureFixture[str]) -> None:
     assert difference < 1e-5
     lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert lines == ["plain", "fused", "running statistics"]
+
+
+def test_update_bn_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.cbook", None)
+    program = runpy.run_path(str(EXAMPLES / "update_bn.py"))
+    with pytest.raises(SystemExit, match="^update_bn.py needs matplotlib: pip install matplotlib "):
+        program["run"](count=24, size=16, batch=8)
+
+
+@pytest.mark.parametrize(("us", "text"), [(12.345, "12.3 us"), (1234.5, "1.23 ms"), (2181512.0, "2.18 s")])
+def test_times_have_three_digits(us: float, text: str) -> None:
+    assert load("cpu")["text"](us) == text
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ EXPLAINED = [
 ]
 """The files whose every error message is in the document."""
 
-QUOTED = [*EXPLAINED, "wheels/build.py"]
+QUOTED = [*EXPLAINED, "csrc/ops/conv_choice.h", "wheels/build.py"]
 """The files that messages in the document come from."""
 
 # The document quotes messages, and nothing else, in blocks of this kind.
@@ -74,6 +75,13 @@ def test_every_message_is_explained(name: str) -> None:
     errors = texts(name)[1]
     assert errors
     assert [parts for parts in errors if not any(is_quote(quote, parts) for quote in QUOTES)] == []
+
+
+def test_compute_capabilities_are_those_of_the_wheel() -> None:
+    """In what `info` is said to print."""
+    shown = re.findall(r"^    CUDA code for +(.+)$", DOCUMENT, re.MULTILINE)
+    libraries = json.loads((ROOT / "wheels" / "matrix.json").read_text())["libraries"]
+    assert shown == [" ".join(libraries["cu13"]["archs"])]
 
 
 def test_variables_are_those_of_the_sources() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import subprocess
@@ -195,6 +196,19 @@ def test_wheel_of_other_archs_does_not_look_complete(
 
 
 # ---- the sdist -------------------------------------------------------------------------------------------------------
+
+
+def test_the_index_s_page_has_no_links_into_the_tree(tmp_path: Path) -> None:
+    """A package index shows README.md without the files beside it."""
+    readme = importlib.import_module("build_tools.readme")
+    text = "[a b](docs/x.md#y) [c](#here) [d](https://e.f/g.md) and\n![of\nlines](benchmarks/h.png) [i](j.md)"
+    assert readme.without_links(text) == "a b [c](#here) [d](https://e.f/g.md) and\n i"
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path], cwd=ROOT, check=True)
+    page = (tmp_path / "fused_conv_bn.egg-info" / "PKG-INFO").read_text()
+    assert "# fused_conv_bn" in page and "\nAuthor: the fused_conv_bn authors\n" in page
+    assert "\nDescription-Content-Type: text/markdown\n" in page
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert [link for link in links if not link.startswith(("#", "https://"))] == []
 
 
 def test_sdist_has_the_whole_tree(tmp_path: Path) -> None:

@@ -76,7 +76,13 @@ def thaw(model: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Gives the model back the classes that :func:`fuse` took. Returns the model."""
+    """Gives the model back the classes that :func:`fuse` took. Returns the model.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: model is of type {type(model).__name__}, expected an nn.Module")
     for m in model.modules():
         restore(m)
     return model

@@ -77,7 +77,13 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What became of each convolution and BatchNorm of ``model``, by what was captured until now. Also of none."""
+    """What became of each convolution and BatchNorm of ``model``, by what was captured until now. Also of none.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model is of type {type(model).__name__}, expected an nn.Module")
     modules = dict(model.named_modules())
     roots = {path: m for path, m in modules.items() if is_root(m)}
     rows: dict[nn.Module, Row] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _choices
 from .._choices import Problem
+from .._progress import part
 from .._stopwatch import call_us
 from ..algorithms import use_algorithm
 from .root import STATE, State, undisturbed
@@ -297,29 +297,8 @@ def measure(case: Case) -> None:
         case.choice = case.rule if as_fast else best
 
 
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Where stderr is a terminal: a bar of tqdm, or lines."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        done = 0
-
-        def line(text: str) -> None:
-            nonlocal done
-            done += 1
-            if sys.stderr.isatty():
-                print(f"{done}/{total} {text}", file=sys.stderr)
-
-        yield line
-        return
-    with tqdm(total=total, file=sys.stderr, leave=False, dynamic_ncols=True, disable=None) as bar:
-
-        def advance(text: str) -> None:
-            bar.set_description_str(text, refresh=False)
-            bar.update()
-
-        yield advance
+class NamedAlgorithmError(RuntimeError):
+    """There is nothing to choose: the environment names the algorithm."""
 
 
 def tune_cases(model: nn.Module, args: tuple[Any, ...], again: bool = False) -> list[Case]:
@@ -328,21 +307,21 @@ def tune_cases(model: nn.Module, args: tuple[Any, ...], again: bool = False) -> 
     again: also what is known already.
 
     Raises:
-        RuntimeError: an algorithm is named in the environment, which comes before every choice.
+        NamedAlgorithmError: an algorithm is named in the environment, which comes before every choice.
     """
     named = os.environ.get("FUSED_CONV_BN_CONV", "")
     cases = cases_of(model, args)
     if named and any(case.device != _choices.CPU for case in cases):
-        raise RuntimeError(
+        raise NamedAlgorithmError(
             f"tune: FUSED_CONV_BN_CONV is {named!r}, expected nothing: an algorithm that it names always runs"
         )
     todo = [case for case in cases if again or case.problem not in _choices.known(case.device)]
     try:
-        with _measuring, _progress(len(todo)) as advance:
+        with _measuring, part("tune", len(todo), of_command=False) as own:
             for case in todo:
                 with contextlib.suppress(torch.OutOfMemoryError):
                     measure(case)
-                advance(case.text())
+                own.advance(case.text())
     finally:  # what was measured before an interruption counts
         for device in {case.device for case in todo}:
             chosen = {case.problem: case.choice for case in todo if case.device == device and case.choice}

@@ -1,0 +1,140 @@
+"""``python -m fused_conv_bn``: what it says without a command, how it ends, and its signs of life."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import fused_conv_bn as fcb
+from fused_conv_bn import _cli, _demo, _loader, _progress
+from fused_conv_bn.__main__ import main
+
+PROGRAM = [sys.executable, "-m", "fused_conv_bn"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(_loader.PACKAGE.parent)}
+
+
+def test_without_a_command_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and all(command in said.out for command in ("info", "demo", "bench", "tune", "--version"))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fused_conv_bn {fcb.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "tune"])
+def test_without_a_gpu(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_demo, "why_no_gpu", lambda: "no GPU")
+    monkeypatch.setattr("fused_conv_bn._bench.why_no_gpu", lambda: "no GPU")
+    model = [] if command == "demo" else ["torch.nn:Identity"]
+    assert main([command, *model, "--device=cuda"]) == 2
+    assert capsys.readouterr().err == f"{command}: --device is cuda: no GPU\n"
+
+
+# ---- how it ends -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"], []], ids=" ".join)
+def test_a_reader_that_has_seen_enough(arguments: list[str]) -> None:
+    """As with ``| head``: no traceback, whether a line fails or what is left at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for unbuffered in ("", "1"):
+        environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}
+        run = subprocess.run([*PROGRAM, *arguments], stdout=writer, stderr=subprocess.PIPE, env=environment, text=True)
+        assert run.stderr == ""
+        assert run.returncode == 141 or (unbuffered and arguments != ["info"])  # argparse takes it as it comes
+    os.close(writer)
+
+
+def test_a_full_disk() -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([*PROGRAM, "info"], stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
+    assert (run.returncode, run.stderr) == (2, "info: No space left on device\n")
+
+
+def test_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert _cli.run("bench", interrupted) == 130
+    assert capsys.readouterr().err == "bench: interrupted\n"
+
+
+@pytest.mark.parametrize("variable", ["FUSED_CONV_BN_CONV", "FUSED_CONV_BN_STATISTICS"])
+def test_unknown_names_in_the_environment(variable: str) -> None:
+    run = subprocess.run([*PROGRAM, "info"], env={**ENVIRONMENT, variable: "fastest"}, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, len(run.stderr.splitlines())) == (1, "", 1)
+    assert run.stderr.startswith(f"fused_conv_bn: {variable} is 'fastest', expected one of '")
+    assert (
+        subprocess.run([*PROGRAM, "info"], env={**ENVIRONMENT, variable: ""}, stdout=subprocess.DEVNULL).returncode == 0
+    )
+
+
+# ---- signs of life ---------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drawn(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a part of two steps, and one inside of it, write."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(_progress, "SECONDS", 0.05)
+    monkeypatch.setattr(_progress, "TERMINAL_SECONDS", 0.05)
+    for step in _progress.progress(["first", "second"], "outer"):
+        if step == "first":
+            with _progress.part("inner"):
+                time.sleep(0.2)
+        time.sleep(0.2)
+    before = stream.getvalue()
+    time.sleep(0.2)
+    assert stream.getvalue() == before, "nothing is written when all is over"
+    assert not any(thread.name == "fused_conv_bn progress" for thread in threading.enumerate())
+    return before.replace("\r\x1b[K", "\n").split("\n")
+
+
+def test_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [re.sub(r", \d s$", "", line) for line in drawn(io.StringIO(), monkeypatch)]
+    assert list(dict.fromkeys(lines)) == ["inner", "outer 0/2", "outer 1/2", ""]
+
+
+def test_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "12")
+    lines = drawn(Terminal(), monkeypatch)
+    assert list(dict.fromkeys(lines)) == ["", "outer 0/2, ", "inner, 0 s", "outer 1/2, "]
+    assert lines[-1] == ""  # the line goes away
+
+
+def test_quick_parts_and_functions_say_nothing_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(_progress, "SECONDS", 0.05)
+    assert list(_progress.progress([], "nothing")) == []
+    with _progress.part("quick"):
+        pass
+    with _progress.part("of a function", of_command=False):
+        time.sleep(0.2)
+    assert stream.getvalue() == ""
+    with _progress.part("command"), _progress.part("of a function", of_command=False):
+        time.sleep(0.2)
+    assert "of a function, 0 s" in stream.getvalue().splitlines()
+
+
+def test_stderr_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_progress, "SECONDS", 0.02)
+    monkeypatch.setattr(sys, "stderr", None)
+    with _progress.part("nothing to write to"):
+        time.sleep(0.1)

@@ -379,12 +379,11 @@ class ConvBnScale2d(nn.Module):
         return why_refused(x, found, residual, *window, dtype, takes_batch_statistics)
 
     def _forward_plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        _check_input("x", x)
-        if residual is not None:
-            _check_input("residual", residual)
+        if not (type(residual) in PLAIN_TENSORS or hasattr(type(residual), "__torch_function__")):
+            check_tensor("ConvBnScale2d", "residual", residual, may_be_none=True)  # x is PyTorch's to refuse
         factor = self.scaling_factor
         y = self.bn(self.conv(x))
-        own = False  # whether nobody else has y
+        own = self._bn_is_plain()  # whether nobody else has y
         if isinstance(factor, Tensor) or factor != 1.0:
             y, own = y * factor, True
         if residual is not None and not self.residual_last:
@@ -393,6 +392,13 @@ class ConvBnScale2d(nn.Module):
         if residual is not None and self.residual_last:
             y = y + residual
         return y
+
+    def _bn_is_plain(self) -> bool:
+        """Whether a call of ``bn`` is PyTorch's own, which keeps nothing of the tensor that it returns."""
+        bn = self.bn
+        if type(bn) is not nn.BatchNorm2d or _is_compiling():
+            return False
+        return not (conditions.is_watched(bn) or conditions.hooks_for_all() or conditions.methods_replaced())
 
     def _activated(self, y: Tensor, own: bool) -> Tensor:
         activation = self.activation
@@ -449,12 +455,6 @@ class _Scriptable(nn.Module):
         if residual is not None and self.residual_last:
             y = y + residual
         return y
-
-
-def _check_input(name: str, value: Any) -> None:
-    """Raises TypeError for what is neither a tensor nor, as in a trace of torch.fx, computes as one."""
-    if value is None or not (type(value) in PLAIN_TENSORS or hasattr(type(value), "__torch_function__")):
-        check_tensor("ConvBnScale2d", name, value, may_be_none=name == "residual")
 
 
 def _check_scaling_factor(op: str, factor: Any) -> None:

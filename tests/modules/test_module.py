@@ -97,15 +97,12 @@ def test_from_modules_refuses() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_what_is_no_tensor(training: bool, generator: torch.Generator) -> None:
+def test_a_residual_that_is_no_tensor(training: bool, generator: torch.Generator) -> None:
     module, x = ConvBnScale2d(4, 6, 3).train(training), sample(generator)
     y = module(x)
-    for value, what in ((None, "None"), (x.tolist(), "of type list"), (2.0, "of type float")):
-        with pytest.raises(TypeError, match=f"^ConvBnScale2d: x is {what}, expected a tensor$"):
-            module(value)
-        if value is not None:
-            with pytest.raises(TypeError, match=f"^ConvBnScale2d: residual is {what}, expected a tensor or None$"):
-                module(x, value)
+    for value, what in ((x.tolist(), "of type list"), (2.0, "of type float")):
+        with pytest.raises(TypeError, match=f"^ConvBnScale2d: residual is {what}, expected a tensor or None$"):
+            module(x, value)
     traced = torch.fx.symbolic_trace(module, {"residual": None})
     torch.testing.assert_close(traced(x, None), y)
 
@@ -373,6 +370,29 @@ def test_frozen_bn_in_a_training_module(generator: torch.Generator) -> None:
 
 
 # ---- where PyTorch's ops must run ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("hooked", ["conv", "bn", "all"])
+def test_plain_ops_are_those_of_a_model(hooked: str, grad: bool, generator: torch.Generator) -> None:
+    """No product with 1.0, and the activation in place, unless a hook has the tensor that would be written to."""
+    _, ours = models(generator, scaling_factor=1.0, activation="relu")
+    seen: list[Tensor] = []
+    keep = lambda module, inputs, output: seen.append(output)  # noqa: E731
+    module = nn.modules.module if hooked == "all" else ours.get_submodule(hooked)
+    register = module.register_module_forward_hook if hooked == "all" else module.register_forward_hook
+    handle = register(keep)
+    try:
+        with torch.set_grad_enabled(grad), Ops() as ops:
+            y = ours.train()(sample(generator))
+    finally:
+        handle.remove()
+    assert ops.count(FUSED) == ops.count(TRAIN) == ops.count("mul") == 0
+    assert (ops.count("aten::relu_"), ops.count("aten::relu")) == ((1, 0) if hooked == "conv" else (0, 1))
+    assert (y >= 0).all() and all((t < 0).any() for t in seen[:2])
+    assert y.requires_grad == grad
+    if grad:
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("part", ["conv", "bn"])

@@ -1,7 +1,9 @@
 """What a problem's results must be, in float64 on the device itself, and how large the terms are that make them.
 
 An error of an element is measured in unit roundoffs of its size: the sum of the magnitudes of all that is added up in it,
-conv(|x|, |w|) * |scale| + |shift| + |residual| (tests/ops/conv_problems.py says why that is right behind an activation).
+conv(|x|, |w|) * |scale| + |shift| + |residual| (tests/ops/conv_problems.py says why that is right behind an activation). In 16
+bits these sums are float32's, and have its roundoffs; what is stored has those of 16 bits: the convolution's result, where
+PyTorch computes it, and the op's.
 """
 
 from __future__ import annotations
@@ -93,6 +95,12 @@ def unit(dtype: torch.dtype) -> float:
     return DTYPES[dtype]
 
 
+def of_sums(u: float) -> float:
+    """The share of a sum's magnitudes that an error has for each roundoff of what is stored: ten roundings of a sum for each
+    four of those (run.py), or a few more."""
+    return 4 * 2.0**-24 / u if u > 2.0**-20 else 1.0
+
+
 def smallest(dtype: torch.dtype) -> float:
     """Below it a number's rounding is no smaller than there."""
     return torch.finfo(dtype).tiny
@@ -113,7 +121,12 @@ def forward(p: Problem, t: dict[str, Tensor]) -> Forward:
     conv_bias = t.get("conv_bias")
     convolved = p.op in CONVOLVED
     if convolved:
-        z, z_sizes = convolve(p, t["input"], t["weight" if p.op == "conv_scale_shift" else "conv_weight"])
+        z, sums = convolve(p, t["input"], t["weight" if p.op == "conv_scale_shift" else "conv_weight"])
+        z_sizes = sums * of_sums(u) if of_sums(u) == 1 else z.abs() + sums * of_sums(u)
+        if (
+            p.gradients and conv_bias is not None
+        ):  # kept as PyTorch's convolution stores it, with its bias, in 16 bits itself
+            z_sizes = z_sizes + channel(conv_bias, z.dim()).abs()
     elif p.op == "bn_scale_cat":
         z = torch.cat([t[f"part{i}"] for i in range(len(p.parts))], 1)
         z_sizes = z.abs()
@@ -128,7 +141,7 @@ def forward(p: Problem, t: dict[str, Tensor]) -> Forward:
         v, v_sizes, scale, deviations = _normalised(p, t, z, z_sizes, u, results)
     elif p.op == "gate":
         scale = t["gate"].view(*z.shape[:2], *[1] * (dim - 2))
-        v, v_sizes = z * scale, z_sizes * scale.abs()
+        v, v_sizes = z * scale, z_sizes * scale.abs() * of_sums(u)
         scale = scale.abs()
     elif "running_mean" in t:
         scale = torch.rsqrt(t["running_var"] + p.eps) * p.factor
@@ -138,31 +151,37 @@ def forward(p: Problem, t: dict[str, Tensor]) -> Forward:
         shift = channel(t["bias"], dim) * p.factor if "bias" in t else torch.zeros_like(scale)
         added = torch.zeros_like(mean) if conv_bias is None else channel(conv_bias, dim)
         v = (z + added - mean) * scale + shift
-        # A convolution's epilogue has the mean in its shift. Elsewhere the mean is taken from the input.
-        apart = z_sizes + added.abs() + mean.abs() if convolved else (z - mean).abs()
-        if not convolved and u > 2.0**-20:  # in 16 bits it is in the shift, in float32
-            apart = apart + 2.0**-24 / u * 4 * (z_sizes + mean.abs())
-        v_sizes = apart * scale.abs() + shift.abs()
+        # A convolution's epilogue has the mean in its shift, as all do in 16 bits. Else the mean is taken from the input.
+        if convolved:
+            apart = z_sizes + (added.abs() + mean.abs()) * of_sums(u)
+        elif of_sums(u) < 1:
+            apart = (z_sizes + mean.abs()) * of_sums(u)
+        else:
+            apart = (z - mean).abs()
+        v_sizes = apart * scale.abs() + shift.abs() * of_sums(u)
         scale = scale.abs()
     else:
-        v, v_sizes = z, z_sizes
-        name = "scale"
-        if name in t:
-            scale = channel(t[name], dim)
+        v, v_sizes = z, z_sizes if convolved else z_sizes * of_sums(u)
+        if "scale" in t:
+            scale = channel(t["scale"], dim)
             v, v_sizes = v * scale, v_sizes * scale.abs()
             scale = scale.abs()
         if "shift" in t:
             shift = channel(t["shift"], dim)
-            v, v_sizes = v + shift, v_sizes + shift.abs()
+            v, v_sizes = v + shift, v_sizes + shift.abs() * of_sums(u)
     residual = t.get("residual")
     if residual is not None:
-        v_sizes = v_sizes + residual.abs()
+        # Behind the activation the two may cancel, whose own error in 16 bits is of what it puts out.
+        v_sizes = v_sizes + residual.abs() * (of_sums(u) if p.residual == "first" else 1)
         if p.residual == "first":
             v = v + residual
     y = reference.activate(v, p.activation, p.slope)
     if residual is not None and p.residual == "last":
         y = y + residual
-    results["result"] = Exact(y, torch.maximum(v_sizes, y.abs()).clamp_min(smallest(dtype)), u)
+    if p.gradients and of_sums(u) < 1:  # a residual may be added apart from the activation then, and be stored
+        v_sizes = v_sizes + v.abs()
+    sizes = torch.maximum(v_sizes, y.abs()) if of_sums(u) == 1 else v_sizes + y.abs()
+    results["result"] = Exact(y, sizes.clamp_min(smallest(dtype)), u)
     return Forward(z, z_sizes, v, v_sizes, scale, deviations, results)
 
 
@@ -179,7 +198,7 @@ def _normalised(
     # Roundings of what is stored or added up; for exact values those of the differences alone.
     errs = z_sizes if p.op in CONVOLVED else apart.abs()
     if p.op not in CONVOLVED:
-        errs = errs + 2.0**-24 / u * mean.abs() if u > 2.0**-20 else errs
+        errs = (errs + mean.abs()) * of_sums(u) if of_sums(u) < 1 else errs
     spread = errs.square().mean(dims, keepdim=True).sqrt()
     least = (var.sqrt() - 10 * u * spread).clamp_min(0).square()  # of the variance, with these errors
     gain = channel(t["weight"], dim).abs() if "weight" in t else torch.ones_like(var)
@@ -240,8 +259,9 @@ def pooled(p: Problem, t: dict[str, Tensor]) -> dict[str, Exact]:
         y = F.max_pool2d(x, p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode)
         return {"result": Exact(y, torch.zeros_like(y), unit(dtype))}  # no error at all
     dims = tuple(range(2, x.dim()))
-    y, sizes = x.mean(dims, p.keepdim), x.abs().mean(dims, p.keepdim)
-    return {"result": Exact(y, sizes.clamp_min(smallest(dtype)), unit(dtype))}
+    y, u = x.mean(dims, p.keepdim), unit(dtype)
+    sizes = y.abs() + x.abs().mean(dims, p.keepdim) * of_sums(u)
+    return {"result": Exact(y, sizes.clamp_min(smallest(dtype)), u)}
 
 
 def kinks_near(p: Problem, f: Forward) -> Tensor:

@@ -111,7 +111,7 @@ class Problem:
             terms = 1
             for n in shape[1:]:
                 terms *= n
-            named = {"layout": self.weight_layout, "offset": self.weight_offset, "factor": terms**-0.5}
+            named = {"layout": self.weight_layout, "offset": self.weight_offset, "factor": max(terms, 1) ** -0.5}
             add("weight" if self.op == "conv_scale_shift" else "conv_weight", shape, tf32=self.tf32, **named)
         if self.op == "gate":
             add("gate", self.shape[:2], values="unit", layout=self.given_layout)

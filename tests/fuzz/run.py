@@ -31,6 +31,8 @@ STEPS = {torch.float64: 12, torch.float32: 6, torch.float16: 2, torch.bfloat16: 
 """Roundoffs of a gradient in norm beyond eager's: of a handful of steps that both take (tests/ops/test_autograd.py)."""
 FEW = 200
 """Elements in which a norm is as much luck as one of them is."""
+FORMATS = {n: {"contiguous", "channels_last"} if n > 3 else {"contiguous"} for n in range(2, 6)}
+"""Layouts of inputs and weights, by their dimensions, for which eager's strides are promised."""
 FEW_CHANNELS = 16
 """A scale's roundings are those of all its channel. Of fewer channels in a norm eager's may be nothing by luck."""
 
@@ -266,12 +268,8 @@ def check(p: Problem, device: str) -> bool:
         luck = 0.5 if p.special == "none" else None
         hold(name, y, exact, lambda name=name: [of[name] for of in eager()], roundings, luck)
     # One in four: PyTorch takes a while for a convolution that it has not seen.
-    dense = (
-        p.seed % 4 == 0
-        and p.way in ("function", "module")
-        and p.layout in ("contiguous", "channels_last")[: len(p.shape) - 2]
-    )
-    if dense and p.weight_layout in ("contiguous", "channels_last") and p.op != "fold_bn" and p.dtype != "float64":
+    dense = p.seed % 4 == 0 and {p.layout, p.weight_layout} <= FORMATS[len(p.shape)]
+    if dense and p.way in ("function", "module") and p.op != "fold_bn" and p.dtype != "float64":
         if ours["result"].numel() and not like_eagers(ours["result"], eager()[0]["result"]):
             strides = ours["result"].stride(), eager()[0]["result"].stride()
             raise Failure(f"result: has strides {strides[0]}, expected eager's, {strides[1]}")
@@ -328,6 +326,10 @@ def check_gradients(
     u = unit(own)
     for i, name in enumerate(names):
         g = got[i]
+        # On the CPU that of a convolution's bfloat16 weight is PyTorch's, and has uninitialised memory in it (torch 2.13).
+        if p.op in CONVOLVED and name in ("weight", "conv_weight") and g.dim() > 1 and p.dtype == "bfloat16":
+            if not g.is_cuda:
+                continue
         if (g.shape, g.dtype) != (leaves[name].shape, leaves[name].dtype):
             raise Failure(f"gradient of {name}: is {list(g.shape)} of {g.dtype}, expected {list(leaves[name].shape)}")
         # On the CPU PyTorch's gradients of a convolution are not the same bits every time.

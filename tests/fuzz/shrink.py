@@ -10,16 +10,20 @@ from .problem import CONVOLVED, Problem, changed
 from .run import Failure, Invalid, check
 
 
-def failure_of(p: Problem, device: str) -> Failure | None:
-    """None for a problem that holds, is none, or is not covered."""
+class Other(Failure):
+    """An error of no promise."""
+
+
+def failure_of(p: Problem, device: str, *, of_any_kind: bool = True) -> Failure | None:
+    """None for a problem that holds, is none, or is not covered. of_any_kind: also an error beside the promises."""
     try:
         check(p, device)
     except Invalid:
         return None
     except Failure as failure:
         return failure
-    except Exception as error:  # of whatever kind: a finding as well
-        return Failure(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        return Other(f"{type(error).__name__}: {error}") if of_any_kind else None
     return None
 
 
@@ -32,7 +36,7 @@ def shrunk(p: Problem, failure: Failure, device: str, seconds: float = 20.0) -> 
         for smaller in candidates(p):
             if time.monotonic() > end:
                 return p, failure
-            now = failure_of(smaller, device)
+            now = failure_of(smaller, device, of_any_kind=isinstance(failure, Other))
             if now is not None:
                 p, failure, found = smaller, now, True
                 break

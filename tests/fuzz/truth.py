@@ -134,6 +134,8 @@ def forward(p: Problem, t: dict[str, Tensor]) -> Forward:
         z = t["input"]
         z_sizes = z.abs()
     dim = z.dim()
+    # With a gradient gate is PyTorch's ops, each of which stores its result.
+    share = 1.0 if p.op == "gate" and p.gradients else of_sums(u)
     scale: Tensor | None = None
     deviations: Tensor | None = None
     results: dict[str, Exact] = {}
@@ -141,7 +143,7 @@ def forward(p: Problem, t: dict[str, Tensor]) -> Forward:
         v, v_sizes, scale, deviations = _normalised(p, t, z, z_sizes, u, results)
     elif p.op == "gate":
         scale = t["gate"].view(*z.shape[:2], *[1] * (dim - 2))
-        v, v_sizes = z * scale, z_sizes * scale.abs() * of_sums(u)
+        v, v_sizes = z * scale, z_sizes * scale.abs() * share
         scale = scale.abs()
     elif "running_mean" in t:
         scale = torch.rsqrt(t["running_var"] + p.eps) * p.factor
@@ -172,7 +174,7 @@ def forward(p: Problem, t: dict[str, Tensor]) -> Forward:
     residual = t.get("residual")
     if residual is not None:
         # Behind the activation the two may cancel, whose own error in 16 bits is of what it puts out.
-        v_sizes = v_sizes + residual.abs() * (of_sums(u) if p.residual == "first" else 1)
+        v_sizes = v_sizes + residual.abs() * (share if p.residual == "first" else 1)
         if p.residual == "first":
             v = v + residual
     y = reference.activate(v, p.activation, p.slope)

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    only = tuple(name for name in OPS if args.only is None or args.only in name)
+    only = tuple(name for name in OPS if args.seed is not None or args.only is None or args.only in name)
     if not only:
         print(f"fuzz: --only is {args.only!r}, expected a part of one of {', '.join(OPS)}", file=sys.stderr)
         return 2
@@ -73,8 +73,11 @@ def fuzz(
     failures: list[dict[str, Any]] = []
     begin = time.monotonic()
     seed = first
-    while time.monotonic() < begin + seconds and (count is None or seed < first + count):
-        p = generate(seed, device, tuple(only))
+    while time.monotonic() < begin + seconds and (count is None or sum(rows.values()) < count):
+        p = generate(seed, device)
+        if p.op not in only:  # a seed's problem is the same whatever is looked for
+            seed += 1
+            continue
         outcome = run(p, device, refused)
         rows[p.op, p.algorithm, outcome] += 1
         if outcome == "failed" and is_lost(device):

@@ -67,10 +67,10 @@ WINDOWS = (
 )
 
 
-def generate(seed: int, device: str, only: tuple[str, ...] = OPS) -> Problem:
+def generate(seed: int, device: str) -> Problem:
     g = random.Random(seed)
     emulated = device == "emulator"
-    names = [name for name in OPS if name in only and not (emulated and name == "fold_bn")]
+    names = [name for name in OPS if not (emulated and name == "fold_bn")]
     weights = [4 if name in CONVOLVED else 1.5 if name in ("bn_scale", "scale_shift") else 1 for name in names]
     op = g.choices(names, weights)[0]
     named: dict[str, Any] = {"op": op, "seed": seed}

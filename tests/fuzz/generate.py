@@ -179,12 +179,16 @@ def _conv(g: random.Random, op: str, dtype: str, device: str, big: bool) -> dict
     }
     tf32 = dtype == "float32" and (op, device) != ("conv_bn_scale_train", "emulator") and g.random() < 0.3
     algorithm, statistics = "by rule", "by rule"
-    covering = {"few": ("stem_sm90", "stem_sm80"), "whole": ("gemm_sm90", "gemm_sm80"), "depthwise": ("depthwise",)}
+    covering = {
+        "few": ("stem_sm90", "stem_sm80"),
+        "whole": ("gemm_sm90", "gemm_sm80", "pointwise"),
+        "depthwise": ("depthwise",),
+    }
     if device != "cpu" and (device == "emulator" or g.random() < 0.6):
         algorithm = _sometimes(g, 0.1, g.choice(covering.get(kind, CONV_ALGORITHMS)), *CONV_ALGORITHMS)
         if op == "conv_bn_scale_train" and algorithm != "aten":
             ways = [way for way in TRAIN_WAYS if way[0] == algorithm]
-            algorithm, statistics = g.choice(ways)
+            algorithm, statistics = g.choice(ways or [(algorithm, "from_output")])
         if device == "emulator" and algorithm == "aten":
             algorithm = "stem_sm80"
             statistics = "from_output"
@@ -193,6 +197,9 @@ def _conv(g: random.Random, op: str, dtype: str, device: str, big: bool) -> dict
         if (op, device) == ("conv_bn_scale_train", "emulator"):  # which has no TF32 there
             dtype = g.choice(("float16", "bfloat16"))
         tf32 = dtype == "float32"
+    if algorithm == "pointwise" and dim == 4 and g.random() < 0.85:
+        kernel, stride, padding, dilation = ((n, n) for n in (1, 1, 0, 1))
+        groups, space = 1, [1, 1]  # fully connected layers
     if algorithm == "depthwise" and dim == 4 and g.random() < 0.85:
         extent, step = g.choice((3, 3, 5)), g.choice((1, 1, 2))
         channels = g.choice((channels, *WHOLE))

@@ -281,7 +281,14 @@ def test_one_pixel_on_every_gpu(gpu: Gpu) -> None:
     ("images", "channels", "filters", "taps", "side", "expected"),
     [
         (32, 64, 256, 1, 56, "gemm_sm90 64 channels by 64 pixels, weights in shared memory"),
-        (32, 128, 32, 3, 56, "gemm_sm90 32 channels by 128 pixels and what their windows reach, weights in shared memory"),
+        (
+            32,
+            128,
+            32,
+            3,
+            56,
+            "gemm_sm90 32 channels by 128 pixels and what their windows reach, weights in shared memory",
+        ),
         (1, 512, 512, 3, 7, "gemm_sm90 64 channels by 64 pixels, channels in 4 parts"),
         (1, 512, 512, 3, 28, "aten"),
         (32, 512, 512, 3, 7, "gemm_sm90 64 channels by 128 pixels and what their windows reach"),

@@ -10,6 +10,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 CUDA_TOOLKIT ?= cuda-toolkit[nvcc,cudart,cccl]==13.0.*
 ARGS ?=
+SECONDS ?= 60
 
 CPU_LIBRARY := src/fused_conv_bn/_cpu.so
 CUDA_LIBRARY := src/fused_conv_bn/_cu13.so
@@ -47,13 +48,14 @@ endif
 
 say = @printf '%s\n' "make: $(1)"
 
-.PHONY: help demo test bench build wheel compat lint format clean FORCE
+.PHONY: help demo test fuzz bench build wheel compat lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo     check and time the fused ops against PyTorch on this machine'
 	@echo 'make test     run the tests; ARGS="-k name -x" goes to pytest'
 	@echo 'make bench    run the benchmark; ARGS="--help" lists its options'
+	@echo 'make fuzz     random calls of every op against float64, SECONDS=60; ARGS="--help" lists its options'
 	@echo 'make build    build the libraries in place, for the GPU at hand'
 	@echo 'make wheel    build the wheel for all supported GPUs into wheels/dist; ARGS="all" also those for one CUDA each'
 	@echo 'make compat   test the wheel of wheels/dist next to many versions of torch and Python'
@@ -79,6 +81,10 @@ test: export FUSED_CONV_BN_REQUIRE_MODELS := $(if $(INSTALLED),1,$(FUSED_CONV_BN
 test: $(CUDA_LIBRARY)
 	$(call say,tests)
 	@$(PY) -m pytest $(ARGS)
+
+fuzz: build
+	$(call say,random calls)
+	@PYTHONPATH=$(CURDIR)/tests:$(PYTHONPATH) $(PY) -m fuzz --seconds $(SECONDS) $(ARGS)
 
 # The CUDA library takes longer to build: without a GPU, only a torch that is built for CUDA asks for it.
 build: $(INSTALLED)

@@ -57,6 +57,11 @@ def random_bn(
     return running_mean, running_var, weight, bias
 
 
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """float32 with TF32's 10 bits behind the first one: to nearest, halves away from zero."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 # ---- 80-bit long double: the truth for float64 -----------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from ._conv import (
     NO_WINDOW,
     Window,
     as_autocast,
+    autocast_dtype,
     keeps_result,
     leaves_input_sums,
     without_autocast,
@@ -400,10 +401,14 @@ def _convolved(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(input, conv_weight, conv_bias, residual) of the Function: after PyTorch's convolution where its result is kept.
 
-    Where autocast casts a convolution's arguments, these are cast.
+    Where autocast casts a convolution's arguments, these are cast. PyTorch's convolution of 16 bits takes no bias of
+    float32.
     """
     if keeps_result(input, conv_weight, window[3], backward_needs_result):
         (residual,) = as_autocast(residual)
+        dtype = autocast_dtype(input)
+        if conv_bias is not None and conv_bias.dtype == reference.wide(dtype):
+            conv_bias = conv_bias.to(dtype)
         return reference.convolution(input, conv_weight, conv_bias, *window), None, None, residual
     if not _is_any_autocast_enabled():
         return input, conv_weight, conv_bias, residual

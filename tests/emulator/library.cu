@@ -45,7 +45,9 @@ void allow_affine(const AffineTensors& affine, int64_t channels, size_t bytes) {
 void allow_operands(const Conv2d& c, const ConvOperands& o) {
   const auto elements = [&](int64_t count) { return static_cast<size_t>(count * c.element_bytes); };
   emulated::allow(o.x, elements(c.N * c.C * c.H * c.W));
-  emulated::allow(o.w, elements(c.K * (c.C / c.groups) * c.R * c.S));
+  const int64_t last_weight = (c.K - 1) * o.w_stride_k + (c.C / c.groups - 1) * o.w_stride_c +
+                              (c.R - 1) * o.w_stride_r + (c.S - 1) * o.w_stride_s;
+  emulated::allow(o.w, elements(last_weight + 1));
   emulated::allow(o.residual, elements(c.N * c.K * c.P * c.Q));
   emulated::allow(o.y, elements(c.N * c.K * c.P * c.Q));
   allow_affine(o.affine, c.K, static_cast<size_t>(o.affine.wide ? 4 : c.element_bytes));
@@ -55,7 +57,7 @@ size_t bytes_of(Element element) { return element == Element::float64 ? 8 : elem
 
 void allow_channels(const TrainParams& bn, int64_t channels) {
   for (const ChannelBuffer* b : {&bn.running_mean, &bn.running_var, &bn.weight, &bn.bias, &bn.conv_bias}) {
-    emulated::allow(b->data, static_cast<size_t>(channels) * bytes_of(b->element));
+    emulated::allow(b->data, static_cast<size_t>((channels - 1) * b->stride + 1) * bytes_of(b->element));
   }
 }
 

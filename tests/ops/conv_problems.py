@@ -28,7 +28,7 @@ from torch import Tensor
 
 import common
 import fused_conv_bn as fcb
-from common import DTYPES, SLOPE, long, long_epilogue, random_bn
+from common import DTYPES, SLOPE, long, long_epilogue, random_bn, rounded_to_tf32
 from fused_conv_bn import reference
 
 OPS = torch.ops.fused_conv_bn
@@ -305,11 +305,6 @@ def make(
         if letter == "l":
             setattr(call, name, channels_last(getattr(call, name)))
     return call
-
-
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    """float32 with TF32's 10 bits behind the first one: to nearest, halves away from zero."""
-    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def is_covered(dtype: torch.dtype, *, depthwise: bool) -> bool:

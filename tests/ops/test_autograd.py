@@ -244,8 +244,12 @@ def test_statistics_that_require_grad(name: str, generator: torch.Generator) -> 
 
 @pytest.mark.parametrize("kind", ["few", "many"])
 @pytest.mark.parametrize("train", [False, True])
-def test_16_bit_convolution_with_float32_bn(kind: str, train: bool, device: str, generator: torch.Generator) -> None:
-    """Over 16 problems: of one, a gradient's error is chance."""
+@pytest.mark.parametrize("of_bias", [torch.bfloat16, torch.float32], ids=str)
+def test_16_bit_convolution_with_float32_bn(
+    kind: str, train: bool, of_bias: torch.dtype, device: str, generator: torch.Generator
+) -> None:
+    """Over 16 problems: of one, a gradient's error is chance. A convolution's bias may be float32 as well, which PyTorch's
+    convolution does not take."""
     call, make = OPS[f"conv_bn_scale{'_train' if train else ''}, {kind} terms"]
     squares: dict[str, list[float]] = {}
     for _ in range(16):
@@ -255,12 +259,12 @@ def test_16_bit_convolution_with_float32_bn(kind: str, train: bool, device: str,
             for k, t in tensors.items()
         }
         names = [name for name in differentiable(tensors) if name != "conv_bias" or not train]
-        _, got = gradients(fcb, call, half, names, activation="gelu")
+        _, got = gradients(fcb, call, {**half, "conv_bias": half["conv_bias"].to(of_bias)}, names, activation="gelu")
         _, eager = gradients(reference, call, half, names, activation="gelu")
         exact = {k: t.double().cpu() for k, t in half.items()}
         _, truth = gradients(reference, call, exact, names, activation="gelu")
         for name in names:
-            assert got[name].dtype == half[name].dtype
+            assert got[name].dtype == (of_bias if name == "conv_bias" else half[name].dtype)
             sums = squares.setdefault(name, [0.0, 0.0])
             for i, g in enumerate((got, eager)):
                 sums[i] += error(g[name].cpu(), truth[name]) ** 2 / 16

@@ -1,0 +1,198 @@
+"""The fuzzer: problems that hold, wrong ops that it finds and makes small, and what its numbers reach."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_conv_bn as fcb
+from common import CONV_ALGORITHMS, DTYPES
+from fused_conv_bn.reference import ACTIVATIONS
+from fuzz import __main__ as program
+from fuzz.generate import BUDGETS, DEVICES, cost, generate
+from fuzz.problem import OPS, WAYS, Problem
+from fuzz.run import Failure, check
+from fuzz.values import LAYOUTS, Spec, placed
+
+original = fcb.scale_shift
+
+
+def test_some_seconds(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """None of them fails, and a seed makes one problem."""
+    assert program.main(["--device", device, "--first", "0", "--count", "150", "--seconds", "15"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"fuzz: \d+ problems in \d+ s .*, seeds 0 to \d+, 0 failed", printed)
+    assert program.main(["--device", device, "--seed", "3"]) == 0
+    assert "fuzz: 1 problems in" in capsys.readouterr().out
+
+
+def wrong_element(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    y = original(input, *arguments, **named)
+    if y.numel() > 0 and y.size(1) > 4:
+        y[(-1,) * y.dim()] += 1
+    return y
+
+
+def written_argument(input: Tensor, scale: Tensor | None, shift: Tensor | None, **named: Any) -> Tensor:
+    y = original(input, scale, shift, **named)
+    if shift is not None and shift.numel() > 1:
+        shift[1] += 1
+    return y
+
+
+def written_memory(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    y = original(input, *arguments, **named)
+    out = named.get("out")
+    if out is not None:
+        out.as_strided((1,), (1,), out.untyped_storage().nbytes() // out.element_size() - 1).fill_(0)
+    return y
+
+
+def memory_behind(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    y = original(input, *arguments, **named)
+    if y.numel() > 0 and "out" not in named:
+        behind = input.as_strided((1,), (1,), input.untyped_storage().nbytes() // input.element_size() - 1)
+        y[(0,) * y.dim()] += behind[0]
+    return y
+
+
+def other_bits(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    y = original(input, *arguments, **named)
+    with torch.no_grad():
+        if y.numel() > 0:
+            y[(0,) * y.dim()] *= 1 + float(torch.rand(()))
+    return y
+
+
+def wrong_strides(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    y = original(input, *arguments, **named)
+    return y if "out" in named or y.dim() != 4 else y.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def refused(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    if input.size(-1) == 7:
+        raise RuntimeError("scale_shift: no sevens")
+    return original(input, *arguments, **named)
+
+
+WRONG: dict[Callable[..., Tensor], str] = {
+    wrong_element: "result: an element is .* unit roundoffs off",
+    written_argument: "shift: written to, or memory around it",
+    written_memory: "(out|input|residual): written to, or memory around it",
+    memory_behind: "result: 1 elements are not finite where exact ones are",
+    other_bits: "result: two runs differ",
+    wrong_strides: "result: has strides .*, expected eager's",
+    refused: "the call raised RuntimeError: scale_shift: no sevens",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda f: f.__name__)
+def test_wrong_ops_are_found_and_made_small(
+    wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_derivatives(*arguments: Any, **named: Any) -> Tensor:
+        with torch.no_grad():
+            return wrong(*arguments, **named)
+
+    monkeypatch.setattr(fcb, "scale_shift", without_derivatives)
+    monkeypatch.setattr(program, "generate", lambda *arguments: plain(generate(*arguments)))
+    arguments = [
+        "--device",
+        "cpu",
+        "--only",
+        "scale_shift",
+        "--first",
+        "0",
+        "--seconds",
+        "60",
+        "--shrink-seconds",
+        "10",
+    ]
+    monkeypatch.setattr(program, "OPS", ("scale_shift",))
+    assert program.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert re.search(f"fuzz: seed \\d+ failed: {WRONG[wrong]}", printed), printed
+    smallest = re.search(r"the smallest that fails: (.*)\n((    .*\n)+)", printed)
+    assert smallest is not None and re.match(WRONG[wrong], smallest[1]), printed
+    lines = [line[4:] for line in smallest[2].splitlines()]
+    # What is printed runs, and fails by the same.
+    with pytest.raises(Failure, match=WRONG[wrong]):
+        exec("\n".join(lines[:3]), {})
+    named = {"Problem": Problem}
+    problem = eval(lines[2].removeprefix("check(").removesuffix(", 'cpu')"), named)
+    assert problem.activation == problem.residual == "none" and problem.special == "none", problem
+    if wrong is wrong_element:
+        assert sorted(problem.shape)[-1] == problem.shape[1] == 5 and sum(problem.shape) == 5 + len(problem.shape) - 1
+    if wrong is not refused and "out" not in problem.way:
+        scope: dict[str, Any] = {}
+        exec("\n".join(lines[3:]), scope)
+        assert scope["result"].shape == problem.shape
+
+
+def plain(p: Problem) -> Problem:
+    """Without gradients, which these wrong functions have none of."""
+    return Problem(**{**vars(p), "gradients": False})
+
+
+def test_keep_going_and_what_was_not_seen_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcb, "scale_shift", wrong_element)
+    monkeypatch.setattr(program, "generate", lambda *arguments: plain(generate(*arguments)))
+    monkeypatch.setattr(program, "OPS", ("scale_shift",))
+    common = ["--device", "cpu", "--only", "scale_shift", "--first", "0", "--count", "12", "--shrink-seconds", "0"]
+    assert program.main([*common, "--keep-going"]) == 1
+    printed = capsys.readouterr().out
+    failed = len(re.findall(r"fuzz: seed \d+ failed:", printed))
+    assert failed > 1 and re.search(f"fuzz: 12 problems .*, {failed} failed", printed)
+    assert program.main(["--only", "no such op"]) == 2
+
+
+def test_what_the_numbers_reach() -> None:
+    for device in DEVICES:
+        made = [generate(seed, device) for seed in range(6000)]
+        assert made[:50] == [generate(seed, device) for seed in range(50)]
+        assert {p.op for p in made} == set(OPS) - ({"fold_bn"} if device == "emulator" else set())
+        assert {p.dtype for p in made} == {str(dtype).removeprefix("torch.") for dtype in DTYPES}
+        assert {p.activation for p in made} == set(ACTIVATIONS)
+        assert {p.layout for p in made} == {p.residual_layout for p in made} == set(LAYOUTS)
+        assert {p.residual for p in made} == {"none", "first", "last"}
+        assert {p.special for p in made} == {"none", "finite", "non-finite"}
+        algorithms = {p.algorithm for p in made}
+        if device == "cpu":
+            assert algorithms == {"by rule"}
+        else:
+            assert algorithms == {"by rule", *CONV_ALGORITHMS} - ({"aten"} if device == "emulator" else set())
+        if device != "emulator":
+            assert {p.way for p in made} == set(WAYS) and any(p.gradients for p in made)
+            assert any(0 in p.shape for p in made)
+        sizes = sorted(cost(p)[0] for p in made)
+        assert sizes[len(sizes) // 2] <= BUDGETS[device][0] and sizes[-1] <= 4 * BUDGETS[device][1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors(layout: str) -> None:
+    """The same values wherever they lie, with NaN all around."""
+    for shape in ((2, 3, 4, 5), (3, 4, 2), (4, 6), (7,), (1, 2, 3, 2, 2), (2, 0, 3)):
+        x, memory = placed(Spec(shape, layout=layout, offset=3, seed=5), "cpu")
+        plain, _ = placed(Spec(shape, seed=5), "cpu")
+        assert x.shape == shape and x.storage_offset() == 3 or x.numel() == 0
+        if layout != "expanded":
+            assert torch.equal(x, plain)
+        elif x.numel():
+            assert x.dim() == 1 or (x == x[:1]).all()
+        assert memory[:3].isnan().all() and memory[-20:].isnan().all() and not x.isnan().any()
+        assert memory.isnan().sum() >= memory.numel() - x.numel()
+
+
+def test_a_problem_that_is_none() -> None:
+    from fuzz.run import Invalid
+
+    window = {"kernel": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    with pytest.raises(Invalid):
+        check(Problem("conv_scale_shift", shape=(1, 1, 2, 2), **window), "cpu")

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-SECONDS = 4.0
+SECONDS = 3.0
 """Between two lines of a log."""
 TERMINAL_SECONDS = 1.0
 

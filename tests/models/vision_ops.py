@@ -39,7 +39,9 @@ def _loads(library: Path) -> bool:
 
 
 def provide() -> None:
-    """Makes ``import torchvision`` work, once and before anything imports it."""
+    """Makes ``import torchvision`` work, before anything imports it. Each module that needs it may ask."""
+    if "ops" in provide.__dict__:
+        return
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None:
         return

@@ -145,7 +145,7 @@ cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cuda
   };
   const auto start_tile = [&]<int kTile>() {
     if (l.halo) {
-      if constexpr (kTiles[kTile].has_halo) {
+      if constexpr (kTiles[kTile].has_halo_of(sizeof(T))) {
         start(gemm_sm90_halo_kernel<T, kTile>);
       }
     } else if (l.splits == 1) {

@@ -35,6 +35,8 @@ struct TileShape {
   constexpr int block_pixels() const { return pixels * (together ? kConsumers : 1); }
   constexpr int out_bytes(int element_bytes) const { return pixels * filters * element_bytes; }
   constexpr int sum_bytes() const { return pixels * filters * 4; }
+  // A consumer with more results of 4 bytes would not have registers for all that it keeps of a halo.
+  constexpr bool has_halo_of(int element_bytes) const { return has_halo && out_bytes(element_bytes) <= 32768; }
 };
 constexpr TileShape kTiles[] = {
     {128, 128, 1, false, true, true, false}, {64, 256, 1, false, false, false, true},
@@ -159,7 +161,7 @@ inline std::optional<Layout> lay_out(const Conv2d& c, const GpuTraits& gpu, int 
 inline std::optional<Layout> lay_out_halo(const Conv2d& c, const GpuTraits& gpu, int tile, int row_bytes) {
   constexpr int kMostRows = 1024, kFewFilters = 3;  // rows: of a box
   const TileShape& t = kTiles[tile];
-  if (!t.has_halo || !supports_halo(c) || halo_rows(c, t) > kMostRows) {
+  if (!t.has_halo_of(c.element_bytes) || !supports_halo(c) || halo_rows(c, t) > kMostRows) {
     return std::nullopt;
   }
   Layout l = steps_of(c, tile, row_bytes);

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fused_conv_bn as fcb
 from fused_conv_bn import conditions
-from fused_conv_bn._fuse import blocks, inside
+from fused_conv_bn._fuse import blocks
+from fused_conv_bn._fuse import channels_last as inside
 
 PACKAGES = ("torchvision", "timm", "ultralytics", "segmentation_models_pytorch")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]

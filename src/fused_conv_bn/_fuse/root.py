@@ -29,9 +29,9 @@ from . import pools
 from .blocks import block_of
 from .capture import Arguments, Refused, capture, is_compared
 from .chain import Link, call_block, chain_groups, compiled, links_of
+from .channels_last import give_back, inside_of
 from .frozen import frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
-from .inside import give_back, inside_of
 from .layers import is_conv, is_norm
 from .patterns import Matcher, ModuleWords
 

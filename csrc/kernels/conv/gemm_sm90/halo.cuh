@@ -10,8 +10,8 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-// The thread that fetches pixels, or the one that fetches filters.
-template <typename T, int kTile>
+// The thread that fetches pixels, or the one that fetches filters. kFilters: which of them.
+template <typename T, int kTile, bool kFilters>
 struct HaloProducer {
   const Block<T, kTile>& block;
   const Params<T>& p = block.p;
@@ -50,11 +50,11 @@ struct HaloProducer {
     }
   }
 
-  __device__ __forceinline__ void run(bool filters) {
-    const int tiles = filters && p.layout.resident ? 1 : block.tiles();
+  __device__ __forceinline__ void run() {
+    const int tiles = kFilters && p.layout.resident ? 1 : block.tiles();
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      if (filters) {
+      if constexpr (kFilters) {
         fetch_filters();
       } else {
         fetch_pixels_of(block.first_pixel(tile));
@@ -137,15 +137,14 @@ struct HaloConsumer : Consumer<T, kTile> {
   // f(place in shared memory, element of the tensor) for what the thread has of the tile from `first` on, and of what there is.
   template <typename F>
   __device__ __forceinline__ void for_chunks(int first, F&& f) const {
-    constexpr int kOfBox = Base::kRowBytes / 16, kElements = 16 / Base::kBytes;
+    constexpr int kElements = 16 / Base::kBytes;
     const int chunk = thread % kChunks, filter = block.first_filter() + chunk * kElements;
-    const uint32_t box = this->output + chunk / kOfBox * (Base::kPixels * Base::kRowBytes);
 #pragma unroll
     for (int i = 0; i < Base::kPixels / kRowsAtOnce; ++i) {
       const int row = thread / kChunks + i * kRowsAtOnce;
       const int64_t pixel = pixel_of(first + row);
       if (filter < p.filters && pixel >= 0) {
-        f(box + row * Base::kRowBytes + ((chunk % kOfBox) ^ Base::swizzle(row)) * 16, pixel * p.filters + filter);
+        f(this->place_of_chunk(row, chunk), pixel * p.filters + filter);
       }
     }
   }

@@ -17,6 +17,8 @@
 //     launch.cuh    from a problem to parameters
 #pragma once
 
+#include <type_traits>
+
 #include "halo.cuh"
 #include "kernels/ptx/launch.cuh"
 #include "producer.cuh"
@@ -30,12 +32,9 @@ constexpr int kConsumerRegisters = kBlocks == 1 ? 232 : 104;
 template <int kBlocks>
 constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 24;
 
-template <typename T, int kTile>
-__global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
-    gemm_sm90_kernel(const __grid_constant__ Params<T> p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kBlocks = kTiles[kTile].blocks;
-  const Block<T, kTile> block(p, blockIdx.x);
+// produce(filters): by the thread that fetches filters, or by the one that fetches pixels; consume(consumer): by a warpgroup.
+template <int kBlocks, typename T, int kTile, typename Produce, typename Consume>
+__device__ __forceinline__ void run_block(const Block<T, kTile>& block, Produce&& produce, Consume&& consume) {
   const int warpgroup = warpgroup_index();
   block.set_up();
   wait_for_previous();
@@ -43,15 +42,25 @@ __global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
   if (warpgroup == 0) {
     release_registers<kProducerRegisters<kBlocks>>();
     if (threadIdx.x == 0) {
-      Producer<T, kTile, false>{block}.run();
+      produce(std::false_type{});
     } else if (threadIdx.x == 32) {
-      Producer<T, kTile, true>{block}.run();
+      produce(std::true_type{});
     }
   } else {
     acquire_registers<kConsumerRegisters<kBlocks>>();
     block.set_affines();
-    Consumer<T, kTile>{block, warpgroup - 1}.run();
+    consume(warpgroup - 1);
   }
+}
+
+template <typename T, int kTile>
+__global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
+    gemm_sm90_kernel(const __grid_constant__ Params<T> p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const Block<T, kTile> block(p, blockIdx.x);
+  run_block<kTiles[kTile].blocks>(
+      block, [&](auto filters) { Producer<T, kTile, filters()>{block}.run(); },
+      [&](int consumer) { Consumer<T, kTile>{block, consumer}.run(); });
 #endif
 }
 
@@ -59,20 +68,9 @@ template <typename T, int kTile>
 __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_halo_kernel(const __grid_constant__ Params<T> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const Block<T, kTile> block(p, blockIdx.x);
-  const int warpgroup = warpgroup_index();
-  block.set_up();
-  wait_for_previous();
-  let_next_begin();
-  if (warpgroup == 0) {
-    release_registers<kProducerRegisters<1>>();
-    if (threadIdx.x % 32 == 0 && threadIdx.x < 64) {
-      HaloProducer<T, kTile>{block}.run(threadIdx.x == 32);
-    }
-  } else {
-    acquire_registers<kConsumerRegisters<1>>();
-    block.set_affines();
-    HaloConsumer<T, kTile>(block, warpgroup - 1).run();
-  }
+  run_block<1>(
+      block, [&](auto filters) { HaloProducer<T, kTile, filters()>{block}.run(); },
+      [&](int consumer) { HaloConsumer<T, kTile>(block, consumer).run(); });
 #endif
 }
 

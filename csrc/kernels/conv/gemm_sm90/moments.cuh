@@ -14,16 +14,12 @@ namespace fused_conv_bn::gemm_sm90 {
 // Values in shared memory: two of 16 bits, one or two of 32.
 template <typename T, int kCount>
 __device__ __forceinline__ void load_values(uint32_t address, float (&values)[kCount]) {
-  if constexpr (sizeof(T) == 2) {
-    static_assert(kCount == 2);
-    const float2 pair = unpack_pair(T(), load_shared_1(address));
+  if constexpr (kCount == 2) {
+    const float2 pair = unpack_pair(T(), load_shared_words<PairWords<T>>(address));
     values[0] = pair.x;
     values[1] = pair.y;
-  } else if constexpr (kCount == 2) {
-    const uint2 words = load_shared_2(address);
-    values[0] = __uint_as_float(words.x);
-    values[1] = __uint_as_float(words.y);
   } else {
+    static_assert(kCount == 1 && sizeof(T) == 4);
     values[0] = __uint_as_float(load_shared_1(address));
   }
 }

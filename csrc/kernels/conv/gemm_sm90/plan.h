@@ -206,7 +206,9 @@ inline std::optional<Layout> lay_out_split(const Conv2d& c, const GpuTraits& gpu
   return fits ? std::optional(l) : std::nullopt;
 }
 
-// What estimate() was fitted to: times in microseconds and bytes per microsecond on an H200.
+// What estimate() takes, of an H200: times in microseconds, and bytes per microsecond. Fitted to 14,000 times of 1108 layers of ten
+// networks at batch 1 to 128, in all layouts: the layout of the least estimate takes 1.02 times the time of the best, in one case of
+// twenty more than 1.12.
 struct Rates {
   double products = 7.66e6;  // a multiprocessor's: pixels by filters by bytes of a row
   double fetches = 118e3;    // a multiprocessor's

@@ -29,15 +29,23 @@ def run(program: str, main: Callable[[], int]) -> int:
         finally:  # --help leaves by SystemExit
             sys.stdout.flush()
     except BrokenPipeError:  # who reads has seen enough: `| head`
-        # What is buffered would be written once more, and fail, when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_unwritten_output()
         return 141  # as of a program that SIGPIPE ends
     except (UsageError, OSError) as error:
+        drop_unwritten_output()
         print(f"{program}: {reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+
+
+def drop_unwritten_output() -> None:
+    """Leaves nothing that Python would write once more, and fail, when it ends: its exit status would then be 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def reason(error: Exception) -> str:

@@ -57,9 +57,11 @@ def test_a_reader_that_has_seen_enough(arguments: list[str]) -> None:
     os.close(writer)
 
 
-def test_a_full_disk() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk(unbuffered: str) -> None:
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
-        run = subprocess.run([*PROGRAM, "info"], stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
+        run = subprocess.run([*PROGRAM, "info"], stdout=full, stderr=subprocess.PIPE, env=environment, text=True)
     assert (run.returncode, run.stderr) == (2, "info: No space left on device\n")
 
 

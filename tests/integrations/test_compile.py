@@ -218,13 +218,14 @@ def test_every_overload_is_opchecked() -> None:
     checked = {op for op, *_ in (*CALLS.values(), *MORE_CALLS.values())} | {OPS.fold_bn.default, OPS.cuda_archs.default}
     checked |= {OPS.conv_scale_shift.default}  # in ops/test_conv_integration.py
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in ops/test_train_integration.py
+    checked |= {OPS.max_pool2d.default, OPS.spatial_mean.default}  # in ops/test_pooling.py
     # CUDA alone, and not for torch.compile: in ops/test_wgrad.py
     checked |= {OPS._conv_bn_wgrad.default, OPS._conv_bn_scale_train_sums.default}
     # On the CPU alone, and not for torch.compile: in fuse/test_freeze.py and ops/test_packed_chain.py
     checked |= {OPS._conv_packed.default, OPS._conv_packed_chain.default}
     # What takes no tensor or returns none.
     names = "_explain", "_explain_problem", "_candidates", "_use_algorithm", "_check_algorithm", "_packed_channels"
-    checked |= {getattr(OPS, name).default for name in names}
+    checked |= {getattr(OPS, name).default for name in (*names, "_check_environment")}
     checked |= {OPS._set_choices.cpu, OPS._set_choices.cuda}
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_conv_bn::")}
     assert {op.name() for op in checked} == defined

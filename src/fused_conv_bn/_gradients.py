@@ -61,92 +61,106 @@ class Affine(NamedTuple):
     eps: float = 0.0
 
 
-def elementwise_backward(dy: Tensor, *tensors: Any, **named: Any) -> Any:
-    """bn_scale_backward. torch.compile gets PyTorch's ops, and fuses them with what is around them."""
-    run = reference.bn_scale_backward if _is_compiling() else _bn_scale_backward
-    return run(dy, *tensors, **named)
+def backward(
+    dy: Tensor,
+    input: Tensor | None,
+    conv_weight: Tensor | None,
+    window: Window,
+    allow_tf32: bool,
+    affine: Affine,
+    result: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual_last: bool,
+    needs: Needs,
+    input_sums: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients that ``needs`` asks for, in its order.
 
-
-class Call(NamedTuple):
-    """What backward is called with, and what forward saved of its own call.
-
-    ``input`` is that of the convolution, or what the affine is applied to where ``conv_weight`` is None.
+    ``input`` is that of the convolution, or what the affine is applied to where ``conv_weight`` is None. ``residual``
+    and ``result`` are there where the activation's derivative takes them. Every call and tuple here shows in a small
+    step's time.
     """
-
-    dy: Tensor
-    input: Tensor | None
-    conv_weight: Tensor | None
-    window: Window
-    allow_tf32: bool
-    affine: Affine
-    result: Tensor | None
-    residual: Tensor | None
-    activation: str
-    negative_slope: float
-    residual_last: bool
-    needs: Needs
-    input_sums: Tensor | None = None
-
-
-def backward(call: Call) -> tuple[Tensor | None, ...]:
-    """The gradients of which ``call.needs`` are, in its order."""
-    dy, input, conv_weight, window, allow_tf32, affine, result, residual = call[:8]
-    activation, negative_slope, residual_last, needs = call[8:12]
-    if conv_weight is not None and (needs.conv_weight or needs.weight) and not _is_compiling():
+    needs_input, needs_conv_weight, needs_conv_bias, needs_weight, needs_bias, needs_residual = needs
+    if conv_weight is not None and (needs_conv_weight or needs_weight) and not _is_compiling():
         assert input is not None
-        if prefers_weight_pass(dy, input, conv_weight, window, affine.invstd is not None, needs.input):
-            return weight_pass(call)
+        if prefers_weight_pass(dy, input, conv_weight, window, affine.invstd is not None, needs_input):
+            return weight_pass(
+                *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
+                *(activation, negative_slope, residual_last, needs, input_sums),
+            )
     dx = dw = dr = None
-    needs_z = needs.input or needs.conv_weight
+    needs_z = needs_input or needs_conv_weight
     derives = activation != "none"
     has_affine = affine.mean is not None or affine.weight is not None
-    if needs.residual and (residual_last or not derives):
+    if needs_residual and (residual_last or not derives):
         dr = dy
-    dv_is_asked_for = needs.residual and dr is None
-    sums = needs.weight or needs.bias or needs.conv_bias
-    z = None
+    dv_is_asked_for = needs_residual and dr is None
+    # What is not asked for is not passed: arguments cost time.
+    named: dict[str, Any] = {}
+    if needs_weight:
+        named["needs_weight"] = True
+    if needs_bias:
+        named["needs_bias"] = True
+    if needs_conv_bias:
+        named["needs_conv_bias"] = True
     with without_autocast():
-        if not (sums or dv_is_asked_for or (needs_z and (has_affine or derives))):
+        if not (named or dv_is_asked_for or (needs_z and (has_affine or derives))):
             dz, dg, db, dcb = dy if needs_z else None, None, None, None
         else:
-            from_input = derives and result is None
-            if needs.weight or from_input or (needs_z and affine.invstd is not None):
+            z = None
+            if needs_weight or (derives and result is None) or (needs_z and affine.invstd is not None):
                 z = input
                 if conv_weight is not None:
                     assert input is not None
                     z = convolution_again(input, conv_weight, window, allow_tf32)
+            if needs_z:
+                named["needs_input"] = True
             # Without an affine dz is dv.
-            dz, dg, db, dcb, dv = elementwise_backward(
-                *(dy, z, result, residual, *affine),
-                activation=activation,
-                negative_slope=negative_slope,
-                needs_input=needs_z,
-                needs_weight=needs.weight,
-                needs_bias=needs.bias,
-                needs_conv_bias=needs.conv_bias,
-                needs_residual=dv_is_asked_for and (has_affine or not needs_z),
-            )
+            if dv_is_asked_for and (has_affine or not needs_z):
+                named["needs_residual"] = True
+            if derives:
+                named["activation"] = activation
+                named["negative_slope"] = negative_slope
+            dz, dg, db, dcb, dv = elementwise_backward()(dy, z, result, residual, *affine, **named)
+            del z  # its memory is the convolution's
             if dv_is_asked_for:
                 dr = dz if dv is None else dv
         if needs_z and conv_weight is not None:
             assert dz is not None and input is not None
-            del z  # its memory is the convolution's
-            dx, dw = convolution_backward(dz, input, conv_weight, window, needs.input, needs.conv_weight)
+            dx, dw = convolution_backward(dz, input, conv_weight, window, needs_input, needs_conv_weight)
         else:
             dx = dz
     return dx, dw, dcb, dg, db, dr
 
 
-def weight_pass(call: Call) -> tuple[Tensor | None, ...]:
+def elementwise_backward() -> Callable[..., Any]:
+    """bn_scale_backward. torch.compile gets PyTorch's ops, and fuses them with what is around them."""
+    return reference.bn_scale_backward if _is_compiling() else _bn_scale_backward
+
+
+def weight_pass(
+    dy: Tensor,
+    input: Tensor,
+    conv_weight: Tensor,
+    window: Window,
+    allow_tf32: bool,
+    affine: Affine,
+    result: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual_last: bool,
+    needs: Needs,
+    input_sums: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """The same where the weight's gradient and BatchNorm's come from one pass over dy and the input.
 
     It takes the activation's derivative along where the result tells it and nothing else wants it. The gradient of the
     convolution's result is a channel's factor times something: the factor goes into the weight that takes it to the
     input's gradient.
     """
-    dy, input, conv_weight, window, allow_tf32, affine, result, residual = call[:8]
-    activation, negative_slope, residual_last, needs = call[8:12]
-    assert input is not None and conv_weight is not None
     dx = dr = z = None
     dv = dy
     derives = activation != "none"
@@ -156,7 +170,7 @@ def weight_pass(call: Call) -> tuple[Tensor | None, ...]:
         if derives and (result is None or dv_is_asked_for):
             if result is None:
                 z = convolution_again(input, conv_weight, window, allow_tf32)
-            *_, dv = elementwise_backward(
+            *_, dv = elementwise_backward()(
                 *(dy, z, result, residual, *affine),
                 activation=activation,
                 negative_slope=negative_slope,
@@ -172,7 +186,7 @@ def weight_pass(call: Call) -> tuple[Tensor | None, ...]:
             has_statistics=trains,
             needs_conv_weight=needs.conv_weight,
             needs_input=needs.input,
-            input_sums=call.input_sums,
+            input_sums=input_sums,
         )
         if needs.input:
             dz = dv

@@ -38,7 +38,6 @@ from ._conv import (
 from ._dispatch import keywords
 from ._gradients import (
     Affine,
-    Call,
     Needs,
     backward,
     derivative_from,
@@ -156,10 +155,7 @@ class _BnScale(Function):
         else:
             affine = Affine(mean, var, None, weight, bias, conv_bias, factor, eps)
             dx, dw, dcb, dg, db, dr = backward(
-                Call(
-                    *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
-                    *(activation, slope, last, needs),
-                )
+                dy, input, conv_weight, window, allow_tf32, affine, result, residual, activation, slope, last, needs
             )
         return dx, dw, dcb, None, None, dg, db, dr, None
 
@@ -229,12 +225,10 @@ class _ScaleShift(Function):
                 *(residual, result, dy, needs_r, activation, slope, last),
             )
         else:
+            affine = Affine(None, None, None, scale, shift, None)
+            needs = Needs(needs_x, needs_w, False, needs_scale, needs_shift, needs_r)
             dx, dw, _, dscale, dshift, dr = backward(
-                Call(
-                    *(dy, input, conv_weight, window, allow_tf32, Affine(None, None, None, scale, shift, None)),
-                    *(result, residual, activation, slope, last),
-                    Needs(needs_x, needs_w, False, needs_scale, needs_shift, needs_r),
-                )
+                dy, input, conv_weight, window, allow_tf32, affine, result, residual, activation, slope, last, needs
             )
         return dx, dw, dscale, dshift, dr, None
 
@@ -302,14 +296,14 @@ class _BnScaleTrain(Function):
             return (None,) * 9
         input, conv_weight, weight, bias, residual, result, mean, invstd, sums = ctx.saved_tensors
         factor, _, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
-        needs = Needs(*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:8])
+        needs_x, needs_w, needs_cb, _, _, needs_g, needs_b, needs_r, _ = ctx.needs_input_grad
         if mean is None:  # the residual's alone
             return *(None,) * 7, _residual_gradient(dy, result, activation), None
         # The batch's mean takes the bias away again.
-        zeros = mean.new_zeros(mean.shape, dtype=dy.dtype) if needs.conv_bias else None
+        zeros = mean.new_zeros(mean.shape, dtype=dy.dtype) if needs_cb else None
         if differentiates_formula(dy):
             b = bias
-            if needs.bias and b is None:
+            if needs_b and b is None:
                 b = mean.new_zeros(mean.shape, dtype=parameter_dtype(mean, weight))
 
             def formula(x: Any, w: Any, cb: Any, g: Any, b: Any) -> Tensor:
@@ -319,16 +313,15 @@ class _BnScaleTrain(Function):
             (dx, dw, dcb, dg, db), dr = formula_backward(
                 formula,
                 (input, conv_weight, zeros, weight, b),
-                needs[:5],
-                *(residual, result, dy, needs.residual, activation, slope, last),
+                (needs_x, needs_w, needs_cb, needs_g, needs_b),
+                *(residual, result, dy, needs_r, activation, slope, last),
             )
         else:
             affine = Affine(mean, None, invstd, weight, bias, None, factor, eps)
+            needs = Needs(needs_x, needs_w, False, needs_g, needs_b, needs_r)
             dx, dw, _, dg, db, dr = backward(
-                Call(
-                    *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
-                    *(activation, slope, last, needs._replace(conv_bias=False), sums),
-                )
+                *(dy, input, conv_weight, window, allow_tf32, affine, result, residual),
+                *(activation, slope, last, needs, sums),
             )
             dcb = zeros
         return dx, dw, dcb, None, None, dg, db, dr, None
@@ -350,7 +343,7 @@ def _eager(function: type[Function]) -> Callable[..., Tensor]:
     run, setup_context = derivative.forward, derivative.setup_context
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        if _is_any_autocast_enabled():
+        if inputs[1] is not None and _is_any_autocast_enabled():  # a convolution, whose arguments were cast
             with without_autocast():
                 output = run(*inputs)
         else:
@@ -405,9 +398,9 @@ def _convolved(
     float32.
     """
     if keeps_result(input, conv_weight, window[3], backward_needs_result):
-        (residual,) = as_autocast(residual)
-        dtype = autocast_dtype(input)
-        if conv_bias is not None and conv_bias.dtype == reference.wide(dtype):
+        if residual is not None:
+            (residual,) = as_autocast(residual)
+        if conv_bias is not None and conv_bias.dtype == reference.wide(dtype := autocast_dtype(input)):
             conv_bias = conv_bias.to(dtype)
         return reference.convolution(input, conv_weight, conv_bias, *window), None, None, residual
     if not _is_any_autocast_enabled():

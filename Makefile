@@ -48,7 +48,7 @@ endif
 
 say = @printf '%s\n' "make: $(1)"
 
-.PHONY: help demo test fuzz bench build wheel compat lint format clean FORCE
+.PHONY: help demo test fuzz soak bench build wheel compat lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -56,6 +56,7 @@ help:
 	@echo 'make test     run the tests; ARGS="-k name -x" goes to pytest'
 	@echo 'make bench    run the benchmark; ARGS="--help" lists its options'
 	@echo 'make fuzz     random calls of every op against float64, SECONDS=60; ARGS="--help" lists its options'
+	@echo 'make soak     mixed calls from several threads, SECONDS=3600 for an hour: memory may not grow'
 	@echo 'make build    build the libraries in place, for the GPU at hand'
 	@echo 'make wheel    build the wheel for all supported GPUs into wheels/dist; ARGS="all" also those for one CUDA each'
 	@echo 'make compat   test the wheel of wheels/dist next to many versions of torch and Python'
@@ -85,6 +86,10 @@ test: $(CUDA_LIBRARY)
 fuzz: build
 	$(call say,random calls)
 	@PYTHONPATH=$(CURDIR)/tests:$(PYTHONPATH) $(PY) -m fuzz --seconds $(SECONDS) $(ARGS)
+
+soak: build
+	$(call say,mixed calls)
+	@PYTHONPATH=$(CURDIR)/tests:$(PYTHONPATH) $(PY) -m fuzz.soak --seconds $(SECONDS) $(ARGS)
 
 # The CUDA library takes longer to build: without a GPU, only a torch that is built for CUDA asks for it.
 build: $(INSTALLED)

@@ -159,12 +159,17 @@ def report(summary: dict[str, Any]) -> None:
     )
 
 
+def describe(device: str, commit: str | None) -> dict[str, Any]:
+    """What ran where, as the benchmarks' records have it."""
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from benchmarks import record
+
+    return record.describe("cuda" if device == "cuda" else "cpu", commit)
+
+
 def write(path: Path, device: str, commit: str | None, summary: dict[str, Any]) -> None:
     """As the benchmarks' records: a line that says what ran where, then a line a row."""
-    sys.path.append(str(Path(__file__).resolve().parents[2]))
-    from benchmarks.record import describe
-
-    header = describe("cuda" if device == "cuda" else "cpu", commit) | {"fuzzed": device}
+    header = describe(device, commit) | {"fuzzed": device}
     header |= {k: v for k, v in summary.items() if k not in ("rows", "failures")}
     rows = [{"part": "problems", **row} for row in summary["rows"]]
     rows += [{"part": "failures", **row} for row in summary["failures"]]

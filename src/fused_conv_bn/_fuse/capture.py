@@ -180,12 +180,12 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # buffers are read when the graph runs, as parameters are
 
     def __init__(self, leaves: set[nn.Module], arguments: Arguments, forward: Callable[..., Any]) -> None:
+        self.thread = threading.get_ident()
         super().__init__()
         self.leaves, self.arguments, self.forward_of_root = leaves, arguments, forward
         self.inlined: list[nn.Module] = []
         self.culprit: nn.Module | None = None
         self.modes = self._modes()
-        self.thread = threading.get_ident()
         self.registered: frozenset[nn.Module] = frozenset()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
@@ -215,15 +215,28 @@ class _Tracer(fx.Tracer):
             return True
         return bool(super().is_leaf_module(m, module_qualified_name))
 
-    # While it traces, torch.fx has methods of its own on nn.Module, for all threads. Others are let through.
+    # While it traces, torch.fx has methods of its own on nn.Module, for all threads. Others are let through. They may
+    # still be in them when the trace is over, and this has no attributes any more.
+
+    def _is_of_other_thread(self) -> bool:
+        return threading.get_ident() != self.__dict__.get("thread")
+
+    @property
+    def _autowrap_function_ids(self) -> set[int]:
+        """Functions that torch.fx replaces in the globals of what is called: not of what other threads call."""
+        return set() if self._is_of_other_thread() else self.__dict__["function_ids"]
+
+    @_autowrap_function_ids.setter
+    def _autowrap_function_ids(self, ids: set[int]) -> None:
+        self.__dict__["function_ids"] = ids
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
+        if self._is_of_other_thread():
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:
+        if self._is_of_other_thread():
             return forward(*args, **kwargs)
         if m not in self.registered:
             # A slice of an nn.Sequential is another one, of the same modules.

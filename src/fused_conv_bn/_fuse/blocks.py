@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import autograd, ops
+from .. import autograd, conditions, ops
 from .._conv import allows_tf32
 from .._dispatch import keywords
 from ..algorithms import explain
@@ -31,6 +31,7 @@ _conv_bn, _conv, _bn, _cat, _gate, _max_pool, _mean = (
     _ops.max_pool2d.default._op,
     _ops.spatial_mean.default._op,
 )
+_exports_ops = conditions.exports_ops
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
@@ -170,7 +171,7 @@ class ConvNormBlock(Block):
             return self.plain(x, residual)
 
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if type(x) is not Tensor:
+        if type(x) is not Tensor and not _exports_ops():
             return self.plain(x, residual)
         conv, bn = self.conv_twin.__dict__, self.bn_twin.__dict__
         c, p, b = conv["_parameters"], bn["_parameters"], bn["_buffers"]
@@ -239,7 +240,7 @@ class ConvBlock(Block):
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv = self.conv_twin.__dict__
         c = conv["_parameters"]
-        if type(x) is not Tensor or not self.is_quick or _is_any_autocast_enabled():
+        if (type(x) is not Tensor and not _exports_ops()) or not self.is_quick or _is_any_autocast_enabled():
             return self.plain(x, residual)
         bias = c["bias"]
         window = conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
@@ -308,7 +309,7 @@ class NormBlock(Block):
         """``first``: what says whether the op has such an input."""
         bn = self.bn_twin.__dict__
         p, b = bn["_parameters"], bn["_buffers"]
-        if type(first) is not Tensor or first.dim() not in self.dimensions:
+        if (type(first) is not Tensor and not _exports_ops()) or first.dim() not in self.dimensions:
             return self.plain(x, residual)
         named = self.named if residual is None else self.named | {"residual": residual}
         try:
@@ -351,7 +352,9 @@ class GateBlock(Block):
 
     def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
         a, b = x
-        if type(a) is not Tensor or type(b) is not Tensor or not (a.is_cuda or self.named or residual is not None):
+        if (type(a) is not Tensor or type(b) is not Tensor) and not _exports_ops():
+            return self.plain(x, residual)
+        if not (a.is_cuda or self.named or residual is not None):
             return self.plain(x, residual)
         if a.numel() < b.numel():
             a, b = b, a
@@ -389,7 +392,7 @@ class PoolBlock(Block):
 
     def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
         pooling = self.pooling
-        if type(x) is not Tensor or x.dim() != 4:
+        if (type(x) is not Tensor and not _exports_ops()) or x.dim() != 4:
             return self.plain(x)
         y: Tensor
         try:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .. import conditions
 from ..conditions import has_hooks, is_distributed, is_watched
 from ..modules import ConvBnScale2d
 from .layers import is_conv, is_norm
@@ -60,7 +61,7 @@ class Arguments:
 
     def _kind(self, argument: str, value: Any, name: str) -> Any:
         of = type(value)
-        if of is Tensor or of is nn.Parameter:
+        if of is Tensor or of is nn.Parameter or (conditions.exports_ops() and isinstance(value, Tensor)):
             if value.is_meta:
                 raise TypeError(f"argument {argument} has no values")
             same = next((i for i, t in enumerate(self.tensors.values()) if t is value), len(self.tensors))
@@ -77,6 +78,15 @@ class Arguments:
             raise TypeError(f"argument {argument} is a tensor of another class")  # of this call, and not of the root
         verb = "is" if name == argument else "has"
         raise Refused(f"its argument {argument} {verb} a {of.__name__}")
+
+    def call_key(self, root: nn.Module) -> Any:
+        """Equal for calls that one capture of the root is of."""
+        # A forward may ask for these, and so may what it calls.
+        modes: Any = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if torch._C._is_any_autocast_enabled():
+            kinds = "cpu", "cuda"
+            modes += tuple(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds)
+        return self.key, root.training, modes
 
     def copies(self) -> list[Tensor]:
         """Of the tensors. What is one is one there, too."""

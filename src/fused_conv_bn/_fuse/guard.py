@@ -86,7 +86,7 @@ class Guard:
             same = self._stamp(root) == self.stamp
         except Exception:  # an attribute is gone, or is nothing that can be compared
             same = False
-        return (same or self._holds(root)) and (
+        return (same or self.holds_but_for_tensors(root)) and (
             PLAIN_TENSORS.issuperset(map(type, chain.from_iterable(map(dict.values, self.tensors))))
         )
 
@@ -98,8 +98,8 @@ class Guard:
         )
 
     def _stamp(self, root: nn.Module) -> list[Any]:
-        """What changes with anything that :meth:`_holds` looks at, or nearly: a hook has its number from a counter of
-        all hooks, and a module that has got a method of its own has an attribute more."""
+        """What changes with anything that :meth:`holds_but_for_tensors` looks at, or nearly: a hook has its number from
+        a counter of all hooks, and a module that has got a method of its own has an attribute more."""
         return [
             RemovableHandle.next_id,
             list(map(type, self.watched)),
@@ -113,7 +113,8 @@ class Guard:
             self._attributes(root),
         ]
 
-    def _holds(self, root: nn.Module) -> bool:
+    def holds_but_for_tensors(self, root: nn.Module) -> bool:
+        """The same one by one, whatever class the tensors have."""
         if not self.is_attached() or list(map(type, self.watched)) != self.types:
             return False
         if [m.training for m in self.watched] != self.modes or any(map(is_watched, self.watched)):

@@ -30,6 +30,7 @@ from .blocks import block_of
 from .capture import Arguments, Refused, capture, is_compared
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .channels_last import give_back, inside_of
+from .exported import run_exported
 from .frozen import frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
 from .layers import is_conv, is_norm
@@ -227,6 +228,8 @@ def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs
         or root in getattr(_own_ways, "modules", ())
         or _leave_alone((*args, *kwargs.values()))
     ):
+        if state is not None and conditions.exports_ops():
+            return run_exported(root, state, own, args, kwargs)
         return own(root, *args, **kwargs)
     if state.frozen:
         return run_frozen(root, (*args, *kwargs.values()), lambda: _run(root, state, own, args, kwargs))
@@ -247,12 +250,7 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
         return own(root, *args, **kwargs)  # which says so, or takes it
     except Refused as refused:
         return _refuse(root, state, str(refused), own, args, kwargs)
-    # A forward may ask for these, and so may what it calls.
-    modes: Any = (_is_grad_enabled(), torch.is_inference_mode_enabled())
-    if _is_any_autocast_enabled():
-        kinds = "cpu", "cuda"
-        modes += tuple(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds)
-    key = arguments.key, root.training, modes
+    key = arguments.call_key(root)
     if key in state.refused:
         return own(root, *args, **kwargs)
     entry = next((e for e in state.entries.get(key, ()) if e.guard.holds(root)), None)

@@ -12,39 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from common import assert_no_worse_than_eager, random_bn
-
-
-class Network(nn.Module):
-    """Each kind of group that the CPU has an op for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU())
-        self.pool = nn.MaxPool2d(2)
-        self.conv, self.bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.bare = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU())
-        self.norm, self.squeeze, self.head = nn.BatchNorm2d(32), nn.Conv2d(32, 32, 1), nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.stem(x))
-        y = torch.relu(x + self.bn(self.conv(x)))
-        z = torch.relu(self.norm(torch.cat([x, self.bare(y)], 1)))
-        z = torch.relu(z * torch.sigmoid(self.squeeze(z.mean((2, 3), keepdim=True))))
-        return self.head(z.mean((2, 3)))
-
+from common import assert_no_worse_than_eager
+from small_network import Network, random_statistics
 
 KEPT = ["bn_scale_cat", "conv_bn_scale", "conv_bn_scale", "conv_scale_shift", "conv_scale_shift", "gate"]
 
 
 def network(generator: torch.Generator) -> nn.Module:
-    model = Network().eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            statistics = random_bn(m.num_features, torch.float32, "cpu", generator)
-            for name, value in zip(("running_mean", "running_var", "weight", "bias"), statistics, strict=True):
-                getattr(m, name).data.copy_(value)
-    return model
+    return random_statistics(Network(), generator)
 
 
 def kept(program: torch.export.ExportedProgram) -> list[str]:

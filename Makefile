@@ -15,7 +15,7 @@ SECONDS ?= 60
 CPU_LIBRARY := src/fused_conv_bn/_cpu.so
 CUDA_LIBRARY := src/fused_conv_bn/_cu13.so
 SOURCES := setup.py wheels/matrix.json $(wildcard build_tools/*.py) $(shell find csrc -type f)
-CLANG_FORMATTED := $(shell find csrc benchmarks tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CLANG_FORMATTED := $(shell find aoti csrc benchmarks tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 STATE := build/make
 
 # VENV= (empty) uses $(PYTHON) as it is and installs nothing.

@@ -7,12 +7,17 @@
 // loaded and not run. It prints a line for each result, and writes the tuple of them to the FILE of --out, for torch.load.
 #include <ATen/core/grad_mode.h>
 #include <dlfcn.h>
+#include <elf.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <chrono>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -78,11 +83,22 @@ void check_is_file(const std::string& what, const std::string& path) {
   if (!std::filesystem::is_regular_file(path)) throw std::runtime_error(what + " " + path + " is not a file");
 }
 
+// A library that ends before its section headers do would end the process when it is opened.
+bool is_whole_library(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::array<char, sizeof(Elf64_Ehdr)> bytes{};
+  if (!file.read(bytes.data(), bytes.size())) return false;
+  const auto header = std::bit_cast<Elf64_Ehdr>(bytes);
+  const uint64_t end = header.e_shoff + uint64_t{header.e_shentsize} * header.e_shnum;
+  return std::memcmp(header.e_ident, ELFMAG, SELFMAG) == 0 && end <= std::filesystem::file_size(path);
+}
+
 // A library registers its ops with libtorch when it is opened. It stays open: the ops are its code.
 void load_libraries(const std::string& paths) {
   std::istringstream list(paths);
   for (std::string path; std::getline(list, path, ':');) {
     check_is_file("the library", path);
+    if (!is_whole_library(path)) throw std::runtime_error("the library " + path + " is no library, or is not whole");
     // Without a slash the linker would look for the name in its own folders.
     if (dlopen(std::filesystem::absolute(path).c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr)
       throw std::runtime_error("the library " + path + " cannot be loaded: " + dlerror());

@@ -78,7 +78,9 @@ def export_ops() -> Iterator[None]:
     """Keeps this package's ops in what ``torch.export`` captures inside of the ``with`` block.
 
     Without it an exported program has PyTorch's ops alone, and loads where this package is not installed. With it the
-    program runs the fused ops, for AOTInductor, say, and needs ``import fused_conv_bn`` before it is loaded.
+    program runs the fused ops, for AOTInductor, say, and needs ``import fused_conv_bn`` before it is loaded. Of a
+    fused model they are those of an earlier call of the same kind and in the same grad mode: without one there is a
+    warning, and PyTorch's ops.
     """
     global _keeps_ops
     before, _keeps_ops = _keeps_ops, True

@@ -195,12 +195,13 @@ def conv_scale_shift(
     residual_last: bool = False,
     allow_tf32: bool = False,
 ):
-    rank = len(weight.shape)
-    y = _convolution(input, weight, None, stride, padding, dilation, groups)
+    # A shift alone is a bias, as the exporter writes that of a convolution.
+    bias = None if shift is None or scale is not None else op.CastLike(shift, input)
+    y, rank = _convolution(input, weight, bias, stride, padding, dilation, groups), len(weight.shape)
     if scale is not None:
         y = op.Mul(y, _per_channel(scale, rank, input))
-    if shift is not None:
-        y = op.Add(y, _per_channel(shift, rank, input))
+        if shift is not None:
+            y = op.Add(y, _per_channel(shift, rank, input))
     return _epilogue(y, residual, activation, negative_slope, residual_last)
 
 

@@ -170,6 +170,7 @@ def test_a_fused_network(generator: torch.Generator, tmp_path: Path) -> None:
     for batch in (2, 5):
         x = draw(generator, batch, 3, 32, 32)
         for program in (kept, own):
+            assert {node.domain for node in program.model.graph} == {""}
             (y,) = run(program, (x,), tmp_path)
             torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
 

@@ -1,0 +1,29 @@
+"""Docstrings of this package as Markdown: references to public names become links, ``::`` before a block one colon."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+_ROLE = re.compile(r":(?:func|class|data|meth|mod):`([\w.]+)`")
+
+
+class Docstrings(griffe.Extension):
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        public = {*map(str, pkg.exports or ()), "conditions.why_not"}
+
+        def link(match: re.Match[str]) -> str:
+            name = match[1].removeprefix(f"{pkg.name}.")
+            return f"[`{name}`][{pkg.name}.{name}]" if name in public else f"`{name}`"
+
+        def convert(obj: griffe.Object) -> None:
+            if obj.docstring is not None:
+                text = _ROLE.sub(link, obj.docstring.value)
+                obj.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+            for member in obj.members.values():
+                if not member.is_alias:
+                    convert(member)  # type: ignore[arg-type]
+
+        convert(pkg)

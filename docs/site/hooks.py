@@ -70,7 +70,8 @@ def with_links(markdown: str, path: str, titles: dict[str, str]) -> str:
         if (found := file_of(target, path)) is None:
             return match[0]  # mkdocs says what is wrong with it
         uri = page_of(found)
-        return f"[{titles.get(uri, text) if text == target else text}]({posixpath.relpath(uri, here)}{anchor})"
+        is_name = text in (target, posixpath.basename(target))
+        return f"[{titles.get(uri, text) if is_name else text}]({posixpath.relpath(uri, here)}{anchor})"
 
     return _LINK.sub(replace, markdown)
 

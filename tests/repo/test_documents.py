@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 import documents
+import fused_conv_bn as fcb
 from documents import DOCUMENTS, ROOT, Block, Command
 from fused_conv_bn.__main__ import main
 from fused_conv_bn._fuse.backend import compile_backend
@@ -126,6 +129,40 @@ def test_sessions_print_what_they_say(name: str) -> None:
 def test_programs_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block.text, f"{block.document}:{block.line}", "exec"), {"__name__": "program"})
+
+
+ON_AN_H200 = {"fused_conv_bn.algorithms.explain"}
+"""Docstrings whose sessions say what an H200 runs."""
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """(name, text) of what the package documents."""
+    package = ROOT / "src" / "fused_conv_bn"
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
+                yield f"{module}.{node.name}", text
+
+
+def test_examples_in_docstrings_run() -> None:
+    """The reference has them: sessions, and programs with a model and its input."""
+    is_h200 = torch.cuda.is_available() and torch.cuda.get_device_name().startswith("NVIDIA H200")
+    ran = []
+    for name, text in docstrings():
+        given = {"fcb": fcb, "torch": torch, "nn": torch.nn}
+        if ">>>" in text:
+            assert is_h200 or name in ON_AN_H200, f"{name} has a session: run it here"
+            if is_h200:
+                test = doctest.DocTestParser().get_doctest(text, given, name, None, None)
+                assert doctest.DocTestRunner().run(test).failed == 0, name
+            ran.append(name)
+            continue
+        for block in re.findall(r"^Example::\n\n((?:    .*\n|\n)+)", text, re.MULTILINE):
+            given |= {"model": torch.nn.Conv2d(3, 4, 3).eval(), "x": torch.randn(1, 3, 8, 8)}
+            exec(compile(textwrap.dedent(block), name, "exec"), given)
+            ran.append(name)
+    assert ON_AN_H200 <= set(ran) and len(ran) >= 3
 
 
 def test_every_block_is_of_a_known_kind() -> None:

@@ -27,3 +27,8 @@ class Docstrings(griffe.Extension):
                     convert(member)  # type: ignore[arg-type]
 
         convert(pkg)
+        for name in public & pkg.members.keys():
+            member = pkg.members[name]
+            target = pkg[member.target_path.removeprefix(f"{pkg.name}.")] if member.is_alias else member
+            if target.is_module and name in target.members:  # a function of the name of its own file
+                pkg.set_member(name, griffe.Alias(name, target.members[name], parent=pkg))

@@ -133,6 +133,9 @@ REFERENCE = {
 OWN_TEXT = {"functions": "ops", "choices": "conditions", "twins": "reference"}
 """Pages that begin with a module's own documentation."""
 
+RETURNED = {"models": ["_fuse.report.Row", "graphs.Graphed"]}
+"""Classes that have no public name, and are what functions return."""
+
 MEMBERS = {"conditions": ["why_not"], "reference": None}
 """Public modules, and what of them the reference has; None: every function."""
 
@@ -153,6 +156,7 @@ def reference_page(page: str) -> str:
         members = MEMBERS[name]
         wanted = members if members is not None else functions_of(PACKAGE / f"{name}.py")
         lines += [f"::: fused_conv_bn.{name}.{member}\n" for member in wanted]
+    lines += [f"::: fused_conv_bn.{name}\n" for name in RETURNED.get(page, ())]
     return "\n".join(lines)
 
 

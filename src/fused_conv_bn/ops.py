@@ -94,7 +94,8 @@ def fold_bn(
         eps: as in ``nn.BatchNorm2d``, 0 or more.
 
     Returns:
-        (scale, shift), each of shape (C,), float32, or float64 for float64 arguments: what :func:`scale_shift` takes.
+        Scale and shift, as :func:`scale_shift` takes them, each of shape (C,), float32, or float64 for float64
+        arguments.
 
     Raises:
         RuntimeError: a shape, dtype, device or eps that does not fit.

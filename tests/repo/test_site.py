@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -103,6 +104,9 @@ def test_every_public_name_is_in_the_reference(pages: dict[Path, Page]) -> None:
         name for name in fcb.__all__ if f"fused_conv_bn.{name}" not in ids and name not in ("conditions", "reference")
     ]
     assert missing == []
+    functions = [name for name in fcb.__all__ if inspect.isfunction(getattr(fcb, name))]
+    assert len(functions) > 10  # one of them has the name of its own file, which is not what is meant
+    assert [i for i in ids if i.startswith(tuple(f"fused_conv_bn.{name}." for name in functions))] == []
     assert {"fused_conv_bn.conditions.why_not", "fused_conv_bn.reference.bn_scale"} <= ids
 
 
@@ -111,6 +115,9 @@ def test_no_docstring_keeps_its_markup(site: Path) -> None:
     for path in (site / "reference").glob("*.html"):
         text = re.sub(r"<[^>]+>", "", path.read_text())
         assert re.findall(r":(?:func|class|mod|data):|\w::\s", text) == [], path.name
+        # A colon in the text would make a type of what is before it.
+        returned = re.findall(r"Returns:\s+(.+?) – ", text)
+        assert [of for of in returned if not re.fullmatch(r"[\w.\[\], ]+", of)] == [], path.name
 
 
 def test_the_schemas_are_those_of_the_ops(site: Path) -> None:

@@ -24,6 +24,11 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 """Files of the tree that are pages of the site, beside those of docs/."""
 
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#]+)((?:#[^)\s]*)?)\)")  # its text, the file, the anchor
+# What is passed over comes first.
+_CALL = re.compile(
+    r"^ *```.*?^ *```$|^    [^\n]*$|^#[^\n]*$|\[[^\]]*\]\([^)]*\)|(?P<code>(?<!`)`fcb\.(?P<name>\w+)\b[^`\n]*`)",
+    re.MULTILINE | re.DOTALL,
+)
 _FENCED = re.compile(r"^( *)(```|~~~).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 
 
@@ -82,6 +87,18 @@ def titles_of(nav: list[Any] | dict[str, Any] | str, title: str = "") -> dict[st
         return {nav: title} if title else {}
     items = nav.items() if isinstance(nav, dict) else [("", item) for item in nav]
     return {uri: name for key, item in items for uri, name in titles_of(item, key).items()}
+
+
+def with_references(markdown: str) -> str:
+    """Code that begins with ``fcb.`` and a public name is a link to the reference. Headings, links and blocks stay."""
+    names = exported().keys() - MEMBERS.keys()
+
+    def replace(match: re.Match[str]) -> str:
+        if match["name"] not in names:
+            return match[0]
+        return f"[{match['code']}][fused_conv_bn.{match['name']}]"
+
+    return _CALL.sub(replace, markdown)
 
 
 def as_page(markdown: str) -> str:
@@ -224,4 +241,5 @@ def on_files(files: Files, *, config: Any) -> Files:
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
     if page.file.generated_by is None:
         markdown = with_links(markdown, f"docs/{page.file.src_uri}", titles_of(config.nav))
-    return as_page(markdown)
+    is_prose = page.file.generated_by is None or page.file.src_uri in PAGES.values()
+    return as_page(with_references(markdown) if is_prose else markdown)

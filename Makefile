@@ -48,7 +48,7 @@ endif
 
 say = @printf '%s\n' "make: $(1)"
 
-.PHONY: help demo test fuzz soak bench build wheel compat lint format clean FORCE
+.PHONY: help demo test fuzz soak bench build wheel compat docs lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -60,6 +60,7 @@ help:
 	@echo 'make build    build the libraries in place, for the GPU at hand'
 	@echo 'make wheel    build the wheel for all supported GPUs into wheels/dist; ARGS="all" also those for one CUDA each'
 	@echo 'make compat   test the wheel of wheels/dist next to many versions of torch and Python'
+	@echo 'make docs     build the site of docs/ into build/site, and check its links'
 	@echo 'make lint     check style and types; make format repairs what a tool can'
 	@echo 'make clean    delete what was built'
 	@echo
@@ -108,6 +109,11 @@ compat:
 	$(call say,compatibility (20 GB of downloads and half an hour or more for all combinations))
 	@$(PYTHON) wheels/compat.py $(ARGS)
 
+# Takes Python 3.11 or newer. The variable: no notice of mkdocs' successors at every build.
+docs: $(INSTALLED)
+	$(call say,the site)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 lint: $(INSTALLED)
 	$(call say,ruff)
 	@$(PY) -m ruff check --quiet .
@@ -142,12 +148,12 @@ WANTED := $(PYTHON) $(TORCH) $(CUDA_TOOLKIT)
 $(VENV)/.wanted: FORCE
 	$(call record,$(WANTED))
 
-$(INSTALLED): requirements/dev.txt requirements/models.txt $(VENV)/.wanted
+$(INSTALLED): requirements/dev.txt requirements/docs.txt requirements/models.txt $(VENV)/.wanted
 	$(call say,installing $(TORCH) and the development tools into $(VENV); PyPI has 3 GB of CUDA libraries for torch)
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON=...")'
 	@$(BASE_PYTHON) -m venv --clear $(VENV)
 	@echo '$(WANTED)' > $(VENV)/.wanted
-	@$(PY) -m pip install --quiet '$(TORCH)' '$(CUDA_TOOLKIT)' -r requirements/dev.txt
+	@$(PY) -m pip install --quiet '$(TORCH)' '$(CUDA_TOOLKIT)' -r requirements/dev.txt -r requirements/docs.txt
 	@$(PY) -m pip install --quiet --no-deps -r requirements/models.txt
 	@echo '$(CURDIR)/src' > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fused_conv_bn.pth
 	@touch $@

@@ -365,8 +365,8 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
         clone_outputs: without it results are the graph's own memory, which the next call overwrites.
 
     Returns:
-        A :class:`Graphed`: a module with all of the model's attributes and methods, the model as ``module``, and
-        ``clear()``.
+        The model as a :class:`Graphed`, which has all of its attributes and methods, the model itself as ``module``,
+        and ``clear()``, which frees all graphs.
 
     Raises:
         TypeError: ``model`` is no module, or a ScriptModule. When called: arguments or results that are neither tensors

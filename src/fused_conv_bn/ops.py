@@ -10,14 +10,14 @@ for second derivatives. Under transforms of torch.func and in forward-mode AD Py
 that write to ``input`` or ``out`` have no derivative: with grad mode on and an argument that requires grad, or with one
 that carries a forward-mode tangent, they raise RuntimeError.
 
-What they share is the epilogue, by keyword: ``activation(y + residual)``, or with ``residual_last``
-``activation(y) + residual``.
+What they share is the epilogue, by keyword: ``activation(y + residual)``, or ``activation(y) + residual`` with
+``residual_last``.
 
-- residual: shape, dtype and device of the result; None to add nothing.
-- activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"``, ``"gelu"``, ``"gelu_tanh"``,
+- ``residual``: shape, dtype and device of the result; None to add nothing.
+- ``activation``: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"``, ``"gelu"``, ``"gelu_tanh"``,
   ``"leaky_relu"``, ``"sigmoid"``, ``"hardsigmoid"``, ``"mish"`` or ``"tanh"``. NaN passes as in PyTorch.
-- negative_slope: of ``leaky_relu``.
-- residual_last: adds the residual behind the activation.
+- ``negative_slope``: of ``leaky_relu``.
+- ``residual_last``: adds the residual behind the activation.
 
 A wrong argument raises RuntimeError, and what is no tensor TypeError, before anything is written. A tensor that is
 written to counts as modified, so that autograd refuses to use it where it needed the old values.
@@ -94,7 +94,8 @@ def fold_bn(
         eps: as in ``nn.BatchNorm2d``, 0 or more.
 
     Returns:
-        (scale, shift), each of shape (C,), float32, or float64 for float64 arguments: what :func:`scale_shift` takes.
+        Scale and shift, as :func:`scale_shift` takes them, each of shape (C,), float32, or float64 for float64
+        arguments.
 
     Raises:
         RuntimeError: a shape, dtype, device or eps that does not fit.

@@ -230,6 +230,7 @@ def test_sdist_has_the_whole_tree(tmp_path: Path) -> None:
         "README.md",
         "CHANGELOG.md",
         "Makefile",
+        "mkdocs.yml",
         ".ci/run",
     ]
     for pattern in (
@@ -239,6 +240,7 @@ def test_sdist_has_the_whole_tree(tmp_path: Path) -> None:
         "src/**/*.py",
         "tests/**/*.py",
         "benchmarks/**/*.*",
+        "docs/**/*.*",
         "requirements/*",
     ):
         wanted += [str(file.relative_to(ROOT)) for file in ROOT.glob(pattern) if file.is_file()]

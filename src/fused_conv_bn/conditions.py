@@ -26,6 +26,12 @@ Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None,
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
 """The types of tensors that mean what they say. A subclass may compute, distribute or record instead."""
 
+DTENSORS = "the tensors are DTensors, of which each process computes its part"
+"""What :func:`operands` says then, and the module asks for."""
+
+dtensor: type[Tensor] | None = None
+"""The class, from the import of ``torch.distributed.tensor`` on (_register/sharding.py)."""
+
 _Conv2d, _BatchNorm2d, _SyncBatchNorm = nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm
 
 # What a call of the modules runs, as it was when this package was imported.
@@ -226,6 +232,8 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
         and type(bn_weight) in PLAIN_TENSORS
         and type(bn_bias) in PLAIN_TENSORS
     ):
+        if dtensor is not None and all(t is None or isinstance(t, dtensor) for t in (x, residual, *found)):
+            return DTENSORS
         return "a tensor is of another class, or the input is no tensor"
     if weight is None:
         return "conv has no weight"

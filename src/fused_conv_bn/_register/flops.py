@@ -5,15 +5,12 @@ Like PyTorch's own it counts the convolution's products and sums, twice the numb
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
-from types import ModuleType
 from typing import Any
 
 import torch
 
-_NAME = "torch.utils.flop_counter"
+from ._later import when_imported
+
 _ops = torch.ops.fused_conv_bn
 
 
@@ -38,28 +35,4 @@ def _register_with(flop_counter: Any) -> None:
     flop_counter.register_flop_formula([t for t in targets if t not in flop_counter.flop_registry])(_conv_flop)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Registers the formulas when somebody imports the counter: that imports triton, which takes long."""
-
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
-        if name != _NAME:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-            _register_with(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-# Now if the counter is imported already, else when it is.
-if _NAME in sys.modules:
-    _register_with(sys.modules[_NAME])
-else:
-    sys.meta_path.insert(0, _Finder())
+when_imported("torch.utils.flop_counter", _register_with)  # which imports triton

@@ -32,6 +32,7 @@ from .ops import (  # noqa: E402
     scale_shift_,
     spatial_mean,
 )
+from .profiling import name_algorithms  # noqa: E402
 
 __version__ = "0.1.0"
 _choices.load()
@@ -53,6 +54,7 @@ __all__ = [
     "gate",
     "graphed",
     "max_pool2d",
+    "name_algorithms",
     "reference",
     "report",
     "scale_shift",

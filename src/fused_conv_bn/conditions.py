@@ -247,6 +247,8 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
         if x.dim() != 4:
             return f"the input has {x.dim()} dimensions, not 4"
         if residual is not None:
+            if residual.is_nested:
+                return "the residual is a nested tensor"
             shape = residual.shape
             if len(shape) != 4 or shape[0] != x.shape[0] or shape[1] != weight.shape[0]:
                 return f"the residual's shape {list(shape)} is not that of the result"
@@ -314,6 +316,8 @@ def why_refused(
     ``x``: padded already. ``dtype``: that of the convolution, which autocast may have chosen.
     """
     weight, conv_bias, mean, var, bn_weight, bn_bias = found
+    if x.is_nested:
+        return "the input is a nested tensor"
     if x.dim() != 4 or weight.dim() != 4:
         return "not 4 dimensions"
     if x.device != weight.device or any(t is not None and t.device != x.device for t in found):

@@ -21,11 +21,11 @@ if missing and not int(os.environ.get("FUSED_CONV_BN_REQUIRE_MODELS") or 0):
         f"needs {', '.join(missing)}: pip install --no-deps -r requirements/models.txt", allow_module_level=True
     )
 
-import zoo  # noqa: E402  (what ultralytics and torchvision need to be imported)
 from accelerate import Accelerator, cpu_offload, disk_offload  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
 import fused_conv_bn as fcb  # noqa: E402
+import zoo  # noqa: E402  (what ultralytics and torchvision need to be imported)
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ecosystem.md"
 

@@ -1,4 +1,4 @@
-"""Nested, sparse and oneDNN's tensors: what PyTorch's own ops do with them, and its messages."""
+"""Nested, sparse and oneDNN's tensors, and autocast of another device: what PyTorch's own ops do, and its messages."""
 
 from __future__ import annotations
 
@@ -107,3 +107,28 @@ def test_functions(kind: str) -> None:
         said = outcome(call)
         assert isinstance(said, tuple) and said[0] == "NotImplementedError", (op, said)
         assert said[1].startswith(f"Could not run 'fused_conv_bn::{op}' with arguments from the '"), (op, said)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "mtia", "hpu", "xla", "privateuseone"])
+def test_autocast_of_another_device_changes_nothing(kind: str) -> None:
+    """Of the module, of a fused model and of a function, with and without gradients; PyTorch's layers as well."""
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Conv2d(C, K, 3), nn.BatchNorm2d(K), nn.ReLU()).eval()
+    block = fcb.ConvBnScale2d.from_modules(plain[0], plain[1], activation="relu")
+    model, x = fcb.fuse(copy.deepcopy(plain)), batch()
+    bn = plain[1].running_mean, plain[1].running_var
+    calls: list[Callable[[], Tensor]] = [
+        *(lambda m=m: m(x) for m in (plain, block, model)),
+        lambda: fcb.conv_bn_scale(x, plain[0].weight, None, *bn),
+    ]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            want = [call() for call in calls]
+            was = torch.is_autocast_enabled(kind)
+            torch.set_autocast_enabled(kind, True)
+            try:
+                got = [call() for call in calls]
+            finally:
+                torch.set_autocast_enabled(kind, was)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)  # the dtype, too

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -127,31 +128,51 @@ def assert_complete(out: Path, expected: dict[str, tuple[int, float]]) -> None:
     assert list(out.parent.glob(f"{out.name}*")) == [out], "nothing is left beside it"
 
 
-@pytest.mark.parametrize("launchers", [((), PROCESSES), (PROCESSES, ())], ids=["one, then two", "two, then one"])
+@pytest.mark.parametrize("launchers", [((), PROCESSES), (PROCESSES, None)], ids=["one, then two", "two, then one"])
 def test_killed_and_started_again(
-    launchers: tuple[tuple[str, ...], ...], folder: Path, expected: dict[str, tuple[int, float]], tmp_path: Path
+    launchers: tuple[tuple[str, ...], tuple[str, ...] | None],
+    folder: Path,
+    expected: dict[str, tuple[int, float]],
+    tmp_path: Path,
+    program: ModuleType,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Each process comes to a pipe in the place of an image, at which it waits until it is killed."""
+    first, second = launchers
+    shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+    images = tmp_path / "copy" / "images"
+    names = program.images_of(images)
+    pipes = names[40:42]
+    for name in pipes:
+        (images / name).rename(tmp_path / Path(name).name)
+        os.mkfifo(images / name)
     out = tmp_path / "new" / "results.jsonl"
-    call = arguments(folder, out)
-    process = start([*call, "--batch=1"], launchers[0])
+    call = arguments(tmp_path / "copy", out)
+    process = start([*call, "--batch=1"], first)
     parts: list[Path] = []
-    while sum(part.read_bytes().count(b"\n") for part in parts) < 8 or len(parts) < 1 + bool(launchers[0]):
+    while sum(part.read_bytes().count(b"\n") for part in parts) < 40:
         assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+        time.sleep(0.02)
         parts = list(out.parent.glob("*.part-*"))
     kill(process)
-    lines = sum(part.read_bytes().count(b"\n") for part in parts)
-    assert lines < COUNT and not out.exists()
+    assert len(parts) == (2 if first else 1) and not out.exists()
+    for name in pipes:
+        (images / name).unlink()
+        (tmp_path / Path(name).name).rename(images / name)
     with parts[0].open("a") as file:  # killed while it wrote
         file.write('{"path": "000.png", "model"')
 
-    process = start([*call, "--batch=7"], launchers[1])
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    if second is None:
+        assert program.main(["--device=cpu", *call]) == 0
+        said, errors = capsys.readouterr()
+    else:
+        process = start([*call, "--batch=7"], second)
+        said, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
     assert_complete(out, expected)
-    total = COUNT + len(UNREADABLE)
-    assert f"{total} images, {total - lines} of them now, {len(UNREADABLE)} unreadable" in said
-    assert f"{total - lines}/{total - lines} images" in errors, "progress"
+    total = len(names)
+    assert f"{total} images, {total - 40} of them now, {len(UNREADABLE)} unreadable" in said
+    assert f"{total - 40}/{total - 40} images" in errors, "progress"
 
 
 def test_a_run_from_the_beginning(

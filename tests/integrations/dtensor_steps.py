@@ -235,10 +235,48 @@ def model_case(mesh: DeviceMesh) -> dict[str, Any]:
     for bn in (plain[1], plain[4]):
         bn.running_var.uniform_(0.5, 2.0, generator=generator)
     ours = fcb.fuse(copy.deepcopy(plain))
-    distribute_module(ours, mesh)
+    theirs = copy.deepcopy(plain)
+    for model in (ours, theirs):
+        distribute_module(model, mesh)
+    x = distribute_tensor(x, mesh, [B])
+    said = []
+    for model in (ours, theirs):
+        with torch.no_grad():
+            said.append(message_of(lambda model=model: model(x)))
+    assert said[0] == said[1]  # PyTorch 2.10 refuses most convolutions of DTensors
+    if said[0] != "nothing":
+        return {"got": [x], "want": [x]}
     with torch.no_grad():
-        got, want = ours(distribute_tensor(x, mesh, [B])), plain(x)
+        got, want = ours(x), plain(whole(x))
     return {"got": [whole(got)], "want": [want]}
+
+
+def second_derivatives(mesh: DeviceMesh) -> dict[str, Any]:
+    """Where PyTorch has those of a DTensor's part. Else they are refused."""
+    found: dict[str, Any] = {"got": [], "want": []}
+    for op, (of_images, per_channel) in itertools.product(("bn_scale", "conv_bn_scale"), ((B, R), (R, B))):
+        tensors = given(op)
+        for key, mine, run in (
+            ("want", tensors, getattr(reference, op)),
+            ("got", spread(mesh, tensors, of_images, per_channel), getattr(fcb, op)),
+        ):
+            inputs = [mine["input"].requires_grad_(), mine["weight"].requires_grad_()]
+            y = run(**mine, **numbers(op))
+
+            def second(y: Any = y, inputs: Any = inputs) -> list[Tensor]:
+                first = torch.autograd.grad((y * y).sum(), inputs, create_graph=True)
+                return [whole(t) for t in torch.autograd.grad(sum((t * t).sum() for t in first), inputs)]
+
+            if key == "got" and torch_version() < (2, 13):
+                assert "has no second derivatives of DTensors" in message_of(second)
+                found[key] += found["want"][-2:]
+            else:
+                found[key] += second()
+    return found
+
+
+def torch_version() -> tuple[int, ...]:
+    return tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def two_dimensions() -> dict[str, Any]:
@@ -418,6 +456,7 @@ def run(rank: int, world: int, folder: str) -> None:
         cases[name] = lambda a=(of_images, per_channel, bool(train), bool(grad)): module_case(mesh, *a)
     cases |= {
         "model": lambda: model_case(mesh),
+        "second derivatives": lambda: second_derivatives(mesh),
         "two dimensions": two_dimensions,
         "three images": lambda: uneven(mesh, 3),
         "one image": lambda: uneven(mesh, 1),

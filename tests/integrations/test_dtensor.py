@@ -21,7 +21,16 @@ from dtensor_steps import CASES, GRADIENTS
 WORLD = 2
 Found = list[dict[str, Any]]
 OTHERS = (
-    *("model", "two dimensions", "three images", "one image", "other calls of an op", "groups", "in place"),
+    *(
+        "model",
+        "second derivatives",
+        "two dimensions",
+        "three images",
+        "one image",
+        "other calls of an op",
+        "groups",
+        "in place",
+    ),
     *("functional", "compiled", "implicit"),
 )
 

@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from .. import _dispatch, conditions
 
 _ops = torch.ops.fused_conv_bn
+_TWICE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""Whether to_local() can be differentiated twice. On 2.10 the second derivative is lost without a word."""
 
 _IMAGES = frozenset({"input", "inputs", "residual", "out"})
 """Arguments of shape (N, C, ...). All others have their channels first, but for ``gate``, (N, C)."""
@@ -175,7 +177,18 @@ def _local(call: _Call, name: str, t: DTensor, axes: Sequence[int | None], is_wr
                 f"written to is not redistributed"
             )
         t = t.redistribute(t.device_mesh, placements)
-    return t.to_local(grad_placements=gradients)
+    part = t.to_local(grad_placements=gradients)
+    if not _TWICE and part.requires_grad and torch.is_grad_enabled():
+        part.register_hook(_refuse_second_derivatives)
+    return part
+
+
+def _refuse_second_derivatives(_: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"create_graph is True in backward, and torch {torch.__version__} has no second derivatives of DTensors' "
+            f"parts: torch 2.13 has"
+        )
 
 
 def _global(local: Tensor, mesh: Any, dims: Sequence[int | None], sizes: Sequence[int]) -> DTensor:

@@ -33,6 +33,7 @@ from .ops import (  # noqa: E402
     scale_shift_,
     spatial_mean,
 )
+from .profiling import name_algorithms  # noqa: E402
 
 __version__ = "0.1.0"
 _choices.load()
@@ -54,6 +55,7 @@ __all__ = [
     "gate",
     "graphed",
     "max_pool2d",
+    "name_algorithms",
     "onnx_translations",
     "reference",
     "report",

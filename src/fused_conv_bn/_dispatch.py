@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,17 @@ def _unusual(op: str, names: tuple[str, ...], required: tuple[Any, ...], optiona
         return RAW
     grad = _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return TWIN if grad or conditions.transformed() or conditions.is_exporting() else RAW
+
+
+of_dtensors: Callable[..., Any] | None = None
+"""Calls a twin, or for DTensors the function on their parts; _register/sharding.py sets it when there may be some."""
+
+
+def twin(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``plain``, of :mod:`.reference`, computes, differentiably."""
+    if of_dtensors is None or _is_compiling():
+        return plain(*args, **kwargs)
+    return of_dtensors(plain, args, kwargs)
 
 
 def check_tensor(op: str, name: str, value: Any, may_be_none: bool = False) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_max_pool2d, check_spatial_mean
-from ._dispatch import RAW, way_of
+from ._dispatch import RAW, twin, way_of
 
 _ops = torch.ops.fused_conv_bn
 
@@ -43,7 +43,7 @@ def max_pool2d(
         y: Tensor = _ops.max_pool2d.default(input, kernel_size, stride, padding, dilation, ceil_mode)
         return y
     check_max_pool2d(input)
-    return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return twin(reference.max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 def spatial_mean(input: Tensor, *, keepdim: bool = False) -> Tensor:
@@ -69,4 +69,4 @@ def spatial_mean(input: Tensor, *, keepdim: bool = False) -> Tensor:
         y: Tensor = _ops.spatial_mean.default(input, keepdim=keepdim)
         return y
     check_spatial_mean(input)
-    return reference.spatial_mean(input, keepdim=keepdim)
+    return twin(reference.spatial_mean, input, keepdim=keepdim)

@@ -26,6 +26,12 @@ Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None,
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
 """The types of tensors that mean what they say. A subclass may compute, distribute or record instead."""
 
+DTENSORS = "the tensors are DTensors, of which each process computes its part"
+"""What :func:`operands` says then, and the module asks for."""
+
+dtensor: type[Tensor] | None = None
+"""The class, from the import of ``torch.distributed.tensor`` on (_register/sharding.py)."""
+
 _Conv2d, _BatchNorm2d, _SyncBatchNorm = nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm
 
 # What a call of the modules runs, as it was when this package was imported.
@@ -228,6 +234,8 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
         and type(bn_weight) in PLAIN_TENSORS
         and type(bn_bias) in PLAIN_TENSORS
     ):
+        if dtensor is not None and all(t is None or isinstance(t, dtensor) for t in (x, residual, *found)):
+            return DTENSORS
         return "a tensor is of another class, or the input is no tensor"
     if weight is None:
         return "conv has no weight"
@@ -241,6 +249,8 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
         if x.dim() != 4:
             return f"the input has {x.dim()} dimensions, not 4"
         if residual is not None:
+            if residual.is_nested:
+                return "the residual is a nested tensor"
             shape = residual.shape
             if len(shape) != 4 or shape[0] != x.shape[0] or shape[1] != weight.shape[0]:
                 return f"the residual's shape {list(shape)} is not that of the result"
@@ -308,6 +318,8 @@ def why_refused(
     ``x``: padded already. ``dtype``: that of the convolution, which autocast may have chosen.
     """
     weight, conv_bias, mean, var, bn_weight, bn_bias = found
+    if x.is_nested:
+        return "the input is a nested tensor"
     if x.dim() != 4 or weight.dim() != 4:
         return "not 4 dimensions"
     if x.device != weight.device or any(t is not None and t.device != x.device for t in found):

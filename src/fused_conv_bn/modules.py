@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from . import _activations, _sync, autograd, conditions
+from . import _activations, _sync, autograd, conditions, ops
 from ._conv import allows_tf32, autocast_dtype
 from ._dispatch import check_tensor, keywords
 from .conditions import PLAIN_TENSORS, Operands, operands, why_refused
@@ -175,6 +175,8 @@ class ConvBnScale2d(nn.Module):
         conv, bn = modules["conv"], modules["bn"]
         found = operands(conv, bn, x, residual)
         if isinstance(found, str) or x is None:
+            if found is conditions.DTENSORS:
+                return _forward_dtensors(self, x, residual)
             return self._forward_plain(x, residual)
         weight, conv_bias, mean, var, bn_weight, bn_bias = found
         factor = self.scaling_factor
@@ -338,6 +340,8 @@ class ConvBnScale2d(nn.Module):
             if group is not None:
                 z = convolution(x, weight, conv_bias, *window)
                 return _sync.bn_scale_train(z, batch_norm, epilogue, group)
+            if conditions.dtensor is not None and isinstance(x, conditions.dtensor):
+                return ops.conv_bn_scale_train(x, weight, conv_bias, *batch_norm, *window, **keywords(*epilogue))
             if grad:
                 return autograd.bn_scale_train(x, weight, conv_bias, batch_norm, window, epilogue)
             if _is_compiling():
@@ -432,6 +436,26 @@ class ConvBnScale2d(nn.Module):
         if self.activation == "leaky_relu":
             text += f", negative_slope={self.negative_slope}"
         return f"{text}, residual_last=True" if self.residual_last else text
+
+
+def _forward_dtensors(module: ConvBnScale2d, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Each process computes its part, as :func:`.conv_bn_scale` does it, where nothing is to be prepared.
+
+    PyTorch's own convolution is wrong where the weight is distributed.
+    """
+    conv, bn, factor = module.conv, module.bn, module.scaling_factor
+    mean, var = bn.running_mean, bn.running_var
+    has_zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    adds = residual is None or residual.dtype == x.dtype
+    if type(factor) is not float or not has_zeros or not adds or conditions.sync_group(bn) or _is_compiling():
+        return module._forward_plain(x, residual)
+    window: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    convolution = conv.weight, conv.bias
+    if bn.training or mean is None or var is None:
+        return module._train(bn, x, *convolution, mean, var, bn.weight, bn.bias, factor, window, residual, False)
+    epilogue = residual, module.activation, module.negative_slope, module.residual_last
+    named = keywords(*epilogue, allows_tf32(x, conv.weight))
+    return ops.conv_bn_scale(x, *convolution, mean, var, bn.weight, bn.bias, factor, bn.eps, *window, **named)
 
 
 class _Scriptable(nn.Module):

@@ -34,7 +34,7 @@ from torch.autograd.graph import increment_version
 from . import autograd, reference
 from ._checks import check_cat, check_gate
 from ._conv import NO_WINDOW, Window
-from ._dispatch import RAW, TWIN, keywords, refuse_grad, require_grad, way_of, written
+from ._dispatch import RAW, TWIN, keywords, refuse_grad, require_grad, twin, way_of, written
 from ._pooling import max_pool2d as max_pool2d
 from ._pooling import spatial_mean as spatial_mean
 
@@ -160,7 +160,7 @@ def bn_scale(
         return _ops.bn_scale.default(input, *bn, **keywords(*epilogue))
     if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("bn_scale", activation, RuntimeError)
-        return reference.bn_scale(input, *bn, **keywords(*epilogue))
+        return twin(reference.bn_scale, input, *bn, **keywords(*epilogue))
     return autograd.bn_scale(input, None, None, bn, NO_WINDOW, epilogue)
 
 
@@ -267,7 +267,7 @@ def gate(
         return _ops.gate.default(input, gate, **named)
     reference.check_activation("gate", activation, RuntimeError)
     check_gate(input, gate, residual)
-    return reference.gate(input, gate, **named)
+    return twin(reference.gate, input, gate, **named)
 
 
 def scale_shift(
@@ -313,7 +313,7 @@ def scale_shift(
         return _ops.scale_shift.default(input, scale, shift, **keywords(*epilogue))
     if way == TWIN:
         reference.check_activation("scale_shift", activation, RuntimeError)
-        return reference.scale_shift(input, scale, shift, **keywords(*epilogue))
+        return twin(reference.scale_shift, input, scale, shift, **keywords(*epilogue))
     return autograd.scale_shift(input, None, scale, shift, NO_WINDOW, epilogue)
 
 
@@ -402,7 +402,7 @@ def conv_scale_shift(
         return _ops.conv_scale_shift.default(input, weight, scale, shift, *window, **keywords(*epilogue, allow_tf32))
     if way == TWIN:
         reference.check_activation("conv_scale_shift", activation, RuntimeError)
-        return reference.conv_scale_shift(input, weight, scale, shift, *window, **keywords(*epilogue))
+        return twin(reference.conv_scale_shift, input, weight, scale, shift, *window, **keywords(*epilogue))
     return autograd.scale_shift(input, weight, scale, shift, window, epilogue, allow_tf32)
 
 
@@ -466,7 +466,7 @@ def conv_bn_scale(
         )
     if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("conv_bn_scale", activation, RuntimeError)
-        return reference.conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
+        return twin(reference.conv_bn_scale, input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
     return autograd.bn_scale(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
 
 
@@ -520,7 +520,7 @@ def bn_scale_train(
         return y
     if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("bn_scale_train", activation, RuntimeError)
-        return reference.bn_scale_train(input, *bn, **keywords(*epilogue))
+        return twin(reference.bn_scale_train, input, *bn, **keywords(*epilogue))
     return autograd.bn_scale_train(input, None, None, bn, NO_WINDOW, epilogue)
 
 
@@ -590,5 +590,5 @@ def conv_bn_scale_train(
         return y
     if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("conv_bn_scale_train", activation, RuntimeError)
-        return reference.conv_bn_scale_train(input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
+        return twin(reference.conv_bn_scale_train, input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
     return autograd.bn_scale_train(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_fuse import close, randomised
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_conv_bn as fcb
 from fused_conv_bn._fuse import chain, frozen
@@ -272,6 +273,17 @@ def test_hooks_on_what_is_no_group(name: str) -> None:
 def test_one_convolution_is_no_chain() -> None:
     model = fcb.fuse(randomised(nn.Sequential(conv(3, 8), nn.AdaptiveAvgPool2d(1)).eval()), image(), freeze=True)
     assert "_conv_packed" in ops_of(model, image()) and "_conv_packed_chain" not in ops_of(model, image())
+
+
+@pytest.mark.parametrize("model", [net(), net(mean=None), nn.Sequential(conv(3, 8, 5, 2), nn.ReLU()).eval()])
+def test_flops_are_those_of_the_layers(model: nn.Module) -> None:
+    """Of a chain with gates, of one without, and of a convolution by itself."""
+    found = []
+    for run in (model, fcb.fuse(copy.deepcopy(model), image(), freeze=True)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(image())
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
 
 
 def test_what_one_dnn_runs_ends_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:

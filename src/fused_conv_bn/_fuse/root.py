@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.profiler import record_function
 
 from .. import conditions
 from .._conv import tf32_is_on
@@ -34,13 +35,14 @@ from .exported import run_exported
 from .frozen import frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
 from .layers import is_conv, is_norm
-from .patterns import Matcher, ModuleWords
+from .patterns import Group, Matcher, ModuleWords
 
 _MOST_KINDS = 32
 """Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""
 _lock = threading.RLock()
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_profiler_enabled = torch.autograd._profiler_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -62,6 +64,14 @@ def _placed(call: Block, residual_first: bool) -> Block:
         return torch.empty_like(residual, dtype=y.dtype).copy_(y)
 
     return placed
+
+
+def _in_range(group: Group, block: Any, call: Block, x: Any, residual: Any = None) -> Tensor:
+    """A call of a group in a range of a profile, whose name has what the report says of the group."""
+    algorithm = block.algorithm(x, residual) if isinstance(x, Tensor) else None
+    what = group.describe() + (f" [{algorithm}]" if algorithm else "")
+    with record_function(f"fused_conv_bn: {what} {group.name}"):
+        return call(x, residual)
 
 
 class Entry:
@@ -139,6 +149,12 @@ class Entry:
         if self.inside is not None and self.inside.takes(tensors):
             return self.inside.run(root, calls, *tensors)
         return self.run(root, calls, *tensors)
+
+    def named(self, calls: list[Block]) -> list[Block]:
+        """The calls in ranges of a profile. A snapshot's have ops whose names are those of what runs."""
+        if self.frozen:
+            return calls
+        return [functools.partial(_in_range, g, b, c) for g, b, c in zip(self.groups, self.blocks, calls, strict=True)]
 
     def look_inside(self, root: nn.Module, state: State, arguments: Arguments, expected: Any) -> None:
         """Whether later calls run in channels_last inside.
@@ -284,7 +300,10 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
         result = _checked(root, state, key, entry, own, arguments, args, kwargs)
     else:
         quick = not (_is_grad_enabled() or _is_any_autocast_enabled())
-        result = entry.call(root, entry.quick if quick else entry.full, [*arguments.tensors.values()])
+        calls = entry.quick if quick else entry.full
+        if quick and _profiler_enabled():
+            calls = entry.named(calls)
+        result = entry.call(root, calls, [*arguments.tensors.values()])
     if entry.graph is not None and not entry.unchecked:
         entry.chain()
     return result

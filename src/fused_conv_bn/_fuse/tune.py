@@ -29,7 +29,7 @@ from ..algorithms import use_algorithm
 from .root import STATE, State, undisturbed
 
 _ops = torch.ops.fused_conv_bn
-_CONV_OPS = {  # and whether they take the batch's statistics
+CONV_OPS = {  # and whether they take the batch's statistics
     _ops.conv_scale_shift.default: False,
     _ops.conv_bn_scale.default: False,
     _ops.conv_bn_scale_train.default: True,
@@ -104,12 +104,12 @@ def conv_weight(arguments: dict[str, Any]) -> Any:
     return arguments["conv_weight"] if "conv_weight" in arguments else arguments["weight"]
 
 
-def _problem_arguments(op: Any, named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def problem_arguments(op: Any, named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What ``_candidates`` and ``_explain`` take."""
     window = named.get("stride", (1,)), named.get("padding", (0,)), named.get("dilation", (1,)), named.get("groups", 1)
     return (named["input"], conv_weight(named), *window), {
         "has_residual": named.get("residual") is not None,
-        "has_statistics": _CONV_OPS[op],
+        "has_statistics": CONV_OPS[op],
         "allow_tf32": named.get("allow_tf32", False),
     }
 
@@ -130,7 +130,7 @@ class Case:
     def text(self) -> str:
         call = next(iter(self.calls))
         named = dict(call.arguments)
-        (x, weight, stride, padding, dilation, groups), keywords = _problem_arguments(call.op, named)
+        (x, weight, stride, padding, dilation, groups), keywords = problem_arguments(call.op, named)
 
         def window(values: tuple[int, ...]) -> str:
             return "x".join(map(str, values if len(set(values)) > 1 else values[:1]))
@@ -160,13 +160,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _CONV_OPS:
+        if func in CONV_OPS:
             self._record(func, args, kwargs)
         return result
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> None:
         named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        positional, keywords = _problem_arguments(func, named)
+        positional, keywords = problem_arguments(func, named)
         device, problem, algorithms = _ops._candidates(*positional, **keywords)
         if algorithms:
             key = device, tuple(problem)
@@ -193,7 +193,7 @@ def _outputs(result: Any) -> Tensor:
 def _part(op: Any, named: dict[str, Any]) -> dict[str, Any]:
     """The arguments in float64: of some images, where each is computed by itself."""
     wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in named.items()}
-    if not _CONV_OPS[op]:
+    if not CONV_OPS[op]:
         for name in ("input", "residual"):
             if isinstance(wide.get(name), Tensor):
                 wide[name] = wide[name][:_IMAGES]
@@ -212,7 +212,7 @@ class _Measured:
         return _outputs(self.op(**self.named))
 
     def explained(self) -> str:
-        positional, keywords = _problem_arguments(self.op, self.named)
+        positional, keywords = problem_arguments(self.op, self.named)
         text: str = _ops._explain(*positional, **keywords)
         return text
 

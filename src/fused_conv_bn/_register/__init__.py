@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from . import autocast, fake, flops  # noqa: F401
+from ._later import when_imported
+
+when_imported("torch.distributed.tensor", lambda _: importlib.import_module(".sharding", __name__))
 
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:

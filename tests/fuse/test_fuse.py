@@ -489,7 +489,7 @@ def test_dimensions_that_eager_refuses() -> None:
 
 
 def test_reasons_are_of_a_closed_list() -> None:
-    from fused_conv_bn._fuse.patterns import REASONS
+    from fused_conv_bn._fuse.words import REASONS
 
     reasons = set()
     for name in MODELS:

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import ops
 from ..algorithms import explain
 from .blocks import shift_of
-from .patterns import FunctionWords, Group, Matcher, NormCall, Why, why
+from .patterns import Group, Matcher
+from .words import FunctionWords, NormCall, Why, why
 
 _CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _CONV = "input", "weight", "bias", "stride", "padding", "dilation", "groups"

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .layers import is_conv, is_norm
-from .patterns import Why, why
 from .root import STATE, Entry, State, is_root
+from .words import Why, why
 
 
 class Row(NamedTuple):
@@ -19,7 +19,7 @@ class Row(NamedTuple):
     ``path``: in the model; of a gate, and of a pool that is no module, its name behind the path of what calls it.
     ``module``: ``"conv"``, ``"bn"``, ``"gate"`` or ``"pool"``. ``state``: ``"fused"``, ``"left"``, ``"pending"`` (what
     it is in was not called yet) or ``"not called"``. ``text``: what it was fused with, or why not. ``reason``: the kind
-    of that, one of ``REASONS`` in ``_fuse/patterns.py``; empty for what is fused. ``algorithm``: what computes a fused
+    of that, one of ``REASONS`` in ``_fuse/words.py``; empty for what is fused. ``algorithm``: what computes a fused
     convolution, for the shapes of the first call in evaluation mode, as :func:`fused_conv_bn.explain` says.
     """
 

@@ -33,7 +33,8 @@ from .channels_last import give_back, inside_of
 from .frozen import frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
 from .layers import is_conv, is_norm
-from .patterns import Matcher, ModuleWords
+from .patterns import Matcher
+from .words import ModuleWords
 
 _MOST_KINDS = 32
 """Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""

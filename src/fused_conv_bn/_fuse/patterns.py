@@ -15,10 +15,16 @@ import torch
 from torch import fx
 
 from .pools import Pooling
-from .words import NormCall, Why, Words, why
+from .words import IN_PLACE_OPERATORS, NormCall, Why, Words, why
 
 _ADDS = (operator.add, operator.iadd, torch.add)
-_MULTIPLIES = (operator.mul, operator.imul, torch.mul)
+_SUBTRACTS = (operator.sub, operator.isub, torch.sub)
+_MULTIPLIES = (operator.mul, operator.imul, torch.mul, torch.multiply)
+_DIVIDES = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide)
+_METHODS = ("add", "add_", "sub", "mul", "div")
+
+Step = tuple[str, fx.Node | float]
+"""A change of a BatchNorm's result: "*" or "+", and a number, or a tensor that may have a value for each channel."""
 
 
 @dataclass
@@ -32,6 +38,10 @@ class Group:
     concatenates: bool = False  # the inputs, in front of the BatchNorm
     product: fx.Node | None = None  # of a gate, which has neither: its factors are the inputs
     pooling: Pooling | None = None  # of rows and columns, which has neither
+    layer: fx.Node | None = None  # whose result the BatchNorm alone reads, and which PyTorch computes
+    layer_word: str = ""
+    steps: list[Step] = field(default_factory=list)  # behind the BatchNorm, before the factor
+    channelwise: str = ""  # the name of the last node that is one of them, with a tensor
     factor: float = 1.0
     residual: fx.Node | None = None
     adds: str = ""  # the name of the node that adds it
@@ -39,6 +49,7 @@ class Group:
     residual_last: bool = False
     activation: str = "none"
     negative_slope: float = 0.01
+    by_hand: bool = False  # the activation is several nodes
     swallowed: list[fx.Node] = field(default_factory=list)  # those that are not called any more, beside conv and bn
     note: str = ""  # why the convolution in front is not in it
 
@@ -51,12 +62,14 @@ class Group:
     @property
     def key(self) -> str:
         """The name of the node that is none of a group where the first call shows that an op does not fit."""
-        return self.nodes[0].name if self.pooling is not None else self.adds if self.product is None else self.name
+        if self.pooling is not None:
+            return self.nodes[0].name
+        return self.channelwise or self.adds if self.product is None else self.name
 
     @property
     def argument(self) -> fx.Node | tuple[fx.Node, ...]:
         """What its block is called with: its input, or all of them where there may be several."""
-        return self.inputs if self.concatenates or self.is_gate else self.inputs[0]
+        return self.inputs if self.concatenates or self.is_gate or self.steps else self.inputs[0]
 
     @property
     def is_gate(self) -> bool:
@@ -72,7 +85,9 @@ class Group:
         if self.pooling is not None:
             return self.pooling.describe()
         parts = ["gate"] if self.is_gate else ["cat"] if self.concatenates else []
+        parts += [self.layer_word] if self.layer is not None else []
         parts += [name for name, node in (("conv", self.conv), ("bn", self.bn)) if node is not None]
+        parts += [f"{op} {operand:g}" if isinstance(operand, float) else f"{op} c" for op, operand in self.steps]
         if self.factor != 1.0:
             parts.append(f"* {self.factor:g}")
         if self.residual is not None and not self.residual_last:
@@ -84,14 +99,26 @@ class Group:
         return " ".join(parts)
 
 
+def written(node: fx.Node) -> list[fx.Node]:
+    """What a node may write to if it is in place, and return: an operator, its left operand alone."""
+    of_operator = node.op == "call_function" and getattr(node.target, "__name__", "") in IN_PLACE_OPERATORS
+    return [node.args[0]] if of_operator and isinstance(node.args[0], fx.Node) else node.all_input_nodes
+
+
 class Matcher:
-    """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape. ``pools``: whether
-    pooling is one."""
+    """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape, or that have no
+    value for each channel. ``pools``: whether pooling is one. ``channelwise``: whether a group may have such values."""
 
     def __init__(
-        self, graph: fx.Graph, words: Words, broadcast: frozenset[str] = frozenset(), pools: bool = False
+        self,
+        graph: fx.Graph,
+        words: Words,
+        broadcast: frozenset[str] = frozenset(),
+        pools: bool = False,
+        channelwise: bool = False,
     ) -> None:
         self.graph, self.words, self.broadcast, self.pools = graph, words, broadcast, pools
+        self.channelwise = channelwise
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
         self.why: dict[fx.Node, Why] = {}
@@ -157,6 +184,9 @@ class Matcher:
             return found
         self.why[bn] = found
         group = Group(None, bn, (call.input,), [bn], note=found.text)
+        layer = self.behind_what_passes(call.input)[0]
+        if (word := self.words.layer(layer)) and self.only_reader(layer) is not None:
+            group.layer, group.layer_word = layer, word
         self.extend_norm(group, call, trains)
         # The op that concatenates adds no residual.
         if group.residual is None and (concatenates := self.with_concatenation(bn, call)) is not None:
@@ -180,11 +210,7 @@ class Matcher:
         return group
 
     def conv_in_front(self, bn: fx.Node, call: NormCall) -> Group | Why:
-        between: list[fx.Node] = []
-        conv = call.input
-        while self.words.passes(conv) and self.words.may_go(conv):
-            between.insert(0, conv)
-            conv = conv.all_input_nodes[0]
+        conv, between = self.behind_what_passes(call.input)
         read = self.words.conv(conv)
         if read is None:
             return why("producer")
@@ -201,6 +227,14 @@ class Matcher:
         group.nodes.append(bn)
         return group
 
+    def behind_what_passes(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """What made a node's value, and the nodes from there on that returned it."""
+        between: list[fx.Node] = []
+        while self.words.passes(node) and self.words.may_go(node):
+            between.insert(0, node)
+            node = node.all_input_nodes[0]
+        return node, between
+
     def memory_of(self, node: fx.Node) -> set[Any]:
         """Nodes whose memory this one's result may be: its own, unless it may be a view of an argument.
 
@@ -216,7 +250,7 @@ class Matcher:
             if n.op in ("placeholder", "get_attr"):
                 found.add(self.words.outside(n))
             if not self.words.is_fresh(n):
-                waiting += n.all_input_nodes
+                waiting += written(n)
         return found
 
     def may_move_to(self, group: Group, node: fx.Node, residual: fx.Node | None, trains: object) -> bool:
@@ -242,9 +276,7 @@ class Matcher:
         added = set() if residual is None else self.memory_of(residual)
         add = next((self.order[n] for n in group.nodes if n.name == group.adds), last)
         return not any(
-            self.memory_of(a) & (read | added if self.order[n] > add else read)
-            for n in writes
-            for a in n.all_input_nodes
+            self.memory_of(a) & (read | added if self.order[n] > add else read) for n in writes for a in written(n)
         )
 
     def writes_attributes(self) -> bool:
@@ -253,26 +285,59 @@ class Matcher:
             "get_attr" in self.memory_of(a)
             for n in self.graph.nodes
             if n.op != "call_module" and self.words.is_in_place(n)
-            for a in n.all_input_nodes
+            for a in written(n)
         )
 
     def extend(self, group: Group, trains: object) -> None:
         """What follows, as far as one op has it: a factor, a residual, an activation, or a residual behind it."""
         last = group.nodes[-1]
         waiting: list[fx.Node] = []  # of those that return their argument: they go along with what follows
-        while (node := self.only_reader(last)) is not None and node not in self.taken:
-            if self.words.passes(node) and self.words.may_go(node):
-                waiting.append(node)
-                last = node
-                continue
-            change = self.step(group, node, last)
-            if change is None or not self.may_move_to(group, node, change.get("residual", group.residual), trains):
+        while True:
+            nodes, change = self.by_hand(group, last)
+            if not nodes:
+                node = self.only_reader(last)
+                if node is None or node in self.taken:
+                    return
+                if self.words.passes(node) and self.words.may_go(node):
+                    waiting.append(node)
+                    last = node
+                    continue
+                nodes, change = [node], self.step(group, node, last)
+            if change is None or not self.may_move_to(group, nodes[-1], change.get("residual", group.residual), trains):
                 return
             for name, value in change.items():
                 setattr(group, name, value)
-            group.nodes += [*waiting, node]
-            group.swallowed = [*group.swallowed, *waiting, node]
-            waiting, last = [], node
+            group.nodes += [*waiting, *nodes]
+            group.swallowed = [*group.swallowed, *waiting, *nodes]
+            waiting, last = [], nodes[-1]
+
+    def by_hand(self, group: Group, last: fx.Node) -> tuple[list[fx.Node], dict[str, Any] | None]:
+        """SiLU and Mish as several nodes: the result times its own sigmoid, or times the tanh of its softplus."""
+        if len(last.users) != 2 or group.activation != "none" or group.residual_last:
+            return [], None
+        node, product = sorted(last.users, key=self.order.__getitem__)
+        nodes = [node]
+        while (reader := self.only_reader(nodes[-1])) is not product:
+            if reader is None or len(nodes) == 2:
+                return [], None
+            nodes.append(reader)
+        is_product = product.op == "call_function" and product.target in _MULTIPLIES
+        if not (is_product or (product.op, product.target) == ("call_method", "mul")) or product.kwargs:
+            return [], None
+        if len(product.args) != 2 or set(product.args) != {last, nodes[-1]}:
+            return [], None
+        if any(n in self.taken or self.words.is_in_place(n) or not self.words.may_go(n) for n in nodes):
+            return [], None
+        if any(n.all_input_nodes != [m] for m, n in zip([last, *nodes], nodes, strict=False)):
+            return [], None
+        of_last = (self.words.activation(nodes[-1]) or ("",))[0]
+        if len(nodes) == 1 and of_last == "sigmoid":
+            name = "silu"
+        elif len(nodes) == 2 and of_last == "tanh" and self.words.is_softplus(nodes[0]):
+            name = "mish"
+        else:
+            return [], None
+        return [*nodes, product], {"activation": name, "by_hand": True}
 
     def step(self, group: Group, node: fx.Node, last: fx.Node) -> dict[str, Any] | None:
         """What of the group changes when this node, the only reader of what is its result by now, comes along."""
@@ -283,32 +348,55 @@ class Matcher:
             if not self.words.may_go(node):
                 return None
             return {"activation": found[0], "negative_slope": 0.01 if found[1] is None else found[1]}
-        if node.op != "call_function" and not (node.op == "call_method" and node.target in ("add", "add_", "mul")):
+        if node.op != "call_function" and not (node.op == "call_method" and node.target in _METHODS):
             return None
         if len(node.args) != 2 or node.kwargs:
             return None
-        other = node.args[1] if node.args[0] is last else node.args[0]
-        if node.target in (*_MULTIPLIES, "mul"):
-            if (
-                not isinstance(other, (int, float))
-                or not math.isfinite(other)
-                or group.residual is not None
-                or group.activation != "none"
-            ):
-                return None
-            return {"factor": group.factor * other} if group.bn is not None else None
+        first = node.args[0] is last
+        other = node.args[1] if first else node.args[0]
+        if isinstance(other, (int, float)) or (self.channelwise and self.may_be_channelwise(node, other)):
+            return self.affine(group, node, other, first)
         if node.target not in (*_ADDS, "add", "add_") or not isinstance(other, fx.Node) or other is last:
             return None
         if group.residual is not None or group.concatenates or node.name in self.broadcast:
             return None
-        if self.words.is_in_place(node) and node.args[0] is not last:
+        if self.words.is_in_place(node) and not first:
             # What it adds to is overwritten: nobody else may have it.
             if any(not isinstance(n, fx.Node) or len(n.users) != 1 for n in self.memory_of(other)):
                 return None
-        first = node.args[0] is other
         return {
             "residual": other,
             "adds": node.name,
-            "residual_first": first,
+            "residual_first": not first,
             "residual_last": group.activation != "none",
         }
+
+    def may_be_channelwise(self, node: fx.Node, other: object) -> bool:
+        return isinstance(other, fx.Node) and node.name not in self.broadcast and self.words.is_channelwise(other)
+
+    def affine(self, group: Group, node: fx.Node, other: Any, first: bool) -> dict[str, Any] | None:
+        """A number, or a tensor of values for each channel, by which BatchNorm's result is changed. ``first``: the
+        result is the first of the two."""
+        if group.bn is None or group.residual is not None or group.activation != "none":
+            return None
+        target = node.target
+        adds = target in (*_ADDS, "add", "add_")
+        is_tensor = isinstance(other, fx.Node)
+        number = 1.0 if is_tensor else float(other)
+        if is_tensor and self.words.is_in_place(node) and not first:
+            return None
+        if not is_tensor and target in (*_DIVIDES, "div"):
+            target, number = operator.mul, 1.0 / number if first and number != 0 else math.inf
+        if target in (*_SUBTRACTS, "sub") and first and not is_tensor:
+            adds, number = True, -number
+        multiplies = target in (*_MULTIPLIES, "mul")
+        if not (adds or multiplies) or not math.isfinite(number):
+            return None
+        if multiplies and not is_tensor:
+            return {"factor": group.factor * number}
+        if not self.channelwise or group.concatenates:
+            return None
+        operand = other if is_tensor else number
+        steps = [*group.steps, *([("*", group.factor)] if adds and group.factor != 1.0 else [])]
+        change = {"steps": [*steps, ("+" if adds else "*", operand)], "factor": 1.0 if adds else group.factor}
+        return {**change, "inputs": (*group.inputs, other), "channelwise": node.name} if is_tensor else change

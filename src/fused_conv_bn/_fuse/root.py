@@ -89,7 +89,7 @@ class Entry:
         free = {path for path in self.called if not is_watched(modules[path])}
         words = ModuleWords(modules, free)
         has_pools = any(t.device.type in pools.DEVICES for t in arguments.tensors.values())
-        matcher = Matcher(graph, words, broadcast, has_pools)
+        matcher = Matcher(graph, words, broadcast, has_pools, channelwise=not frozen)
         if matcher.writes_attributes():
             raise Refused("it writes to its parameters or buffers")
         self.groups = matcher.groups()

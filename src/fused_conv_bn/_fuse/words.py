@@ -45,6 +45,7 @@ _FRESH_FUNCTIONS = frozenset(
     {operator.add, operator.mul, torch.add, torch.mul, torch.cat, F.relu, F.silu, F.max_pool2d}
 )
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_LAYERS = {nn.modules.conv._ConvTransposeNd: "convT", nn.Linear: "linear"}
 _PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 REASONS = {
@@ -112,6 +113,15 @@ class Words(Protocol):
     def passes(self, node: fx.Node) -> bool:
         """Whether it returns its argument: nn.Identity, and a dropout or a stochastic depth in evaluation."""
 
+    def is_softplus(self, node: fx.Node) -> bool:
+        """Whether it is a softplus as mish has it."""
+
+    def is_channelwise(self, node: fx.Node) -> bool:
+        """Whether it is a parameter or a buffer that may have a value for each channel, or one for all of them."""
+
+    def layer(self, node: fx.Node) -> str:
+        """The word for a layer that no op computes, and that an op may follow; nothing for other nodes."""
+
     def may_go(self, node: fx.Node) -> bool:
         """Whether nobody watches its call."""
 
@@ -160,6 +170,15 @@ class FunctionWords:
         if node.target in (F.dropout, F.dropout2d, F.dropout3d):
             return (list(node.args) + [node.kwargs.get("training", True)] * 2)[2] is False
         return False
+
+    def is_softplus(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and node.target is F.softplus and len(node.args) == 1 and not node.kwargs
+
+    def is_channelwise(self, node: fx.Node) -> bool:
+        return False
+
+    def layer(self, node: fx.Node) -> str:
+        return ""
 
     def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return ()  # inductor writes no concatenation either
@@ -236,6 +255,23 @@ class ModuleWords(FunctionWords):
             return super().activation(node)
         found = _activations.named(m)
         return None if found is None or found[0] == "none" else found
+
+    def is_softplus(self, node: fx.Node) -> bool:
+        m = self.module(node)
+        if m is None:
+            return super().is_softplus(node)
+        return type(m) is nn.Softplus and (m.beta, m.threshold) == (1, 20)
+
+    def is_channelwise(self, node: fx.Node) -> bool:
+        if node.op != "get_attr":
+            return False
+        path, _, name = str(node.target).rpartition(".")
+        t = getattr(self.modules.get(path), name, None)
+        return isinstance(t, torch.Tensor) and t.is_floating_point() and sum(size != 1 for size in t.shape) <= 1
+
+    def layer(self, node: fx.Node) -> str:
+        m = self.module(node)
+        return next((word for kind, word in _LAYERS.items() if isinstance(m, kind)), "")
 
     def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...]:
         if node.op != "call_function" or node.target not in _CONCATENATIONS:

@@ -78,6 +78,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], list[str]]] = {
     "numbers": (IMAGES, lambda m, x: (m.bn(m.conv(x)) * 2 + 0.5 - 1.5) / 4, ["conv bn * 2 + 0.5 + -1.5 * 0.25"]),
     "both": (IMAGES, lambda m, x: (m.bn(m.conv(x)) * 2 + m.one) * m.gain + x, ["conv bn * 2 + c * c add"]),
     "in place": (IMAGES, lambda m, x: in_place(m, m.bn(m.conv(x))), ["conv bn * c + c * 0.333333"]),
+    "zero": (IMAGES, lambda m, x: torch.relu(0 + m.bn(m.conv(x)) + x), ["conv bn add relu"]),
     "from a number": (IMAGES, lambda m, x: 1.0 - m.bn(m.conv(x)), ["conv bn"]),
     "a number over it": (IMAGES, lambda m, x: 1.0 / (4 + m.bn(m.conv(x)).tanh()), ["conv bn tanh"]),
     "columns": ((2, C, 4, C), lambda m, x: m.bn(m.conv(x)) * m.row, ["conv bn"]),

@@ -394,6 +394,8 @@ class Matcher:
             return None
         if multiplies and not is_tensor:
             return {"factor": group.factor * number}
+        if number == 0:  # what a sum over branches begins with
+            return {}
         if not self.channelwise or group.concatenates:
             return None
         operand = other if is_tensor else number

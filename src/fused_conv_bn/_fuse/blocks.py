@@ -20,7 +20,7 @@ from .._conv import allows_tf32
 from .._dispatch import keywords
 from ..algorithms import explain
 from ..modules import ConvBnScale2d
-from .layers import class_of_conv, frozen_twin, norm_of, twin_of
+from .layers import AnyNorm, Norm, class_of_conv, frozen_twin, norm_of, twin_of
 from .patterns import Group
 
 _ops = torch.ops.fused_conv_bn
@@ -37,6 +37,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 _DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: (2, 3, 4, 5)}
+_DIMENSIONS[AnyNorm] = (2, 3, 4, 5)
 _REFUSALS = RuntimeError, TypeError, KeyError
 """What an op refuses, before it writes anything, is PyTorch's to take, or to refuse in its own words."""
 _BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,8 +65,10 @@ class Block(abc.ABC):
     """``conv`` and ``bn``: the model's own modules, one of them may be None."""
 
     def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
+        if bn is not None and group.function is not None:
+            bn = group.function.twin(bn)
         self.conv, self.bn = conv, bn
-        self.norm = None if bn is None else norm_of(bn)
+        self.norm = None if bn is None else Norm(AnyNorm) if group.function is not None else norm_of(bn)
         self.conv_twin: Any = None
         if conv is not None:
             of = class_of_conv(conv)
@@ -157,7 +160,7 @@ class ConvNormBlock(Block):
         # Of two dimensions it is what ConvBnScale2d is. In others no way leads to its op's checks.
         pair = type(self.conv_twin), type(self.bn_twin)
         self.is_2d = pair in ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv2d, nn.SyncBatchNorm))
-        self.is_pair = pair[1] in (_NORMS[pair[0]], nn.SyncBatchNorm)
+        self.is_pair = pair[1] in (_NORMS[pair[0]], nn.SyncBatchNorm, AnyNorm)
         self.is_quick &= self.is_pair
 
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:

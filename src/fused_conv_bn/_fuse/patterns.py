@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .layers import FunctionNorm
 from .pools import Pooling
 from .words import IN_PLACE_OPERATORS, NormCall, Why, Words, why
 
@@ -52,12 +53,18 @@ class Group:
     by_hand: bool = False  # the activation is several nodes
     swallowed: list[fx.Node] = field(default_factory=list)  # those that are not called any more, beside conv and bn
     note: str = ""  # why the convolution in front is not in it
+    function: FunctionNorm | None = None  # of a BatchNorm that is a function's call
 
     @property
     def name(self) -> str:
         """Its module's path, or the name of the product's or the pooling's node."""
         node = self.bn or self.conv or self.product or self.nodes[0]
         return str(node.target) if node.op == "call_module" else node.name
+
+    @property
+    def bn_path(self) -> str | None:
+        """Of the module that has the BatchNorm's tensors."""
+        return None if self.bn is None else self.function.path if self.function else str(self.bn.target)
 
     @property
     def key(self) -> str:
@@ -196,7 +203,7 @@ class Matcher:
         return group
 
     def extend_norm(self, group: Group, call: NormCall, trains: object) -> None:
-        group.activation, group.negative_slope = call.activation, call.negative_slope
+        group.activation, group.negative_slope, group.function = call.activation, call.negative_slope, call.function
         self.extend(group, trains)
 
     def with_concatenation(self, bn: fx.Node, call: NormCall) -> Group | None:

@@ -119,7 +119,7 @@ def report(model: nn.Module) -> Report:
                 _, _, state_of, text, reason, algorithm = rows[m]
             else:
                 state_of, (reason, text) = _otherwise(path, roots, not_captured)
-            kind = "conv" if is_conv(m) else "bn" if is_norm(m) else "linear"
+            kind = "conv" if is_conv(m) else "linear" if isinstance(m, nn.Linear) else "bn"
             found.append(Row(path, kind, state_of, text, reason, algorithm))
     return Report([*found, *alone.values()], not_captured, channels_last)
 
@@ -133,9 +133,8 @@ def _rows_of(root: nn.Module, entry: Entry, known: dict[nn.Module, Row]) -> dict
             reason = entry.why.get(path, why("alone"))
             rows[m] = Row("", "", "left", reason.text, reason.kind)
     for group, block in zip(entry.groups, entry.blocks, strict=True):
-        conv, bn, layer = (
-            None if n is None else root.get_submodule(str(n.target)) for n in (group.conv, group.bn, group.layer)
-        )
+        paths = (None if n is None else str(n.target) for n in (group.conv, group.layer))
+        conv, layer, bn = (None if path is None else root.get_submodule(path) for path in (*paths, group.bn_path))
         where = " where that is faster" if block.may_be_plain else ""
         if conv is not None:
             rows[conv] = Row("", "", "fused", group.describe(), "", entry.algorithms.get(str(group.conv.target), ""))  # type: ignore[union-attr]

@@ -100,7 +100,8 @@ class Entry:
         def module(node: fx.Node | None) -> nn.Module | None:
             return None if node is None else modules[str(node.target)]
 
-        self.blocks = [block_of(g, module(g.conv), module(g.bn)) for g in self.groups]
+        norms = [None if g.bn_path is None else modules[g.bn_path] for g in self.groups]
+        self.blocks = [block_of(g, module(g.conv), bn) for g, bn in zip(self.groups, norms, strict=True)]
         self.algorithms: dict[str, str] = {}
         # Modules whose calls are gone, so that nobody sees hooks of theirs.
         gone = (n for g in self.groups for n in (g.conv, g.bn, *g.swallowed))
@@ -121,7 +122,8 @@ class Entry:
             self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
             self.graph, self.links = graph, links_of(graph, words)
             silent |= {m for n in self.links if n.op == "call_module" and (m := module(n))}
-        gone_through = {*self.called, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
+        of_functions = {paths[bn] for g, bn in zip(self.groups, norms, strict=True) if bn is not None and g.function}
+        gone_through = {*self.called, *of_functions, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
         # A snapshot reads no tensors of the model.
         self.guard = Guard(root, modules, gone_through, self.inlined, silent, () if frozen else self.blocks)
         self.unchecked = is_compared(root)

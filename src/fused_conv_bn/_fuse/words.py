@@ -7,7 +7,7 @@ There are two kinds of graphs, those of modules that are called, and those of to
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .. import _activations
 from ..modules import ConvBnScale2d
 from ..ops import MOST_PARTS
 from . import pools
-from .layers import class_of_conv, is_conv, is_norm, norm_of
+from .layers import FunctionNorm, class_of_conv, is_conv, is_norm, norm_of
 from .pools import Pooling
 
 IN_PLACE_OPERATORS = (
@@ -87,6 +87,17 @@ class NormCall(NamedTuple):
     activation: str = "none"
     negative_slope: float = 0.01
     trains: bool = False
+    function: FunctionNorm | None = None  # where it is no module that is called
+
+
+NORM = "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
+NORM_DEFAULTS: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+"""F.batch_norm's arguments."""
+
+
+def arguments_of(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, however they were passed."""
+    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 class Words(Protocol):
@@ -234,7 +245,9 @@ class ModuleWords(FunctionWords):
 
     def norm(self, node: fx.Node) -> NormCall | Why | None:
         m = self.module(node)
-        if m is None or not is_norm(m):
+        if m is None:
+            return self._function_norm(node)
+        if not is_norm(m):
             return None
         found = norm_of(m)
         if found is None:
@@ -243,6 +256,32 @@ class ModuleWords(FunctionWords):
         if isinstance(read, Why):
             return read
         return NormCall(read, m, found.activation, found.negative_slope, m.training and not found.frozen)
+
+    def _function_norm(self, node: fx.Node) -> NormCall | None:
+        """F.batch_norm with the tensors of one module, all that it has of those."""
+        if node.op != "call_function" or node.target is not F.batch_norm:
+            return None
+        call = arguments_of(node, NORM, NORM_DEFAULTS)
+        tensors = {name: call.get(name) for name in NORM[1:5]}
+        path = str(getattr(tensors["running_mean"], "target", "")).rpartition(".")[0]
+        m = self.modules.get(path)
+        if m is None or not isinstance(call.get("input"), fx.Node) or "running_mean" not in m._buffers:
+            return None
+        for name, value in tensors.items():
+            own = m._parameters.get(name, m._buffers.get(name))
+            if isinstance(value, fx.Node):
+                if value.op != "get_attr" or value.target != f"{path}.{name}".lstrip(".") or own is None:
+                    return None
+            elif value is not None or own is not None:
+                return None
+        if ("weight" in m._parameters) is not ("bias" in m._parameters):
+            return None
+        training, numbers = call["training"], (call["momentum"], call["eps"])
+        if type(training) is not bool or not all(type(v) is float for v in numbers):
+            return None
+        if training and m._buffers.get("num_batches_tracked") is not None:  # which the forward counts, or not
+            return None
+        return NormCall(call["input"], m, trains=training, function=FunctionNorm(path, training, *numbers))
 
     def _input(self, node: fx.Node) -> fx.Node | Why:
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):

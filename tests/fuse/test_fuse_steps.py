@@ -196,6 +196,27 @@ def test_changes_are_followed() -> None:
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", ["both", "small", "row", "columns"])
+def test_what_runs_without_the_steps(name: str, training: bool) -> None:
+    """Under autocast and of small tensors the convolution and its BatchNorm still are one op."""
+    model, x = model_of(name)
+    fused = fcb.fuse(copy.deepcopy(model)).train(training)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ours, eager = fused(x), model.train(training)(x)
+            assert ours.dtype == eager.dtype
+            with torch.profiler.profile() as profile:
+                fused(x)
+        exact = copy.deepcopy(model).double()(x.double())
+        floor = 2.0**-9 if autocast else 2.0**-23
+        assert norm([ours - exact]) <= 2 * norm([eager - exact]) + floor * norm([exact])
+        names = {event.name for event in profile.events()}
+        if name in ("both", "small") and (autocast or name == "small"):
+            assert any("fused_conv_bn" in n for n in names), names
+        assert not fcb.report(fused).not_captured
+
+
 def test_a_hook_keeps_its_calls() -> None:
     model, x = model_of("silu of modules")
     fused = fcb.fuse(model.eval())

@@ -8,6 +8,8 @@ evaluation that needs no gradient, of modules that the root has looked at alread
 from __future__ import annotations
 
 import abc
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -394,22 +396,23 @@ class StepsBlock(Block):
 
     def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
         super().__init__(group, conv, bn)
-        self.inner: Any = (NormBlock if conv is None else ConvNormBlock)(group, conv, bn)
+        of: Any = NormBlock if conv is None else ConvNormBlock
+        self.inner = of(group, conv, bn)
+        nothing: dict[str, Any] = dict(
+            steps=[], factor=1.0, residual=None, activation="none", residual_last=False, by_hand=False
+        )
+        self.bare = of(dataclasses.replace(group, **nothing), conv, bn)  # what is left without the steps
         self.is_quick = False
         # Of each step the number, or which of the tensors it is.
-        self.steps: list[tuple[str, float | int]] = []
-        tensors = 0
-        for op, operand in group.steps:
-            is_number = isinstance(operand, float)
-            self.steps.append((op, operand if is_number else tensors))  # type: ignore[arg-type]
-            tensors += not is_number
+        places = itertools.count()
+        self.steps = [(op, v if isinstance(v, float) else next(places)) for op, v in group.steps]
 
     def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
         first, *tensors = x
         y: Tensor | None = None
         if type(first) is Tensor and _is_large(first) and self._are_channelwise(first, tensors):
             y = self.inner.fused(first, residual, *self._affine(first, tensors))
-        return self.plain(x, residual) if y is None else y
+        return self._in_steps(self.bare.forward(first), tensors, residual) if y is None else y
 
     def _are_channelwise(self, x: Tensor, tensors: Sequence[Any]) -> bool:
         """Whether they are broadcast along channels, and change no dtype."""
@@ -429,7 +432,7 @@ class StepsBlock(Block):
         wide = reference.wide(x.dtype)
         size = (self.bn_twin.num_features,)
         for op, operand in self.steps:
-            value: Any = operand if type(operand) is float else tensors[operand].reshape(-1).to(wide)  # type: ignore[index]
+            value: Any = operand if isinstance(operand, float) else tensors[operand].reshape(-1).to(wide)
             full = value if isinstance(value, Tensor) else x.new_full(size, value, dtype=wide)
             if op == "*":
                 gain = full.expand(size).contiguous() if gain is None else gain * value
@@ -445,8 +448,12 @@ class StepsBlock(Block):
         y, *tensors = x
         for m in (self.conv, self.bn):
             y = y if m is None else m(y)
+        return self._in_steps(y, tensors, residual)
+
+    def _in_steps(self, y: Tensor, tensors: Sequence[Tensor], residual: Tensor | None) -> Tensor:
+        """By PyTorch's ops."""
         for op, operand in self.steps:
-            value = operand if type(operand) is float else tensors[operand]
+            value = operand if isinstance(operand, float) else tensors[operand]
             y = y * value if op == "*" else y + value
         return self._plain_epilogue(y, residual, self.by_hand)
 

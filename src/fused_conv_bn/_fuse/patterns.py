@@ -361,7 +361,11 @@ class Matcher:
             return None
         first = node.args[0] is last
         other = node.args[1] if first else node.args[0]
-        if isinstance(other, (int, float)) or (self.channelwise and self.may_be_channelwise(node, other)):
+        if isinstance(other, fx.Node) and self.words.is_channelwise(other):
+            # No residual, whose shape is the result's.
+            may_be = self.channelwise and node.name not in self.broadcast
+            return self.affine(group, node, other, first) if may_be else None
+        if isinstance(other, (int, float)):
             return self.affine(group, node, other, first)
         if node.target not in (*_ADDS, "add", "add_") or not isinstance(other, fx.Node) or other is last:
             return None
@@ -377,9 +381,6 @@ class Matcher:
             "residual_first": not first,
             "residual_last": group.activation != "none",
         }
-
-    def may_be_channelwise(self, node: fx.Node, other: object) -> bool:
-        return isinstance(other, fx.Node) and node.name not in self.broadcast and self.words.is_channelwise(other)
 
     def affine(self, group: Group, node: fx.Node, other: Any, first: bool) -> dict[str, Any] | None:
         """A number, or a tensor of values for each channel, by which BatchNorm's result is changed. ``first``: the

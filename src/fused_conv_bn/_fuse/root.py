@@ -89,7 +89,9 @@ class Entry:
         free = {path for path in self.called if not is_watched(modules[path])}
         words = ModuleWords(modules, free)
         has_pools = any(t.device.type in pools.DEVICES for t in arguments.tensors.values())
-        matcher = Matcher(graph, words, broadcast, has_pools, channelwise=not frozen)
+        # Under autocast such tensors are of another dtype than what they change.
+        channelwise = not (frozen or _is_any_autocast_enabled())
+        matcher = Matcher(graph, words, broadcast, has_pools, channelwise)
         if matcher.writes_attributes():
             raise Refused("it writes to its parameters or buffers")
         self.groups = matcher.groups()

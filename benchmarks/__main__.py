@@ -20,12 +20,14 @@ from fused_conv_bn._progress import part
 from . import (
     charts,
     documents,
+    kernelbench,
     models,
     network_layers,
     record,
     report,
     report_conv,
     report_grad_mode,
+    report_kernelbench,
     report_layers,
     report_models,
     report_steps,
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PARTS,
         metavar="PART",
         help=f"measure these parts of {', '.join(PARTS)}; conv is all behind it, of which train has the batch's "
-        "statistics (default: all but models and layers; on the CPU bn_scale, bn_scale_train, host, problem_73, train)",
+        "statistics (default: all but models, kernelbench and layers; on the CPU bn_scale, bn_scale_train, host, "
+        "problem_73, train)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="three sizes, fp32 and fp16, two convolutions a part, no torch.compile"
@@ -64,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     network_layers.add_arguments(parser)
     models.add_arguments(parser)
+    kernelbench.add_arguments(parser)
     parser.add_argument("--commit", help="recorded (default: what git says)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write every number to FILE, JSON a line each")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw PNGs into DIR (needs matplotlib)")
@@ -126,6 +130,7 @@ def _main(args: argparse.Namespace) -> int:
     report_grad_mode.print_tables(found)
     report_steps.print_tables(found)
     report_models.print_tables(found)
+    report_kernelbench.print_tables(found)
     report_layers.print_tables(found)
     report.print_tables(found)
     if args.charts:

@@ -17,6 +17,7 @@ from .record import Report, Row
 from .report import LAYOUTS, Table, cat_gate_table, host_table, pools_table, short
 from .report_conv import floor_us, groups, mean_ratio, slowest
 from .report_grad_mode import forward, kernelbench
+from .report_kernelbench import problem_means, problems
 from .report_layers import layer_table, slower, worst
 from .report_layers import means as layer_means
 from .report_models import models
@@ -200,6 +201,8 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "step_means": functools.partial(of_table, step_means),
     "worst_step": worst_step,
     "models": functools.partial(of_table, models),
+    "problems": functools.partial(of_table, problems),
+    "problem_means": functools.partial(of_table, problem_means),
     "layers": lambda report: of_table(lambda found: layer_table(found["layers"]), report),
     "layer_means": functools.partial(of_table, layer_means),
     "worst_layers": functools.partial(of_table, worst),

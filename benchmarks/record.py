@@ -33,6 +33,7 @@ PARTS = (
     "grad_mode",
     "steps",
     "models",
+    "kernelbench",
     "short_planes",
     "bn_scale",
     "bn_scale_train",

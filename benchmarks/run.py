@@ -1,7 +1,7 @@
 """What a run measures: bn_scale and bn_scale_train (bn_scale.py), the convolutions (conv.py), with every activation
 (activations.py), concatenations and gates (cat_gate.py), pools (pools.py), with grad mode on (grad_mode.py), whole
-steps (steps.py), whole models (models.py), the layers of ten networks (network_layers.py), the host's times (host.py),
-the CPU's short planes (short_planes.py).
+steps (steps.py), whole models (models.py), KernelBench's problems with a BatchNorm (kernelbench.py), the layers of ten
+networks (network_layers.py), the host's times (host.py), the CPU's short planes (short_planes.py).
 
 Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it.
 """
@@ -26,6 +26,7 @@ from . import (
     conv,
     grad_mode,
     host,
+    kernelbench,
     models,
     network_layers,
     pools,
@@ -46,6 +47,7 @@ COMPILE_BUDGETS = {
     "grad_mode": 60,
     "steps": 75,
     "models": 90,
+    "kernelbench": 600,
     "cat_gate": 60,
 }  # seconds
 PARTS = [
@@ -58,11 +60,12 @@ PARTS = [
     "grad_mode",
     "steps",
     "models",
+    "kernelbench",
     "layers",
     "conv",
     *GROUPS,
 ]
-BY_NAME = ["models", "layers"]  # models take torchvision and timm, both take minutes
+BY_NAME = ["models", "kernelbench", "layers"]  # models take torchvision and timm, all take minutes
 QUICK_TRIALS = 5  # of KernelBench's 100, and on the CPU, where it does not measure
 
 NOTES = {
@@ -90,6 +93,7 @@ PART_NOTES: dict[str, str | dict[str, str]] = {
     "grad_mode": grad_mode.NOTES,
     "steps": steps.NOTES,
     "models": models.NOTES,
+    "kernelbench": kernelbench.NOTES,
     "layers": network_layers.NOTES,
 }
 
@@ -145,13 +149,16 @@ def measure(args: argparse.Namespace) -> record.Report:
     joined = cat_gate.cat_gate_cases(device, args.quick) if "cat_gate" in parts else []
     pooled = pools.pool_cases(device, args.quick) if "pools" in parts else []
     whole = models.model_cases(device, args.quick, args.models) if "models" in parts else []
+    problems = kernelbench.problem_cases(device, args.quick, args.problems) if "kernelbench" in parts else []
     of_networks = network_layers.layer_cases(args) if "layers" in parts else []
     in_steps = selected_steps(args, device) if "steps" in parts else []
     short = short_planes.short_cases() if device == "cpu" and "bn_scale_train" in parts else []
-    selected_by_part = [cases, convs, with_each, in_grad_mode, joined, pooled, whole, of_networks, in_steps, short]
+    selected_by_part = [cases, convs, with_each, in_grad_mode, joined, pooled, whole, problems]
+    selected_by_part += [of_networks, in_steps, short]
     if not any(selected_by_part) and "host" not in parts:
         raise UsageError(
-            f"nothing of {', '.join(parts)} is left to measure: --max-mb, --models or --layers leaves out all of it"
+            f"nothing of {', '.join(parts)} is left to measure: --max-mb, --models, --problems or --layers leaves out "
+            f"all of it"
         )
     compilers = {
         part: Compiler((0.0 if args.quick else budget) if args.compile_budget is None else args.compile_budget)
@@ -182,7 +189,10 @@ def measure(args: argparse.Namespace) -> record.Report:
     checks += activation_bench.check(with_each) + grad_bench.check(in_grad_mode) + step_bench.check(in_steps)
     model_bench = models.ModelBench(device, args.repeats, compilers["models"], watch, args.rivals)
     model_rows = model_bench.time(whole)
-    checks += model_bench.checks
+    few = QUICK_TRIALS if args.quick or device == "cpu" else kernelbench.TRIALS
+    problem_bench = kernelbench.ProblemBench(device, few, compilers["kernelbench"], watch, args.rivals)
+    problem_rows = problem_bench.time(problems)
+    checks += model_bench.checks + problem_bench.checks
     report: record.Report = {
         **record.describe(device, args.commit),
         "settings": {"quick": args.quick, "repeats": args.repeats, "eps": EPS, "scaling_factor": SCALING_FACTOR},
@@ -207,11 +217,13 @@ def measure(args: argparse.Namespace) -> record.Report:
         report["steps"] = step_bench.time(in_steps)
     if whole:
         report["models"] = model_rows
+    if problems:
+        report["kernelbench"] = problem_rows
     if short:
         report["short_planes"] = short_planes.time_short(short, bench.watch, args.repeats)
     for part in cases:
         report[part] = [bench.time_bn_scale(case) for case in progress(cases[part], part)]
-    failed = model_bench.failed
+    failed = {**model_bench.failed, **problem_bench.failed}
     if of_networks:  # the last, as it has most kernels: if one of them harms the device, all other numbers are there
         replays = network_layers.COARSE_REPLAYS if args.coarse or args.quick else network_layers.REPLAYS
         layer_bench = network_layers.LayerBench(device, GraphWatch(device, replays), args.limit_s)

@@ -192,7 +192,7 @@ def found(model: nn.Module) -> tuple[dict[str, int], dict[str, int], dict[str, i
     """How many groups the report has: convolutions with a BatchNorm by kind, BatchNorms without one, all others."""
     groups = fcb.report(model).groups()
     with_bn = Counter(kind(g) for g in groups if g.startswith("conv bn"))
-    alone = Counter(kind(g) for g in groups if g.split()[0] in ("bn", "cat"))
+    alone = Counter(kind(g) for g in groups if g.split()[0] in ("bn", "cat", "convT", "linear"))
     others = Counter(g for g in groups if "bn" not in g.split() and g not in ("max pool", "mean"))
     return dict(with_bn), dict(alone), dict(others)
 

@@ -49,6 +49,7 @@ def test_json_has_every_number(report_file: Path) -> None:
         "grad_mode": 0,
         "steps": 0,
         "models": 0,
+        "kernelbench": 0,
         "cat_gate": 0,
     }
     convolutions, trained = found["conv"], found["train"]

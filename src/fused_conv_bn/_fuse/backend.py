@@ -17,13 +17,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import ops
 from ..algorithms import explain
 from .blocks import shift_of
-from .patterns import FunctionWords, Group, Matcher, NormCall, Why, why
+from .patterns import Group, Matcher
+from .words import NORM, NORM_DEFAULTS, FunctionWords, NormCall, Why, arguments_of, why
 
 _CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _CONV = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
 _CONV_DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-_NORM = "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
-_NORM_DEFAULTS: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
 _DTYPES = torch.float32, torch.float16, torch.bfloat16, torch.float64
 _THEN = "inductor", "eager"
 
@@ -87,7 +86,7 @@ def rewrite(
         conv = None if group.conv is None else arguments_of(group.conv, _CONV, _CONV_DEFAULTS)
         if not wanted(conv or {}, group):
             continue
-        norm = None if group.bn is None else arguments_of(group.bn, _NORM, _NORM_DEFAULTS)
+        norm = None if group.bn is None else arguments_of(group.bn, NORM, NORM_DEFAULTS)
         last = group.nodes[-1]
         with graph.inserting_before(last):
             fused = _fused(graph, group, conv, norm)
@@ -114,7 +113,7 @@ def _fused(graph: fx.Graph, group: Group, conv: dict[str, Any] | None, norm: dic
         assert conv is not None
         arguments = (group.argument, conv["weight"], conv["bias"], *window)
         return graph.call_function(_conv_shift, arguments, named)
-    statistics = tuple(norm[name] for name in _NORM[1:5])
+    statistics = tuple(norm[name] for name in NORM[1:5])
     train = norm["training"]
     behind = (*statistics, group.factor, *([norm["momentum"]] if train else []), norm["eps"])
     if conv is None:
@@ -126,11 +125,6 @@ def _fused(graph: fx.Graph, group: Group, conv: dict[str, Any] | None, norm: dic
 def _conv_shift(input: Tensor, weight: Tensor, bias: Tensor | None, *window: Any, **epilogue: Any) -> Tensor:
     """A convolution without a BatchNorm: its bias is the shift."""
     return ops.conv_scale_shift(input, weight, None, shift_of(bias), *window, **epilogue)
-
-
-def arguments_of(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, however they were passed."""
-    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 class CompiledWords(FunctionWords):
@@ -165,7 +159,7 @@ class CompiledWords(FunctionWords):
     def norm(self, node: fx.Node) -> NormCall | Why | None:
         if node.op != "call_function" or node.target is not F.batch_norm:
             return None
-        call = arguments_of(node, _NORM, _NORM_DEFAULTS)
+        call = arguments_of(node, NORM, NORM_DEFAULTS)
         read, training = call["input"], call["training"]
         x = value_of(read)
         if not isinstance(x, Tensor) or not _is_plain(x, x.dim()) or not 2 <= x.dim() <= 5:
@@ -173,7 +167,7 @@ class CompiledWords(FunctionWords):
         numbers = [call["eps"], *([call["momentum"]] if training else [])]
         if type(training) is not bool or not all(type(v) in self.numbers for v in numbers):
             return why("class", "of a BatchNorm of other arguments")
-        statistics = [value_of(call[name]) for name in _NORM[1:5]]
+        statistics = [value_of(call[name]) for name in NORM[1:5]]
         if any(t is not None and (t.dtype not in (x.dtype, torch.float32) or t.dim() != 1) for t in statistics):
             return why("class", "of a BatchNorm of several dtypes")
         if not training and (statistics[0] is None or statistics[1] is None):

@@ -31,7 +31,7 @@ from .. import conditions
 from ..conditions import has_hooks, is_distributed, is_watched
 from ..modules import ConvBnScale2d
 from .layers import is_conv, is_norm
-from .patterns import IN_PLACE_OPERATORS
+from .words import IN_PLACE_OPERATORS
 
 MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 """Those that every module has."""

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .frozen import PackedConv, packed_conv
-from .patterns import Group, ModuleWords
+from .patterns import Group
+from .words import ModuleWords
 
 Calls = Sequence[Callable[..., Any]]
 _op = torch.ops.fused_conv_bn._conv_packed_chain.default._op

@@ -24,7 +24,8 @@ from .._graphs.model import Looked
 from .blocks import Block
 from .chain import call_block, compiled
 from .layers import class_of_conv, is_conv, is_norm, norm_of
-from .patterns import Group, ModuleWords
+from .patterns import Group
+from .words import ModuleWords
 
 if TYPE_CHECKING:
     from .root import Entry

@@ -86,6 +86,36 @@ def frozen_twin(m: nn.Module) -> nn.Module:
     return twin
 
 
+class FunctionNorm(NamedTuple):
+    """A call of F.batch_norm with a module's tensors, under the names that a BatchNorm has for them."""
+
+    path: str  # of the module
+    training: bool
+    momentum: float
+    eps: float
+
+    def twin(self, m: nn.Module) -> nn.Module:
+        """A BatchNorm with the tensors of ``m``."""
+        twin = AnyNorm.__new__(AnyNorm)
+        nn.Module.__init__(twin)
+        mean = m._buffers["running_mean"]
+        affine = next((d for d in (m._parameters, m._buffers) if "weight" in d), _NO_AFFINE)
+        twin.__dict__.update(_parameters=affine, _buffers=m._buffers, training=self.training)
+        twin.__dict__.update(eps=self.eps, momentum=self.momentum, affine=True, track_running_stats=True)
+        twin.__dict__.update(num_features=mean.numel(), num_batches_tracked=None)  # type: ignore[union-attr]
+        return twin
+
+
+class AnyNorm(nn.modules.batchnorm._BatchNorm):
+    """F.batch_norm as a module: of any dimensions, and it counts no batches."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        pass
+
+
+_NO_AFFINE: dict[str, torch.Tensor | None] = {"weight": None, "bias": None}
+
+
 def _inherited(m: nn.Module, classes: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
     kind = type(m)
     for of in classes:

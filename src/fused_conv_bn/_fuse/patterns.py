@@ -1,8 +1,7 @@
 """Which nodes of a graph one fused op computes: a convolution, its BatchNorm, a factor, a residual, an activation; a
 BatchNorm of inputs that are concatenated; the gate of a squeeze-and-excite block; pooling.
 
-The matcher knows dataflow. What a node is, :class:`Words` tell it: there are two kinds of graphs, those of modules that
-are called, and those of torch.compile, which have functions alone.
+The matcher knows dataflow. What a node is, :class:`Words` tell it.
 """
 
 from __future__ import annotations
@@ -10,77 +9,23 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from .. import _activations
-from ..modules import ConvBnScale2d
-from ..ops import MOST_PARTS
-from . import pools
-from .layers import class_of_conv, is_conv, is_norm, norm_of
+from .layers import FunctionNorm
 from .pools import Pooling
-
-IN_PLACE_OPERATORS = (
-    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
-    *("iand", "ior", "ixor", "ilshift", "irshift"),
-)
-"""Those that write to their left operand, by their names in the module operator."""
+from .words import IN_PLACE_OPERATORS, NormCall, Why, Words, why
 
 _ADDS = (operator.add, operator.iadd, torch.add)
-_MULTIPLIES = (operator.mul, operator.imul, torch.mul)
-# What returns memory of its own.
-_FRESH = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.Linear,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.GELU,
-    nn.Sigmoid,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-)
-_FRESH_FUNCTIONS = frozenset(
-    {operator.add, operator.mul, torch.add, torch.mul, torch.cat, F.relu, F.silu, F.max_pool2d}
-)
-_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
-_PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_SUBTRACTS = (operator.sub, operator.isub, torch.sub)
+_MULTIPLIES = (operator.mul, operator.imul, torch.mul, torch.multiply)
+_DIVIDES = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide)
+_METHODS = ("add", "add_", "sub", "mul", "div")
 
-REASONS = {
-    "class": "it is of class {}, and no op computes what that does",
-    "arguments": "it is called with more than its input",
-    "watched": "a hook watches it, or it has a forward of its own",
-    "readers": "its convolution's result is read by others as well",
-    "producer": "what it reads is not the result of a convolution that an op has",
-    "taken": "its convolution belongs to another group",
-    "alone": "nothing that its op could do as well follows it",
-    "normalised": "the BatchNorm that reads its result is not in its group",
-    "order": "what it reads is written before its BatchNorm is called",
-    "broadcast": "the residual is of another shape or dtype than the result",
-    "no capture": "{}",
-    "mismatch": "{}",
-    "no call": "no captured call reaches it",
-    "pending": "what it is in was not called yet",
-    "not fused": "fuse(model) was not called",
-}
-"""Why a convolution or a BatchNorm is in no group: all kinds of reasons that a report gives."""
-
-
-class Why(NamedTuple):
-    """A kind of :data:`REASONS`, and the sentence."""
-
-    kind: str
-    text: str
-
-
-def why(kind: str, *details: object) -> Why:
-    return Why(kind, REASONS[kind].format(*details))
+Step = tuple[str, fx.Node | float]
+"""A change of a BatchNorm's result: "*" or "+", and a number, or a tensor that may have a value for each channel."""
 
 
 @dataclass
@@ -94,6 +39,10 @@ class Group:
     concatenates: bool = False  # the inputs, in front of the BatchNorm
     product: fx.Node | None = None  # of a gate, which has neither: its factors are the inputs
     pooling: Pooling | None = None  # of rows and columns, which has neither
+    layer: fx.Node | None = None  # whose result the BatchNorm alone reads, and which PyTorch computes
+    layer_word: str = ""
+    steps: list[Step] = field(default_factory=list)  # behind the BatchNorm, before the factor
+    channelwise: str = ""  # the name of the last node that is one of them, with a tensor
     factor: float = 1.0
     residual: fx.Node | None = None
     adds: str = ""  # the name of the node that adds it
@@ -101,8 +50,10 @@ class Group:
     residual_last: bool = False
     activation: str = "none"
     negative_slope: float = 0.01
+    by_hand: bool = False  # the activation is several nodes
     swallowed: list[fx.Node] = field(default_factory=list)  # those that are not called any more, beside conv and bn
     note: str = ""  # why the convolution in front is not in it
+    function: FunctionNorm | None = None  # of a BatchNorm that is a function's call
 
     @property
     def name(self) -> str:
@@ -111,14 +62,21 @@ class Group:
         return str(node.target) if node.op == "call_module" else node.name
 
     @property
+    def bn_path(self) -> str | None:
+        """Of the module that has the BatchNorm's tensors."""
+        return None if self.bn is None else self.function.path if self.function else str(self.bn.target)
+
+    @property
     def key(self) -> str:
         """The name of the node that is none of a group where the first call shows that an op does not fit."""
-        return self.nodes[0].name if self.pooling is not None else self.adds if self.product is None else self.name
+        if self.pooling is not None:
+            return self.nodes[0].name
+        return self.channelwise or self.adds if self.product is None else self.name
 
     @property
     def argument(self) -> fx.Node | tuple[fx.Node, ...]:
         """What its block is called with: its input, or all of them where there may be several."""
-        return self.inputs if self.concatenates or self.is_gate else self.inputs[0]
+        return self.inputs if self.concatenates or self.is_gate or self.steps else self.inputs[0]
 
     @property
     def is_gate(self) -> bool:
@@ -134,7 +92,9 @@ class Group:
         if self.pooling is not None:
             return self.pooling.describe()
         parts = ["gate"] if self.is_gate else ["cat"] if self.concatenates else []
+        parts += [self.layer_word] if self.layer is not None else []
         parts += [name for name, node in (("conv", self.conv), ("bn", self.bn)) if node is not None]
+        parts += [f"{op} {operand:g}" if isinstance(operand, float) else f"{op} c" for op, operand in self.steps]
         if self.factor != 1.0:
             parts.append(f"* {self.factor:g}")
         if self.residual is not None and not self.residual_last:
@@ -146,237 +106,26 @@ class Group:
         return " ".join(parts)
 
 
-class NormCall(NamedTuple):
-    """A BatchNorm's call: what it reads, what it is, and the activation that is in it."""
-
-    input: fx.Node
-    identity: object
-    activation: str = "none"
-    negative_slope: float = 0.01
-    trains: bool = False
-
-
-class Words(Protocol):
-    """What the nodes of one kind of graph are."""
-
-    def conv(self, node: fx.Node) -> fx.Node | Why | None:
-        """What a convolution reads; why no op has this one; None for what is none."""
-
-    def norm(self, node: fx.Node) -> NormCall | Why | None:
-        """The same of a BatchNorm."""
-
-    def activation(self, node: fx.Node) -> tuple[str, float | None] | None:
-        """(name, negative slope) of a node that is an activation of its first argument and nothing else."""
-
-    def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """What a concatenation over channels reads, if an op may do it; nothing of any other node."""
-
-    def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """The factors of a product one of which may be the gate of a squeeze-and-excite block; nothing of others."""
-
-    def pooled(self, node: fx.Node) -> Pooling | None:
-        """How a node pools, if an op does that and it is to be called."""
-
-    def passes(self, node: fx.Node) -> bool:
-        """Whether it returns its argument: nn.Identity, and a dropout or a stochastic depth in evaluation."""
-
-    def may_go(self, node: fx.Node) -> bool:
-        """Whether nobody watches its call."""
-
-    def is_fresh(self, node: fx.Node) -> bool:
-        """Whether its result is memory of its own."""
-
-    def is_in_place(self, node: fx.Node) -> bool:
-        """Whether it writes to one of its arguments, or may."""
-
-    def outside(self, node: fx.Node) -> object:
-        """Of what the graph is given: the same for those that may be one memory. "get_attr" of a module's own."""
-
-
-class FunctionWords:
-    """What nodes are that call functions and methods. Both kinds of graphs have them."""
-
-    def activation(self, node: fx.Node) -> tuple[str, float | None] | None:
-        if node.op == "call_method":
-            name = str(node.target).rstrip("_")
-            return (name, None) if name in ("relu", "sigmoid", "tanh") and not node.kwargs else None
-        if node.op != "call_function":
-            return None
-        arguments = dict(zip(("input", "a", "b"), node.args, strict=False)) | node.kwargs
-        arguments.pop("inplace", None)
-        if node.target is F.hardtanh:
-            limits = [
-                node.kwargs.get("min_val", (*node.args, -1.0)[1]),
-                node.kwargs.get("max_val", (*node.args, 1.0, 1.0)[2]),
-            ]
-            return ("relu6", None) if limits == [0.0, 6.0] else None
-        if node.target in (F.gelu, torch._C._nn.gelu) and arguments.get("approximate", "none") in ("none", "tanh"):
-            return ("gelu_tanh" if arguments.get("approximate") == "tanh" else "gelu"), None
-        if node.target in (F.leaky_relu, torch._C._nn.leaky_relu):
-            slope = arguments.get("negative_slope", arguments.get("a", 0.01))
-            return ("leaky_relu", slope) if isinstance(slope, float) else None
-        found = _activations.named(node.target) if callable(node.target) else None
-        if found is None or found[0] == "none":
-            return None
-        return None if any(isinstance(v, fx.Node) for k, v in arguments.items() if k != "input") else found
-
-    def passes(self, node: fx.Node) -> bool:
-        if node.op != "call_function":
-            return False
-        if getattr(node.target, "__name__", "") == "stochastic_depth":
-            return (list(node.args) + [node.kwargs.get("training", True)])[3:4] == [False]
-        if node.target in (F.dropout, F.dropout2d, F.dropout3d):
-            return (list(node.args) + [node.kwargs.get("training", True)] * 2)[2] is False
-        return False
-
-    def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        return ()  # inductor writes no concatenation either
-
-    def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        return ()
-
-    def pooled(self, node: fx.Node) -> Pooling | None:
-        return None
-
-    def may_go(self, node: fx.Node) -> bool:
-        return True
-
-    def outside(self, node: fx.Node) -> object:
-        return node.op
-
-    def is_fresh(self, node: fx.Node) -> bool:
-        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and not self.is_in_place(node)
-
-    def is_in_place(self, node: fx.Node) -> bool:
-        if node.op == "call_method":
-            name = str(node.target)
-            return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
-        if node.op == "call_function":
-            name = getattr(node.target, "__name__", "")
-            inplace = node.kwargs.get("inplace", len(node.args) > 1 and node.args[1] is True)
-            return (
-                name in (*IN_PLACE_OPERATORS, "setitem")
-                or (name.endswith("_") and not name.endswith("__"))
-                or inplace is True
-                or "out" in node.kwargs
-                or name.startswith("_foreach_")
-            )
-        return False
-
-
-class ModuleWords(FunctionWords):
-    """Graphs of modules that are called. ``free``: paths of those whose calls nobody watches, so that they may go."""
-
-    def __init__(self, modules: dict[str, nn.Module], free: set[str]) -> None:
-        self.modules, self.free = modules, free
-
-    def module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules[str(node.target)] if node.op == "call_module" else None
-
-    def conv(self, node: fx.Node) -> fx.Node | Why | None:
-        m = self.module(node)
-        if m is None or not is_conv(m):
-            return None
-        if class_of_conv(m) is None:
-            return why("class", type(m).__name__)
-        return self._input(node)
-
-    def norm(self, node: fx.Node) -> NormCall | Why | None:
-        m = self.module(node)
-        if m is None or not is_norm(m):
-            return None
-        found = norm_of(m)
-        if found is None:
-            return why("class", type(m).__name__)
-        read = self._input(node)
-        if isinstance(read, Why):
-            return read
-        return NormCall(read, m, found.activation, found.negative_slope, m.training and not found.frozen)
-
-    def _input(self, node: fx.Node) -> fx.Node | Why:
-        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
-            return why("arguments")
-        return node.args[0] if self.may_go(node) else why("watched")
-
-    def activation(self, node: fx.Node) -> tuple[str, float | None] | None:
-        m = self.module(node)
-        if m is None:
-            return super().activation(node)
-        found = _activations.named(m)
-        return None if found is None or found[0] == "none" else found
-
-    def concatenated(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        if node.op != "call_function" or node.target not in _CONCATENATIONS:
-            return ()
-        named = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
-        tensors = named.pop("tensors", ())
-        of_channels = list(named.items()) in ([("dim", 1)], [("axis", 1)])
-        if not of_channels or not isinstance(tensors, (list, tuple)) or not 0 < len(tensors) <= MOST_PARTS:
-            return ()
-        return tuple(tensors) if all(isinstance(t, fx.Node) for t in tensors) else ()
-
-    def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        is_product = (node.op, node.target) == ("call_method", "mul") or (
-            node.op == "call_function" and node.target in (operator.mul, torch.mul)
-        )
-        a, b = (*node.args, None, None)[:2]
-        if not is_product or node.kwargs or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-            return ()
-        return (a, b) if self._is_gate(a, b) or self._is_gate(b, a) else ()
-
-    def _is_gate(self, node: fx.Node, gated: fx.Node) -> bool:
-        """Whether it is a sigmoid of something else, under whatever view."""
-        while node.op == "call_method" and node.target in ("view", "reshape", "unsqueeze", "expand_as"):
-            node = node.all_input_nodes[0]
-        if node.op == "call_function" and node.target is operator.truediv and node.args[1:] in ((6,), (6.0,)):
-            found = self.activation(node.all_input_nodes[0])
-            return found is not None and found[0] == "relu6"
-        found = self.activation(node)
-        return found is not None and found[0] in ("sigmoid", "hardsigmoid") and node.all_input_nodes[:1] != [gated]
-
-    def pooled(self, node: fx.Node) -> Pooling | None:
-        m = self.module(node)
-        if m is None:
-            return pools.of_call(node) if node.op in ("call_function", "call_method") else None
-        return pools.of_module(m) if not isinstance(self._input(node), Why) else None
-
-    def passes(self, node: fx.Node) -> bool:
-        m = self.module(node)
-        if m is None:
-            return super().passes(node)
-        if type(m) in _PASSES:
-            return type(m) is nn.Identity or not m.training
-        return type(m).__name__ in ("DropPath", "StochasticDepth") and _is_drop_path(m)
-
-    def may_go(self, node: fx.Node) -> bool:
-        return node.op != "call_module" or str(node.target) in self.free
-
-    def is_fresh(self, node: fx.Node) -> bool:
-        m = self.module(node)
-        return super().is_fresh(node) if m is None else isinstance(m, _FRESH) and not self.is_in_place(node)
-
-    def is_in_place(self, node: fx.Node) -> bool:
-        m = self.module(node)
-        if m is None:
-            return super().is_in_place(node)
-        # Of a module that nobody knows nobody knows what it writes to.
-        known = type(m).__module__.startswith("torch.nn.") or is_conv(m) or is_norm(m) or isinstance(m, ConvBnScale2d)
-        return bool(getattr(m, "inplace", not known))
-
-
-def _is_drop_path(m: nn.Module) -> bool:
-    """timm's and torchvision's, which return their argument in evaluation."""
-    return not m.training and type(m).__module__.split(".")[0] in ("timm", "torchvision")
+def written(node: fx.Node) -> list[fx.Node]:
+    """What a node may write to if it is in place, and return: an operator, its left operand alone."""
+    of_operator = node.op == "call_function" and getattr(node.target, "__name__", "") in IN_PLACE_OPERATORS
+    return [node.args[0]] if of_operator and isinstance(node.args[0], fx.Node) else node.all_input_nodes
 
 
 class Matcher:
-    """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape. ``pools``: whether
-    pooling is one."""
+    """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape, or that have no
+    value for each channel. ``pools``: whether pooling is one. ``channelwise``: whether a group may have such values."""
 
     def __init__(
-        self, graph: fx.Graph, words: Words, broadcast: frozenset[str] = frozenset(), pools: bool = False
+        self,
+        graph: fx.Graph,
+        words: Words,
+        broadcast: frozenset[str] = frozenset(),
+        pools: bool = False,
+        channelwise: bool = False,
     ) -> None:
         self.graph, self.words, self.broadcast, self.pools = graph, words, broadcast, pools
+        self.channelwise = channelwise
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
         self.why: dict[fx.Node, Why] = {}
@@ -442,6 +191,9 @@ class Matcher:
             return found
         self.why[bn] = found
         group = Group(None, bn, (call.input,), [bn], note=found.text)
+        layer = self.behind_what_passes(call.input)[0]
+        if (word := self.words.layer(layer)) and self.only_reader(layer) is not None:
+            group.layer, group.layer_word = layer, word
         self.extend_norm(group, call, trains)
         # The op that concatenates adds no residual.
         if group.residual is None and (concatenates := self.with_concatenation(bn, call)) is not None:
@@ -451,7 +203,7 @@ class Matcher:
         return group
 
     def extend_norm(self, group: Group, call: NormCall, trains: object) -> None:
-        group.activation, group.negative_slope = call.activation, call.negative_slope
+        group.activation, group.negative_slope, group.function = call.activation, call.negative_slope, call.function
         self.extend(group, trains)
 
     def with_concatenation(self, bn: fx.Node, call: NormCall) -> Group | None:
@@ -465,11 +217,7 @@ class Matcher:
         return group
 
     def conv_in_front(self, bn: fx.Node, call: NormCall) -> Group | Why:
-        between: list[fx.Node] = []
-        conv = call.input
-        while self.words.passes(conv) and self.words.may_go(conv):
-            between.insert(0, conv)
-            conv = conv.all_input_nodes[0]
+        conv, between = self.behind_what_passes(call.input)
         read = self.words.conv(conv)
         if read is None:
             return why("producer")
@@ -486,6 +234,14 @@ class Matcher:
         group.nodes.append(bn)
         return group
 
+    def behind_what_passes(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """What made a node's value, and the nodes from there on that returned it."""
+        between: list[fx.Node] = []
+        while self.words.passes(node) and self.words.may_go(node):
+            between.insert(0, node)
+            node = node.all_input_nodes[0]
+        return node, between
+
     def memory_of(self, node: fx.Node) -> set[Any]:
         """Nodes whose memory this one's result may be: its own, unless it may be a view of an argument.
 
@@ -501,7 +257,7 @@ class Matcher:
             if n.op in ("placeholder", "get_attr"):
                 found.add(self.words.outside(n))
             if not self.words.is_fresh(n):
-                waiting += n.all_input_nodes
+                waiting += written(n)
         return found
 
     def may_move_to(self, group: Group, node: fx.Node, residual: fx.Node | None, trains: object) -> bool:
@@ -527,9 +283,7 @@ class Matcher:
         added = set() if residual is None else self.memory_of(residual)
         add = next((self.order[n] for n in group.nodes if n.name == group.adds), last)
         return not any(
-            self.memory_of(a) & (read | added if self.order[n] > add else read)
-            for n in writes
-            for a in n.all_input_nodes
+            self.memory_of(a) & (read | added if self.order[n] > add else read) for n in writes for a in written(n)
         )
 
     def writes_attributes(self) -> bool:
@@ -538,26 +292,59 @@ class Matcher:
             "get_attr" in self.memory_of(a)
             for n in self.graph.nodes
             if n.op != "call_module" and self.words.is_in_place(n)
-            for a in n.all_input_nodes
+            for a in written(n)
         )
 
     def extend(self, group: Group, trains: object) -> None:
         """What follows, as far as one op has it: a factor, a residual, an activation, or a residual behind it."""
         last = group.nodes[-1]
         waiting: list[fx.Node] = []  # of those that return their argument: they go along with what follows
-        while (node := self.only_reader(last)) is not None and node not in self.taken:
-            if self.words.passes(node) and self.words.may_go(node):
-                waiting.append(node)
-                last = node
-                continue
-            change = self.step(group, node, last)
-            if change is None or not self.may_move_to(group, node, change.get("residual", group.residual), trains):
+        while True:
+            nodes, change = self.by_hand(group, last)
+            if not nodes:
+                node = self.only_reader(last)
+                if node is None or node in self.taken:
+                    return
+                if self.words.passes(node) and self.words.may_go(node):
+                    waiting.append(node)
+                    last = node
+                    continue
+                nodes, change = [node], self.step(group, node, last)
+            if change is None or not self.may_move_to(group, nodes[-1], change.get("residual", group.residual), trains):
                 return
             for name, value in change.items():
                 setattr(group, name, value)
-            group.nodes += [*waiting, node]
-            group.swallowed = [*group.swallowed, *waiting, node]
-            waiting, last = [], node
+            group.nodes += [*waiting, *nodes]
+            group.swallowed = [*group.swallowed, *waiting, *nodes]
+            waiting, last = [], nodes[-1]
+
+    def by_hand(self, group: Group, last: fx.Node) -> tuple[list[fx.Node], dict[str, Any] | None]:
+        """SiLU and Mish as several nodes: the result times its own sigmoid, or times the tanh of its softplus."""
+        if len(last.users) != 2 or group.activation != "none" or group.residual_last:
+            return [], None
+        node, product = sorted(last.users, key=self.order.__getitem__)
+        nodes = [node]
+        while (reader := self.only_reader(nodes[-1])) is not product:
+            if reader is None or len(nodes) == 2:
+                return [], None
+            nodes.append(reader)
+        is_product = product.op == "call_function" and product.target in _MULTIPLIES
+        if not (is_product or (product.op, product.target) == ("call_method", "mul")) or product.kwargs:
+            return [], None
+        if len(product.args) != 2 or set(product.args) != {last, nodes[-1]}:
+            return [], None
+        if any(n in self.taken or self.words.is_in_place(n) or not self.words.may_go(n) for n in nodes):
+            return [], None
+        if any(n.all_input_nodes != [m] for m, n in zip([last, *nodes], nodes, strict=False)):
+            return [], None
+        of_last = (self.words.activation(nodes[-1]) or ("",))[0]
+        if len(nodes) == 1 and of_last == "sigmoid":
+            name = "silu"
+        elif len(nodes) == 2 and of_last == "tanh" and self.words.is_softplus(nodes[0]):
+            name = "mish"
+        else:
+            return [], None
+        return [*nodes, product], {"activation": name, "by_hand": True}
 
     def step(self, group: Group, node: fx.Node, last: fx.Node) -> dict[str, Any] | None:
         """What of the group changes when this node, the only reader of what is its result by now, comes along."""
@@ -568,32 +355,58 @@ class Matcher:
             if not self.words.may_go(node):
                 return None
             return {"activation": found[0], "negative_slope": 0.01 if found[1] is None else found[1]}
-        if node.op != "call_function" and not (node.op == "call_method" and node.target in ("add", "add_", "mul")):
+        if node.op != "call_function" and not (node.op == "call_method" and node.target in _METHODS):
             return None
         if len(node.args) != 2 or node.kwargs:
             return None
-        other = node.args[1] if node.args[0] is last else node.args[0]
-        if node.target in (*_MULTIPLIES, "mul"):
-            if (
-                not isinstance(other, (int, float))
-                or not math.isfinite(other)
-                or group.residual is not None
-                or group.activation != "none"
-            ):
-                return None
-            return {"factor": group.factor * other} if group.bn is not None else None
+        first = node.args[0] is last
+        other = node.args[1] if first else node.args[0]
+        if isinstance(other, fx.Node) and self.words.is_channelwise(other):
+            # No residual, whose shape is the result's.
+            may_be = self.channelwise and node.name not in self.broadcast
+            return self.affine(group, node, other, first) if may_be else None
+        if isinstance(other, (int, float)):
+            return self.affine(group, node, other, first)
         if node.target not in (*_ADDS, "add", "add_") or not isinstance(other, fx.Node) or other is last:
             return None
         if group.residual is not None or group.concatenates or node.name in self.broadcast:
             return None
-        if self.words.is_in_place(node) and node.args[0] is not last:
+        if self.words.is_in_place(node) and not first:
             # What it adds to is overwritten: nobody else may have it.
             if any(not isinstance(n, fx.Node) or len(n.users) != 1 for n in self.memory_of(other)):
                 return None
-        first = node.args[0] is other
         return {
             "residual": other,
             "adds": node.name,
-            "residual_first": first,
+            "residual_first": not first,
             "residual_last": group.activation != "none",
         }
+
+    def affine(self, group: Group, node: fx.Node, other: Any, first: bool) -> dict[str, Any] | None:
+        """A number, or a tensor of values for each channel, by which BatchNorm's result is changed. ``first``: the
+        result is the first of the two."""
+        if group.bn is None or group.residual is not None or group.activation != "none":
+            return None
+        target = node.target
+        adds = target in (*_ADDS, "add", "add_")
+        is_tensor = isinstance(other, fx.Node)
+        number = 1.0 if is_tensor else float(other)
+        if is_tensor and self.words.is_in_place(node) and not first:
+            return None
+        if not is_tensor and target in (*_DIVIDES, "div"):
+            target, number = operator.mul, 1.0 / number if first and number != 0 else math.inf
+        if target in (*_SUBTRACTS, "sub") and first and not is_tensor:
+            adds, number = True, -number
+        multiplies = target in (*_MULTIPLIES, "mul")
+        if not (adds or multiplies) or not math.isfinite(number):
+            return None
+        if multiplies and not is_tensor:
+            return {"factor": group.factor * number}
+        if number == 0:  # what a sum over branches begins with
+            return {}
+        if not self.channelwise or group.concatenates:
+            return None
+        operand = other if is_tensor else number
+        steps = [*group.steps, *([("*", group.factor)] if adds and group.factor != 1.0 else [])]
+        change = {"steps": [*steps, ("+" if adds else "*", operand)], "factor": 1.0 if adds else group.factor}
+        return {**change, "inputs": (*group.inputs, other), "channelwise": node.name} if is_tensor else change

@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .layers import is_conv, is_norm
-from .patterns import Why, why
 from .root import STATE, Entry, State, is_root
+from .words import Why, why
 
 
 class Row(NamedTuple):
-    """A convolution or a BatchNorm, or what is fused without them: a gate, which is a squeeze-and-excite block's
-    product, or, on CUDA, a pool.
+    """A convolution or a BatchNorm, or what is fused without them: a linear layer with its BatchNorm behind it, a gate,
+    which is a squeeze-and-excite block's product, or, on CUDA, a pool.
 
     ``path``: in the model; of a gate, and of a pool that is no module, its name behind the path of what calls it.
-    ``module``: ``"conv"``, ``"bn"``, ``"gate"`` or ``"pool"``. ``state``: ``"fused"``, ``"left"``, ``"pending"`` (what
-    it is in was not called yet) or ``"not called"``. ``text``: what it was fused with, or why not. ``reason``: the kind
-    of that, one of ``REASONS`` in ``_fuse/patterns.py``; empty for what is fused. ``algorithm``: what computes a fused
-    convolution, for the shapes of the first call in evaluation mode, as :func:`fused_conv_bn.explain` says.
+    ``module``: ``"conv"``, ``"bn"``, ``"linear"``, ``"gate"`` or ``"pool"``. ``state``: ``"fused"``, ``"left"``,
+    ``"pending"`` (what it is in was not called yet) or ``"not called"``. ``text``: what it was fused with, or why not.
+    ``reason``: the kind of that, one of ``REASONS`` in ``_fuse/words.py``; empty for what is fused. ``algorithm``: what
+    computes a fused convolution, for the shapes of the first call in evaluation mode, as
+    :func:`fused_conv_bn.explain` says.
     """
 
     path: str
@@ -32,7 +33,8 @@ class Row(NamedTuple):
 
 
 class Report:
-    """``rows``: a :class:`Row` for each convolution and BatchNorm, then for each gate and each pool; ``not_captured``:
+    """``rows``: a :class:`Row` for each convolution and BatchNorm, and for each linear layer whose BatchNorm is fused
+    with what follows, in the order of the model; then for each gate and each pool. ``not_captured``:
     what was not captured, and why; ``channels_last``: paths of what is contiguous and runs in channels_last inside.
 
     Prints as a table.
@@ -111,13 +113,14 @@ def report(model: nn.Module) -> Report:
                     alone[name] = Row(name, "pool", "fused", g.describe())
     found = []
     for path, m in modules.items():
-        if is_conv(m) or is_norm(m):
+        if is_conv(m) or is_norm(m) or m in rows:
             state_of, text, reason, algorithm = "left", "", "", ""
             if m in rows:
                 _, _, state_of, text, reason, algorithm = rows[m]
             else:
                 state_of, (reason, text) = _otherwise(path, roots, not_captured)
-            found.append(Row(path, "conv" if is_conv(m) else "bn", state_of, text, reason, algorithm))
+            kind = "conv" if is_conv(m) else "linear" if isinstance(m, nn.Linear) else "bn"
+            found.append(Row(path, kind, state_of, text, reason, algorithm))
     return Report([*found, *alone.values()], not_captured, channels_last)
 
 
@@ -129,12 +132,17 @@ def _rows_of(root: nn.Module, entry: Entry, known: dict[nn.Module, Row]) -> dict
         if (is_conv(m) or is_norm(m)) and m not in known:
             reason = entry.why.get(path, why("alone"))
             rows[m] = Row("", "", "left", reason.text, reason.kind)
-    for group in entry.groups:
-        conv, bn = (None if n is None else root.get_submodule(str(n.target)) for n in (group.conv, group.bn))
+    for group, block in zip(entry.groups, entry.blocks, strict=True):
+        paths = (None if n is None else str(n.target) for n in (group.conv, group.layer))
+        conv, layer, bn = (None if path is None else root.get_submodule(path) for path in (*paths, group.bn_path))
+        where = " where that is faster" if block.may_be_plain else ""
         if conv is not None:
             rows[conv] = Row("", "", "fused", group.describe(), "", entry.algorithms.get(str(group.conv.target), ""))  # type: ignore[union-attr]
+        if layer is not None:
+            rows[layer] = Row("", "", "fused", f"{group.describe()}, one pass behind PyTorch's op{where}")
         if bn is not None:
-            text = f"{group.describe()}, one pass: {group.note}" if group.conv is None else f"with {group.conv.target}"
+            node = group.conv or group.layer
+            text = f"{group.describe()}, one pass{where}: {group.note}" if node is None else f"with {node.target}"
             rows[bn] = Row("", "", "fused", text)
     return rows
 

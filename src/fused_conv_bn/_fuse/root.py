@@ -35,7 +35,8 @@ from .exported import run_exported
 from .frozen import frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
 from .layers import is_conv, is_norm
-from .patterns import Group, Matcher, ModuleWords
+from .patterns import Group, Matcher
+from .words import ModuleWords
 
 _MOST_KINDS = 32
 """Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""
@@ -99,7 +100,9 @@ class Entry:
         free = {path for path in self.called if not is_watched(modules[path])}
         words = ModuleWords(modules, free)
         has_pools = any(t.device.type in pools.DEVICES for t in arguments.tensors.values())
-        matcher = Matcher(graph, words, broadcast, has_pools)
+        # Under autocast such tensors are of another dtype than what they change.
+        channelwise = not (frozen or _is_any_autocast_enabled())
+        matcher = Matcher(graph, words, broadcast, has_pools, channelwise)
         if matcher.writes_attributes():
             raise Refused("it writes to its parameters or buffers")
         self.groups = matcher.groups()
@@ -110,7 +113,8 @@ class Entry:
         def module(node: fx.Node | None) -> nn.Module | None:
             return None if node is None else modules[str(node.target)]
 
-        self.blocks = [block_of(g, module(g.conv), module(g.bn)) for g in self.groups]
+        norms = [None if g.bn_path is None else modules[g.bn_path] for g in self.groups]
+        self.blocks = [block_of(g, module(g.conv), bn) for g, bn in zip(self.groups, norms, strict=True)]
         self.algorithms: dict[str, str] = {}
         # Modules whose calls are gone, so that nobody sees hooks of theirs.
         gone = (n for g in self.groups for n in (g.conv, g.bn, *g.swallowed))
@@ -131,7 +135,8 @@ class Entry:
             self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
             self.graph, self.links = graph, links_of(graph, words)
             silent |= {m for n in self.links if n.op == "call_module" and (m := module(n))}
-        gone_through = {*self.called, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
+        of_functions = {paths[bn] for g, bn in zip(self.groups, norms, strict=True) if bn is not None and g.function}
+        gone_through = {*self.called, *of_functions, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
         # A snapshot reads no tensors of the model.
         self.guard = Guard(root, modules, gone_through, self.inlined, silent, () if frozen else self.blocks)
         self.unchecked = is_compared(root)

@@ -26,6 +26,10 @@ def _conv_flop(input_shape: Any, weight_shape: Any, *args: Any, out_shape: Any =
     return flop
 
 
+def _gate_conv_flop(input_shape: Any, gate_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return _conv_flop(input_shape, weight_shape, *args, **kwargs)
+
+
 def _register_with(flop_counter: Any) -> None:
     targets = [
         _ops.conv_scale_shift,
@@ -36,6 +40,8 @@ def _register_with(flop_counter: Any) -> None:
         _ops._conv_bn_scale_train_sums,
     ]
     flop_counter.register_flop_formula([t for t in targets if t not in flop_counter.flop_registry])(_conv_flop)
+    if _ops.gate_conv_bn_scale not in flop_counter.flop_registry:
+        flop_counter.register_flop_formula([_ops.gate_conv_bn_scale])(_gate_conv_flop)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

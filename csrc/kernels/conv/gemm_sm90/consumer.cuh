@@ -6,6 +6,7 @@
 #include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/ptx/launch.cuh"
 #include "kernels/ptx/tma.cuh"
+#include "gates.cuh"
 #include "moments.cuh"
 #include "products.cuh"
 
@@ -35,9 +36,9 @@ struct Consumer {
 
   // ---- products ----
 
-  // next: another consumer's tile follows.
+  // pixel: the first one; next: another consumer's tile follows.
   template <int kStepBytes>
-  __device__ __forceinline__ void multiply_tile(bool first_tile, bool next) {
+  __device__ __forceinline__ void multiply_tile(int pixel, bool first_tile, bool next) {
     const Layout& l = p.layout;
     products.clear();
     int previous = 0;
@@ -52,6 +53,12 @@ struct Consumer {
         arrive_as_warp(block.turn(1 - consumer));
       }
       const uint32_t pixels = block.pixels_of(ring.stage) + (kTogether ? consumer * (kPixels * kStepBytes) : 0);
+      if constexpr (kBytes == 2) {
+        if (p.gates != nullptr) {
+          Gates<T, kPixels>{p}.template apply<kStepBytes>(pixels, pixel, step * l.depth);
+          sync();
+        }
+      }
       products.template start<kStepBytes>(pixels, block.filters_of(ring.stage, step));
       if (step > 0) {
         product_wait<1>();
@@ -167,7 +174,8 @@ struct Consumer {
         barrier_wait(block.turn(consumer), (tile - 1) / kConsumers & 1);
       }
       Products<T, kTile>::with_row_bytes(
-          l.depth, [&]<int kStepBytes>() { multiply_tile<kStepBytes>(round == 0, !kTogether && tile + 1 < tiles); });
+          l.depth,
+          [&]<int kStepBytes>() { multiply_tile<kStepBytes>(pixel, round == 0, !kTogether && tile + 1 < tiles); });
       if (!kTogether) {
         ring.skip(p.stage_rounds, p.stage_rest, l.stages);
       }

@@ -9,6 +9,7 @@
 //     plan.h        the domain, tiles, and what they are chosen by
 //     params.cuh    what a block knows: parameters, shared memory, the ring of stages
 //     producer.cuh  from tensors to stages
+//     gates.cuh     from pixels to pixels times the gates of their images
 //     products.cuh  from a stage to sums
 //     consumer.cuh  from stages to results
 //     moments.cuh   from results to their moments, for BatchNorm in training mode

@@ -25,9 +25,10 @@ struct Params {
   AffineSource<T> affine;
   const T* residual_data;
   T* y_data;
+  const T* gates;    // [images][channels], in 16 bits and of flat pixels; nullptr: none
   Moments* moments;  // [partials][filters] of the results (plan.h); nullptr: they are not asked for
   int pixels;        // with the padding between them where tiles have halos
-  int filters;
+  int channels, filters;
   int R, S;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   FastDiv image_pixels, columns;  // of the output, counted like its pixels

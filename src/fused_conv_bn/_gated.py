@@ -39,9 +39,10 @@ def gate_conv_bn_scale(
 ) -> Tensor:
     """:func:`conv_bn_scale` of ``gate(input, gate)``: how MBConv blocks go on behind squeeze-and-excite.
 
-    The convolution ``gemm_sm90`` takes the gates along where its window is one pixel, in 16 bits: what is gated is never
-    written. It rounds as :func:`gate` does, so that the result is the same. Elsewhere the gate and the convolution are two
-    steps. Differentiable: with grad mode on, and a tensor that requires grad, they are the two functions.
+    The convolution ``gemm_sm90`` takes the gates along where its window is one pixel, in 16 bits: what is gated is
+    never written. It rounds as :func:`gate` does, so that the result is the same. Elsewhere the gate and the
+    convolution are two steps. Differentiable: with grad mode on, and a tensor that requires grad, they are the two
+    functions.
 
     Args:
         input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).

@@ -24,7 +24,9 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], int]] = {
 }
 
 
-def check(name: str, dtype: torch.dtype, layout: emulated.GemmSm90Layout, generator: torch.Generator, turn: int) -> bool:
+def check(
+    name: str, dtype: torch.dtype, layout: emulated.GemmSm90Layout, generator: torch.Generator, turn: int
+) -> bool:
     """Whether there is such a kernel. To the bit it is the convolution of a gated input, as `gate` rounds it."""
     shape, filters = PROBLEMS[name]
     x = torch.randn(shape, generator=generator).to(dtype).to(memory_format=torch.channels_last)

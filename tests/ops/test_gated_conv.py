@@ -64,9 +64,7 @@ def algorithms(device: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_epilogues(
-    residual: str, activation: str, dtype: torch.dtype, device: str, generator: torch.Generator
-) -> None:
+def test_epilogues(residual: str, activation: str, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
     x, gates, w, bn, _ = tensors("1x1", dtype, device, "channels_last", generator)
     named: dict[str, Any] = {"activation": activation, "negative_slope": SLOPE}
     if residual != "none":

@@ -2,17 +2,18 @@
 // every tile.
 #pragma once
 
+#include "gates.cuh"
 #include "kernels/common/vec.cuh"
 #include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/ptx/launch.cuh"
 #include "kernels/ptx/tma.cuh"
-#include "gates.cuh"
 #include "moments.cuh"
 #include "products.cuh"
 
 namespace fused_conv_bn::gemm_sm90 {
 
-template <typename T, int kTile>
+// kGated: pixels are multiplied by gates first.
+template <typename T, int kTile, bool kGated = false>
 struct Consumer {
   using B = Block<T, kTile>;
   static constexpr int kPixels = B::kShape.pixels, kFilters = B::kShape.filters;
@@ -53,11 +54,9 @@ struct Consumer {
         arrive_as_warp(block.turn(1 - consumer));
       }
       const uint32_t pixels = block.pixels_of(ring.stage) + (kTogether ? consumer * (kPixels * kStepBytes) : 0);
-      if constexpr (kBytes == 2) {
-        if (p.gates != nullptr) {
-          Gates<T, kPixels>{p}.template apply<kStepBytes>(pixels, pixel, step * l.depth);
-          sync();
-        }
+      if constexpr (kGated) {
+        Gates<T, kPixels>{p}.template apply<kStepBytes>(pixels, pixel, step * l.depth);
+        sync();
       }
       products.template start<kStepBytes>(pixels, block.filters_of(ring.stage, step));
       if (step > 0) {
@@ -173,9 +172,9 @@ struct Consumer {
       if (!kTogether && tile > 0) {
         barrier_wait(block.turn(consumer), (tile - 1) / kConsumers & 1);
       }
-      Products<T, kTile>::with_row_bytes(
-          l.depth,
-          [&]<int kStepBytes>() { multiply_tile<kStepBytes>(pixel, round == 0, !kTogether && tile + 1 < tiles); });
+      Products<T, kTile>::with_row_bytes(l.depth, [&]<int kStepBytes>() {
+        multiply_tile<kStepBytes>(pixel, round == 0, !kTogether && tile + 1 < tiles);
+      });
       if (!kTogether) {
         ring.skip(p.stage_rounds, p.stage_rest, l.stages);
       }

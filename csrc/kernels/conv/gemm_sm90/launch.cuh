@@ -146,16 +146,24 @@ cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cuda
     }
   };
   const auto start_tile = [&]<int kTile>() {
-    if (l.halo) {
+    if (p.gates != nullptr) {
+      if constexpr (sizeof(T) == 2) {
+        if (l.splits == 1) {
+          start(gemm_sm90_kernel<T, kTile, true>);
+        } else if constexpr (kTiles[kTile].is_shared) {
+          start(gemm_sm90_split_kernel<T, kTile, true>);
+        }
+      }
+    } else if (l.halo) {
       if constexpr (kTiles[kTile].has_halo_of(sizeof(T))) {
         start(gemm_sm90_halo_kernel<T, kTile>);
       }
     } else if (l.splits == 1) {
       if constexpr (sizeof(T) == 2 || !kTiles[kTile].is_wide) {
-        start(gemm_sm90_kernel<T, kTile>);
+        start(gemm_sm90_kernel<T, kTile, false>);
       }
     } else if constexpr (kTiles[kTile].is_shared) {
-      start(gemm_sm90_split_kernel<T, kTile>);
+      start(gemm_sm90_split_kernel<T, kTile, false>);
     }
   };
   if (status == cudaSuccess) {

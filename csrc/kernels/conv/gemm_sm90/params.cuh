@@ -25,10 +25,9 @@ struct Params {
   AffineSource<T> affine;
   const T* residual_data;
   T* y_data;
-  const T* gates;    // [images][channels], in 16 bits and of flat pixels; nullptr: none
   Moments* moments;  // [partials][filters] of the results (plan.h); nullptr: they are not asked for
   int pixels;        // with the padding between them where tiles have halos
-  int channels, filters;
+  int filters;
   int R, S;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   FastDiv image_pixels, columns;  // of the output, counted like its pixels
@@ -44,6 +43,8 @@ struct Params {
   bool residual_last;
   Activation activation;
   float negative_slope;
+  const T* gates;  // [images][channels] of flat pixels, in 16 bits; nullptr: none
+  int channels;
 };
 
 struct Header {

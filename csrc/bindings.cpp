@@ -46,6 +46,9 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
         ", bool allow_tf32=False) -> Tensor");
   m.def("conv_bn_scale(Tensor input, Tensor conv_weight, Tensor? conv_bias, " FCB_BN ", " FCB_WINDOW
         ", *, " FCB_EPILOGUE ", bool allow_tf32=False) -> Tensor");
+  // conv_bn_scale of gate(input, gate), which an algorithm may take along.
+  m.def("gate_conv_bn_scale(Tensor input, Tensor gate, Tensor conv_weight, Tensor? conv_bias, " FCB_BN ", " FCB_WINDOW
+        ", *, " FCB_EPILOGUE ", bool allow_tf32=False) -> Tensor");
   // The gradients of a convolution's weight and of the BatchNorm behind it, on CUDA, for few input channels: from the gradient
   // of the output, `dy`, the input, and the activation's `result` where it has a derivative. has_statistics: BatchNorm took
   // the batch's; then `var` is its inverse deviation. Of what is not asked for, empty tensors. The gradient of the

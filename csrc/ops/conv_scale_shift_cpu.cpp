@@ -1,4 +1,4 @@
-// conv_scale_shift and conv_bn_scale on the CPU: a kernel of our own for contiguous float32 first layers, and else PyTorch's
+// conv_scale_shift, conv_bn_scale and gate_conv_bn_scale on the CPU: a kernel of our own for contiguous float32 first layers, and else PyTorch's
 // convolution, oneDNN's as a rule, then one pass in place.
 //
 // The affine is never folded into the convolution. The shift would be its bias, and libraries that begin their sums with it
@@ -9,15 +9,19 @@
 // oneDNN could apply an activation as well. Its relu, relu6 and hardsigmoid turn NaN into 0, where PyTorch's pass it on.
 #include "conv_direct_cpu.h"
 #include "conv_scale_shift.h"
+#include "gate_conv_bn_scale.h"
 
 namespace fused_conv_bn {
 namespace {
 
 struct CpuKernel {
+  static constexpr RunGate* kRunGate = run_gate_cpu;
+
   static Tensor run(const char* op, const ConvArguments& c, bool) {
     const std::optional<Tensor> direct = direct_convolution(c, choose_conv_cpu(c, c.residual.has_value(), false));
     return direct.has_value() ? *direct : convolve_and_apply<run_elementwise_cpu>(op, c);
   }
+  static OptionalTensor run_gated(const char*, const ConvArguments&, const Operand&, bool) { return std::nullopt; }
 };
 
 }  // namespace
@@ -25,6 +29,7 @@ struct CpuKernel {
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CPU, m) {
   m.impl("conv_scale_shift", TORCH_BOX(&ConvOps<CpuKernel>::conv_scale_shift));
   m.impl("conv_bn_scale", TORCH_BOX(&ConvOps<CpuKernel>::conv_bn_scale));
+  m.impl("gate_conv_bn_scale", TORCH_BOX(&gate_conv_bn_scale<CpuKernel>));
 }
 
 }  // namespace fused_conv_bn

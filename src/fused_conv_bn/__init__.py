@@ -13,6 +13,7 @@ except ImportError as error:
 
 from . import _choices, _register, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
 from ._fuse import Report, fuse, report, thaw, unfuse  # noqa: E402
+from ._gated import gate_conv_bn_scale  # noqa: E402
 from ._register import onnx_translations  # noqa: E402
 from .algorithms import explain, use_algorithm  # noqa: E402
 from .conditions import export_ops  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "fold_bn",
     "fuse",
     "gate",
+    "gate_conv_bn_scale",
     "graphed",
     "max_pool2d",
     "name_algorithms",

@@ -8,6 +8,7 @@ where an op cannot: under transforms of torch.func, in forward-mode AD, and for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -257,6 +258,11 @@ def conv_bn_scale(
         negative_slope=negative_slope,
         residual_last=residual_last,
     )
+
+
+def gate_conv_bn_scale(input: Tensor, gated_by: Tensor, *args: Any, **named: Any) -> Tensor:
+    """Twin of :func:`fused_conv_bn.gate_conv_bn_scale`."""
+    return conv_bn_scale(gate(input, gated_by), *args, **named)
 
 
 def bn_scale_train(

@@ -174,6 +174,7 @@ class _Conv:
         residual: Tensor | None,
         algorithm: str,
         allow_tf32: bool = False,
+        gates: Tensor | None = None,
     ) -> None:
         self.y = y
         last = not self.y.is_contiguous()
@@ -189,6 +190,7 @@ class _Conv:
             "w": weight,
             "residual": None if residual is None else _dense(residual, last, alignment),
             "y": self.y,
+            "gates": None if gates is None else _dense(gates, False, alignment),
         }
         self.affine = affine
         sizes = (*input.shape, weight.size(0), *weight.shape[2:], *self.y.shape[2:], *itertools.chain(*pairs))
@@ -213,8 +215,9 @@ def _conv(
     layout: GemmSm90Layout | None,
     capability: int,
     allow_tf32: bool,
+    gates: Tensor | None = None,
 ) -> Tensor:
-    conv = _Conv(y, input, weight, affine, pairs, groups, residual, algorithm, allow_tf32)
+    conv = _Conv(y, input, weight, affine, pairs, groups, residual, algorithm, allow_tf32, gates)
     _call(
         capability,
         "emulated_conv",
@@ -273,13 +276,15 @@ def conv_bn_scale(
     algorithm: str,
     layout: GemmSm90Layout | None = None,
     capability: int = 90,
+    gates: Tensor | None = None,
 ) -> Tensor:
     pairs = _pairs(input, stride, padding, dilation)
     y = _result("conv_scale_shift", input, conv_weight, None, None, *pairs, groups)
     bn = dict(mean=running_mean, var=running_var, weight=weight, bias=bias, conv_bias=conv_bias)
     affine = _AffineTensors(input.dtype, scaling_factor, eps, **bn)
     epilogue = _epilogue(activation, negative_slope, residual_last)
-    _conv(y, input, conv_weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability, allow_tf32)
+    named = dict(allow_tf32=allow_tf32, gates=gates)
+    _conv(y, input, conv_weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability, **named)
     # The op's with_bn_strides(): extents of 1 have others.
     arguments = (conv_weight, conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps, *pairs, groups)
     return y.as_strided(y.shape, _result("conv_bn_scale", input, *arguments).stride())

@@ -50,6 +50,7 @@ void allow_operands(const Conv2d& c, const ConvOperands& o) {
   emulated::allow(o.w, elements(last_weight + 1));
   emulated::allow(o.residual, elements(c.N * c.K * c.P * c.Q));
   emulated::allow(o.y, elements(c.N * c.K * c.P * c.Q));
+  emulated::allow(o.gates, elements(c.N * c.C));
   allow_affine(o.affine, c.K, static_cast<size_t>(o.affine.wide ? 4 : c.element_bytes));
 }
 
@@ -117,7 +118,7 @@ const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, i
                           const char* algorithm, GemmSm90Layout* layout, uint64_t seed) {
   const std::optional<ConvPlan> plan = layout == nullptr ? make_plan(algorithm, *problem, kGpu)
                                                          : make_plan(*layout, *problem);
-  if (!plan.has_value()) {
+  if (!plan.has_value() || (operands->gates != nullptr && !takes_gates(*plan, *problem))) {
     return "not covered";
   }
   emulated::begin(seed);

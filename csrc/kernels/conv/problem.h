@@ -98,6 +98,7 @@ struct ConvOperands {
   bool late_affine;
   const void* residual;  // nullptr: none
   void* y;
+  const void* gates;  // an element for each image and channel of x, which is multiplied by it first; nullptr: none
 };
 
 // What select_plan() knows of the GPU.

@@ -11,6 +11,7 @@
 //     requirements(problem)       how operands have to lie
 //     describe()                  the algorithm and its tile in words
 //     launch<T>(call, stream)     T: float, float16, bfloat16
+//     takes_gates(problem)        whether it multiplies x by gates on its way; without it, it never does
 #pragma once
 
 #include <optional>
@@ -43,6 +44,18 @@ using ConvPlan = std::variant<Pointwise, GemmSm90, StemSm90, StemSm80, Depthwise
 
 inline ConvRequirements requirements_of(const ConvPlan& plan, const Conv2d& problem) {
   return std::visit([&](const auto& p) { return p.requirements(problem); }, plan);
+}
+
+inline bool takes_gates(const ConvPlan& plan, const Conv2d& problem) {
+  return std::visit(
+      [&]<typename Plan>(const Plan& p) {
+        if constexpr (requires { p.takes_gates(problem); }) {
+          return p.takes_gates(problem);
+        } else {
+          return false;
+        }
+      },
+      plan);
 }
 
 }  // namespace fused_conv_bn

@@ -22,8 +22,8 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Returns:
         A dictionary from each op that an evaluation graph may have to a function that writes it: ``bn_scale``,
-        ``bn_scale_cat``, ``conv_bn_scale``, ``conv_scale_shift``, ``fold_bn``, ``gate``, ``max_pool2d``,
-        ``scale_shift``, ``spatial_mean``.
+        ``bn_scale_cat``, ``conv_bn_scale``, ``conv_scale_shift``, ``fold_bn``, ``gate``,
+        ``gate_conv_bn_scale``, ``max_pool2d``, ``scale_shift``, ``spatial_mean``.
 
     Raises:
         ImportError: onnxscript is not installed.

@@ -39,3 +39,15 @@ for _name in (
 ):
     for _key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(_name, _under_autocast(getattr(_ops, _name).default), _key)
+
+
+def _gated_under_autocast(input: Tensor, gate: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """In two steps where the convolution casts what the gate puts out: that is rounded before."""
+    if not input.dtype == gate.dtype == autocast_dtype(input):
+        return _ops.conv_bn_scale.default(_ops.gate.default(input, gate), weight, *args, **kwargs)
+    op = _ops.gate_conv_bn_scale.default
+    return _under_autocast(lambda x, w, *rest, **named: op(x, gate, w, *rest, **named))(input, weight, *args, **kwargs)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("gate_conv_bn_scale", _gated_under_autocast, _key)

@@ -286,6 +286,11 @@ def _conv_bn_scale(
     return _like(_convolution(input, conv_weight, stride, padding, dilation, groups))
 
 
+@torch.library.register_fake("fused_conv_bn::gate_conv_bn_scale")
+def _gate_conv_bn_scale(input, gate, *args, **kwargs):
+    return _conv_bn_scale(input, *args, **kwargs)
+
+
 def _conv_bn_scale_train_functional(
     input,
     conv_weight,

@@ -29,6 +29,10 @@ def _conv_flop(input_shape: Any, weight_shape: Any, *args: Any, out_shape: Any =
     return flop
 
 
+def _gate_conv_flop(input_shape: Any, gate_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return _conv_flop(input_shape, weight_shape, *args, **kwargs)
+
+
 def _weight_flop(
     dy_shape: Any,
     result_shape: Any,
@@ -71,6 +75,7 @@ def _register_with(flop_counter: Any) -> None:
     formulas: list[tuple[Any, Callable[..., int], bool]] = [
         (_ops.conv_scale_shift, _conv_flop, False),
         (_ops.conv_bn_scale, _conv_flop, False),
+        (_ops.gate_conv_bn_scale, _gate_conv_flop, False),
         (_ops.conv_bn_scale_train, _conv_flop, False),
         (_ops.conv_bn_scale_train_stats, _conv_flop, False),
         (_ops.conv_bn_scale_train_functional, _conv_flop, False),

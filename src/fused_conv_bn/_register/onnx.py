@@ -232,6 +232,39 @@ def conv_bn_scale(
     return _epilogue(y, residual, activation, negative_slope, residual_last)
 
 
+def _gated(input: Any, gate: Any) -> Any:
+    # (N, C) and perhaps ones: 0 is an extent that stays, of which all that follow are 1.
+    shape = op.Constant(value_ints=[0, 0, *[1] * (len(input.shape) - 2)])
+    return op.Mul(input, op.Reshape(gate, shape))
+
+
+def gate_conv_bn_scale(
+    input,
+    gate,
+    conv_weight,
+    conv_bias,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+    residual=None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+    allow_tf32: bool = False,
+):
+    bn = running_mean, running_var, weight, bias, scaling_factor, eps
+    window = stride, padding, dilation, groups
+    epilogue = residual, activation, negative_slope, residual_last
+    return conv_bn_scale(_gated(input, gate), conv_weight, conv_bias, *bn, *window, *epilogue)
+
+
 def gate(
     input,
     gate,
@@ -240,10 +273,7 @@ def gate(
     negative_slope: float = 0.01,
     residual_last: bool = False,
 ):
-    # (N, C) and perhaps ones: 0 is an extent that stays, of which all that follow are 1.
-    shape = op.Constant(value_ints=[0, 0, *[1] * (len(input.shape) - 2)])
-    y = op.Mul(input, op.Reshape(gate, shape))
-    return _epilogue(y, residual, activation, negative_slope, residual_last)
+    return _epilogue(_gated(input, gate), residual, activation, negative_slope, residual_last)
 
 
 def max_pool2d(
@@ -283,6 +313,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             conv_scale_shift,
             fold_bn,
             gate,
+            gate_conv_bn_scale,
             max_pool2d,
             scale_shift,
             spatial_mean,

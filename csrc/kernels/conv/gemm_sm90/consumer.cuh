@@ -2,6 +2,7 @@
 // every tile.
 #pragma once
 
+#include "gates.cuh"
 #include "kernels/common/vec.cuh"
 #include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/ptx/launch.cuh"
@@ -11,7 +12,8 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-template <typename T, int kTile>
+// kGated: pixels are multiplied by gates first.
+template <typename T, int kTile, bool kGated = false>
 struct Consumer {
   using B = Block<T, kTile>;
   static constexpr int kPixels = B::kShape.pixels, kFilters = B::kShape.filters;
@@ -35,9 +37,9 @@ struct Consumer {
 
   // ---- products ----
 
-  // next: another consumer's tile follows.
+  // pixel: the first one; next: another consumer's tile follows.
   template <int kStepBytes>
-  __device__ __forceinline__ void multiply_tile(bool first_tile, bool next) {
+  __device__ __forceinline__ void multiply_tile(int pixel, bool first_tile, bool next) {
     const Layout& l = p.layout;
     products.clear();
     int previous = 0;
@@ -52,6 +54,10 @@ struct Consumer {
         arrive_as_warp(block.turn(1 - consumer));
       }
       const uint32_t pixels = block.pixels_of(ring.stage) + (kTogether ? consumer * (kPixels * kStepBytes) : 0);
+      if constexpr (kGated) {
+        Gates<T, kPixels>{p}.template apply<kStepBytes>(pixels, pixel, step * l.depth);
+        sync();
+      }
       products.template start<kStepBytes>(pixels, block.filters_of(ring.stage, step));
       if (step > 0) {
         product_wait<1>();
@@ -166,8 +172,9 @@ struct Consumer {
       if (!kTogether && tile > 0) {
         barrier_wait(block.turn(consumer), (tile - 1) / kConsumers & 1);
       }
-      Products<T, kTile>::with_row_bytes(
-          l.depth, [&]<int kStepBytes>() { multiply_tile<kStepBytes>(round == 0, !kTogether && tile + 1 < tiles); });
+      Products<T, kTile>::with_row_bytes(l.depth, [&]<int kStepBytes>() {
+        multiply_tile<kStepBytes>(pixel, round == 0, !kTogether && tile + 1 < tiles);
+      });
       if (!kTogether) {
         ring.skip(p.stage_rounds, p.stage_rest, l.stages);
       }

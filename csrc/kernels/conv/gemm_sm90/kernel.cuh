@@ -9,6 +9,7 @@
 //     plan.h        the domain, tiles, and what they are chosen by
 //     params.cuh    what a block knows: parameters, shared memory, the ring of stages
 //     producer.cuh  from tensors to stages
+//     gates.cuh     from pixels to pixels times the gates of their images
 //     products.cuh  from a stage to sums
 //     consumer.cuh  from stages to results
 //     moments.cuh   from results to their moments, for BatchNorm in training mode
@@ -53,14 +54,15 @@ __device__ __forceinline__ void run_block(const Block<T, kTile>& block, Produce&
   }
 }
 
-template <typename T, int kTile>
+// kGated: a kernel of its own, so that others have no step more.
+template <typename T, int kTile, bool kGated>
 __global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
     gemm_sm90_kernel(const __grid_constant__ Params<T> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const Block<T, kTile> block(p, blockIdx.x);
   run_block<kTiles[kTile].blocks>(
       block, [&](auto filters) { Producer<T, kTile, filters()>{block}.run(); },
-      [&](int consumer) { Consumer<T, kTile>{block, consumer}.run(); });
+      [&](int consumer) { Consumer<T, kTile, kGated>{block, consumer}.run(); });
 #endif
 }
 
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_halo_kernel(const __gri
 #endif
 }
 
-template <typename T, int kTile>
+template <typename T, int kTile, bool kGated>
 __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_split_kernel(const __grid_constant__ Params<T> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const int rank = static_cast<int>(cluster_rank());
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_split_kernel(const __gr
   block.set_up();
   wait_for_previous();
   let_next_begin();
-  Split<T, kTile>{block, rank}.run();
+  Split<T, kTile, kGated>{block, rank}.run();
 #endif
 }
 

@@ -94,7 +94,7 @@ cudaError_t set_maps(const ConvCall& call, const Layout& l, Params<T>& p) {
 template <typename T>
 cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cudaStream_t stream) {
   const auto& [c, operands, gpu, epilogue] = call;
-  if (moments != nullptr && operands.residual != nullptr) {
+  if ((moments != nullptr && operands.residual != nullptr) || (operands.gates != nullptr && !takes_gates(c))) {
     return cudaErrorInvalidValue;
   }
   const TileShape& t = kTiles[l.tile];
@@ -102,9 +102,11 @@ cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cuda
   p.affine = AffineSource<T>(operands.affine);
   p.residual_data = static_cast<const T*>(operands.residual);
   p.y_data = static_cast<T*>(operands.y);
+  p.gates = static_cast<const T*>(operands.gates);
   p.moments = moments;
   const Padded padded(c);
   p.pixels = static_cast<int>(count_pixels(c, l));
+  p.channels = static_cast<int>(c.C);
   p.filters = static_cast<int>(c.K);
   p.R = static_cast<int>(c.R);
   p.S = static_cast<int>(c.S);
@@ -129,7 +131,7 @@ cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cuda
   p.stage_rest = fetches % l.stages;
   p.filter_rounds = l.filter_stages == 0 ? 0 : l.steps / l.filter_stages;
   p.filter_rest = l.filter_stages == 0 ? 0 : l.steps % l.filter_stages;
-  p.flat = c.R == 1 && c.S == 1 && c.stride_h == 1 && c.stride_w == 1 && c.pad_h == 0 && c.pad_w == 0;
+  p.flat = is_flat(c);
   p.has_residual = operands.residual != nullptr;
   p.residual_last = epilogue.residual_last;
   p.activation = epilogue.activation;
@@ -144,16 +146,24 @@ cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cuda
     }
   };
   const auto start_tile = [&]<int kTile>() {
-    if (l.halo) {
+    if (p.gates != nullptr) {
+      if constexpr (sizeof(T) == 2) {
+        if (l.splits == 1) {
+          start(gemm_sm90_kernel<T, kTile, true>);
+        } else if constexpr (kTiles[kTile].is_shared) {
+          start(gemm_sm90_split_kernel<T, kTile, true>);
+        }
+      }
+    } else if (l.halo) {
       if constexpr (kTiles[kTile].has_halo_of(sizeof(T))) {
         start(gemm_sm90_halo_kernel<T, kTile>);
       }
     } else if (l.splits == 1) {
       if constexpr (sizeof(T) == 2 || !kTiles[kTile].is_wide) {
-        start(gemm_sm90_kernel<T, kTile>);
+        start(gemm_sm90_kernel<T, kTile, false>);
       }
     } else if constexpr (kTiles[kTile].is_shared) {
-      start(gemm_sm90_split_kernel<T, kTile>);
+      start(gemm_sm90_split_kernel<T, kTile, false>);
     }
   };
   if (status == cudaSuccess) {

@@ -43,6 +43,8 @@ struct Params {
   bool residual_last;
   Activation activation;
   float negative_slope;
+  const T* gates;  // [images][channels] of flat pixels, in 16 bits; nullptr: none
+  int channels;
 };
 
 struct Header {

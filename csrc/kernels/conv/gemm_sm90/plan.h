@@ -82,6 +82,14 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
          c.N * c.H * c.W <= kMost && c.C <= kMost && c.K <= kMost && c.C * c.R * c.S <= kMost;
 }
 
+// Whether x is a matrix of pixels by channels: a tap, a pixel.
+inline bool is_flat(const Conv2d& c) {
+  return c.R == 1 && c.S == 1 && c.stride_h == 1 && c.stride_w == 1 && c.pad_h == 0 && c.pad_w == 0;
+}
+
+// Whether pixels may be multiplied by gates on their way. In TF32 they have been rounded before.
+inline bool takes_gates(const Conv2d& c) { return is_flat(c) && c.element_bytes == 2; }
+
 // The pixels of a convolution whose output is as large as its input, counted with the padding that is behind each row and each
 // image: that of its other side as well.
 struct Padded {
@@ -336,6 +344,8 @@ struct GemmSm90 {
     }
     return c.C >= 16 && !slower;
   }
+
+  bool takes_gates(const Conv2d& c) const { return gemm_sm90::takes_gates(c); }
 
   ConvRequirements requirements(const Conv2d&) const {
     return {.alignment = 16, .dense_weight = true, .channels_last_weight = true};

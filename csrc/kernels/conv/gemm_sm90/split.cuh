@@ -3,6 +3,7 @@
 // the same order every time.
 #pragma once
 
+#include "gates.cuh"
 #include "kernels/conv/epilogue/residual.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "moments.cuh"
@@ -11,7 +12,8 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-template <typename T, int kTile>
+// kGated: pixels are multiplied by gates first.
+template <typename T, int kTile, bool kGated>
 struct Split {
   using B = Block<T, kTile>;
   static constexpr int kM = Products<T, kTile>::kM;
@@ -46,6 +48,12 @@ struct Split {
 #pragma unroll 1
     for (int i = 0; i < rounds; ++i) {
       barrier_wait(block.full(ring.stage), ring.parity);
+      if constexpr (kGated) {
+        const int step = first_step + consumer + i * kConsumers;
+        Gates<T, B::kShape.pixels>{p}.template apply<kStepBytes>(block.pixels_of(ring.stage), block.first_pixel(0),
+                                                                 step * p.layout.depth);
+        named_barrier_sync(1 + consumer, 128);
+      }
       products.template start<kStepBytes>(block.pixels_of(ring.stage), block.filters_of(ring.stage, 0));
       if (i > 0) {
         product_wait<1>();

@@ -117,6 +117,9 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "fold_bn of no affine": lambda x, g, mean, var, *_: fcb.fold_bn(mean, var),
     "gate": lambda x, g, *_: fcb.gate(x, g, activation="hardswish"),
     "gate with a residual": lambda x, g, *_: fcb.gate(x, g[:, :, 0, 0], residual=x, residual_last=True),
+    "gate_conv_bn_scale": lambda x, g, *bn: fcb.gate_conv_bn_scale(
+        *(x, g, x.new_ones(C, C, 1, 1), bn[3], *bn, 1.5), residual=x, activation="silu"
+    ),
     "max_pool2d": lambda x, *_: fcb.max_pool2d(x, 3, 2, 1, ceil_mode=True),
     "max_pool2d of other windows": lambda x, *_: (fcb.max_pool2d(x, (2, 3)), fcb.max_pool2d(x, 2, 1, dilation=2)),
     "scale_shift": lambda x, g, scale, shift, *_: fcb.scale_shift(x, scale, shift, activation="gelu"),

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import autograd, ops
+from .. import ops
 from .._conv import allows_tf32
 from .._dispatch import keywords
 from ..algorithms import explain
-from ..modules import ConvBnScale2d
+from ..conditions import DIMENSIONS_OF_NORM, PAIRS
+from ..modules import CONV_MODULES
 from .layers import class_of_conv, frozen_twin, norm_of, twin_of
 from .patterns import Group
 
@@ -33,8 +34,6 @@ _conv_bn, _conv, _bn, _cat, _gate, _max_pool, _mean = (
 )
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
-_DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: (2, 3, 4, 5)}
 _REFUSALS = RuntimeError, TypeError, KeyError
 """What an op refuses, before it writes anything, is PyTorch's to take, or to refuse in its own words."""
 
@@ -67,7 +66,8 @@ class Block(abc.ABC):
             assert self.norm is not None
             self.bn_twin = frozen_twin(bn) if self.norm.frozen else twin_of(bn, self.norm.of)
         # The op's arguments that are not the modules' own, and an instance that knows how to train with them.
-        self.op = op = ConvBnScale2d.__new__(ConvBnScale2d)
+        of_op = CONV_MODULES[nn.Conv2d if conv is None else type(self.conv_twin)]
+        self.op = op = of_op.__new__(of_op)
         nn.Module.__init__(op)
         op._modules.update(conv=self.conv_twin, bn=self.bn_twin)
         op.scaling_factor = self.factor = float(group.factor)
@@ -134,40 +134,13 @@ class Block(abc.ABC):
 class ConvNormBlock(Block):
     def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
         super().__init__(group, conv, bn)
-        # Of two dimensions it is what ConvBnScale2d is. In others no way leads to its op's checks.
-        pair = type(self.conv_twin), type(self.bn_twin)
-        self.is_2d = pair in ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv2d, nn.SyncBatchNorm))
-        self.is_pair = pair[1] in (_NORMS[pair[0]], nn.SyncBatchNorm)
-        self.is_quick &= self.is_pair
+        self.is_quick &= type(self.bn_twin) in (PAIRS[type(self.conv_twin)].norm, nn.SyncBatchNorm)
 
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
         if residual is not None and not isinstance(residual, Tensor):
             return self.plain(x, residual)
-        if self.is_2d:
-            y: Tensor = self.op.forward(x, residual)
-            return y
-        conv, bn, op = self.conv_twin, self.bn_twin, self.op
-        c, p, b = conv._parameters, bn._parameters, bn._buffers
-        tensors = c["weight"], c["bias"], b["running_mean"], b["running_var"], p["weight"], p["bias"]
-        if not _fits(x, residual, conv) or conv.padding_mode != "zeros" or type(conv.padding) is not tuple:
-            return self.plain(x, residual)
-        if not self.is_pair or (type(bn) is nn.SyncBatchNorm and bn.training):
-            return self.plain(x, residual)
-        if (tensors[2] is None or tensors[3] is None) and not bn.training:
-            return self.plain(x, residual)
-        weight, conv_bias, norm = *tensors[:2], tensors[2:]
-        window = conv.stride, conv.padding, conv.dilation, conv.groups
-        grad = self._needs_grad(x, residual, *tensors)
-        try:
-            if bn.training:
-                return op._train(bn, x, weight, conv_bias, *norm, self.factor, window, residual, grad)
-            if not grad:
-                return self.quick(x, residual)
-            epilogue = residual, op.activation, op.negative_slope, op.residual_last
-            tf32 = allows_tf32(x, weight)
-            return autograd.bn_scale(x, weight, conv_bias, (*norm, self.factor, bn.eps), window, epilogue, tf32)
-        except _REFUSALS:
-            return self.plain(x, residual)
+        y: Tensor = self.op.forward(x, residual)
+        return y
 
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(x) is not Tensor:
@@ -194,7 +167,7 @@ class ConvNormBlock(Block):
             )
             return y
         except _REFUSALS:
-            return self.forward(x, residual) if self.is_2d else self.plain(x, residual)
+            return self.forward(x, residual)
 
 
 class ConvBlock(Block):
@@ -262,7 +235,7 @@ class NormBlock(Block):
 
     def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
         super().__init__(group, conv, bn)
-        self.dimensions = _DIMENSIONS[type(self.bn_twin)]
+        self.dimensions = DIMENSIONS_OF_NORM[type(self.bn_twin)]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         bn, op = self.bn_twin, self.op

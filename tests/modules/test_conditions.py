@@ -266,13 +266,14 @@ def test_configurations(kind: str, mode: bool, device: str, generator: torch.Gen
         assert results[0] == results[1]
 
 
-def test_aliases_of_running_statistics(device: str, generator: torch.Generator) -> None:
+@rows
+def test_aliases_of_running_statistics(row: Row, device: str, generator: torch.Generator) -> None:
     """A fused op would read what it writes; PyTorch's ops read first."""
-    x = sample(generator, device)
+    x = sample(generator, device, row=row)
 
-    def aliased(alias: str) -> fcb.ConvBnScale2d:
+    def aliased(alias: str) -> Any:
         torch.manual_seed(0)
-        m = module(torch.Generator().manual_seed(3), device)
+        m = module(torch.Generator().manual_seed(3), device, row)
         if alias == "part":
             memory = torch.linspace(0.1, 1, 2 * K, device=device)
             m.bn.running_mean, m.bn.bias = memory[:K], nn.Parameter(memory[K - 1 : -1])
@@ -290,10 +291,11 @@ def test_aliases_of_running_statistics(device: str, generator: torch.Generator) 
             torch.testing.assert_close(m.bn.running_mean, twin.bn.running_mean)
 
 
-def test_one_running_statistic_alone(generator: torch.Generator) -> None:
-    m, x = module(generator), sample(generator)
+@rows
+def test_one_running_statistic_alone(row: Row, generator: torch.Generator) -> None:
+    m, x = module(generator, row=row), sample(generator, row=row)
     m.bn.running_var = None
-    assert "one of running_mean and running_var" in str(why_not(m.conv, m.bn, x, None))
+    assert "one of running_mean and running_var" in str(why_not(layer_of(m), m.bn, x, None))
     with pytest.raises(RuntimeError, match="running_var must be defined in evaluation mode"):
         m(x)
 
@@ -309,11 +311,12 @@ def test_residuals(device: str, generator: torch.Generator) -> None:
             m(x, torch.ones(4, K, 7, 6, device=device))
 
 
-def test_replicas_of_data_parallel(device: str, generator: torch.Generator) -> None:
+@rows
+def test_replicas_of_data_parallel(row: Row, device: str, generator: torch.Generator) -> None:
     """Their parameters are plain attributes."""
-    m, x = module(generator, device), sample(generator, device)
+    m, x = module(generator, device, row), sample(generator, device, row=row)
     replica = m._replicate_for_data_parallel()
-    for name in ("conv", "bn"):
+    for name in (row.name, "bn"):
         part, original = getattr(m, name)._replicate_for_data_parallel(), getattr(m, name)
         for key, value in (*original.named_parameters(), *original.named_buffers()):
             part._parameters.pop(key, None)

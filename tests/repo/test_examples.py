@@ -173,7 +173,7 @@ def test_times_have_three_digits(us: float, text: str) -> None:
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/fuse.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/layers.md", "docs/fuse.md"])
 def test_a_document_s_sessions_print_what_they_say(name: str) -> None:
     failed, attempted = doctest.testfile(str(ROOT / name), module_relative=False)
     assert attempted > 5 and not failed

@@ -78,9 +78,6 @@ class BnScaleModule(nn.Module):
         self.training = bn.training
         return self
 
-    def _norm(self, features: int, *arguments: Any, device: Any, dtype: Any) -> nn.Module:
-        return self._pair.norm(features, *arguments, device=device, dtype=dtype)
-
     def _adopt(
         self,
         op: str,
@@ -185,11 +182,21 @@ class BnScaleModule(nn.Module):
         x: Tensor,
         window: Window,
         residual: Tensor | None,
-        found: tuple[Tensor | None, ...],
+        found: tuple[Any, ...],
         dtype: torch.dtype,
     ) -> str | None:
         """Why the op takes no such arguments; None if they are all as it wants them."""
-        raise NotImplementedError
+        takes_batch_statistics = self.bn.training or found[2] is None
+        weight = found[0]
+        if weight is None:
+            return why_norm_refused(x, x.shape, found, residual, dtype, takes_batch_statistics)
+        if _is_any_autocast_enabled():
+            dtype = autocast_dtype(x)
+            if autocast_dtype(weight) != dtype:
+                return "autocast leaves the input and the weight of different dtypes"
+        elif weight.dtype != dtype:
+            return "the input and the weight are of different dtypes"
+        return why_refused(x, found, residual, *window, dtype, takes_batch_statistics)
 
     def _train(
         self,
@@ -223,7 +230,7 @@ class BnScaleModule(nn.Module):
         if batches is not None:
             batches.add_(1)
         try:
-            group = conditions.sync_group(bn)
+            group = None if type(bn) is self._pair.norm else conditions.sync_group(bn)
             if group is not None:
                 z = x if weight is None else convolution(x, weight, conv_bias, *window)
                 return _sync.bn_scale_train(z, batch_norm, epilogue, group)
@@ -348,7 +355,7 @@ class InOneOp(BnScaleModule):
             device=device,
             dtype=dtype,
         )
-        bn = self._norm(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        bn = self._pair.norm(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._adopt(type(self).__name__, conv, bn, scaling_factor, activation, negative_slope, residual_last)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -443,23 +450,6 @@ class InOneOp(BnScaleModule):
             return x, tuple(t // 2 for t in total)
         return F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)]), none
 
-    def _refused(
-        self,
-        x: Tensor,
-        window: Window,
-        residual: Tensor | None,
-        found: tuple[Tensor | None, ...],
-        dtype: torch.dtype,
-    ) -> str | None:
-        weight: Any = found[0]
-        if _is_any_autocast_enabled():
-            dtype = autocast_dtype(x)
-            if autocast_dtype(weight) != dtype:
-                return "autocast leaves the input and the weight of different dtypes"
-        elif weight.dtype != dtype:
-            return "the input and the weight are of different dtypes"
-        return why_refused(x, found, residual, *window, dtype, self.bn.training or found[2] is None)  # type: ignore[arg-type]
-
 
 class BehindTheLayer(BnScaleModule):
     """A layer that PyTorch computes, and what follows in one pass over its result."""
@@ -477,16 +467,6 @@ class BehindTheLayer(BnScaleModule):
         if z.dim() in conditions.DIMENSIONS_OF_NORM[type(bn)]:
             y = self._fused(z, residual, bn, (None, None, *found[2:]), NO_WINDOW, z.dtype)
         return self._epilogue_plain(bn(z), residual) if y is None else y
-
-    def _refused(
-        self,
-        x: Tensor,
-        window: Window,
-        residual: Tensor | None,
-        found: tuple[Tensor | None, ...],
-        dtype: torch.dtype,
-    ) -> str | None:
-        return why_norm_refused(x, x.shape, found, residual, dtype, self.bn.training or found[2] is None)
 
 
 def _check_scaling_factor(op: str, factor: Any) -> None:

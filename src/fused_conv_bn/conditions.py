@@ -240,7 +240,7 @@ def operands(pair: Pair, layer: nn.Module, bn: nn.Module, x: Any, residual: Any)
         or bn._backward_pre_hooks
     ):
         return f"{pair.name} or bn has a hook"
-    if hooks_for_all():
+    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return "a hook for all modules is registered"
     if (
         layer_class.forward is not pair.forward

@@ -119,7 +119,7 @@ class _ConvTransposeBnScale(BehindTheLayer):
             device=device,
             dtype=dtype,
         )
-        bn = self._norm(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        bn = self._pair.norm(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._adopt(type(self).__name__, conv, bn, scaling_factor, activation, negative_slope, residual_last)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, output_size: list[int] | None = None) -> Tensor:
@@ -223,7 +223,7 @@ class LinearBnScale(BehindTheLayer):
     ) -> None:
         super().__init__()
         linear = self._pair.layer(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        bn = self._norm(out_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        bn = self._pair.norm(out_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._adopt(type(self).__name__, linear, bn, scaling_factor, activation, negative_slope, residual_last)
 
     @classmethod

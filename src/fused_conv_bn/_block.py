@@ -29,6 +29,7 @@ _eval_call, _train_call = _conv_op._op, _ops.conv_bn_scale_train.default._op
 _bn_eval_call, _bn_train_call = _bn_op._op, _ops.bn_scale_train.default._op
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+_SyncBatchNorm = nn.SyncBatchNorm
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 _Module = TypeVar("_Module", bound="BnScaleModule")
@@ -160,7 +161,7 @@ class BnScaleModule(nn.Module):
             )
             if bn.training or mean is None:
                 return self._train(
-                    bn, x, weight, conv_bias, mean, var, bn_weight, bn_bias, number, window, residual, grad
+                    bn, x, weight, conv_bias, mean, var, bn_weight, bn_bias, number, window, residual, grad, compiling
                 )
             epilogue = residual, self.activation, self.negative_slope, self.residual_last
             batch_norm: Any = mean, var, bn_weight, bn_bias, number, bn.eps
@@ -212,6 +213,7 @@ class BnScaleModule(nn.Module):
         window: tuple[Any, ...],
         residual: Tensor | None,
         grad: bool,
+        compiling: bool,
     ) -> Tensor:
         """``weight``, ``conv_bias``: of the convolution; None if ``x`` is the layer's result."""
         # As PyTorch's BatchNorm does: buffers that are there but not tracked are left alone.
@@ -230,13 +232,13 @@ class BnScaleModule(nn.Module):
         if batches is not None:
             batches.add_(1)
         try:
-            group = None if type(bn) is self._pair.norm else conditions.sync_group(bn)
+            group = conditions.sync_group(bn) if type(bn) is _SyncBatchNorm else None
             if group is not None:
                 z = x if weight is None else convolution(x, weight, conv_bias, *window)
                 return _sync.bn_scale_train(z, batch_norm, epilogue, group)
             if grad:
                 return autograd.bn_scale_train(x, weight, conv_bias, batch_norm, window, epilogue)
-            if _is_compiling():
+            if compiling:
                 return autograd.functional_train(x, weight, conv_bias, *batch_norm, window, **keywords(*epilogue))
             y: Tensor
             if weight is None:
@@ -393,7 +395,7 @@ class InOneOp(BnScaleModule):
                 if bn.training:
                     window = conv.stride, conv.padding, conv.dilation, conv.groups
                     return self._train(
-                        bn, x, weight, conv_bias, mean, var, bn_weight, bn_bias, factor, window, residual, grad
+                        bn, x, weight, conv_bias, mean, var, bn_weight, bn_bias, factor, window, residual, grad, False
                     )
                 if grad:
                     return autograd.bn_scale(

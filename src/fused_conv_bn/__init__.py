@@ -18,7 +18,15 @@ from ._register import onnx_translations  # noqa: E402
 from .algorithms import explain, use_algorithm  # noqa: E402
 from .conditions import export_ops  # noqa: E402
 from .graphs import graphed  # noqa: E402
-from .modules import ConvBnScale2d  # noqa: E402
+from .modules import (  # noqa: E402
+    ConvBnScale1d,
+    ConvBnScale2d,
+    ConvBnScale3d,
+    ConvTransposeBnScale1d,
+    ConvTransposeBnScale2d,
+    ConvTransposeBnScale3d,
+    LinearBnScale,
+)
 from .ops import (  # noqa: E402
     bn_scale,
     bn_scale_,
@@ -39,7 +47,13 @@ from .profiling import name_algorithms  # noqa: E402
 __version__ = "0.1.0"
 _choices.load()
 __all__ = [
+    "ConvBnScale1d",
     "ConvBnScale2d",
+    "ConvBnScale3d",
+    "ConvTransposeBnScale1d",
+    "ConvTransposeBnScale2d",
+    "ConvTransposeBnScale3d",
+    "LinearBnScale",
     "Report",
     "bn_scale",
     "bn_scale_",

@@ -1,4 +1,4 @@
-"""When a fused op may stand for a convolution and its BatchNorm: the one place that knows.
+"""When a fused op may stand for a layer and its BatchNorm: the one place that knows.
 
 :func:`why_not` gives the reason why PyTorch's own ops run, as a sentence, or None. The module asks before every call,
 so that what is asked there costs a microsecond or two. What the op itself refuses (a dtype, a size) is asked after it
@@ -8,6 +8,7 @@ has refused, by :func:`why_refused`: the op raises before it writes anything.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ from torch.nn.modules import module as _module
 from . import _loader
 
 Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias."""
+"""The layer's weight and bias, bn.running_mean, bn.running_var, bn.weight, bn.bias."""
 
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
 """The types of tensors that mean what they say. A subclass may compute, distribute or record instead."""
@@ -32,17 +33,11 @@ DTENSORS = "the tensors are DTensors, of which each process computes its part"
 dtensor: type[Tensor] | None = None
 """The class, from the import of ``torch.distributed.tensor`` on (_register/sharding.py)."""
 
-_Conv2d, _BatchNorm2d, _SyncBatchNorm = nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm
+_SyncBatchNorm = nn.SyncBatchNorm
 
 # What a call of the modules runs, as it was when this package was imported.
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
-_CONV_FORWARD, _CONV_INNER = nn.Conv2d.forward, nn.Conv2d._conv_forward
-_BN_FORWARD, _BN_CHECK, _SYNC_FORWARD = (
-    nn.BatchNorm2d.forward,
-    nn.BatchNorm2d._check_input_dim,
-    nn.SyncBatchNorm.forward,
-)
-_F_CONV2D, _F_BATCH_NORM = F.conv2d, F.batch_norm
+_SYNC_FORWARD, _F_BATCH_NORM = nn.SyncBatchNorm.forward, F.batch_norm
 _METHODS = [
     (of, name, getattr(of, name))
     for of, names in (
@@ -158,54 +153,124 @@ def sync_group(bn: nn.Module) -> Any:
 
 # ---- the modules -----------------------------------------------------------------------------------------------------
 
+DIMENSIONS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+    nn.SyncBatchNorm: (2, 3, 4, 5),
+}
+"""The dimensions of inputs that each BatchNorm takes, and the ops as well."""
+
+
+class Pair:
+    """A layer and the BatchNorm behind it: PyTorch's classes, and what a call of them ran at this package's import.
+
+    ``name``: what a model calls the layer. ``inner``: the method that the layer's forward calls; forward itself if it
+    calls none. ``function``: of torch.nn.functional, which computes it. ``dimensions``: of its input, where one op
+    computes the layer and BatchNorm; None where the layer is PyTorch's, and an op what follows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: Any,
+        norm: Any,
+        lazy_norm: Any,
+        inner: str,
+        function: str,
+        dimensions: int | None,
+    ) -> None:
+        self.name, self.layer, self.norm, self.dimensions = name, layer, norm, dimensions
+        self.norms = norm, nn.SyncBatchNorm, lazy_norm
+        self.forward = layer.forward
+        self.inner_name, self.inner = inner, getattr(layer, inner)
+        self.function_name, self.function = function, getattr(F, function)
+        self.norm_forward = norm.forward
+        self.norm_check = norm._check_input_dim
+
+
+_1D, _2D, _3D = (
+    (nn.BatchNorm1d, nn.LazyBatchNorm1d),
+    (nn.BatchNorm2d, nn.LazyBatchNorm2d),
+    (nn.BatchNorm3d, nn.LazyBatchNorm3d),
+)
+PAIRS: dict[type[nn.Module], Pair] = {
+    pair.layer: pair
+    for pair in (
+        Pair("conv", nn.Conv1d, *_1D, "_conv_forward", "conv1d", 3),
+        Pair("conv", nn.Conv2d, *_2D, "_conv_forward", "conv2d", 4),
+        Pair("conv", nn.Conv3d, *_3D, "_conv_forward", "conv3d", 5),
+        Pair("conv", nn.ConvTranspose1d, *_1D, "_output_padding", "conv_transpose1d", None),
+        Pair("conv", nn.ConvTranspose2d, *_2D, "_output_padding", "conv_transpose2d", None),
+        Pair("conv", nn.ConvTranspose3d, *_3D, "_output_padding", "conv_transpose3d", None),
+        Pair("linear", nn.Linear, *_1D, "forward", "linear", None),
+    )
+}
+"""By the layer's class."""
+
 
 def why_not(conv: nn.Module, bn: nn.Module, x: Any = None, residual: Any = None) -> str | None:
     """Why PyTorch's own ops run for ``bn(conv(x))``, in one sentence; None if a fused op may.
 
-    Without ``x`` it is about the modules and what surrounds the call. With it the input counts as well.
+    ``conv``: a convolution, a transposed one or an ``nn.Linear``. Without ``x`` it is about the modules and what
+    surrounds the call. With it the input counts as well.
     """
-    found = operands(conv, bn, x, residual)
+    pair = PAIRS.get(type(conv)) or next((p for p in PAIRS.values() if isinstance(conv, p.layer)), PAIRS[nn.Conv2d])
+    found = operands(pair, conv, bn, x, residual)
     if type(found) is str:
         return found
     return None
 
 
-def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands | str:
-    """The tensors of both modules for a fused op, or why PyTorch's own ops run."""
-    if type(conv) is not _Conv2d:
-        return f"conv is of class {type(conv).__name__}, not nn.Conv2d itself"
-    if type(bn) is not _BatchNorm2d:
+def operands(pair: Pair, layer: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands | str:
+    """The tensors of both modules for a fused op, or why PyTorch's own ops run.
+
+    Every call of a module comes here. What is asked twice, or by a function, is a tenth of a microsecond.
+    """
+    layer_class, bn_class = pair.layer, pair.norm
+    if type(layer) is not layer_class:
+        return f"{pair.name} is of class {type(layer).__name__}, not nn.{layer_class.__name__} itself"
+    if type(bn) is not bn_class:
         if type(bn) is not _SyncBatchNorm:
-            return f"bn is of class {type(bn).__name__}, not nn.BatchNorm2d itself"
+            return f"bn is of class {type(bn).__name__}, not nn.{bn_class.__name__} itself"
         if (_is_compiling() or (isinstance(x, Tensor) and not x.is_cuda)) and sync_group(bn) is not None:
             return "SyncBatchNorm takes the statistics of all processes' batches, on CUDA and not compiled"
         if _SyncBatchNorm.forward is not _SYNC_FORWARD:
             return "SyncBatchNorm's class has another forward"
-    if has_hooks(conv) or has_hooks(bn):
-        return "conv or bn has a hook"
-    if hooks_for_all():
+    if (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or bn._forward_hooks
+        or bn._forward_pre_hooks
+        or bn._backward_hooks
+        or bn._backward_pre_hooks
+    ):
+        return f"{pair.name} or bn has a hook"
+    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return "a hook for all modules is registered"
     if (
-        _Conv2d.forward is not _CONV_FORWARD
-        or _Conv2d._conv_forward is not _CONV_INNER
-        or _Conv2d._call_impl is not _CALL_IMPL
-        or _BatchNorm2d.forward is not _BN_FORWARD
-        or _BatchNorm2d._check_input_dim is not _BN_CHECK
-        or _BatchNorm2d._call_impl is not _CALL_IMPL
-        or F.conv2d is not _F_CONV2D
+        layer_class.forward is not pair.forward
+        or getattr(layer_class, pair.inner_name) is not pair.inner
+        or layer_class._call_impl is not _CALL_IMPL
+        or bn_class.forward is not pair.norm_forward
+        or bn_class._check_input_dim is not pair.norm_check
+        or bn_class._call_impl is not _CALL_IMPL
+        or getattr(F, pair.function_name) is not pair.function
         or F.batch_norm is not _F_BATCH_NORM
     ):
         return "a method of PyTorch's classes was replaced"
-    if (_Conv2d.__call__ is not _CALL or _BatchNorm2d.__call__ is not _CALL) and not exports_ops():
+    if (layer_class.__call__ is not _CALL or bn_class.__call__ is not _CALL) and not exports_ops():
         return "nn.Module.__call__ was replaced"  # which torch.export does itself
     compiling = _is_compiling()
     if compiling:  # torch.compile does not know isdisjoint()
-        if any(name in conv.__dict__ or name in bn.__dict__ for name in _REPLACEABLE_NAMES):
-            return "conv or bn has a forward of its own"
-    elif not (conv.__dict__.keys().isdisjoint(OWN_METHODS) and bn.__dict__.keys().isdisjoint(OWN_METHODS)):
-        return "conv or bn has a forward of its own"
-    if conv._compiled_call_impl is not None or bn._compiled_call_impl is not None:
-        return "conv or bn is compiled by itself"
+        if any(name in layer.__dict__ or name in bn.__dict__ for name in _REPLACEABLE_NAMES):
+            return f"{pair.name} or bn has a forward of its own"
+    elif not (layer.__dict__.keys().isdisjoint(OWN_METHODS) and bn.__dict__.keys().isdisjoint(OWN_METHODS)):
+        return f"{pair.name} or bn has a forward of its own"
+    if layer._compiled_call_impl is not None or bn._compiled_call_impl is not None:
+        return f"{pair.name} or bn is compiled by itself"
     if _transforms_active():
         return "a transform of torch.func is under way"
     if forward_ad._current_level >= 0:
@@ -213,14 +278,14 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
     if _tracing_state() is not None:
         return "torch.jit.trace is under way"
     try:
-        c, p, b = conv._parameters, bn._parameters, bn._buffers
+        c, p, b = layer._parameters, bn._parameters, bn._buffers
         found = c["weight"], c["bias"], b["running_mean"], b["running_var"], p["weight"], p["bias"]
     except KeyError:
         try:  # as plain attributes, which DataParallel's replicas have
-            found = conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias  # type: ignore[assignment]
+            found = layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias  # type: ignore[assignment]
         except AttributeError as error:
             return f"a tensor is missing: {error}"
-    weight, conv_bias, mean, var, bn_weight, bn_bias = found
+    weight, layer_bias, mean, var, bn_weight, bn_bias = found
     if compiling and torch.compiler._is_exporting_flag:
         if not _keeps_ops:
             return "torch.export is under way: what it saves needs nothing of this package"
@@ -228,7 +293,7 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
         type(x) in PLAIN_TENSORS
         and type(residual) in PLAIN_TENSORS
         and type(weight) in PLAIN_TENSORS
-        and type(conv_bias) in PLAIN_TENSORS
+        and type(layer_bias) in PLAIN_TENSORS
         and type(mean) in PLAIN_TENSORS
         and type(var) in PLAIN_TENSORS
         and type(bn_weight) in PLAIN_TENSORS
@@ -238,7 +303,7 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
             return DTENSORS
         return "a tensor is of another class, or the input is no tensor"
     if weight is None:
-        return "conv has no weight"
+        return f"{pair.name} has no weight"
     if (mean is None) is not (var is None):
         return "bn has one of running_mean and running_var"
     if x is not None:
@@ -246,14 +311,16 @@ def operands(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> Operands 
             return f"no kernel for device {x.device.type}"
         if x.layout is not _strided:
             return f"the input's layout is {x.layout}"
-        if x.dim() != 4:
-            return f"the input has {x.dim()} dimensions, not 4"
-        if residual is not None:
-            if residual.is_nested:
-                return "the residual is a nested tensor"
-            shape = residual.shape
-            if len(shape) != 4 or shape[0] != x.shape[0] or shape[1] != weight.shape[0]:
-                return f"the residual's shape {list(shape)} is not that of the result"
+        if residual is not None and residual.is_nested:
+            return "the residual is a nested tensor"
+        dimensions = pair.dimensions
+        if dimensions is not None:
+            if x.dim() != dimensions:
+                return f"the input has {x.dim()} dimensions, not {dimensions}"
+            if residual is not None:
+                shape = residual.shape
+                if len(shape) != dimensions or shape[0] != x.shape[0] or shape[1] != weight.shape[0]:
+                    return f"the residual's shape {list(shape)} is not that of the result"
     return found  # type: ignore[return-value]
 
 
@@ -313,18 +380,43 @@ def why_refused(
     dtype: torch.dtype,
     takes_batch_statistics: bool,
 ) -> str | None:
-    """Why the op takes no such arguments, in one sentence; None if they are all as it wants them.
+    """Why the op takes no such convolution, in one sentence; None if all arguments are as it wants them.
 
     ``x``: padded already. ``dtype``: that of the convolution, which autocast may have chosen.
     """
-    weight, conv_bias, mean, var, bn_weight, bn_bias = found
     if x.is_nested:
         return "the input is a nested tensor"
-    if x.dim() != 4 or weight.dim() != 4:
-        return "not 4 dimensions"
-    if x.device != weight.device or any(t is not None and t.device != x.device for t in found):
+    weight = found[0]
+    space = x.dim() - 2
+    if weight.dim() != x.dim() or not 1 <= space <= 3:
+        return "not the same number of dimensions, or not 1 to 3 of space"
+    if any(s <= 0 for s in (*stride, *dilation)) or any(p < 0 for p in padding) or groups <= 0:
+        return "a stride, padding, dilation or number of groups out of range"
+    if weight.shape[0] == 0 or weight.shape[1] == 0 or x.shape[1] != weight.shape[1] * groups:
+        return "the input's channels are not the convolution's, or there are none"
+    if weight.shape[0] % groups:
+        return "groups does not divide the channels"
+    if any(len(v) not in (1, space) for v in (stride, padding, dilation)):
+        return "another number of spatial dimensions"
+    size = conv_output_size(x.shape, weight.shape, stride, padding, dilation)
+    if any(s == 0 for s in x.shape[2:]) or any(s <= 0 for s in size[2:]):
+        return "the input is smaller than the kernel"
+    return why_norm_refused(x, size, found, residual, dtype, takes_batch_statistics)
+
+
+def why_norm_refused(
+    x: Tensor,
+    size: Sequence[int],
+    found: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    takes_batch_statistics: bool,
+) -> str | None:
+    """The same of BatchNorm and what follows. ``size``, ``dtype``: of the result. ``found``: the first may be None,
+    where ``x`` is the layer's result."""
+    if any(t is not None and t.device != x.device for t in found):
         return "tensors on several devices"
-    if any(t is not None and t.layout is not _strided for t in (*found, residual)):
+    if any(t is not None and t.layout is not _strided for t in (x, *found, residual)):
         return "a tensor's layout is not strided"
     if dtype not in _DTYPES:
         return f"no kernel for {dtype}"
@@ -333,27 +425,17 @@ def why_refused(
         return "BatchNorm's tensors and the input are of dtypes that the op does not mix"
     if any(t is not None and t.dim() != 1 for t in found[1:]):
         return "one of the tensors per channel has not 1 dimension"
-    if any(t is not None and t.shape[0] != weight.shape[0] for t in found[1:]):
-        return "bn has another number of channels than conv puts out"
-    if any(s <= 0 for s in (*stride, *dilation)) or any(p < 0 for p in padding) or groups <= 0:
-        return "a stride, padding, dilation or number of groups out of range"
-    if weight.shape[0] == 0 or weight.shape[1] == 0 or x.shape[1] != weight.shape[1] * groups:
-        return "the input's channels are not the convolution's, or there are none"
-    if weight.shape[0] % groups:
-        return "groups does not divide the channels"
-    if any(len(v) not in (1, 2) for v in (stride, padding, dilation)):
-        return "not 2 spatial dimensions"
-    size = conv_output_size(x.shape, weight.shape, stride, padding, dilation)
-    if x.shape[2] == 0 or x.shape[3] == 0 or size[2] <= 0 or size[3] <= 0:
-        return "the input is smaller than the kernel"
+    if any(t is not None and t.shape[0] != size[1] for t in found[1:]):
+        return "bn has another number of channels than its input"
     if residual is not None:
-        if list(residual.shape) != size:
+        if list(residual.shape) != list(size):
             return "the residual's shape is not that of the result"
         if residual.dtype != dtype or residual.device != x.device:
             return "the residual's dtype or device is not that of the result"
     if takes_batch_statistics:
-        if size[0] * size[2] * size[3] == 1:
+        if size[0] * math.prod(size[2:]) == 1:
             return "one value for each channel"
+        mean, var = found[2:4]
         if mean is not None and not _is_compiling() and shares_memory(mean, var, x, residual, *found[:2], *found[4:]):
             return "a running statistic shares memory with another tensor"
     return None

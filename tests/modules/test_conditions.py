@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_conv_bn as fcb
 from common import random_bn
 from fused_conv_bn.conditions import why_not
+from module_pairs import CONV2D, ROWS, Row, rows, sample
 
 C, K = 4, 6
 
@@ -30,8 +31,8 @@ class Log(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def module(generator: torch.Generator, device: str = "cpu", **kwargs: Any) -> fcb.ConvBnScale2d:
-    m = fcb.ConvBnScale2d(C, K, 3, 1.7, **kwargs)
+def module(generator: torch.Generator, device: str = "cpu", row: Row = CONV2D, **kwargs: Any) -> Any:
+    m = row.of(**row.arguments, scaling_factor=1.7, **kwargs)
     targets = m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias
     for target, value in zip(targets, random_bn(K, torch.float32, "cpu", generator), strict=True):
         if target is not None:
@@ -39,17 +40,18 @@ def module(generator: torch.Generator, device: str = "cpu", **kwargs: Any) -> fc
     return m.to(device).eval()
 
 
-def sample(generator: torch.Generator, device: str = "cpu") -> Tensor:
-    return torch.randn(2, C, 9, 8, generator=generator).to(device)
+def layer_of(m: Any) -> Any:
+    return m.linear if isinstance(m, fcb.LinearBnScale) else m.conv
 
 
-def plain(m: fcb.ConvBnScale2d, x: Tensor) -> Tensor:
-    return m.bn(m.conv(x)) * m.scaling_factor
+def plain(m: Any, x: Tensor) -> Tensor:
+    return m.bn(layer_of(m)(x)) * m.scaling_factor
 
 
-def test_nothing_in_the_way(device: str, generator: torch.Generator) -> None:
-    m, x = module(generator, device), sample(generator, device)
-    assert why_not(m.conv, m.bn) is None and why_not(m.conv, m.bn, x, None) is None
+@rows
+def test_nothing_in_the_way(row: Row, device: str, generator: torch.Generator) -> None:
+    m, x = module(generator, device, row), sample(generator, device, row=row)
+    assert why_not(layer_of(m), m.bn) is None and why_not(layer_of(m), m.bn, x, None) is None
     for mode in (False, True):
         m.train(mode)
         for grad in (torch.no_grad, torch.enable_grad):
@@ -61,7 +63,7 @@ def test_nothing_in_the_way(device: str, generator: torch.Generator) -> None:
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     own = name in vars(owner)
-    old = getattr(owner, name)
+    old = getattr(owner, name, None)
     setattr(owner, name, value)
     try:
         yield
@@ -81,21 +83,45 @@ def hooked(register: Callable[..., Any], hook: Callable[..., Any]) -> Iterator[N
         handle.remove()
 
 
-def conv_plus_1(module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
-    return y + 1 if isinstance(module, nn.Conv2d) else None
+def layer_plus_1(module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+    return y + 1 if type(module) in LAYERS else None
 
 
-_module = nn.modules.module
-_conv, _inner, _bn, _call = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.BatchNorm2d.forward, nn.Module.__call__
-_conv2d, _batch_norm = F.conv2d, F.batch_norm
-Circumstance = Callable[[fcb.ConvBnScale2d], contextlib.AbstractContextManager[None]]
+def plus_1(owner: Any, name: str) -> contextlib.AbstractContextManager[None]:
+    """What it returns is one more, if it is a tensor."""
+    old = getattr(owner, name, None)
+
+    def new(*args: Any, **kwargs: Any) -> Any:
+        y = old(*args, **kwargs)
+        return y + 1 if isinstance(y, Tensor) else y
+
+    return replaced(owner, name, new)
+
+
+def another_class(m: Any) -> contextlib.AbstractContextManager[None]:
+    layer = layer_of(m)
+    mine = type("Mine", (type(layer),), {"forward": lambda self, x: type(layer).forward(self, x) + 1})
+    row = next(row for row in ROWS.values() if row.of is type(m))
+    return replaced(m, row.name, mine(**row.arguments))
+
+
+_module, _call = nn.modules.module, nn.Module.__call__
+LAYERS = {row.layer for row in ROWS.values()}
+FUNCTIONS = {row.layer: row.layer.__name__.lower().replace("convtranspose", "conv_transpose") for row in ROWS.values()}
+Circumstance = Callable[[Any], contextlib.AbstractContextManager[None]]
 # What surrounds a call, and why_not()'s words.
 CIRCUMSTANCES: dict[str, tuple[Circumstance, str]] = {
-    "hook of conv": (lambda m: hooked(m.conv.register_forward_hook, lambda k, a, y: y + 1), "has a hook"),
+    "hook of the layer": (
+        lambda m: hooked(layer_of(m).register_forward_hook, lambda k, a, y: y + 1),
+        "has a hook",
+    ),
     "pre-hook of bn": (lambda m: hooked(m.bn.register_forward_pre_hook, lambda k, a: a[0] + 1), "has a hook"),
     "backward hook": (lambda m: hooked(m.bn.register_full_backward_hook, lambda k, i, o: None), "has a hook"),
-    "backward pre-hook": (lambda m: hooked(m.conv.register_full_backward_pre_hook, lambda k, o: None), "has a hook"),
-    "global hook": (lambda m: hooked(_module.register_module_forward_hook, conv_plus_1), "hook for all"),
+    "backward pre-hook": (
+        lambda m: hooked(layer_of(m).register_full_backward_pre_hook, lambda k, o: None),
+        "has a hook",
+    ),
+    "global hook": (lambda m: hooked(_module.register_module_forward_hook, layer_plus_1), "hook for all"),
     "global pre-hook": (
         lambda m: hooked(_module.register_module_forward_pre_hook, lambda k, a: None),
         "hook for all",
@@ -108,57 +134,49 @@ CIRCUMSTANCES: dict[str, tuple[Circumstance, str]] = {
         lambda m: hooked(_module.register_module_full_backward_pre_hook, lambda k, o: None),
         "hook for all",
     ),
-    "conv.forward": (lambda m: replaced(m.conv, "forward", lambda x: _conv(m.conv, x) + 1), "forward of its own"),
-    "bn.forward": (lambda m: replaced(m.bn, "forward", lambda x: _bn(m.bn, x) + 1), "forward of its own"),
-    "conv._conv_forward": (
-        lambda m: replaced(m.conv, "_conv_forward", lambda x, w, b: F.conv2d(x, w, b) + 1),
-        "forward of its own",
-    ),
+    "its forward": (lambda m: plus_1(layer_of(m), "forward"), "forward of its own"),
+    "bn.forward": (lambda m: plus_1(m.bn, "forward"), "forward of its own"),
+    "conv._conv_forward": (lambda m: plus_1(layer_of(m), "_conv_forward"), "forward of its own"),
     "bn._check_input_dim": (lambda m: replaced(m.bn, "_check_input_dim", lambda x: None), "forward of its own"),
-    "Conv2d.forward": (lambda m: replaced(nn.Conv2d, "forward", lambda s, x: _conv(s, x) + 1), "was replaced"),
-    "Conv2d._conv_forward": (
-        lambda m: replaced(nn.Conv2d, "_conv_forward", lambda s, x, w, b: _inner(s, x, w, b) + 1),
-        "was replaced",
-    ),
-    "BatchNorm2d.forward": (lambda m: replaced(nn.BatchNorm2d, "forward", lambda s, x: _bn(s, x) + 1), "was replaced"),
+    "its class' forward": (lambda m: plus_1(type(layer_of(m)), "forward"), "was replaced"),
+    "what its class' forward calls": (lambda m: plus_1(type(layer_of(m)), m._pair.inner_name), "was replaced"),
+    "BatchNorm's forward": (lambda m: plus_1(type(m.bn), "forward"), "was replaced"),
     "Module.__call__": (
         lambda m: replaced(nn.Module, "__call__", lambda s, *a, **k: _call(s, *a, **k)),
         "was replaced",
     ),
-    "F.conv2d": (lambda m: replaced(F, "conv2d", lambda *a, **k: _conv2d(*a, **k) + 1), "was replaced"),
-    "F.batch_norm": (lambda m: replaced(F, "batch_norm", lambda *a, **k: _batch_norm(*a, **k) + 1), "was replaced"),
-    "class of conv": (
-        lambda m: replaced(m, "conv", type("Mine", (nn.Conv2d,), {"forward": lambda s, x: _conv(s, x) + 1})(C, K, 3)),
-        "class Mine",
-    ),
+    "its function": (lambda m: plus_1(F, FUNCTIONS[type(layer_of(m))]), "was replaced"),
+    "F.batch_norm": (lambda m: plus_1(F, "batch_norm"), "was replaced"),
+    "its class": (another_class, "class Mine"),
     "forward-mode AD": (lambda m: torch.autograd.forward_ad.dual_level(), "forward-mode AD"),  # type: ignore[dict-item]
 }
 
 
+@rows
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
-def test_circumstances(circumstance: str, grad: bool, device: str, generator: torch.Generator) -> None:
+def test_circumstances(row: Row, circumstance: str, grad: bool, device: str, generator: torch.Generator) -> None:
     """Each is seen as long as it lasts, in evaluation and in training, and what it does is done."""
     enter, words = CIRCUMSTANCES[circumstance]
-    m, x = module(generator, device), sample(generator, device)
-    conv = m._modules["conv"]
+    m, x = module(generator, device, row), sample(generator, device, row=row)
+    layer = layer_of(m)
     for mode in (False, True):
         m.train(mode)
         twin = copy.deepcopy(m)
         with torch.set_grad_enabled(grad):
             before = m(x)
             with enter(m), Log() as log:
-                m.conv.to(device)
-                assert words in str(why_not(m.conv, m.bn, x, None))
+                layer_of(m).to(device)
+                assert words in str(why_not(layer_of(m), m.bn, x, None))
                 y = m(x)
-            if circumstance == "class of conv":
-                m._modules["conv"] = conv
+            if circumstance == "its class":
+                m._modules[row.name] = layer
             else:
                 with enter(twin):
                     twin(x) if mode else None
                     expected = plain(twin, x)
                 torch.testing.assert_close(y, expected)
-        assert log.fused == 0 and why_not(m.conv, m.bn, x, None) is None
+        assert log.fused == 0 and why_not(layer_of(m), m.bn, x, None) is None
         del before
 
 
@@ -169,9 +187,12 @@ class Subclass(Tensor):
 INPUTS: dict[str, Callable[[Tensor], Any]] = {
     "subclass": lambda x: x.as_subclass(Subclass),
     "mkldnn": lambda x: x.to_mkldnn(),
-    "5 dimensions": lambda x: x[None],
-    "3 dimensions": lambda x: x[0],
+    "one dimension more": lambda x: x[None],
+    "one dimension less": lambda x: x[0],
+    "one dimension": lambda x: x.flatten()[:4],
+    "one value": lambda x: x[(slice(1), slice(None), *[slice(3)] * (x.dim() - 2))],
     "other channels": lambda x: x[:, :3],
+    "other features": lambda x: torch.cat([x, x], -1),
     "no tensor": lambda x: (x, x),
     "None": lambda x: None,
     "smaller than the kernel": lambda x: x[..., :2],
@@ -186,16 +207,17 @@ INPUTS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@rows
 @pytest.mark.parametrize("mode", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_inputs(kind: str, grad: bool, mode: bool, device: str, generator: torch.Generator) -> None:
+def test_inputs(row: Row, kind: str, grad: bool, mode: bool, device: str, generator: torch.Generator) -> None:
     """What PyTorch's ops take, they take; what they refuse, they refuse in their own words."""
     if kind in ("mkldnn", "sparse") and device == "cuda":
         pytest.skip("of the CPU")
-    m = module(generator, device).train(mode)
+    m = module(generator, device, row).train(mode)
     twin = copy.deepcopy(m)
-    x = INPUTS[kind](sample(generator, device))
+    x = INPUTS[kind](sample(generator, device, row=row))
 
     def outcome(f: Callable[[], Any]) -> tuple[Any, Any]:
         try:
@@ -244,13 +266,14 @@ def test_configurations(kind: str, mode: bool, device: str, generator: torch.Gen
         assert results[0] == results[1]
 
 
-def test_aliases_of_running_statistics(device: str, generator: torch.Generator) -> None:
+@rows
+def test_aliases_of_running_statistics(row: Row, device: str, generator: torch.Generator) -> None:
     """A fused op would read what it writes; PyTorch's ops read first."""
-    x = sample(generator, device)
+    x = sample(generator, device, row=row)
 
-    def aliased(alias: str) -> fcb.ConvBnScale2d:
+    def aliased(alias: str) -> Any:
         torch.manual_seed(0)
-        m = module(torch.Generator().manual_seed(3), device)
+        m = module(torch.Generator().manual_seed(3), device, row)
         if alias == "part":
             memory = torch.linspace(0.1, 1, 2 * K, device=device)
             m.bn.running_mean, m.bn.bias = memory[:K], nn.Parameter(memory[K - 1 : -1])
@@ -268,10 +291,11 @@ def test_aliases_of_running_statistics(device: str, generator: torch.Generator) 
             torch.testing.assert_close(m.bn.running_mean, twin.bn.running_mean)
 
 
-def test_one_running_statistic_alone(generator: torch.Generator) -> None:
-    m, x = module(generator), sample(generator)
+@rows
+def test_one_running_statistic_alone(row: Row, generator: torch.Generator) -> None:
+    m, x = module(generator, row=row), sample(generator, row=row)
     m.bn.running_var = None
-    assert "one of running_mean and running_var" in str(why_not(m.conv, m.bn, x, None))
+    assert "one of running_mean and running_var" in str(why_not(layer_of(m), m.bn, x, None))
     with pytest.raises(RuntimeError, match="running_var must be defined in evaluation mode"):
         m(x)
 
@@ -280,18 +304,19 @@ def test_residuals(device: str, generator: torch.Generator) -> None:
     m, x = module(generator, device), sample(generator, device)
     with torch.no_grad():
         y = m(x)
-        for residual in (torch.ones(K, 1, 1), torch.ones(2, K, 1, 1), torch.ones(2, K, 7, 6).double()):
+        for residual in (torch.ones(K, 1, 1), torch.ones(3, K, 1, 1), torch.ones(3, K, 7, 6).double()):
             residual = residual.to(device)
             torch.testing.assert_close(m(x, residual), y + residual, rtol=1e-5, atol=1e-5)
         with pytest.raises(RuntimeError, match="size of tensor"):
-            m(x, torch.ones(3, K, 7, 6, device=device))
+            m(x, torch.ones(4, K, 7, 6, device=device))
 
 
-def test_replicas_of_data_parallel(device: str, generator: torch.Generator) -> None:
+@rows
+def test_replicas_of_data_parallel(row: Row, device: str, generator: torch.Generator) -> None:
     """Their parameters are plain attributes."""
-    m, x = module(generator, device), sample(generator, device)
+    m, x = module(generator, device, row), sample(generator, device, row=row)
     replica = m._replicate_for_data_parallel()
-    for name in ("conv", "bn"):
+    for name in (row.name, "bn"):
         part, original = getattr(m, name)._replicate_for_data_parallel(), getattr(m, name)
         for key, value in (*original.named_parameters(), *original.named_buffers()):
             part._parameters.pop(key, None)
@@ -305,8 +330,8 @@ def test_replicas_of_data_parallel(device: str, generator: torch.Generator) -> N
 
 def test_deepspeed_like_profiler_sees_the_calls(generator: torch.Generator) -> None:
     seen = []
-    m, x = module(generator), sample(generator)
-    with torch.no_grad(), replaced(F, "conv2d", lambda *a, **k: seen.append("conv2d") or _conv2d(*a, **k)):
+    m, x, conv2d = module(generator), sample(generator), F.conv2d
+    with torch.no_grad(), replaced(F, "conv2d", lambda *a, **k: seen.append("conv2d") or conv2d(*a, **k)):
         m(x)
     assert seen == ["conv2d"]
 

@@ -1,4 +1,4 @@
-"""ConvBnScale2d against the model it replaces: construction, evaluation, training, and where PyTorch's ops must run."""
+"""The modules against the models that they replace: construction, evaluation, training, and where PyTorch's ops must run."""
 
 from __future__ import annotations
 
@@ -13,33 +13,54 @@ from torch import Tensor, nn
 from common import error
 from fused_conv_bn import ConvBnScale2d
 from fused_conv_bn.reference import ACTIVATIONS
-from module_pairs import CASES, FUSED, TRAIN, Ops, Plain, cases, check, dtypes, models, ops_of, randomize, sample
+from module_pairs import (
+    BN,
+    FUSED,
+    WITH_LAYOUTS,
+    Ops,
+    Plain,
+    Row,
+    assert_fused,
+    check,
+    dtypes,
+    models,
+    ops_of,
+    randomize,
+    residual_of,
+    row_cases,
+    rows,
+    sample,
+    trained_row_cases,
+)
 
 # ---- construction ----------------------------------------------------------------------------------------------------
 
 
-@cases
-def test_constructor_and_state_dict_are_those_of_the_plain_model(case: str) -> None:
-    arguments = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "scaling_factor": 2.0, **CASES[case]}
-    positional = [arguments.pop(name) for name in ("in_channels", "out_channels", "kernel_size", "scaling_factor")]
+@row_cases
+def test_constructor_and_state_dict_are_those_of_the_plain_model(
+    row: Row, case: str, arguments: dict[str, Any]
+) -> None:
+    arguments = {**row.arguments, "scaling_factor": 2.0, **arguments}
+    positional = [arguments.pop(name) for name in (*row.arguments, "scaling_factor")]
     torch.manual_seed(3)
-    plain, plain_next = Plain(*positional, **arguments), torch.rand(1)
+    plain, plain_next = Plain(*positional, row=row, **arguments), torch.rand(1)
     torch.manual_seed(3)
-    ours, ours_next = ConvBnScale2d(*positional, **arguments), torch.rand(1)
+    ours, ours_next = row.of(*positional, **arguments), torch.rand(1)
     assert torch.equal(plain_next, ours_next), "the constructors draw different numbers of random numbers"
     mine, theirs = ours.state_dict(), plain.state_dict()
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert ours.load_state_dict(theirs, strict=True) == plain.load_state_dict(mine, strict=True)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert repr(ours.conv) == repr(plain.conv) and repr(ours.bn) == repr(plain.bn)
+    assert repr(getattr(ours, row.name)) == repr(getattr(plain, row.name)) and repr(ours.bn) == repr(plain.bn)
 
 
-def test_constructor_passes_device_and_dtype() -> None:
-    module = ConvBnScale2d(4, 6, 3, device="meta", dtype=torch.float16)
+@rows
+def test_constructor_passes_device_and_dtype(row: Row) -> None:
+    module = row.of(**row.arguments, device="meta", dtype=torch.float16)
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.float16)}
     assert module.bn.running_var.dtype == torch.float16
-    assert module.eval()(torch.empty(2, 4, 9, 8, device="meta", dtype=torch.float16)).shape == (2, 6, 7, 6)
+    assert module.eval()(torch.empty(row.size, device="meta", dtype=torch.float16)).shape == row.result
 
 
 def test_parameter_as_scaling_factor_is_registered() -> None:
@@ -48,60 +69,72 @@ def test_parameter_as_scaling_factor_is_registered() -> None:
     assert module.eval()(torch.randn(1, 4, 9, 8)).requires_grad
 
 
-def test_constructor_refuses() -> None:
+@rows
+def test_constructor_refuses(row: Row) -> None:
     with pytest.raises(ValueError, match=r"activation is 'selu', expected one of 'none', 'relu'"):
-        ConvBnScale2d(4, 6, 3, activation="selu")
+        row.of(**row.arguments, activation="selu")
     with pytest.raises(ValueError, match=r"activation is PReLU\(.*, expected one of 'none', 'relu'"):
-        ConvBnScale2d(4, 6, 3, activation=nn.PReLU())
+        row.of(**row.arguments, activation=nn.PReLU())
     for factor in ("2", None, [1.0], 1j):
         with pytest.raises(TypeError, match="scaling_factor is .* expected a float or a tensor of no dimensions"):
-            ConvBnScale2d(4, 6, 3, factor)  # type: ignore[arg-type]
+            row.of(**row.arguments, scaling_factor=factor)
     with pytest.raises(TypeError, match="scaling_factor is a module, ReLU, .* an activation is passed as activation="):
-        ConvBnScale2d.from_modules(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())  # type: ignore[arg-type]
+        row.of.from_modules(row.layer(**row.arguments), row.norm(6), nn.ReLU())
     for slope in ("a", None):
-        with pytest.raises(TypeError, match="^ConvBnScale2d: negative_slope is .*, expected a float"):
-            ConvBnScale2d(4, 6, 3, activation="leaky_relu", negative_slope=slope)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=rf"^{row.of.__name__}: negative_slope is .*, expected a float"):
+            row.of(**row.arguments, activation="leaky_relu", negative_slope=slope)
     with pytest.raises(ValueError, match=r"scaling_factor has shape \[1\], expected a float or a tensor of no dim"):
-        ConvBnScale2d(4, 6, 3, torch.ones(1))
+        row.of(**row.arguments, scaling_factor=torch.ones(1))
 
 
-def test_from_modules_uses_the_modules(generator: torch.Generator) -> None:
-    conv, bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
-    assert ConvBnScale2d.from_modules(conv, bn).training
+@rows
+def test_from_modules_uses_the_modules(row: Row, generator: torch.Generator) -> None:
+    layer, bn = row.layer(**row.arguments), row.norm(6)
+    assert row.of.from_modules(layer, bn).training
     randomize(bn, generator)
-    module = ConvBnScale2d.from_modules(conv, bn.eval(), 0.5, "relu")
-    assert module.conv is conv and module.bn is bn and not module.training
-    x = sample(generator)
+    module = row.of.from_modules(layer, bn.eval(), 0.5, "relu")
+    assert getattr(module, row.name) is layer and module.bn is bn and not module.training
+    x = sample(generator, row=row)
     with torch.no_grad():
-        plain = Plain(4, 6, 3, 0.5).eval()
-        plain.conv, plain.bn = conv, bn
+        plain = Plain(**row.arguments, scaling_factor=0.5, row=row).eval()
+        setattr(plain, row.name, layer)
+        plain.bn = bn
         check(module(x), plain, x, None, "relu")
-    with pytest.raises(ValueError, match="bn has 7 features, expected 6, conv's out_channels"):
-        ConvBnScale2d.from_modules(conv, nn.BatchNorm2d(7))
+    if row.name == "conv":
+        with pytest.raises(ValueError, match="bn has 7 features, expected 6, conv's out_channels"):
+            row.of.from_modules(layer, row.norm(7))
     with pytest.raises(ValueError, match="activation is 'selu'"):
-        ConvBnScale2d.from_modules(conv, bn, activation="selu")
+        row.of.from_modules(layer, bn, activation="selu")
 
 
-def test_from_modules_refuses() -> None:
-    conv, bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+@rows
+def test_from_modules_refuses(row: Row) -> None:
+    layer, bn = row.layer(**row.arguments), row.norm(6)
+    name, layer_class, norm_class = row.name, row.layer.__name__, row.norm.__name__
+    other = nn.Conv1d(4, 6, 3) if row.layer is not nn.Conv1d else nn.Conv2d(4, 6, 3)
+    other_norm = nn.BatchNorm2d(6) if row.norm is not nn.BatchNorm2d else nn.BatchNorm1d(6)
+    what = "convolution" if name == "conv" else "linear layer"
     for arguments, message in (
-        ((bn, conv), "conv is the BatchNorm and bn the convolution, expected conv first"),
-        ((nn.Conv1d(4, 6, 3), bn), "conv is of type Conv1d, expected an nn.Conv2d"),
-        ((nn.ConvTranspose2d(4, 6, 3), bn), "conv is of type ConvTranspose2d, expected an nn.Conv2d"),
-        ((conv, nn.BatchNorm1d(6)), "bn is of type BatchNorm1d, expected an nn.BatchNorm2d"),
-        ((conv, nn.Module()), "bn is of type Module, expected an nn.BatchNorm2d"),
-        ((conv, bn, "2"), "scaling_factor is '2', of type str, expected a float"),
+        ((bn, layer), f"{name} is the BatchNorm and bn the {what}, expected {name} first"),
+        ((other, bn), f"{name} is of type {type(other).__name__}, expected an nn.{layer_class}"),
+        ((nn.Bilinear(4, 4, 6), bn), f"{name} is of type Bilinear, expected an nn.{layer_class}"),
+        ((layer, other_norm), f"bn is of type {type(other_norm).__name__}, expected an nn.{norm_class}"),
+        ((layer, nn.Module()), f"bn is of type Module, expected an nn.{norm_class}"),
+        ((layer, bn, "2"), "scaling_factor is '2', of type str, expected a float"),
     ):
         with pytest.raises(TypeError, match=f"^from_modules: {message}"):
-            ConvBnScale2d.from_modules(*arguments)  # type: ignore[arg-type]
+            row.of.from_modules(*arguments)
+    for accepted in (nn.SyncBatchNorm(6), getattr(nn, f"Lazy{norm_class}")()):
+        assert row.of.from_modules(layer, accepted).bn is accepted
 
 
+@rows
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_a_residual_that_is_no_tensor(training: bool, generator: torch.Generator) -> None:
-    module, x = ConvBnScale2d(4, 6, 3).train(training), sample(generator)
+def test_a_residual_that_is_no_tensor(row: Row, training: bool, generator: torch.Generator) -> None:
+    module, x = row.of(**row.arguments).train(training), sample(generator, row=row)
     y = module(x)
     for value, what in ((x.tolist(), "of type list"), (2.0, "of type float")):
-        with pytest.raises(TypeError, match=f"^ConvBnScale2d: residual is {what}, expected a tensor or None$"):
+        with pytest.raises(TypeError, match=f"^{row.of.__name__}: residual is {what}, expected a tensor or None$"):
             module(x, value)
     traced = torch.fx.symbolic_trace(module, {"residual": None})
     torch.testing.assert_close(traced(x, None), y)
@@ -122,17 +155,19 @@ def test_activations_by_module_and_function(generator: torch.Generator) -> None:
         assert ops_of(ours, x).names == [FUSED], activation
 
 
+@rows
 @pytest.mark.parametrize("activation", ["none", "leaky_relu", "gelu_tanh"])
-def test_residual_last(activation: str, device: str, generator: torch.Generator) -> None:
-    ours = ConvBnScale2d(4, 6, 3, 1.7, activation=activation, negative_slope=0.3, residual_last=True).to(device).eval()
+def test_residual_last(row: Row, activation: str, device: str, generator: torch.Generator) -> None:
+    named = {"activation": activation, "negative_slope": 0.3, "residual_last": True}
+    ours = row.of(**row.arguments, scaling_factor=1.7, **named).to(device).eval()
     randomize(ours, generator)
-    x, residual = sample(generator, device), torch.randn(3, 6, 7, 6, generator=generator).to(device)
+    x, residual = sample(generator, device, row=row), residual_of(row, generator, device)
     act = {"none": lambda y: y, "leaky_relu": lambda y: F.leaky_relu(y, 0.3), "gelu_tanh": nn.GELU("tanh")}[activation]
     for mode in (False, True):
         ours.train(mode)
         with torch.no_grad():
             y = ours(x, residual)
-            torch.testing.assert_close(y, act(ours.bn(ours.conv(x)) * 1.7) + residual)
+            torch.testing.assert_close(y, act(ours.bn(getattr(ours, row.name)(x)) * 1.7) + residual)
             torch.testing.assert_close(ours._forward_plain(x, residual), y)
     assert "residual_last=True" in repr(ours)
 
@@ -144,38 +179,44 @@ def test_repr_names_what_is_special() -> None:
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
-@cases
+@row_cases
 @dtypes
-def test_eval(case: str, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator, device, dtype, **CASES[case])
-    x = sample(generator, device, dtype)
+def test_eval(
+    row: Row, case: str, arguments: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> None:
+    plain, ours = models(generator, device, dtype, row=row, **arguments)
+    x = sample(generator, device, dtype, row)
     with torch.no_grad():
         check(ours(x), plain, x)
 
 
+@rows
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @dtypes
 def test_eval_with_residual_and_activation(
-    activation: str, with_residual: bool, dtype: torch.dtype, device: str, generator: torch.Generator
+    row: Row, activation: str, with_residual: bool, dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> None:
-    plain, ours = models(generator, device, dtype, activation)
-    x = sample(generator, device, dtype)
-    residual = torch.randn(3, 6, 7, 6, generator=generator).to(device, dtype) if with_residual else None
+    plain, ours = models(generator, device, dtype, activation, row)
+    x = sample(generator, device, dtype, row)
+    residual = residual_of(row, generator, device, dtype) if with_residual else None
     with torch.no_grad():
         y = ours(x, residual)
         check(y, plain, x, residual, activation)
     ops = ops_of(ours, x, residual)
-    assert ops.count(FUSED) == 1 and ops.count("convolution") == 0 and ops.count("batch_norm") == 0
-    assert ops.names == [FUSED]
+    assert_fused(ops, row.fused)
+    # Behind a layer it is one pass: the layer's ops, then this one.
+    assert ops.names == [FUSED] if row.fused == FUSED else ops.names[-1] == BN
 
 
-@cases
-def test_no_grad_runs_the_fused_op_alone(case: str, device: str, generator: torch.Generator) -> None:
-    _, ours = models(generator, device, **CASES[case])
-    ops = ops_of(ours, sample(generator, device))
-    fused = TRAIN if case == "no_stats" else FUSED  # without running statistics the batch's own are needed
-    assert ops.count(fused) == 1 and ops.count("convolution") == ops.count("batch_norm") == 0
+@row_cases
+def test_no_grad_runs_the_fused_op_alone(
+    row: Row, case: str, arguments: dict[str, Any], device: str, generator: torch.Generator
+) -> None:
+    _, ours = models(generator, device, row=row, **arguments)
+    ops = ops_of(ours, sample(generator, device, row=row))
+    fused = row.train if case == "no_stats" else row.fused  # without running statistics the batch's own are needed
+    assert_fused(ops, fused)
 
 
 def test_inputs_stay_as_they_are(device: str, generator: torch.Generator) -> None:
@@ -203,13 +244,14 @@ def test_parameters_without_grad_fuse_in_any_grad_mode(mode: Any, device: str, g
     assert ops.count(FUSED) == 1
 
 
+@rows
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_eval_gradients(activation: str, device: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator, device, torch.float64, activation)
-    assert_same_gradients(plain, ours, sample(generator, device, torch.float64), activation)
+def test_eval_gradients(row: Row, activation: str, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, torch.float64, activation, row)
+    assert_same_gradients(plain, ours, sample(generator, device, torch.float64, row), activation)
 
 
-def assert_same_gradients(plain: Plain, ours: ConvBnScale2d, x: Tensor, activation: str = "none") -> None:
+def assert_same_gradients(plain: Plain, ours: Any, x: Tensor, activation: str = "none") -> None:
     """In float64: the input's gradient, the parameters' and a residual's."""
     results = []
     # PyTorch's own multiply float64 by a float32 1/6: on CUDA, and backward of hardsigmoid on the CPU as well.
@@ -229,10 +271,11 @@ def assert_same_gradients(plain: Plain, ours: ConvBnScale2d, x: Tensor, activati
         torch.testing.assert_close(got, expected, rtol=near, atol=4 * near if coarse else near)
 
 
-def test_forward_mode_derivative(generator: torch.Generator) -> None:
+@rows
+def test_forward_mode_derivative(row: Row, generator: torch.Generator) -> None:
     """A dual tensor does not require grad, and neither do these parameters."""
-    plain, ours = models(generator, dtype=torch.float64)
-    x, direction = sample(generator, dtype=torch.float64), sample(generator, dtype=torch.float64)
+    plain, ours = models(generator, dtype=torch.float64, row=row)
+    x, direction = sample(generator, dtype=torch.float64, row=row), sample(generator, dtype=torch.float64, row=row)
     for module in (plain, ours):
         module.requires_grad_(False)
     for grad in (True, False):
@@ -241,16 +284,17 @@ def test_forward_mode_derivative(generator: torch.Generator) -> None:
         assert torch.equal(expected, got)
 
 
-def test_residual_that_does_not_fit_takes_the_plain_path(device: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator, device, torch.float32, "relu")
-    x = sample(generator, device)
-    for shape, dtype in (((6, 1, 1), torch.float32), ((3, 6, 7, 6), torch.float64), ((3, 6, 7, 6), torch.float16)):
+@rows
+def test_residual_that_does_not_fit_takes_the_plain_path(row: Row, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, torch.float32, "relu", row)
+    x = sample(generator, device, row=row)
+    for shape, dtype in ((row.result[1:], torch.float32), (row.result, torch.float64), (row.result, torch.float16)):
         residual = torch.randn(shape, generator=generator).to(device, dtype)
         with torch.no_grad():
             y = ours(x, residual)
             assert torch.equal(y, plain(x, residual, "relu")), (shape, dtype)
     with torch.no_grad(), pytest.raises(RuntimeError, match="size of tensor"):
-        ours(x, torch.zeros(3, 6, 7, 5, device=device))
+        ours(x, torch.zeros(*row.result[:-1], 5, device=device))
 
 
 def test_strided_residual(device: str, generator: torch.Generator) -> None:
@@ -262,12 +306,14 @@ def test_strided_residual(device: str, generator: torch.Generator) -> None:
     assert ops_of(ours, x, residual).count(FUSED) == 1
 
 
+@pytest.mark.parametrize("row", WITH_LAYOUTS.values(), ids=WITH_LAYOUTS)
 @dtypes
-def test_channels_last(dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator, device, dtype)
-    x = sample(generator, device, dtype)
-    for weights in (torch.contiguous_format, torch.channels_last):
-        for inputs in (torch.contiguous_format, torch.channels_last):
+def test_channels_last(row: Row, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, dtype, row=row)
+    x = sample(generator, device, dtype, row)
+    last = torch.channels_last if len(row.size) == 4 else torch.channels_last_3d
+    for weights in (torch.contiguous_format, last):
+        for inputs in (torch.contiguous_format, last):
             plain, ours = plain.to(memory_format=weights), ours.to(memory_format=weights)
             with torch.no_grad():
                 laid = x.to(memory_format=inputs)
@@ -297,13 +343,14 @@ def test_conv_errors_are_those_of_the_plain_model(generator: torch.Generator) ->
     assert messages[0] == messages[1]
 
 
+@rows
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator, device)
-    x = sample(generator, device)
+def test_autocast(row: Row, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, row=row)
+    x = sample(generator, device, row=row)
     with torch.no_grad(), torch.autocast(device, dtype=dtype):
         assert check(ours(x), plain, x).dtype == dtype
-        assert ops_of(ours, x).count(FUSED) == 1
+        assert ops_of(ours, x).count(row.fused) == 1
     with torch.autocast(device, dtype=dtype):
         assert check(ours(x).detach(), plain, x).dtype == dtype
 
@@ -322,18 +369,20 @@ def test_16_bit_conv_with_a_float32_bn(dtype: torch.dtype, device: str, generato
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name not in ("reflect", "replicate")])
-def test_training_is_pytorchs(case: str, device: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator, device, **CASES[case])
+@trained_row_cases
+def test_training_is_pytorchs(
+    row: Row, case: str, arguments: dict[str, Any], device: str, generator: torch.Generator
+) -> None:
+    plain, ours = models(generator, device, row=row, **arguments)
     for _ in range(2):
-        assert_same_gradients(plain.train(), ours.train(), sample(generator, device))
+        assert_same_gradients(plain.train(), ours.train(), sample(generator, device, row=row))
     mine, theirs = ours.state_dict(), plain.state_dict()
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value)
-    if CASES[case].get("track_running_stats", True):
+    if arguments.get("track_running_stats", True):
         assert ours.bn.num_batches_tracked == 2
     with torch.no_grad():  # evaluation after training: with the statistics as they are now
-        x = sample(generator, device)
+        x = sample(generator, device, row=row)
         check(ours.float().eval()(x), plain.float().eval(), x)
 
 
@@ -345,38 +394,42 @@ def test_training_forward_with_other_paddings(padding_mode: str, device: str, ge
     torch.testing.assert_close(ours.bn.running_var, plain.bn.running_var)
 
 
+@rows
 @pytest.mark.parametrize("part", ["module", "bn"])
-def test_training_mode_without_grad_updates_statistics(part: str, generator: torch.Generator) -> None:
+def test_training_mode_without_grad_updates_statistics(row: Row, part: str, generator: torch.Generator) -> None:
     """Either flag alone: self.training is what users set, bn.training what BatchNorm obeys."""
-    plain, ours = models(generator)
+    plain, ours = models(generator, row=row)
     for module in (plain, ours):
         module.bn.train()
         if part == "module":
             module.training = True
-    x = sample(generator)
+    x = sample(generator, row=row)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), plain(x))
     torch.testing.assert_close(ours.bn.running_mean, plain.bn.running_mean)
     assert ours.bn.num_batches_tracked == plain.bn.num_batches_tracked == 1
 
 
-def test_frozen_bn_in_a_training_module(generator: torch.Generator) -> None:
-    plain, ours = models(generator)
+@rows
+def test_frozen_bn_in_a_training_module(row: Row, generator: torch.Generator) -> None:
+    plain, ours = models(generator, row=row)
     for module in (plain, ours):
         module.train()
         module.bn.eval()
-    assert_same_gradients(plain, ours, sample(generator))
+    assert_same_gradients(plain, ours, sample(generator, row=row))
     assert ours.bn.num_batches_tracked == 0
 
 
 # ---- where PyTorch's ops must run ------------------------------------------------------------------------------------
 
 
+@rows
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("hooked", ["conv", "bn", "all"])
-def test_plain_ops_are_those_of_a_model(hooked: str, grad: bool, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("hooked", ["layer", "bn", "all"])
+def test_plain_ops_are_those_of_a_model(row: Row, hooked: str, grad: bool, generator: torch.Generator) -> None:
     """No product with 1.0, and the activation in place, unless a hook has the tensor that would be written to."""
-    _, ours = models(generator, scaling_factor=1.0, activation="relu")
+    _, ours = models(generator, scaling_factor=1.0, activation="relu", row=row)
+    hooked = row.name if hooked == "layer" else hooked
     seen: list[Tensor] = []
     keep = lambda module, inputs, output: seen.append(output)  # noqa: E731
     module = nn.modules.module if hooked == "all" else ours.get_submodule(hooked)
@@ -384,70 +437,75 @@ def test_plain_ops_are_those_of_a_model(hooked: str, grad: bool, generator: torc
     handle = register(keep)
     try:
         with torch.set_grad_enabled(grad), Ops() as ops:
-            y = ours.train()(sample(generator))
+            y = ours.train()(sample(generator, row=row))
     finally:
         handle.remove()
-    assert ops.count(FUSED) == ops.count(TRAIN) == ops.count("mul") == 0
-    assert (ops.count("aten::relu_"), ops.count("aten::relu")) == ((1, 0) if hooked == "conv" else (0, 1))
+    assert ops.count("fused_conv_bn") == ops.count("aten::mul.Tensor") == 0
+    assert (ops.count("aten::relu_"), ops.count("aten::relu")) == ((1, 0) if hooked == row.name else (0, 1))
     assert (y >= 0).all() and all((t < 0).any() for t in seen[:2])
     assert y.requires_grad == grad
     if grad:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("part", ["conv", "bn"])
+@rows
+@pytest.mark.parametrize("part", ["layer", "bn"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
-def test_hooks_run(part: str, kind: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator)
+def test_hooks_run(row: Row, part: str, kind: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, row=row)
+    part = row.name if part == "layer" else part
     seen = []
     for module in (plain, ours):
         register = getattr(getattr(module, part), f"register_{kind}_hook")
         handle = register(lambda *args: seen.append(args[0]))
-    x = sample(generator)
+    x = sample(generator, row=row)
     with torch.no_grad():
         assert torch.equal(ours(x), plain(x))
     assert seen == [getattr(ours, part), getattr(plain, part)]
     handle.remove()
-    assert ops_of(ours, x).count(FUSED) == 1
+    assert ops_of(ours, x).count(row.fused) == 1
 
 
-def test_parametrized_weight(device: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator, device)
+@rows
+def test_parametrized_weight(row: Row, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, row=row)
     for module in (plain, ours):
-        torch.nn.utils.parametrizations.weight_norm(module.conv)
+        torch.nn.utils.parametrizations.weight_norm(getattr(module, row.name))
         with torch.no_grad():
-            module.conv.parametrizations.weight.original0.mul_(3)
-    x = sample(generator, device)
+            getattr(module, row.name).parametrizations.weight.original0.mul_(3)
+    x = sample(generator, device, row=row)
     with torch.no_grad():
         assert torch.equal(ours(x), plain(x))
-    ours.conv.parametrizations.weight.original0.data.mul_(2)
+    getattr(ours, row.name).parametrizations.weight.original0.data.mul_(2)
     with torch.no_grad():
         assert error(ours(x), plain(x)) > 1e-2
 
 
-def test_subclasses_run_their_own_forward(generator: torch.Generator) -> None:
-    class Doubled(nn.BatchNorm2d):
+@rows
+def test_subclasses_run_their_own_forward(row: Row, generator: torch.Generator) -> None:
+    class Doubled(row.norm):
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input) * 2
 
-    plain, ours = models(generator, scaling_factor=1.0)
+    plain, ours = models(generator, scaling_factor=1.0, row=row)
     bn = Doubled(6).eval()
     bn.load_state_dict(plain.bn.state_dict())
     ours.bn = bn
-    x = sample(generator)
+    x = sample(generator, row=row)
     with torch.no_grad():
         assert torch.equal(ours(x), plain(x) * 2)
 
 
-def test_sync_batchnorm_in_eval(device: str, generator: torch.Generator) -> None:
-    plain, ours = models(generator, device)
-    x = sample(generator, device)
+@rows
+def test_sync_batchnorm_in_eval(row: Row, device: str, generator: torch.Generator) -> None:
+    plain, ours = models(generator, device, row=row)
+    x = sample(generator, device, row=row)
     with torch.no_grad():
         ours(x)
         ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours).eval()
         assert type(ours.bn) is nn.SyncBatchNorm
         check(ours(x), plain, x)
-    assert ops_of(ours, x).count(FUSED) == 1
+    assert ops_of(ours, x).count(row.fused) == 1
 
 
 def test_inside_a_model(device: str, generator: torch.Generator) -> None:
@@ -465,11 +523,13 @@ def test_inside_a_model(device: str, generator: torch.Generator) -> None:
     assert ops_of(ours, x).count(FUSED) == 2
 
 
-def test_replaced_forward_runs(device: str, generator: torch.Generator) -> None:
+@rows
+def test_replaced_forward_runs(row: Row, device: str, generator: torch.Generator) -> None:
     """Libraries that move weights about replace a module's forward on the instance."""
-    plain, ours = models(generator, device)
-    x = sample(generator, device)
-    original = ours.conv.forward
-    ours.conv.forward = lambda x: 2 * original(x)  # type: ignore[method-assign]
+    plain, ours = models(generator, device, row=row)
+    x = sample(generator, device, row=row)
+    layer, plain_layer = getattr(ours, row.name), getattr(plain, row.name)
+    original = layer.forward
+    layer.forward = lambda x: 2 * original(x)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), plain.bn(2 * plain.conv(x)) * plain.scaling_factor)
+        torch.testing.assert_close(ours(x), plain.bn(2 * plain_layer(x)) * plain.scaling_factor)

@@ -1,4 +1,4 @@
-"""Gradients of ConvBnScale2d: right in value, compiled and under autocast too, no dearer in memory than eager's."""
+"""Gradients of the modules: right in value, compiled and under autocast too, no dearer in memory than eager's."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import fused_conv_bn as fcb
 from common import FEW, MANY, random_bn, saved_bytes
 from fused_conv_bn.reference import ACTIVATIONS
+from module_pairs import CONV2D, Row, residual_of, rows
 
 pytestmark = pytest.mark.usefixtures("no_leftover_graphs")
 K, FACTOR = 6, 1.7
 
 
-def modules(channels: int, generator: torch.Generator, **kwargs: Any) -> tuple[Any, fcb.ConvBnScale2d]:
+def modules(channels: int, generator: torch.Generator, row: Row = CONV2D, **kwargs: Any) -> tuple[Any, Any]:
     """(plain, ours): PyTorch's own modules with the same state, and the module."""
-    ours = fcb.ConvBnScale2d(channels, K, 3, **{"scaling_factor": FACTOR, **kwargs})
+    first, *sizes = row.arguments.values()
+    ours = row.of(channels, *sizes, **{"scaling_factor": FACTOR, **kwargs})
     targets = ours.bn.running_mean, ours.bn.running_var, ours.bn.weight, ours.bn.bias
     for target, value in zip(targets, random_bn(K, torch.float32, "cpu", generator), strict=True):
         target.data.copy_(value)
@@ -30,12 +31,22 @@ def modules(channels: int, generator: torch.Generator, **kwargs: Any) -> tuple[A
     return plain, ours
 
 
+def sample(row: Row, channels: int, generator: torch.Generator, device: str, dtype: torch.dtype) -> Tensor:
+    size = [*row.size]
+    size[1 if row.name == "conv" else -1] = channels
+    return torch.randn(size, generator=generator).to(device, dtype)
+
+
 def steps(module: Any, x: Tensor, *rest: Any) -> list[Tensor]:
     """The gradients of the input and of the parameters, and the buffers."""
     leaf = x.clone().requires_grad_()
     module.zero_grad()
     module(leaf, *rest).square().sum().backward()
-    named = [p.grad.clone() for n, p in module.named_parameters() if p.grad is not None and n != "conv.bias"]
+    named = [
+        p.grad.clone()
+        for n, p in module.named_parameters()
+        if p.grad is not None and n not in ("conv.bias", "linear.bias")
+    ]
     return [leaf.grad, *named, *(b.clone() for b in module.buffers())]
 
 
@@ -43,25 +54,26 @@ MODES: dict[str, Callable[[Any], Any]] = {
     "train": lambda m: m.train(),
     "eval": lambda m: m.eval(),
     "frozen bn": lambda m: (m.train(), m.bn.eval(), m.bn.requires_grad_(False)),
-    "frozen convolution": lambda m: (m.train(), m.conv.requires_grad_(False)),
+    "frozen convolution": lambda m: (m.train(), m.get_submodule(m._pair.name).requires_grad_(False)),
 }
 modes = pytest.mark.parametrize("mode", MODES)
 terms = pytest.mark.parametrize("channels", [FEW, MANY], ids=["few terms", "many terms"])
 
 
+@rows
 @modes
 @terms
 @pytest.mark.parametrize("factor", ["number", "tensor", "parameter"])
-def test_module(factor: str, channels: int, mode: str, device: str, generator: torch.Generator) -> None:
+def test_module(row: Row, factor: str, channels: int, mode: str, device: str, generator: torch.Generator) -> None:
     value: Any = {"number": 1.7, "tensor": torch.tensor(1.7), "parameter": nn.Parameter(torch.tensor(1.7))}[factor]
-    plain, ours = modules(channels, generator, scaling_factor=value, activation="silu", padding=1)
+    plain, ours = modules(channels, generator, row, scaling_factor=value, activation="silu")
     for m in (plain, ours):
         m.to(device, torch.float64)
         MODES[mode](m)
         if factor == "tensor":
             m.scaling_factor = m.scaling_factor.to(device)
-    x = torch.randn(2, channels, 6, 5, generator=generator).to(device, torch.float64)
-    residual = torch.randn(2, K, 6, 5, generator=generator).to(device, torch.float64)
+    x = sample(row, channels, generator, device, torch.float64)
+    residual = residual_of(row, generator, device, torch.float64)
     for _ in range(2):
         for a, b in zip(steps(ours, x, residual), steps(plain, x, residual), strict=True):
             torch.testing.assert_close(a, b)
@@ -83,10 +95,30 @@ def test_compiled_module(channels: int, mode: str, device: str, generator: torch
         ours.zero_grad()
         leaf = x.clone().requires_grad_()
         compiled(leaf).square().sum().backward()
-        named = [p.grad.clone() for k, p in ours.named_parameters() if p.grad is not None and k != "conv.bias"]
+        named = [
+            p.grad.clone()
+            for k, p in ours.named_parameters()
+            if p.grad is not None and k not in ("conv.bias", "linear.bias")
+        ]
         got = [leaf.grad, *named, *(b.clone() for b in ours.buffers())]
         for a, b in zip(got, steps(plain, x), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@rows
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_compiled_classes(row: Row, mode: str, device: str, generator: torch.Generator) -> None:
+    plain, ours = modules(FEW, generator, row, activation="silu")
+    for m in (plain, ours):
+        m.to(device, torch.float64)
+        MODES[mode](m)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    x, residual = sample(row, FEW, generator, device, torch.float64), residual_of(row, generator, device, torch.float64)
+    compiled.named_parameters, compiled.buffers = ours.named_parameters, ours.buffers
+    for a, b in zip(steps(compiled, x, residual), steps(plain, x, residual), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, residual), plain(x, residual))
 
 
 def test_inductor(device: str, generator: torch.Generator) -> None:
@@ -178,13 +210,14 @@ def test_module_is_deterministic(channels: int, mode: str, device: str, generato
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@rows
 @modes
 @terms
-def test_module_memory(channels: int, mode: str, device: str, generator: torch.Generator) -> None:
+def test_module_memory(row: Row, channels: int, mode: str, device: str, generator: torch.Generator) -> None:
     for activation in ACTIVATIONS:
-        plain, ours = modules(channels, generator, activation=activation)
+        plain, ours = modules(channels, generator, row, activation=activation)
         for m in (plain, ours):
             m.to(device)
             MODES[mode](m)
-        x = torch.randn(2, channels, 8, 8, generator=generator).to(device).requires_grad_()
+        x = sample(row, channels, generator, device, torch.float32).requires_grad_()
         assert saved_bytes(lambda m=ours, x=x: m(x)) <= saved_bytes(lambda m=plain, x=x: m(x)), activation

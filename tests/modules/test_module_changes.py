@@ -1,4 +1,4 @@
-"""ConvBnScale2d against the model it replaces, whatever happens to its parameters behind its back."""
+"""The modules against the models that they replace, whatever happens to its parameters behind its back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common import error
 from fused_conv_bn import ConvBnScale2d
-from module_pairs import FUSED, Ops, Plain, check, models, ops_of, randomize, sample
+from module_pairs import FUSED, Ops, Plain, Row, check, models, ops_of, randomize, rows, sample
 
 
 def assign(owner: str, name: str) -> Callable[[ConvBnScale2d], None]:
@@ -300,14 +300,15 @@ def torch_round_trip(module: nn.Module) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
+@rows
 @pytest.mark.parametrize("how", COPIES)
-def test_copies(how: str, device: str, generator: torch.Generator) -> None:
-    _, ours = models(generator, device, activation="silu", scaling_factor=torch.tensor(1.7))
-    x = sample(generator, device)
+def test_copies(row: Row, how: str, device: str, generator: torch.Generator) -> None:
+    _, ours = models(generator, device, activation="silu", scaling_factor=torch.tensor(1.7), row=row)
+    x = sample(generator, device, row=row)
     with torch.no_grad():
         y = ours(x)
         twin = COPIES[how](ours)
-        assert torch.equal(twin(x), y) and repr(twin) == repr(ours)
+        assert type(twin) is row.of and torch.equal(twin(x), y) and repr(twin) == repr(ours)
         twin.bn.running_mean.add_(1)
         twin.scaling_factor.mul_(2)
         assert error(twin(x), y) > 1e-2

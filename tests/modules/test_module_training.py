@@ -1,4 +1,4 @@
-"""ConvBnScale2d in training mode against the model it replaces: outputs, buffers, and which op runs."""
+"""The modules in training mode against the models that they replace: outputs, buffers, and which op runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fused_conv_bn as fcb
 from common import DTYPES, assert_no_worse_than_eager
 from fused_conv_bn import reference
-from module_pairs import CASES, TRAIN, Plain, models, ops_of, randomize, sample
+from module_pairs import TRAIN, WITH_LAYOUTS, Plain, models, ops_of, randomize, residual_of, row_cases, rows, sample
 
 
 def train_models(device: str, generator: torch.Generator, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
@@ -40,18 +40,18 @@ def check_module(
             assert torch.equal(mine[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_module_in_training_without_grad(case, device, generator):
+@row_cases
+def test_module_in_training_without_grad(row, case, arguments, device, generator):
     """One op, and the same results and buffers as eager's, over several batches."""
-    plain, ours = train_models(device, generator, **CASES[case])
-    assert ops_of(copy.deepcopy(ours), sample(generator, device)).count(TRAIN) == 1
+    plain, ours = train_models(device, generator, row=row, **arguments)
+    assert ops_of(copy.deepcopy(ours), sample(generator, device, row=row)).count(row.train) == 1
     for step in range(3):
-        x = sample(generator, device) * (step + 1) + step
+        x = sample(generator, device, row=row) * (step + 1) + step
         before = copy.deepcopy(plain)
         ours.load_state_dict(plain.state_dict())
         with torch.no_grad():
             check_module(ours(x), plain(x), before, x, ours, plain)
-    if CASES[case].get("track_running_stats", True):
+    if arguments.get("track_running_stats", True):
         assert ours.bn.num_batches_tracked == 3
 
 
@@ -61,25 +61,27 @@ def test_module_runs_one_op(device, generator):
     assert ops.count(TRAIN) == 1 and ops.count("aten::convolution") == ops.count("batch_norm") == ops.count("mul") == 0
 
 
+@rows
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("affine", [False, True])
-def test_module_without_running_statistics(device, mode, affine, generator):
+def test_module_without_running_statistics(row, device, mode, affine, generator):
     """Batch statistics in either mode."""
-    plain, ours = models(generator, device, track_running_stats=False, affine=affine)
+    plain, ours = models(generator, device, track_running_stats=False, affine=affine, row=row)
     for module in (plain, ours):
         module.train(mode == "train")
-    x = sample(generator, device)
-    assert ops_of(ours, x).count(TRAIN) == 1
+    x = sample(generator, device, row=row)
+    assert ops_of(ours, x).count(row.train) == 1
     with torch.no_grad():
         check_module(ours(x), plain(x), copy.deepcopy(plain), x, ours, plain)
 
 
-def test_module_with_buffers_that_are_not_tracked(device, generator):
+@rows
+def test_module_with_buffers_that_are_not_tracked(row, device, generator):
     """track_running_stats switched off afterwards: the buffers stay, and training leaves them alone."""
-    plain, ours = train_models(device, generator)
+    plain, ours = train_models(device, generator, row=row)
     for module in (plain, ours):
         module.bn.track_running_stats = False
-    x = sample(generator, device)
+    x = sample(generator, device, row=row)
     with torch.no_grad():
         check_module(ours(x), plain(x), copy.deepcopy(plain), x, ours, plain)
     assert ours.bn.num_batches_tracked == 0
@@ -87,15 +89,17 @@ def test_module_with_buffers_that_are_not_tracked(device, generator):
         torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
 
 
+@rows
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_module_dtypes_and_formats(device, dtype, channels_last, generator):
-    plain, ours = train_models(device, generator, dtype)
-    x = sample(generator, device, dtype)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-        plain, ours = (module.to(memory_format=torch.channels_last) for module in (plain, ours))
-    assert ops_of(copy.deepcopy(ours), x).count(TRAIN) == 1
+def test_module_dtypes_and_formats(row, device, dtype, channels_last, generator):
+    plain, ours = train_models(device, generator, dtype, row=row)
+    x = sample(generator, device, dtype, row)
+    if channels_last and row in WITH_LAYOUTS.values():
+        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        x = x.to(memory_format=last)
+        plain, ours = (module.to(memory_format=last) for module in (plain, ours))
+    assert ops_of(copy.deepcopy(ours), x).count(row.train) == 1
     before = copy.deepcopy(plain)
     with torch.no_grad():
         y, eager = ours(x), plain(x)
@@ -107,12 +111,13 @@ def test_module_dtypes_and_formats(device, dtype, channels_last, generator):
         check_module(y, eager, before, x, ours, plain)
 
 
+@rows
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_module_with_residual_and_activation(device, activation, with_residual, generator):
-    plain, ours = train_models(device, generator, activation=activation)
-    x = sample(generator, device)
-    residual = torch.randn(3, 6, 7, 6, generator=generator).to(device) if with_residual else None
+def test_module_with_residual_and_activation(row, device, activation, with_residual, generator):
+    plain, ours = train_models(device, generator, activation=activation, row=row)
+    x = sample(generator, device, row=row)
+    residual = residual_of(row, generator, device) if with_residual else None
     exact = copy.deepcopy(plain).double()
     with torch.no_grad():
         y, eager = ours(x, residual), plain(x, residual, activation)
@@ -120,20 +125,22 @@ def test_module_with_residual_and_activation(device, activation, with_residual, 
     assert_no_worse_than_eager(y, eager, truth)
 
 
-def test_module_under_autocast(device, generator):
-    plain, ours = train_models(device, generator)
-    x = sample(generator, device)
+@rows
+def test_module_under_autocast(row, device, generator):
+    plain, ours = train_models(device, generator, row=row)
+    x = sample(generator, device, row=row)
     before = copy.deepcopy(plain)
     with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
-        assert ops_of(copy.deepcopy(ours), x).count(TRAIN) == 1
+        assert ops_of(copy.deepcopy(ours), x).count(row.train) == 1
         y, eager = ours(x), plain(x)
     check_module(y, eager, before, x, ours, plain)
 
 
-def test_module_with_grad(device, generator):
+@rows
+def test_module_with_grad(row, device, generator):
     """The same op, and the same bits as without, but for the CPU: there it keeps PyTorch's convolution for backward."""
-    plain, ours = train_models(device, generator)
-    x = sample(generator, device)
+    plain, ours = train_models(device, generator, row=row)
+    x = sample(generator, device, row=row)
     other, before = copy.deepcopy(ours), copy.deepcopy(plain)
     y = ours(x)
     assert y.requires_grad
@@ -164,13 +171,14 @@ def test_module_leaves_odd_inputs_to_pytorch(device, shape, generator):
     assert all(torch.equal(a, b) for a, b in zip(ours.bn.buffers(), plain.bn.buffers(), strict=True))
 
 
-def test_synchronised_batchnorm_of_one_process(device, generator):
-    """It is nn.BatchNorm2d then. (Of several: integrations/test_distributed.py.)"""
-    _, ours = models(generator, device)
+@rows
+def test_synchronised_batchnorm_of_one_process(row, device, generator):
+    """It is a plain BatchNorm then. (Of several: integrations/test_distributed.py.)"""
+    _, ours = models(generator, device, row=row)
     ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours).train()
     assert type(ours.bn) is nn.SyncBatchNorm
-    assert ops_of(ours, sample(generator, device)).count("fused_conv_bn") == 1
-    assert ops_of(ours.eval(), sample(generator, device)).count("fused_conv_bn::conv_bn_scale") == 1
+    assert ops_of(ours, sample(generator, device, row=row)).count("fused_conv_bn") == 1
+    assert ops_of(ours.eval(), sample(generator, device, row=row)).count(row.fused) == 1
 
 
 def test_subclasses_of_batchnorm_are_not_replaced(device, generator):
@@ -199,11 +207,12 @@ def test_eval_after_training_uses_the_new_statistics(device, generator):
         assert not torch.equal(ours(x), stale)
 
 
-def test_update_bn(device, generator):
+@rows
+def test_update_bn(row, device, generator):
     """torch.optim.swa_utils.update_bn: cumulative averages, momentum being None inside."""
-    plain, ours = train_models(device, generator)
+    plain, ours = train_models(device, generator, row=row)
     before = copy.deepcopy(plain).double()
-    batches = [sample(generator, device) * s for s in (1.0, 2.0, 0.5)]
+    batches = [sample(generator, device, row=row) * s for s in (1.0, 2.0, 0.5)]
     for module, cast in ((plain, torch.float32), (ours, torch.float32), (before, torch.float64)):
         torch.optim.swa_utils.update_bn([b.to(cast) for b in batches], module)
     assert ours.bn.num_batches_tracked == 3 and ours.bn.momentum == 0.1

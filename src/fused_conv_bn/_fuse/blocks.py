@@ -21,7 +21,8 @@ from .. import autograd, conditions, ops, reference
 from .._conv import allows_tf32
 from .._dispatch import keywords
 from ..algorithms import explain
-from ..modules import ConvBnScale2d
+from ..conditions import DIMENSIONS_OF_NORM, PAIRS
+from ..modules import CONV_MODULES
 from .layers import AnyNorm, Norm, class_of_conv, frozen_twin, norm_of, twin_of
 from .patterns import Group
 
@@ -38,14 +39,7 @@ _conv_bn, _conv, _bn, _cat, _gate, _max_pool, _mean = (
 _exports_ops = conditions.exports_ops
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
-_DIMENSIONS: dict[type[nn.Module], tuple[int, ...]] = {
-    nn.BatchNorm1d: (2, 3),
-    nn.BatchNorm2d: (4,),
-    nn.BatchNorm3d: (5,),
-    nn.SyncBatchNorm: (2, 3, 4, 5),
-    AnyNorm: (2, 3, 4, 5),
-}
+_DIMENSIONS = {**DIMENSIONS_OF_NORM, AnyNorm: (2, 3, 4, 5)}
 _REFUSALS = RuntimeError, TypeError, KeyError
 """What an op refuses, before it writes anything, is PyTorch's to take, or to refuse in its own words."""
 _BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
@@ -87,7 +81,8 @@ class Block(abc.ABC):
             assert self.norm is not None
             self.bn_twin = frozen_twin(bn) if self.norm.frozen else twin_of(bn, self.norm.of)
         # The op's arguments that are not the modules' own, and an instance that knows how to train with them.
-        self.op = op = ConvBnScale2d.__new__(ConvBnScale2d)
+        of_op = CONV_MODULES[nn.Conv2d if conv is None else type(self.conv_twin)]
+        self.op = op = of_op.__new__(of_op)
         nn.Module.__init__(op)
         op._modules.update(conv=self.conv_twin, bn=self.bn_twin)
         op.scaling_factor = self.factor = float(group.factor)
@@ -165,16 +160,14 @@ class Block(abc.ABC):
 class ConvNormBlock(Block):
     def __init__(self, group: Group, conv: nn.Module | None, bn: nn.Module | None) -> None:
         super().__init__(group, conv, bn)
-        # Of two dimensions it is what ConvBnScale2d is. In others no way leads to its op's checks.
-        pair = type(self.conv_twin), type(self.bn_twin)
-        self.is_2d = pair in ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv2d, nn.SyncBatchNorm))
-        self.is_pair = pair[1] in (_NORMS[pair[0]], nn.SyncBatchNorm, AnyNorm)
-        self.is_quick &= self.is_pair
+        norm, known = type(self.bn_twin), PAIRS[type(self.conv_twin)].norm
+        self.is_quick &= norm in (known, nn.SyncBatchNorm, AnyNorm)
+        self.is_function = norm is AnyNorm
 
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
         if residual is not None and not isinstance(residual, Tensor):
             return self.plain(x, residual)
-        if self.is_2d:
+        if not self.is_function:
             y: Tensor = self.op.forward(x, residual)
             return y
         p = self.bn_twin._parameters
@@ -188,7 +181,9 @@ class ConvNormBlock(Block):
         tensors = c["weight"], c["bias"], b["running_mean"], b["running_var"], gain, shift
         if not _fits(x, residual, conv) or conv.padding_mode != "zeros" or type(conv.padding) is not tuple:
             return None
-        if not self.is_pair or (type(bn) is nn.SyncBatchNorm and bn.training):
+        if type(bn) not in (PAIRS[type(conv)].norm, nn.SyncBatchNorm, AnyNorm):
+            return None
+        if type(bn) is nn.SyncBatchNorm and bn.training:
             return None
         if (tensors[2] is None or tensors[3] is None) and not bn.training:
             return None
@@ -198,7 +193,7 @@ class ConvNormBlock(Block):
         y: Tensor
         try:
             if bn.training:
-                y = op._train(bn, x, weight, conv_bias, *norm, self.factor, window, residual, grad)
+                y = op._train(bn, x, weight, conv_bias, *norm, self.factor, window, residual, grad, False)
                 return y
             tf32 = allows_tf32(x, weight)
             batch_norm = *norm, self.factor, bn.eps
@@ -236,7 +231,7 @@ class ConvNormBlock(Block):
             )
             return y
         except _REFUSALS:
-            return self.forward(x, residual) if self.is_2d else self.plain(x, residual)
+            return self.forward(x, residual)
 
 
 class ConvBlock(Block):

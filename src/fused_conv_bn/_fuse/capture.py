@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import conditions
+from .._block import BnScaleModule
 from ..conditions import has_hooks, is_distributed, is_watched
-from ..modules import ConvBnScale2d
 from .layers import is_conv, is_norm
 from .words import IN_PLACE_OPERATORS
 
@@ -221,7 +221,7 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m in self.leaves or is_watched(m) or is_conv(m) or is_norm(m) or isinstance(m, ConvBnScale2d):
+        if m in self.leaves or is_watched(m) or is_conv(m) or is_norm(m) or isinstance(m, BnScaleModule):
             return True
         return bool(super().is_leaf_module(m, module_qualified_name))
 

@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 from torch.autograd.profiler import record_function
 
 from .. import conditions
+from .._block import BnScaleModule
 from .._conv import tf32_is_on
 from ..conditions import is_watched
-from ..modules import ConvBnScale2d
 from . import pools
 from .blocks import block_of
 from .capture import Arguments, Refused, capture, is_compared
@@ -530,7 +530,7 @@ def swap(m: nn.Module, frozen: bool = False) -> None:
 def _swap(m: nn.Module, frozen: bool) -> None:
     if (graphs := m.__dict__.get("_graphs")) is not None:  # fcb.graphed's module: the one in it
         m = graphs.model
-    if is_root(m) or "forward" in m.__dict__ or isinstance(m, (ConvBnScale2d, torch.jit.ScriptModule)):
+    if is_root(m) or "forward" in m.__dict__ or isinstance(m, (BnScaleModule, torch.jit.ScriptModule)):
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:
         return

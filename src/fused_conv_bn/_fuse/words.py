@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import _activations
-from ..modules import ConvBnScale2d
+from .._block import BnScaleModule
 from ..ops import MOST_PARTS
 from . import pools
 from .layers import FunctionNorm, class_of_conv, is_conv, is_norm, norm_of
@@ -367,7 +367,7 @@ class ModuleWords(FunctionWords):
         if m is None:
             return super().is_in_place(node)
         # Of a module that nobody knows nobody knows what it writes to.
-        known = type(m).__module__.startswith("torch.nn.") or is_conv(m) or is_norm(m) or isinstance(m, ConvBnScale2d)
+        known = type(m).__module__.startswith("torch.nn.") or is_conv(m) or is_norm(m) or isinstance(m, BnScaleModule)
         return bool(getattr(m, "inplace", not known))
 
 

@@ -47,8 +47,9 @@ def gate_conv_bn_scale(
     Args:
         input: (N, C, L), (N, C, H, W) or (N, C, D, H, W).
         gate: shape (N, C), or with a 1 for each spatial dimension, and ``input``'s dtype and device.
-        conv_weight, conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps, stride, padding, dilation,
-            groups, residual, activation, negative_slope, residual_last, allow_tf32: as in :func:`conv_bn_scale`.
+        conv_weight, conv_bias, running_mean, running_var, weight, bias: as in :func:`conv_bn_scale`.
+        scaling_factor, eps, stride, padding, dilation, groups: as there.
+        residual, activation, negative_slope, residual_last, allow_tf32: as there.
 
     Returns:
         A tensor of shape (N, K, ...) and the dtype of ``input``.

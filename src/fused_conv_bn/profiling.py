@@ -20,7 +20,7 @@ def name_algorithms(*, nvtx: bool = False) -> Iterator[None]:
     Example::
 
         with torch.profiler.profile() as profile, torch.no_grad(), fcb.name_algorithms():
-            block(x)
+            model(x)
         print(profile.key_averages().table())  # fused_conv_bn::conv_bn_scale [direct_cpu]
 
     In brackets is what :func:`explain` says. Without it nothing is spent on names: the calls of a model of

@@ -14,11 +14,11 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 def test_the_program_prints_what_the_document_says(tmp_path: Path) -> None:
     text = DOCUMENT.read_text()
     (source,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    ((command, expected),) = re.findall(r"^    \$ torchrun (.*) program\.py\n((?:    .*\n)+)", text, re.MULTILINE)
+    ((command, expected),) = re.findall(r"^\$ torchrun (.*) program\.py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     program = tmp_path / "program.py"
     program.write_text(source)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split(), str(program)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [line.removeprefix("    ") for line in expected.splitlines()]
+    assert done.stdout == expected

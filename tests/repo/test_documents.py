@@ -25,11 +25,19 @@ from documents import DOCUMENTS, ROOT, Block, Command
 from fused_conv_bn.__main__ import main
 from fused_conv_bn._fuse.backend import compile_backend
 
+ELSEWHERE = {
+    "docs/deploy.md": "tests/deploy/test_deploy_document.py",
+    "docs/distributed.md": "tests/repo/test_distributed_document.py",
+    "docs/ecosystem.md": "tests/models/test_ecosystem.py",
+}
+"""Documents whose sessions and programs another test runs, with what they take."""
+
 BLOCKS = [block for path in DOCUMENTS for block in documents.blocks(path)]
+PYTHON = [block for block in BLOCKS if block.language == "python" and block.document not in ELSEWHERE]
 TYPED = [
     command
     for block in BLOCKS
-    if block.language in ("bash", "console", "indented")
+    if block.language in ("bash", "console", "indented") and block.document != "docs/deploy.md"  # ELSEWHERE, with them
     for command in documents.commands(block)
 ]
 
@@ -59,6 +67,10 @@ NOT_RUN = {
         "sha256sum wheels/dist/*.whl",
     ],
     "is all that CI is": [".ci/run"],
+    "tests/repo/test_distributed_document.py types it": ["torchrun --nproc-per-node 2 program.py"],
+    "takes pictures, and downloads weights; tests/models/test_batch_inference.py runs it without": [
+        "torchrun --nproc-per-node 8 examples/batch_inference.py IMAGES --out results.jsonl --weights DEFAULT"
+    ],
     "takes a library for CUDA": [
         'export PATH="$PWD/.venv/bin:$(echo $PWD/.venv/lib/python3*/site-packages/nvidia/cu13/bin):$PATH"',
         "cuobjdump -sass src/fused_conv_bn/_cu13.so | c++filt | less",
@@ -112,7 +124,12 @@ def _torchvision_and_the_backend() -> None:
         torch._dynamo.register_backend(compile_backend, name="fused_conv_bn")
 
 
-WITH_SESSIONS = list(dict.fromkeys(block.document for block in BLOCKS if block.is_session))
+WITH_SESSIONS = list(dict.fromkeys(block.document for block in PYTHON if block.is_session))
+
+
+@pytest.mark.parametrize("document", ELSEWHERE)
+def test_what_another_test_runs(document: str) -> None:
+    assert (ROOT / document).exists() and document in (ROOT / ELSEWHERE[document]).read_text().partition("\n")[0]
 
 
 @pytest.mark.parametrize("name", WITH_SESSIONS)
@@ -123,7 +140,7 @@ def test_sessions_print_what_they_say(name: str) -> None:
 
 @pytest.mark.parametrize(
     "block",
-    [block for block in BLOCKS if block.language == "python" and not block.is_session],
+    [block for block in PYTHON if not block.is_session],
     ids=lambda block: f"{block.document}:{block.line}",
 )
 def test_programs_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

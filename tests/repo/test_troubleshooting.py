@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_conv_bn._fuse.patterns import REASONS
+from fused_conv_bn._fuse.words import REASONS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -18,7 +18,7 @@ EXPLAINED = {
     f"{PACKAGE}/_loader.py": {"ImportError"},
     f"{PACKAGE}/_dispatch.py": {"RuntimeError", "TypeError"},
     f"{PACKAGE}/_choices.py": {"warn"},
-    f"{PACKAGE}/modules.py": {"TypeError", "ValueError"},
+    f"{PACKAGE}/_block.py": {"TypeError", "ValueError"},
     f"{PACKAGE}/graphs.py": {"RuntimeError", "TypeError", "ValueError", "warn"},
     f"{PACKAGE}/_fuse/__init__.py": {"RuntimeError", "TypeError", "ValueError"},
     f"{PACKAGE}/_fuse/backend.py": {"ValueError"},
@@ -120,7 +120,11 @@ def texts(name: str) -> tuple[list[Parts], list[Parts]]:
 def reasons_of_why_not() -> list[Parts]:
     """What the functions of conditions.py return that give a reason."""
     tree = ast.parse((ROOT / PACKAGE / "conditions.py").read_text())
-    functions = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name in ("operands", "why_refused")]
+    functions = [
+        f
+        for f in tree.body
+        if isinstance(f, ast.FunctionDef) and f.name in ("operands", "why_refused", "why_norm_refused")
+    ]
     returned = [node.value for f in functions for node in ast.walk(f) if isinstance(node, ast.Return)]
     return [parts_of(value) for value in returned if value is not None and is_text(value)]
 
@@ -166,7 +170,7 @@ def test_the_reasons_of_why_not() -> None:
 
 def test_a_message_that_is_nowhere_is_found() -> None:
     """These tests can fail."""
-    assert not any(is_quote("conv is of class <Conv>, not nn.Conv3d itself", parts) for parts in ALL_TEXTS)
+    assert not any(is_quote("conv is of kind <Conv>, not nn.Conv3d itself", parts) for parts in ALL_TEXTS)
     source = 'def f(x):\n    raise ValueError(f"f: x is {x}, expected a thing of another kind")\n'
     (error,) = python_texts(source, {"ValueError"})[1]
     assert not any(is_quote(quote, error) for quote in QUOTES)

@@ -133,7 +133,8 @@ def test_what_another_test_runs(document: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_SESSIONS)
-def test_sessions_print_what_they_say(name: str) -> None:
+def test_sessions_print_what_they_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     failed, attempted = doctest.testfile(str(ROOT / name), module_relative=False)
     assert attempted > 3 and not failed
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import DOCUMENT, shell_blocks
+from deploy_document import DOCUMENT, shell_blocks
 
 
 def test_the_document_s_sessions_and_commands(

@@ -241,6 +241,12 @@ __attribute__((target("arch=x86-64-v3"))) void run_v3(const T* input, const T* r
                                                       bool streaming) {
   run_body<true, T, AffineOf, kResidual>(input, residual, output, n, affine, epilogue, streaming);
 }
+template <typename T, typename AffineOf, bool kResidual>
+__attribute__((target("arch=x86-64-v4"))) void run_v4(const T* input, const T* residual, T* output, int64_t n,
+                                                      const AffineOf& affine, const Epilogue& epilogue,
+                                                      bool streaming) {
+  run_body<true, T, AffineOf, kResidual>(input, residual, output, n, affine, epilogue, streaming);
+}
 // ATEN_CPU_CAPABILITY holds PyTorch's own kernels to an instruction set, default being the baseline, and so it does ours.
 inline bool is_capability(const char* name) {
   const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
@@ -265,6 +271,9 @@ void run(const T* input, const T* residual, T* output, int64_t n, const AffineOf
          bool streaming) {
   const auto with = [&](auto has_residual) {
 #if defined(__x86_64__)
+    if (!is_short(epilogue.activation) && use_v4()) {  // others wait for memory
+      return run_v4<T, AffineOf, has_residual()>(input, residual, output, n, affine, epilogue, streaming);
+    }
     if (use_v3()) {
       return run_v3<T, AffineOf, has_residual()>(input, residual, output, n, affine, epilogue, streaming);
     }

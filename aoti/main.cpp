@@ -132,8 +132,9 @@ void write_tensors(const std::string& path, const std::vector<at::Tensor>& tenso
   const std::vector<c10::IValue> values(tensors.begin(), tensors.end());
   const std::vector<char> data = torch::jit::pickle_save(c10::ivalue::Tuple::create(values));
   std::ofstream file(path, std::ios::binary);
-  if (!file.write(data.data(), static_cast<std::streamsize>(data.size())))
-    throw std::runtime_error("the results cannot be written to " + path);
+  file.write(data.data(), static_cast<std::streamsize>(data.size()));
+  file.close();  // a full disk may show no sooner
+  if (!file) throw std::runtime_error("the results cannot be written to " + path);
 }
 
 // The median of what single calls took, in microseconds. On CUDA that is the host's time: a call does not wait.

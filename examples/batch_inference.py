@@ -270,7 +270,7 @@ def infer(args: argparse.Namespace, rank: int, world: int) -> int:
         if rank == 0:
             try:
                 answer[0] = prepare(results, args)
-            except UsageError as error:
+            except (UsageError, OSError) as error:
                 answer[1] = str(error)
         if world > 1:
             dist.broadcast_object_list(answer, 0)
@@ -284,13 +284,16 @@ def infer(args: argparse.Namespace, rank: int, world: int) -> int:
             dist.barrier()
             return 0
         progress = Progress(results, len(todo))
-        if todo:
-            progress.start()
-            work(results, args, todo[::world], rank)
-        if world > 1:
-            dist.barrier()
-        if todo:
+        try:
+            if todo:
+                progress.start()
+                work(results, args, todo[::world], rank)
+            if world > 1:
+                dist.barrier()
+        finally:
             progress.end.set()
+        if todo:
+            progress.join()  # it reads the files that are merged now
             print(progress.text(), file=sys.stderr)
         found = results.merge().values()
     finally:

@@ -38,6 +38,7 @@ class Package(NamedTuple):
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    torch.manual_seed(20)
     model = random_statistics(WithPools(), torch.Generator().manual_seed(20))
     plain = copy.deepcopy(model)
     x = torch.randn(2, 3, 32, 32)
@@ -69,12 +70,18 @@ def test_python_and_cpp_run_the_same(
     x = torch.randn(batch, 3, 32, 32, generator=generator)
     with torch.no_grad():
         python = torch._inductor.aoti_load_package(str(package.path))(x)
-        for y, eager, truth in zip(
-            python, package.plain(x), copy.deepcopy(package.plain).double()(x.double()), strict=True
-        ):
-            assert_no_worse_than_eager(y, eager, truth)
     cpp = call(program, package.path, x, tmp_path)
     assert len(cpp) == len(python) and all(map(torch.equal, cpp, python))
+
+
+def test_it_is_no_worse_than_eager(package: Package, generator: torch.Generator) -> None:
+    """Of so many images that the norm of the smallest result, five numbers each, is no luck."""
+    x = torch.randn(64, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        got = torch._inductor.aoti_load_package(str(package.path))(x)
+        eager, truth = package.plain(x), copy.deepcopy(package.plain).double()(x.double())
+    for y, y_eager, y_truth in zip(got, eager, truth, strict=True):
+        assert_no_worse_than_eager(y, y_eager, y_truth)
 
 
 def test_what_the_program_prints(package: Package, program: Path, tmp_path: Path, generator: torch.Generator) -> None:

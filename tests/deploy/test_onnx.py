@@ -161,6 +161,22 @@ def test_float16(statistics: torch.dtype, generator: torch.Generator, tmp_path: 
     check(function, (x, weight, *bn), tmp_path, rtol=2e-2, atol=2e-2)
 
 
+def test_float64(generator: torch.Generator) -> None:
+    """Numbers have as many bits as tensors, but for those of ONNX's own operators, such as BatchNorm's epsilon. (ONNX
+    Runtime has no such convolution.)"""
+    from onnx.reference import ReferenceEvaluator
+
+    def function(x: Tensor, weight: Tensor, *bn: Tensor) -> Tensor:
+        return fcb.conv_bn_scale(x, weight, None, *bn, 0.3, 2.0**-10, activation="gelu_tanh")
+
+    tensors = (draw(generator, 2, C, 5, 4), draw(generator, C, C, 1, 1), *random_bn(C, torch.float32, "cpu", generator))
+    double = tuple(t.double() for t in tensors)
+    program = translated(Call(function), double).model_proto
+    names = [i.name for i in program.graph.input]
+    (y,) = ReferenceEvaluator(program).run(None, dict(zip(names, (t.numpy() for t in double), strict=True)))
+    torch.testing.assert_close(torch.from_numpy(y), function(*double), rtol=1e-12, atol=1e-12)
+
+
 def test_a_fused_network(generator: torch.Generator, tmp_path: Path) -> None:
     """Of any batch, and as without fuse() or export_ops()."""
     model = random_statistics(Network(), generator)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import autograd, conditions, ops, reference
 from .._conv import allows_tf32
-from .._dispatch import keywords
+from .._dispatch import keywords, require_grad
 from ..algorithms import explain
 from ..conditions import DIMENSIONS_OF_NORM, PAIRS
 from ..modules import CONV_MODULES
@@ -187,6 +187,8 @@ class ConvNormBlock(Block):
             return None
         if (tensors[2] is None or tensors[3] is None) and not bn.training:
             return None
+        if _is_grad_enabled() and require_grad(*tensors[2:4]):  # PyTorch's ops refuse it
+            return None
         weight, conv_bias, norm = *tensors[:2], tensors[2:]
         window = conv.stride, conv.padding, conv.dilation, conv.groups
         grad = self._needs_grad(x, residual, *tensors)
@@ -342,15 +344,19 @@ class NormBlock(Block):
         batches = b.get("num_batches_tracked")
         if not bn.track_running_stats or batches is None or bn.momentum is None or type(bn) is nn.SyncBatchNorm:
             return None
-        y = ops.bn_scale_train(
-            *(x, b["running_mean"], b["running_var"], gain, shift, self.factor, bn.momentum, bn.eps),
-            residual=residual,
-            activation=op.activation,
-            negative_slope=op.negative_slope,
-            residual_last=op.residual_last,
-        )
+        # Counted first, as PyTorch does: a checkpoint may end the call behind the op.
         batches.add_(1)
-        return y
+        try:
+            return ops.bn_scale_train(
+                *(x, b["running_mean"], b["running_var"], gain, shift, self.factor, bn.momentum, bn.eps),
+                residual=residual,
+                activation=op.activation,
+                negative_slope=op.negative_slope,
+                residual_last=op.residual_last,
+            )
+        except _REFUSALS:  # and whoever runs in its place counts
+            batches.sub_(1)
+            raise
 
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self._call(_bn, x, x, residual)
@@ -411,9 +417,16 @@ class StepsBlock(Block):
     def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
         first, *tensors = x
         y: Tensor | None = None
-        if type(first) is Tensor and _is_large(first) and self._are_channelwise(first, tensors):
+        if type(first) is Tensor and _is_large(first) and self._may_be_in_the_op(first, tensors):
             y = self.inner.fused(first, residual, *self._affine(first, tensors))
         return self._in_steps(self.bare.forward(first), tensors, residual) if y is None else y
+
+    def _may_be_in_the_op(self, x: Tensor, tensors: Sequence[Any]) -> bool:
+        if not self._are_channelwise(x, tensors):
+            return False
+        mean, var = (self.bn_twin._buffers[name] for name in ("running_mean", "running_var"))
+        # Training writes to the statistics, and what stands behind the BatchNorm reads the new ones.
+        return not (self.bn_twin.training and mean is not None and conditions.shares_memory(mean, var, *tensors))
 
     def _are_channelwise(self, x: Tensor, tensors: Sequence[Any]) -> bool:
         """Whether they are broadcast along channels, and change no dtype."""
@@ -443,7 +456,11 @@ class StepsBlock(Block):
         return gain, shift
 
     def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
-        return self.forward(x, residual)
+        first, *tensors = x
+        if type(first) is Tensor and _is_large(first):
+            return self.forward(x, residual)
+        bare = self.bare.quick if self.bare.is_quick else self.bare.forward
+        return self._in_steps(bare(first), tensors, residual)
 
     def plain(self, x: Any, residual: Tensor | None = None) -> Tensor:
         y, *tensors = x

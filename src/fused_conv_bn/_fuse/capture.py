@@ -194,6 +194,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.leaves, self.arguments, self.forward_of_root = leaves, arguments, forward
         self.inlined: list[nn.Module] = []
+        self.fetched: list[nn.Module] = []  # as attributes
         self.culprit: nn.Module | None = None
         self.modes = self._modes()
         self.registered: frozenset[nn.Module] = frozenset()
@@ -243,6 +244,8 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self._is_of_other_thread():
             return attr_val
+        if isinstance(attr_val, nn.Module):
+            self.fetched.append(attr_val)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -302,10 +305,18 @@ def _classes_are_asked(tracer: _Tracer) -> Iterator[None]:
 
 
 class Captured:
-    """A root's graph, the modules that the trace went through, and those that it left as leaves for want of better."""
+    """A root's graph, the modules that the trace went through, those that it left as leaves for want of better, and
+    those that it fetched as attributes, with what is in them if they are containers."""
 
-    def __init__(self, graph: fx.Graph, inlined: list[nn.Module], leaves: dict[nn.Module, str]) -> None:
+    def __init__(
+        self, graph: fx.Graph, inlined: list[nn.Module], leaves: dict[nn.Module, str], fetched: list[nn.Module]
+    ) -> None:
         self.graph, self.inlined, self.leaves = graph, inlined, leaves
+        containers = nn.ModuleList, nn.ModuleDict
+        self.fetched = set(fetched)
+        for m in fetched:
+            if isinstance(m, containers):
+                self.fetched |= set(m.modules())
 
 
 def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Captured:
@@ -327,7 +338,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
             continue
         finally:
             changed = before.restore()
-            inlined = [root, *tracer.inlined]
+            inlined, fetched = [root, *tracer.inlined], tracer.fetched
             tracer.__dict__.clear()  # torch.fx leaves it in cycles, and it has the root
         if before.draws:
             raise Refused("it draws random numbers that are no tensors of its graph")
@@ -338,7 +349,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
         if broken := [m for m in changed if m in inlined and m not in leaves]:
             leaves |= dict.fromkeys(broken, "it changes its own attributes")
             continue
-        return Captured(graph, inlined, leaves)
+        return Captured(graph, inlined, leaves, fetched)
 
 
 def _asks_for_types(m: nn.Module) -> bool:

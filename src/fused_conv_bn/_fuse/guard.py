@@ -35,7 +35,8 @@ class Guard:
     """Of one capture of a root. Nothing in it refers to the root, which refers to it and would outlive its last user.
 
     ``paths``: of modules that are called or gone into. ``silent``: those whose calls are gone, so that nobody sees
-    hooks of theirs. ``blocks``: what the ops get their tensors from.
+    hooks of theirs. ``read``: those that are neither, and have attributes that the forward may have read. ``seen``:
+    those that are called for their hooks. ``blocks``: what the ops get their tensors from.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Guard:
         paths: set[str],
         inlined: set[nn.Module],
         silent: set[nn.Module],
+        read: set[nn.Module],
+        seen: list[nn.Module],
         blocks: Iterable[Block],
     ) -> None:
-        self.watched = list(silent)
+        self.watched, self.read, self.seen = list(silent), list(read), seen
         self.types = list(map(type, self.watched))
         self.modes = [m.training for m in self.watched]
         self.look_at(blocks)
@@ -71,6 +74,8 @@ class Guard:
         self.names = [_baked(m) for m in (root, *self.watched)]
         self.of_root = _getter(self.names[0])
         self.getters = [(m, _getter(n)) for m, n in zip(self.watched, self.names[1:], strict=True) if n]
+        self.read_names = list(map(_own, self.read))
+        self.getters += [(m, _getter(n)) for m, n in zip(self.read, self.read_names, strict=True)]
         self.saved = _snapshot(self._attributes(root))
         self._look(root)
 
@@ -108,6 +113,7 @@ class Guard:
             list(map(_training, self.dicts)),
             list(chain.from_iterable(map(dict.values, self.parents))),
             any(self.hooks),
+            list(map(bool, self.seen_hooks)),
             list(map(_forward, self.classes)),
             self._missing(),
             self._attributes(root),
@@ -119,7 +125,11 @@ class Guard:
             return False
         if [m.training for m in self.watched] != self.modes or any(map(is_watched, self.watched)):
             return False
+        if not all(map(is_watched, self.seen)):
+            return False
         if [_baked(m) for m in (root, *self.watched)] != self.names or self._missing() != self.missing:
+            return False
+        if list(map(_own, self.read)) != self.read_names:
             return False
         if any(of.forward is not f for of, f in zip(self.classes, self.forwards, strict=True)):
             return False
@@ -131,6 +141,7 @@ class Guard:
     def _look(self, root: nn.Module) -> None:
         self.dicts = [m.__dict__ for m in self.watched]
         self.hooks = [d[name] for d in self.dicts for name in _HOOKS]
+        self.seen_hooks = [m.__dict__[name] for m in self.seen for name in _HOOKS]
         self.stamp = self._stamp(root)
         self.stamp[-1] = self.saved  # those that can be changed in place are copies there
 
@@ -148,6 +159,11 @@ def _baked(m: nn.Module) -> tuple[str, ...]:
     if is_norm(m):
         return ("eps",) if is_frozen_norm(m) and "eps" in m.__dict__ else ()  # of which its twin has a copy
     return tuple(name for name in m.__dict__ if name not in _MODULE)
+
+
+def _own(m: nn.Module) -> tuple[str, ...]:
+    """All attributes of a module that is not called, and its mode."""
+    return (*(name for name in m.__dict__ if name not in _MODULE), "training")
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:

@@ -137,8 +137,14 @@ class Entry:
             silent |= {m for n in self.links if n.op == "call_module" and (m := module(n))}
         of_functions = {paths[bn] for g, bn in zip(self.groups, norms, strict=True) if bn is not None and g.function}
         gone_through = {*self.called, *of_functions, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
+        # Of what is neither called nor gone into a forward reads attributes.
+        called = [modules[path] for path in self.called]
+        inside = {m for of in called for m in of.modules()}
+        read = {m for m in captured.fetched if m in paths and m not in inside and m not in self.inlined}
+        watched = [m for m in called if is_watched(m)]
         # A snapshot reads no tensors of the model.
-        self.guard = Guard(root, modules, gone_through, self.inlined, silent, () if frozen else self.blocks)
+        of_blocks = () if frozen else self.blocks
+        self.guard = Guard(root, modules, gone_through, self.inlined, silent, read, watched, of_blocks)
         self.unchecked = is_compared(root)
 
     def thaw(self) -> None:

@@ -109,7 +109,7 @@ def problem_arguments(op: Any, named: dict[str, Any]) -> tuple[tuple[Any, ...], 
     window = named.get("stride", (1,)), named.get("padding", (0,)), named.get("dilation", (1,)), named.get("groups", 1)
     return (named["input"], conv_weight(named), *window), {
         "has_residual": named.get("residual") is not None,
-        "has_statistics": CONV_OPS[op],
+        "has_statistics": CONV_OPS.get(op, False),
         "allow_tf32": named.get("allow_tf32", False),
     }
 

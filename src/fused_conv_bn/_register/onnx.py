@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from onnx import TensorProto
+from onnx.helper import make_tensor
 from onnxscript import opset18
 
 op: Any = opset18
@@ -19,7 +21,8 @@ _ops = torch.ops.fused_conv_bn
 
 
 def _like(number: float, x: Any) -> Any:
-    return op.CastLike(op.Constant(value_float=number), x)
+    """A number in the dtype of ``x``, which may be float64."""
+    return op.CastLike(op.Constant(value=make_tensor("number", TensorProto.DOUBLE, [], [number])), x)
 
 
 def _silu(x: Any) -> Any:

@@ -36,6 +36,8 @@ KEPT_SEEDS = 150
 MOST_BYTES_A_CALL = 64
 """Of growth. What is kept for each call takes more: the smallest block that malloc has is 32 bytes, of a Python object 48
 and an entry of what holds it."""
+LEAST_SAMPLES = 12
+"""Of memory, before which no run ends: a process with many objects takes a while for each."""
 NOISE = 24 << 20
 """Bytes: what the same program has more or less of from one time to another, by its allocator's fragments."""
 
@@ -219,12 +221,12 @@ def soak(device: str, seconds: float, threads: int, seed: int) -> dict[str, Any]
             said = now
             sizes = ", ".join(f"{name} {of[-1][1] / 2**20:.0f} MiB" for name, of in samples.items())
             print(f"soak: {now - begin:.0f} s, {count} calls, {sizes}", file=sys.stderr, flush=True)
-        if now - begin > seconds:
+        if now - begin > seconds and len(samples["process"]) >= LEAST_SAMPLES:
             ends.set()
     for thread in running:
         thread.join()
     for name, of in samples.items():
-        if len(of) >= 9 and too_much(of):
+        if len(of) >= LEAST_SAMPLES and too_much(of):
             grown, a_call = growth(of)
             broken.append(f"{name}: memory grew by {grown / 2**20:.1f} MiB, {a_call:.0f} bytes a call")
     return {
@@ -232,7 +234,7 @@ def soak(device: str, seconds: float, threads: int, seed: int) -> dict[str, Any]
         "threads": threads,
         "seed": seed,
         "calls": dict(sum((calls.counts for calls in workers), Counter())),
-        "growth": {name: growth(of) for name, of in samples.items() if len(of) >= 9},
+        "growth": {name: growth(of) for name, of in samples.items() if len(of) >= LEAST_SAMPLES},
         "broken": broken,
     }
 

@@ -504,7 +504,7 @@ def _check_scaling_factor(op: str, factor: Any) -> None:
             f"{op}: scaling_factor is a module, {type(factor).__name__}, expected a float or a tensor of no "
             f"dimensions: an activation is passed as activation="
         )
-    elif not isinstance(factor, numbers.Real):
+    elif isinstance(factor, bool) or not isinstance(factor, numbers.Real):  # a bool is a layer's argument for bias
         raise TypeError(
             f"{op}: scaling_factor is {factor!r}, of type {type(factor).__name__}, expected a float or a tensor of no "
             f"dimensions"

@@ -75,7 +75,7 @@ def test_constructor_refuses(row: Row) -> None:
         row.of(**row.arguments, activation="selu")
     with pytest.raises(ValueError, match=r"activation is PReLU\(.*, expected one of 'none', 'relu'"):
         row.of(**row.arguments, activation=nn.PReLU())
-    for factor in ("2", None, [1.0], 1j):
+    for factor in ("2", None, [1.0], 1j, False):
         with pytest.raises(TypeError, match="scaling_factor is .* expected a float or a tensor of no dimensions"):
             row.of(**row.arguments, scaling_factor=factor)
     with pytest.raises(TypeError, match="scaling_factor is a module, ReLU, .* an activation is passed as activation="):

@@ -3,7 +3,8 @@
 steps (steps.py), whole models (models.py), KernelBench's problems with a BatchNorm (kernelbench.py), the layers of ten
 networks (network_layers.py), the host's times (host.py), the CPU's short planes (short_planes.py).
 
-Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it.
+Times compare only within a run: every row has the time of a device copy, measured in turn with everything else in it,
+but for those of whole models and problems.
 """
 
 from __future__ import annotations

@@ -165,11 +165,12 @@ class BnScaleModule(nn.Module):
                 )
             epilogue = residual, self.activation, self.negative_slope, self.residual_last
             batch_norm: Any = mean, var, bn_weight, bn_bias, number, bn.eps
+            tf32 = weight is not None and not compiling and allows_tf32(x, weight)
             if grad:
-                return autograd.bn_scale(x, weight, conv_bias, batch_norm, window, epilogue)
+                return autograd.bn_scale(x, weight, conv_bias, batch_norm, window, epilogue, tf32)
             y: Tensor
             if weight is not None:
-                y = _conv_op(x, weight, conv_bias, *batch_norm, *window, **keywords(*epilogue))
+                y = _conv_op(x, weight, conv_bias, *batch_norm, *window, **keywords(*epilogue, tf32))
             else:
                 y = (_bn_op if compiling else _bn_eval_call)(x, *batch_norm, **keywords(*epilogue))
             return y

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import autograd, conditions, ops, reference
+from .. import conditions, ops, reference
 from .._conv import allows_tf32
-from .._dispatch import keywords, require_grad
+from .._dispatch import keywords
 from ..algorithms import explain
 from ..conditions import DIMENSIONS_OF_NORM, PAIRS
 from ..modules import CONV_MODULES
@@ -176,37 +176,18 @@ class ConvNormBlock(Block):
 
     def fused(self, x: Tensor, residual: Any, gain: Tensor | None, shift: Tensor | None) -> Tensor | None:
         """With another weight and bias of the BatchNorm; None where PyTorch's ops have to run."""
-        conv, bn, op = self.conv_twin, self.bn_twin, self.op
+        conv, bn = self.conv_twin, self.bn_twin
         c, b = conv._parameters, bn._buffers
-        tensors = c["weight"], c["bias"], b["running_mean"], b["running_var"], gain, shift
         if not _fits(x, residual, conv) or conv.padding_mode != "zeros" or type(conv.padding) is not tuple:
             return None
         if type(bn) not in (PAIRS[type(conv)].norm, nn.SyncBatchNorm, AnyNorm):
             return None
         if type(bn) is nn.SyncBatchNorm and bn.training:
             return None
-        if (tensors[2] is None or tensors[3] is None) and not bn.training:
-            return None
-        if _is_grad_enabled() and require_grad(*tensors[2:4]):  # PyTorch's ops refuse it
-            return None
-        weight, conv_bias, norm = *tensors[:2], tensors[2:]
+        found = c["weight"], c["bias"], b["running_mean"], b["running_var"], gain, shift
         window = conv.stride, conv.padding, conv.dilation, conv.groups
-        grad = self._needs_grad(x, residual, *tensors)
-        y: Tensor
-        try:
-            if bn.training:
-                y = op._train(bn, x, weight, conv_bias, *norm, self.factor, window, residual, grad, False)
-                return y
-            tf32 = allows_tf32(x, weight)
-            batch_norm = *norm, self.factor, bn.eps
-            if grad:
-                epilogue = residual, op.activation, op.negative_slope, op.residual_last
-                return autograd.bn_scale(x, weight, conv_bias, batch_norm, window, epilogue, tf32)
-            named = self.named_tf32 if tf32 else self.named
-            y = _conv_bn(x, weight, conv_bias, *batch_norm, *window, residual=residual, **named)
-            return y
-        except _REFUSALS:
-            return None
+        y: Tensor | None = self.op._fused(x, residual, bn, found, window, x.dtype)
+        return y
 
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(x) is not Tensor and not _exports_ops():

@@ -51,9 +51,15 @@ class FakeGraph:
                     kept.copy_(new)
 
 
+class Capturing(threading.local):
+    """Whether a capture is on: of the calling thread's stream, as CUDA's answer is."""
+
+    value = False
+
+
 class FakeSide:
     kind = "cpu"
-    capturing = False
+    capturing = Capturing()
     made: list[FakeSide] = []
     model: nn.Module  # of the last made(): a real capture computes nothing
 
@@ -64,7 +70,7 @@ class FakeSide:
 
     @staticmethod
     def is_capturing() -> bool:
-        return FakeSide.capturing
+        return FakeSide.capturing.value
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -76,12 +82,12 @@ class FakeSide:
 
     def capture(self, run: Callable[[], Any]) -> tuple[FakeGraph, Any]:
         self.log.append("capture")
-        FakeSide.capturing = True
+        FakeSide.capturing.value = True
         try:
             with undisturbed(self.model):
                 self.graphs.append(FakeGraph(run, run()))
         finally:
-            FakeSide.capturing = False
+            FakeSide.capturing.value = False
         return self.graphs[-1], self.graphs[-1].result
 
     def begin(self) -> None:
@@ -100,7 +106,7 @@ class FakeSide:
 
 
 def is_capturing(device: str) -> bool:
-    return FakeSide.capturing if device == "cpu" else torch.cuda.is_current_stream_capturing()
+    return FakeSide.capturing.value if device == "cpu" else torch.cuda.is_current_stream_capturing()
 
 
 def made(model: nn.Module, device: str, max_graphs: int = 16, clone_outputs: bool = True) -> graphs.Graphed:
@@ -788,7 +794,7 @@ def test_forwards_that_change_their_module(device: str) -> None:
 
 def test_captures_of_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = made(net(), "cpu")
-    monkeypatch.setattr(FakeSide, "capturing", True)
+    monkeypatch.setattr(FakeSide.capturing, "value", True)
     with torch.no_grad(), pytest.raises(RuntimeError, match="^graphed: the current stream is being captured already"):
         fast(image("cpu"))
 

@@ -86,7 +86,7 @@ std::optional<ConvPlan> make_plan(GemmSm90Layout& asked, const Conv2d& c) {
   if (!gemm_sm90::supports(c, gpu)) {
     return std::nullopt;
   }
-  const int row_bytes = gemm_sm90::row_bytes_of(c);
+  const int row_bytes = gemm_sm90::row_bytes_of(c, gemm_sm90::kTiles[asked.tile]);
   const auto l = asked.splits == 0   ? gemm_sm90::lay_out_halo(c, gpu, asked.tile, row_bytes)
                  : asked.splits == 1 ? gemm_sm90::lay_out(c, gpu, asked.tile, row_bytes)
                                      : gemm_sm90::lay_out_split(c, gpu, asked.tile, asked.splits, row_bytes);

@@ -35,12 +35,19 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def check(
-    generator: torch.Generator, turn: int, size: Any, weight: Any, stride: Any = 1, pad: Any = 0, dilation: Any = 1
+    generator: torch.Generator,
+    turn: int,
+    size: Any,
+    weight: Any,
+    stride: Any = 1,
+    pad: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> None:
     """With a dtype, a mean of zero or not, and an epilogue, in turns."""
     residual, activation = EPILOGUES[turn % 3]
     train_problems.check_stored_statistics(
-        *(size, weight, stride, pad, dilation, 1),
+        *(size, weight, stride, pad, dilation, groups),
         **dict(dtype=DTYPES[turn % 2], device="cpu", mean=turn // 2 % 2 * 50, generator=generator),
         **dict(activation=activation, residual=residual),
     )

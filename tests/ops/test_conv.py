@@ -108,7 +108,7 @@ def test_random_gemm_problems(conv_device, dtype, generator):
                 bn=bool(draw(0, 2)),
             )
         )
-    least = {"gemm_sm80": 12, "gemm_sm90": 5}  # gemm_sm90 has no groups, and filters in vectors alone
+    least = {"gemm_sm80": 12, "gemm_sm90": 5}  # gemm_sm90 takes filters in vectors alone
     assert covered >= least.get(common.forced_algorithm, 0) or dtype.itemsize > 2
 
 

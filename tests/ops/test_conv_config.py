@@ -92,7 +92,7 @@ DOMAINS: dict[str, Callable[[Problem, Gpu], bool]] = {
         gpu.has_wgmma
         and p.channels_last
         and (p.element_bytes == 2 or (p.element_bytes == 4 and p.allow_tf32))
-        and p.groups == 1
+        and (p.groups == 1 or p.C // p.groups * p.element_bytes % 16 == p.K // p.groups % 8 == 0)
         and p.C * p.element_bytes % 16 == p.K * p.element_bytes % 16 == 0
         and gemm_sm90_window_fits(p.stride_h, p.pad_h, p.dilation_h * (p.R - 1))
         and gemm_sm90_window_fits(p.stride_w, p.pad_w, p.dilation_w * (p.S - 1))

@@ -55,7 +55,7 @@ struct Consumer {
       }
       const uint32_t pixels = block.pixels_of(ring.stage) + (kTogether ? consumer * (kPixels * kStepBytes) : 0);
       if constexpr (kGated) {
-        Gates<T, kPixels>{p}.template apply<kStepBytes>(pixels, pixel, step * l.depth);
+        Gates<T, kPixels>{p}.template apply<kStepBytes>(pixels, pixel, block.first_channel() + step * l.depth);
         sync();
       }
       products.template start<kStepBytes>(pixels, block.filters_of(ring.stage, step));

@@ -7,6 +7,7 @@
 
 #include "consumer.cuh"
 #include "kernels/ptx/cp_async.cuh"
+#include "producer.cuh"
 
 namespace fused_conv_bn::gemm_sm90 {
 
@@ -26,7 +27,8 @@ struct HaloProducer {
     for (int slice = 0; slice < l.slices; ++slice) {
       barrier_wait(block.empty(ring.stage), ring.parity ^ 1);
       barrier_arrive_expect(block.full(ring.stage), l.pixel_bytes);
-      fetch_pixels(block.pixels_of(ring.stage), p.x, slice * l.depth, column, row, image, 0, 0, block.full(ring.stage));
+      fetch_pixels(block.pixels_of(ring.stage), p.x, block.first_channel() + slice * l.depth, column, row, image, 0, 0,
+                   block.full(ring.stage));
       ring.advance(l.stages);
     }
   }
@@ -45,7 +47,7 @@ struct HaloProducer {
           ring.advance(l.filter_stages);
         }
         barrier_arrive_expect(block.filters(place), l.filter_bytes);
-        fetch_box(block.filters_at(place), p.w, slice * l.depth, tap, block.first_filter(), block.filters(place));
+        fetch_filters_of(block, block.filters_at(place), slice * l.depth, tap, block.filters(place));
       }
     }
   }

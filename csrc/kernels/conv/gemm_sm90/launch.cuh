@@ -64,10 +64,10 @@ cudaError_t encode_pixels(CUtensorMap& map, const void* x, const Conv2d& c, cons
 template <typename T>
 cudaError_t encode_filters(CUtensorMap& map, const void* w, const Conv2d& c, const Layout& l) {
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-  const cuuint64_t tap = size(c.C) * sizeof(T);
+  const cuuint64_t channels = size(c.C / c.groups), tap = channels * sizeof(T);
   const TensorLayout<3> filters{
-      w, kFactorType<T>, {size(c.C), size(c.R * c.S), size(c.K)}, {tap, size(c.R * c.S) * tap}};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(l.depth), 1, static_cast<cuuint32_t>(kTiles[l.tile].filters)};
+      w, kFactorType<T>, {channels, size(c.R * c.S), size(c.K)}, {tap, size(c.R * c.S) * tap}};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(l.depth), 1, static_cast<cuuint32_t>(l.of_group)};
   return encode_tiled(map, filters, box, swizzle(l.depth * static_cast<int>(sizeof(T))));
 }
 
@@ -108,6 +108,8 @@ cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cuda
   p.pixels = static_cast<int>(count_pixels(c, l));
   p.channels = static_cast<int>(c.C);
   p.filters = static_cast<int>(c.K);
+  p.group_channels = static_cast<int>(c.C / c.groups);
+  p.group_filters = FastDiv(static_cast<uint32_t>(c.K / c.groups));
   p.R = static_cast<int>(c.R);
   p.S = static_cast<int>(c.S);
   p.stride_h = static_cast<int>(c.stride_h);

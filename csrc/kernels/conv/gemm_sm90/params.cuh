@@ -45,6 +45,8 @@ struct Params {
   float negative_slope;
   const T* gates;  // [images][channels] of flat pixels, in 16 bits; nullptr: none
   int channels;
+  int group_channels;
+  FastDiv group_filters;
 };
 
 struct Header {
@@ -129,6 +131,12 @@ struct Block {
   __device__ __forceinline__ int tiles() const { return (p.pixel_tiles - first + step - 1) / step; }
   __device__ __forceinline__ int first_pixel(int tile) const { return (first + tile * step) * kShape.block_pixels(); }
   __device__ __forceinline__ int first_filter() const { return filter_tile * kShape.filters; }
+
+  __device__ __forceinline__ int group_of(int filter) const {
+    return static_cast<int>(p.group_filters.div(static_cast<uint32_t>(filter)));
+  }
+  // Of those that the block's filters multiply.
+  __device__ __forceinline__ int first_channel() const { return group_of(first_filter()) * p.group_channels; }
 
   __device__ __forceinline__ uint32_t pixels_of(int stage) const {
     return base + kHeaderBytes + stage * p.layout.stage_bytes;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <string>
 
@@ -55,6 +56,7 @@ struct Layout {
   int depth;      // channels of a step: 128, 64 or 32 bytes of a pixel
   int slices;     // steps of a tap
   int steps;      // of the whole filter
+  int of_group;   // filters of a tile that are of one group, and are fetched together
   int splits;     // blocks of a cluster
   bool resident;  // filters lie apart
   bool halo;      // a stage has the pixels of all taps, and filters have stages of their own unless they are resident
@@ -75,7 +77,8 @@ inline bool supports(const Conv2d& c, const GpuTraits& gpu) {
     return stride <= 8 && pad <= 128 && pad - reach <= 127 && reach - pad <= 128 && reach <= 255;
   };
   const bool has_products = c.element_bytes == 2 || (c.element_bytes == 4 && c.allow_tf32);
-  return gpu.has_wgmma && c.channels_last && has_products && c.groups == 1 && c.C >= 1 && c.K >= 1 && c.N >= 1 &&
+  const bool has_groups = c.groups == 1 || (c.C / c.groups * c.element_bytes % 16 == 0 && c.K / c.groups % 8 == 0);
+  return gpu.has_wgmma && c.channels_last && has_products && has_groups && c.C >= 1 && c.K >= 1 && c.N >= 1 &&
          c.P >= 1 && c.Q >= 1 && c.C * c.element_bytes % 16 == 0 && c.K * c.element_bytes % 16 == 0 && c.R >= 1 &&
          c.S >= 1 && fits_map(c.stride_h, c.pad_h, c.R == 1 ? 0 : c.dilation_h * (c.R - 1)) &&
          fits_map(c.stride_w, c.pad_w, c.S == 1 ? 0 : c.dilation_w * (c.S - 1)) && c.N * c.P * c.Q <= kMost &&
@@ -89,6 +92,18 @@ inline bool is_flat(const Conv2d& c) {
 
 // Whether pixels may be multiplied by gates on their way. In TF32 they have been rounded before.
 inline bool takes_gates(const Conv2d& c) { return is_flat(c) && c.element_bytes == 2; }
+
+// With groups a tile multiplies the channels of all groups that it has filters of, as if it were without: in the channels of other
+// groups a filter is zero, as its box is outside of the tensor. Then so many filters have one group, and a box:
+inline int64_t filters_of_group(const Conv2d& c, const TileShape& t) {
+  return c.groups == 1 ? t.filters : std::gcd(c.K / c.groups, int64_t{t.filters});
+}
+
+// And so many channels are multiplied: of a tile that begins with the last such filters of a group.
+inline int64_t channels_of_tile(const Conv2d& c, const TileShape& t) {
+  const int64_t filters = c.K / c.groups;
+  return std::min(c.groups, ceil_div(filters - filters_of_group(c, t) + t.filters, filters)) * (c.C / c.groups);
+}
 
 // The pixels of a convolution whose output is as large as its input, counted with the padding that is behind each row and each
 // image: that of its other side as well.
@@ -115,8 +130,8 @@ inline int64_t count_pixels(const Conv2d& c, const Layout& l) { return l.halo ? 
 // may be less work.
 constexpr int kMostRowBytes = 128, kFewestRowBytes = 32;
 
-inline int row_bytes_of(const Conv2d& c) {
-  const uint64_t bytes = std::bit_ceil(static_cast<uint64_t>(c.C * c.element_bytes));
+inline int row_bytes_of(const Conv2d& c, const TileShape& t) {
+  const uint64_t bytes = std::bit_ceil(static_cast<uint64_t>(channels_of_tile(c, t) * c.element_bytes));
   return static_cast<int>(std::clamp<uint64_t>(bytes, kFewestRowBytes, kMostRowBytes));
 }
 
@@ -124,8 +139,9 @@ inline Layout steps_of(const Conv2d& c, int tile, int row_bytes) {
   Layout l{};
   l.tile = tile;
   l.depth = row_bytes / c.element_bytes;
-  l.slices = static_cast<int>(ceil_div(c.C, l.depth));
+  l.slices = static_cast<int>(ceil_div(channels_of_tile(c, kTiles[tile]), l.depth));
   l.steps = static_cast<int>(c.R * c.S * l.slices);
+  l.of_group = static_cast<int>(filters_of_group(c, kTiles[tile]));
   l.pixel_bytes = kTiles[tile].block_pixels() * row_bytes;
   l.filter_bytes = kTiles[tile].filters * row_bytes;
   return l;
@@ -272,7 +288,7 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
                           (std::max(waits, products) + kRates.tile + (l.halo ? kRates.halo_tile : 0) + output);
   const double window = std::min(1.0, number(c.R * c.S) / number(c.stride_h * c.stride_w));
   const double elements = number(c.N * c.H * c.W * c.C) * window + number(c.N * c.P * c.Q * c.K) +
-                          number(c.K * c.C * c.R * c.S);
+                          number(c.K * c.C / c.groups * c.R * c.S);
   const double memory = c.element_bytes * elements / kRates.memory;
   const double l2 = number(blocks * tiles) * fetched / kRates.l2;
   double sum = 0;
@@ -296,7 +312,8 @@ inline std::optional<Layout> best_layout(const Conv2d& c, const GpuTraits& gpu) 
     }
   };
   for (int tile = 0; tile < kTileCount; ++tile) {
-    for (int row_bytes = row_bytes_of(c), i = 0; i < 2 && row_bytes >= kFewestRowBytes; ++i, row_bytes /= 2) {
+    int row_bytes = row_bytes_of(c, kTiles[tile]);
+    for (int i = 0; i < 2 && row_bytes >= kFewestRowBytes; ++i, row_bytes /= 2) {
       consider(lay_out(c, gpu, tile, row_bytes));
       consider(lay_out_halo(c, gpu, tile, row_bytes));
       for (int splits = 2; splits <= kMostSplits; splits *= 2) {
@@ -322,7 +339,7 @@ struct GemmSm90 {
 
   // Measured on an H200 for the layers of ten networks, batch 1 to 128. PyTorch's is faster where tiles are few and long, or long
   // and partly empty, unless pixels are fetched once; in TF32 where many are long. Fewer than 16 channels are for stems. In
-  // training what it gathers takes time: there it is faster where a result has few terms.
+  // training what it gathers takes time: there it is faster where a result has few terms. With groups it was not measured.
   bool is_faster(const Conv2d& c, bool train) const {
     constexpr int64_t kTile = 128;
     const int64_t tiles = ceil_div(c.N * c.P * c.Q, kTile) * ceil_div(c.K, kTile);
@@ -342,7 +359,7 @@ struct GemmSm90 {
     } else {
       slower = (steps >= 64 && tiles >= 24 && tiles < 264) || (steps >= 18 && tiles >= 196 && c.C * c.K * 5 < room * 4);
     }
-    return c.C >= 16 && !slower;
+    return c.groups == 1 && c.C >= 16 && !slower;
   }
 
   bool takes_gates(const Conv2d& c) const { return gemm_sm90::takes_gates(c); }

@@ -6,6 +6,19 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
+// A step's filters of the block, group by group. channel: the first one, counted from the block's.
+template <typename T, int kTile>
+__device__ __forceinline__ void fetch_filters_of(const Block<T, kTile>& block, uint32_t at, int channel, int tap,
+                                                 uint32_t barrier) {
+  const Params<T>& p = block.p;
+#pragma unroll 1
+  for (int i = 0; i < kTiles[kTile].filters; i += p.layout.of_group) {
+    const int filter = block.first_filter() + i;
+    const int of_group = block.first_channel() + channel - block.group_of(filter) * p.group_channels;
+    fetch_box(at + i * p.layout.depth * static_cast<int>(sizeof(T)), p.w, of_group, tap, filter, barrier);
+  }
+}
+
 // kFilters: which of them.
 template <typename T, int kTile, bool kFilters>
 struct Producer {
@@ -56,14 +69,13 @@ struct Producer {
         if (l.resident) {
           barrier_arrive_expect(barrier, l.filter_bytes);
         }
-        fetch_box(block.filters_of(ring.stage, step.index), p.w, channel, step.r * p.S + step.s, block.first_filter(),
-                  barrier);
+        fetch_filters_of(block, block.filters_of(ring.stage, step.index), channel, step.r * p.S + step.s, barrier);
       } else {
         barrier_arrive_expect(full, l.stage_bytes);  // those of its filters too, if these do not lie apart
         if (p.flat) {
-          fetch_box(block.pixels_of(ring.stage), p.x, channel, pixel, full);
+          fetch_box(block.pixels_of(ring.stage), p.x, block.first_channel() + channel, pixel, full);
         } else {
-          fetch_pixels(block.pixels_of(ring.stage), p.x, channel, column, row, image,
+          fetch_pixels(block.pixels_of(ring.stage), p.x, block.first_channel() + channel, column, row, image,
                        static_cast<uint16_t>(step.s * p.dilation_w), static_cast<uint16_t>(step.r * p.dilation_h),
                        full);
         }

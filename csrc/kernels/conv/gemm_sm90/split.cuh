@@ -51,7 +51,7 @@ struct Split {
       if constexpr (kGated) {
         const int step = first_step + consumer + i * kConsumers;
         Gates<T, B::kShape.pixels>{p}.template apply<kStepBytes>(block.pixels_of(ring.stage), block.first_pixel(0),
-                                                                 step * p.layout.depth);
+                                                                 block.first_channel() + step * p.layout.depth);
         named_barrier_sync(1 + consumer, 128);
       }
       products.template start<kStepBytes>(block.pixels_of(ring.stage), block.filters_of(ring.stage, 0));

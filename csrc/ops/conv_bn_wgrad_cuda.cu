@@ -70,7 +70,7 @@ Gradients wgrad_cuda(Tensor dy, OptionalTensor result, Tensor input, Tensor conv
       check_channel_param(kOp, **x, c.sizes[1], "the output", c.input.dtype, acc_dtype(c.input.dtype), c.input);
     }
   }
-  const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, false, false));
+  const std::optional<Conv2d> problem = c.space() == 2 ? narrow_to_2d(conv_problem(c, false, false)) : std::nullopt;
   const GpuTraits& gpu = gpu_traits(c.input.device.index);
   if (input_sums.has_value()) {
     const Operand sums("input_sums", *input_sums);

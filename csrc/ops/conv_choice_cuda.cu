@@ -75,19 +75,22 @@ std::tuple<std::string, std::string> use_algorithm_cuda(StringHandle algorithm_h
 // What is tuned, else the rule's. generation: of the tuned choices; 0: the rule alone.
 ConvChoice remembered_choice(const PlainConv& c, const Conv2d& problem, bool has_statistics, const GpuTraits& gpu,
                              uint64_t generation) {
-  static RememberedPlans<std::tuple<Conv2d, int32_t, uint64_t, bool, bool>, ConvChoice> choices;
+  static RememberedPlans<std::tuple<Conv2d, int64_t, int32_t, uint64_t, bool, bool>, ConvChoice> choices;
   const int32_t device = c.input.device.index;
   const bool tuned = generation != 0;  // to the rule the dtype makes no difference
   const bool is_bfloat16 = tuned && c.input.dtype == ScalarType::BFloat16;
-  return choices.get({problem, device, generation, is_bfloat16, has_statistics}, [&] {
+  return choices.get({problem, c.space(), device, generation, is_bfloat16, has_statistics}, [&]() -> ConvChoice {
     if (tuned) {
       const std::string name = tuned_choices().find(device_name(device),
                                                     tuned_problem(problem, c.input.dtype, has_statistics, 0));
       if (const std::optional<ConvPlan> plan = make_plan(name, problem, gpu)) {
-        return ConvChoice{.plan = *plan, .tuned = true};
+        return {.plan = *plan, .tuned = true};
       }
     }
-    return ConvChoice{.plan = select_plan(problem, gpu, has_statistics)};
+    if (c.space() != 2) {
+      return {};  // PyTorch's: the rule was not measured there
+    }
+    return {.plan = select_plan(problem, gpu, has_statistics)};
   });
 }
 

@@ -40,11 +40,12 @@ struct KernelConv {
     y = empty_strided(c.input.dim, c.sizes.data(), strides.data(), c.input.dtype, c.input.device);
     operands.y = y.data_ptr();
     operands.x = copies.data(c.input, channels_last);
-    const bool last = wants.channels_last_weight || has_strides(c.weight, dense_strides(c.weight, true));
+    const bool last = wants.channels_last_weight ||
+                      (c.weight.dim >= 4 && has_strides(c.weight, dense_strides(c.weight, true)));
     const Strides dense = dense_strides(c.weight, last);
     const int64_t* const w = wants.dense_weight ? dense.data() : c.weight.strides;
-    operands.w = wants.dense_weight ? copies.data(c.weight, last) : c.weight.tensor->data_ptr();
-    operands.w_stride_k = w[0], operands.w_stride_c = w[1], operands.w_stride_r = w[2], operands.w_stride_s = w[3];
+    operands.set_weight(wants.dense_weight ? copies.data(c.weight, last) : c.weight.tensor->data_ptr(), c.weight.dim,
+                        c.weight.sizes, w);
   }
 };
 

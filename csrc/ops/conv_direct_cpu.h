@@ -30,7 +30,7 @@ inline CpuConvChoice choose_conv_cpu(const PlainConv& c, bool has_residual, bool
     return choice;
   }
   choice.covered = covers_direct(*choice.problem, use_v3());
-  choice.direct = prefers_direct(*choice.problem, use_v3());
+  choice.direct = c.space() == 2 && prefers_direct(*choice.problem, use_v3());  // others were not measured
 #endif
   if (choice.covered && tuned_choices().generation() != 0) {
     const std::string name = tuned_choices().find(kCpuName, tuned_problem_cpu(c, *choice.problem, has_statistics));
@@ -63,9 +63,7 @@ inline Tensor convolve_direct(const ConvArguments& c, const Conv2d& problem) {
   };
   ConvOperands operands{};
   operands.x = contiguous_data(c.input, x_copy);
-  operands.w = c.weight.tensor->data_ptr();
-  operands.w_stride_k = c.weight.strides[0], operands.w_stride_c = c.weight.strides[1];
-  operands.w_stride_r = c.weight.strides[2], operands.w_stride_s = c.weight.strides[3];
+  operands.set_weight(c.weight.tensor->data_ptr(), c.weight.dim, c.weight.sizes, c.weight.strides);
   operands.residual = c.residual.has_value() ? contiguous_data(*c.residual, residual_copy) : nullptr;
   operands.y = y.data_ptr();
   const DirectCall call{.problem = problem,

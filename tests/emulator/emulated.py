@@ -13,7 +13,6 @@ import math
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from structures import (
     Train,
     Weight,
     Wgrad,
+    Whole,
 )
 
 ELEMENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # csrc/kernels/common/scalar.h
@@ -46,24 +46,30 @@ class RuleBroken(AssertionError):
 
 
 @functools.cache
-def _library(capability: int) -> tuple[Path, ctypes.CDLL] | RuntimeError:
+def _library(capability: int) -> ctypes.CDLL | RuntimeError:
     """Or why there is none: what does not compile once need not be tried for every test."""
     try:
         path = translate.library(capability)
     except RuntimeError as error:
         return error
-    return path, ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path))
+    library.emulated_narrow.restype = ctypes.c_bool
+    return library
 
 
 _seeds = itertools.count(0, 1000)
 
 
-def _call(capability: int, name: str, *arguments: Any) -> None:
-    """Each call has another order of events."""
+def _compiled(capability: int = 90) -> ctypes.CDLL:
     compiled = _library(capability)
     if isinstance(compiled, RuntimeError):
         raise compiled
-    path, library = compiled
+    return compiled
+
+
+def _call(capability: int, name: str, *arguments: Any) -> None:
+    """Each call has another order of events."""
+    library = _compiled(capability)
     function = getattr(library, name)
     function.restype = ctypes.c_char_p
     answer = function(*arguments, ctypes.c_uint64(next(_seeds)))
@@ -74,7 +80,7 @@ def _call(capability: int, name: str, *arguments: Any) -> None:
         raise RuntimeError("the algorithm does not cover this convolution")
     if addresses := re.findall(r"\+(0x[0-9a-f]+)", message):
         # The lines where it happened, the innermost first.
-        command = ["addr2line", "-i", "-e", str(path), *addresses]
+        command = ["addr2line", "-i", "-e", library._name, *addresses]
         lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
         places = [line.split()[0].rpartition("/")[2] for line in lines if "/kernels/" in line]
         message = message[: message.index(", at +")] + "; at " + ", ".join(dict.fromkeys(places))
@@ -83,9 +89,7 @@ def _call(capability: int, name: str, *arguments: Any) -> None:
 
 def launches(capability: int = 90) -> int:
     """How many kernels the last call started."""
-    compiled = _library(capability)
-    assert not isinstance(compiled, RuntimeError)
-    return compiled[1].emulated_launches()
+    return _compiled(capability).emulated_launches()
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -117,22 +121,18 @@ class _AffineTensors:
 
 
 def gemm_sm90_tiles() -> int:
-    compiled = _library(90)
-    assert not isinstance(compiled, RuntimeError)
-    return compiled[1].emulated_gemm_sm90_tiles()
+    return _compiled().emulated_gemm_sm90_tiles()
 
 
 def gemm_sm90_fits(
     layouts: Iterable[GemmSm90Layout], input: Tensor, weight: Tensor, *window: int | Sequence[int]
 ) -> list[bool]:
     """Whether there are these layouts of a convolution; each says what would come of it."""
-    pairs = _pairs(input, *(window or (1, 0, 1)))
-    y = _result("conv_scale_shift", input, weight, None, None, *pairs, 1)
+    windows = _windows(input, *(window or (1, 0, 1)))
+    y = _result("conv_scale_shift", input, weight, None, None, *windows, 1)
     affine = _AffineTensors(input.dtype)
-    conv = _Conv(y, input, weight, affine, pairs, 1, None, "gemm_sm90", True)
-    compiled = _library(90)
-    assert not isinstance(compiled, RuntimeError)
-    fits = compiled[1].emulated_gemm_sm90_fits
+    conv = _Conv(y, input, weight, affine, windows, 1, None, "gemm_sm90", True)
+    fits = _compiled().emulated_gemm_sm90_fits
     fits.restype = ctypes.c_bool
     return [fits(ctypes.byref(conv.problem), ctypes.byref(layout)) for layout in layouts]
 
@@ -145,18 +145,29 @@ def _result(op: str, *arguments: Any, **named: Any) -> Tensor:
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
         fake = getattr(torch.ops.fused_conv_bn, op)(*fakes, **named)
-    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(math.nan)
+    y = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(math.nan)
+    if "conv" in op and y.dim() != 4:  # there processors differ from each other, and from GPUs
+        y = _dense(y, any(t.dim() == 5 and not t.is_contiguous() for t in arguments[:2]), 1)
+    return y
 
 
-def _pairs(input: Tensor, *window: int | Sequence[int]) -> list[list[int]]:
-    """Stride, padding and dilation, each for two dimensions."""
-    if input.dim() != 4 or input.dtype == torch.float64 or input.numel() == 0:
+def _windows(input: Tensor, *window: int | Sequence[int]) -> list[list[int]]:
+    """Stride, padding and dilation, each for all dimensions."""
+    if input.dtype == torch.float64 or input.numel() == 0:
         raise RuntimeError("the algorithm does not cover this convolution")
-    return [list(v) * (2 // len(v)) if isinstance(v, Sequence) else [v, v] for v in window]
+    space = input.dim() - 2
+    return [list(v) * (space // len(v)) if isinstance(v, Sequence) else [v] * space for v in window]
+
+
+_Space = ctypes.c_int64 * 3
+
+
+def _channels_last(x: Tensor) -> torch.memory_format:
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
 
 
 def _dense(x: Tensor, channels_last: bool, alignment: int) -> Tensor:
-    dense = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    dense = x.contiguous(memory_format=_channels_last(x) if channels_last else torch.contiguous_format)
     return dense if dense.data_ptr() % alignment == 0 else dense.clone()
 
 
@@ -169,7 +180,7 @@ class _Conv:
         input: Tensor,
         weight: Tensor,
         affine: _AffineTensors,
-        pairs: list[list[int]],
+        windows: list[list[int]],
         groups: int,
         residual: Tensor | None,
         algorithm: str,
@@ -183,8 +194,8 @@ class _Conv:
         dense = gemm or algorithm == "stem_sm90"
         alignment = 16 if dense or (algorithm == "depthwise" and last) else 1
         if dense:
-            w_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-            weight = _dense(weight, w_last or gemm, alignment)
+            w_last = gemm or (not weight.is_contiguous() and weight.is_contiguous(memory_format=_channels_last(weight)))
+            weight = _dense(weight, w_last, alignment)
         self.tensors = {
             "x": _dense(input, last, alignment),
             "w": weight,
@@ -193,13 +204,20 @@ class _Conv:
             "gates": None if gates is None else _dense(gates, False, alignment),
         }
         self.affine = affine
-        sizes = (*input.shape, weight.size(0), *weight.shape[2:], *self.y.shape[2:], *itertools.chain(*pairs))
-        self.problem = Problem(*sizes, groups, input.element_size(), last, residual is not None, allow_tf32)
-        self.operands = Operands(
-            **{name: None if t is None else t.data_ptr() for name, t in self.tensors.items()},
-            **{f"w_stride_{name}": size for name, size in zip("kcrs", weight.stride(), strict=True)},
-            affine=affine.struct,
+        extents = (input.shape[2:], weight.shape[2:], self.y.shape[2:], *windows)
+        whole = Whole(
+            *(input.dim() - 2, *input.shape[:2], weight.size(0), groups),
+            *(_Space(*extent) for extent in extents),
+            *(input.element_size(), last, residual is not None, allow_tf32),
         )
+        self.problem = Problem()
+        if not _compiled().emulated_narrow(ctypes.byref(whole), ctypes.byref(self.problem)):
+            raise RuntimeError("the algorithm does not cover this convolution")
+        self.operands = Operands(
+            **{name: None if t is None else t.data_ptr() for name, t in self.tensors.items()}, affine=affine.struct
+        )
+        sizes, strides = ((ctypes.c_int64 * weight.dim())(*numbers) for numbers in (weight.shape, weight.stride()))
+        _compiled().emulated_set_weight(ctypes.byref(self.operands), _pointer(weight), weight.dim(), sizes, strides)
 
 
 def _conv(
@@ -207,7 +225,7 @@ def _conv(
     input: Tensor,
     weight: Tensor,
     affine: _AffineTensors,
-    pairs: list[list[int]],
+    windows: list[list[int]],
     groups: int,
     residual: Tensor | None,
     epilogue: Epilogue,
@@ -217,7 +235,7 @@ def _conv(
     allow_tf32: bool,
     gates: Tensor | None = None,
 ) -> Tensor:
-    conv = _Conv(y, input, weight, affine, pairs, groups, residual, algorithm, allow_tf32, gates)
+    conv = _Conv(y, input, weight, affine, windows, groups, residual, algorithm, allow_tf32, gates)
     _call(
         capability,
         "emulated_conv",
@@ -246,11 +264,13 @@ def conv_scale_shift(
     layout: GemmSm90Layout | None = None,
     capability: int = 90,
 ) -> Tensor:
-    pairs = _pairs(input, stride, padding, dilation)
-    y = _result("conv_scale_shift", input, weight, scale, shift, *pairs, groups)
+    windows = _windows(input, stride, padding, dilation)
+    y = _result("conv_scale_shift", input, weight, scale, shift, *windows, groups)
     affine = _AffineTensors(input.dtype, weight=scale, bias=shift)
     epilogue = _epilogue(activation, negative_slope, residual_last)
-    return _conv(y, input, weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability, allow_tf32)
+    return _conv(
+        y, input, weight, affine, windows, groups, residual, epilogue, algorithm, layout, capability, allow_tf32
+    )
 
 
 def conv_bn_scale(
@@ -278,15 +298,15 @@ def conv_bn_scale(
     capability: int = 90,
     gates: Tensor | None = None,
 ) -> Tensor:
-    pairs = _pairs(input, stride, padding, dilation)
-    y = _result("conv_scale_shift", input, conv_weight, None, None, *pairs, groups)
+    windows = _windows(input, stride, padding, dilation)
+    y = _result("conv_scale_shift", input, conv_weight, None, None, *windows, groups)
     bn = dict(mean=running_mean, var=running_var, weight=weight, bias=bias, conv_bias=conv_bias)
     affine = _AffineTensors(input.dtype, scaling_factor, eps, **bn)
     epilogue = _epilogue(activation, negative_slope, residual_last)
     named = dict(allow_tf32=allow_tf32, gates=gates)
-    _conv(y, input, conv_weight, affine, pairs, groups, residual, epilogue, algorithm, layout, capability, **named)
+    _conv(y, input, conv_weight, affine, windows, groups, residual, epilogue, algorithm, layout, capability, **named)
     # The op's with_bn_strides(): extents of 1 have others.
-    arguments = (conv_weight, conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps, *pairs, groups)
+    arguments = (conv_weight, conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps, *windows, groups)
     return y.as_strided(y.shape, _result("conv_bn_scale", input, *arguments).stride())
 
 
@@ -315,11 +335,11 @@ def conv_bn_scale_train(
     layout: GemmSm90Layout | None = None,
     capability: int = 90,
 ) -> Tensor:
-    pairs = _pairs(input, stride, padding, dilation)
+    windows = _windows(input, stride, padding, dilation)
     bn = (running_mean, running_var, weight, bias)
     numbers = (scaling_factor, momentum, eps)
-    y = _result("conv_bn_scale_train", input, conv_weight, conv_bias, *bn, *numbers, *pairs, groups)
-    conv = _Conv(y, input, conv_weight, _AffineTensors(input.dtype), pairs, groups, residual, algorithm)
+    y = _result("conv_bn_scale_train", input, conv_weight, conv_bias, *bn, *numbers, *windows, groups)
+    conv = _Conv(y, input, conv_weight, _AffineTensors(input.dtype), windows, groups, residual, algorithm)
     train = Train(*(_buffer(t) for t in (*bn, conv_bias)), *numbers)
     epilogue = _epilogue(activation, negative_slope, residual_last)
     _call(
@@ -356,13 +376,15 @@ def conv_bn_wgrad(
     capability: int = 90,
 ) -> tuple[Tensor, ...]:
     """As the op ``_conv_bn_wgrad`` with everything asked for. dy has the layout that is computed in."""
-    pairs = _pairs(input, stride, padding, dilation)
+    if input.dim() != 4:
+        raise RuntimeError("the algorithm does not cover this convolution")
+    windows = _windows(input, stride, padding, dilation)
     last = not dy.is_contiguous()
     x = _dense(input, last, 4)
     channels = conv_weight.size(0)
     dw, scaled = conv_weight.clone().fill_(math.nan), conv_weight.clone().fill_(math.nan)
     dweight, dbias, dconv_bias, scale, shift = torch.full((5, channels), math.nan)
-    sizes = (*x.shape, channels, *conv_weight.shape[2:], *dy.shape[2:], *itertools.chain(*pairs))
+    sizes = (*x.shape, channels, *conv_weight.shape[2:], *dy.shape[2:], *itertools.chain(*windows))
     problem = Problem(*sizes, groups, x.element_size(), last, False, False)
     operands = Wgrad(
         *(_pointer(x).value, _pointer(dy).value, _pointer(result).value),

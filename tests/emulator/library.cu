@@ -110,6 +110,17 @@ bool emulated_gemm_sm90_fits(const Conv2d* problem, GemmSm90Layout* layout) {
   return make_plan(*layout, *problem).has_value();
 }
 
+// Whether a problem of any dimensions is one of two.
+bool emulated_narrow(const ConvProblem* whole, Conv2d* problem) {
+  const std::optional<Conv2d> narrow = narrow_to_2d(*whole);
+  *problem = narrow.value_or(Conv2d{});
+  return narrow.has_value();
+}
+void emulated_set_weight(ConvOperands* operands, const void* data, int64_t dim, const int64_t* sizes,
+                         const int64_t* strides) {
+  operands->set_weight(data, dim, sizes, strides);
+}
+
 // Of the last call.
 int emulated_launches() { return static_cast<int>(emulated::launches()); }
 

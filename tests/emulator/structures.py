@@ -17,6 +17,18 @@ class Problem(ctypes.Structure):
     ]
 
 
+class Whole(ctypes.Structure):
+    """A problem of 1 to 3 dimensions, of which the library makes the above."""
+
+    _fields_ = [
+        ("space", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in "N C K groups".split()),
+        *((name, ctypes.c_int64 * 3) for name in "input filter output stride padding dilation".split()),
+        ("element_bytes", ctypes.c_int),
+        *((name, ctypes.c_bool) for name in ("channels_last", "has_residual", "allow_tf32")),
+    ]
+
+
 class Affine(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in AFFINE),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fused_conv_bn as fcb
 from common import DTYPES, long, random_bn
+from conv_problems import channels_last
 from elementwise_problems import LAYOUTS, SHAPES, allowed, epilogue_of, errors, long_of
 from fused_conv_bn import reference
 
@@ -194,7 +195,7 @@ def check_stored_statistics(
     """A batch's statistics are those of the convolution's values as they are stored, whatever their mean is, and what is put out
     is these values' BatchNorm; the same bits each time. ``mean``: of a channel, in about as many deviations."""
     x = torch.randn(size, generator=generator).add(mean / math.sqrt(math.prod(weight_size[1:])))
-    x = x.to(device, dtype).to(memory_format=torch.channels_last)
+    x = channels_last(x.to(device, dtype))
     w = torch.rand(weight_size, generator=generator).sub(0 if mean else 0.5).to(device, dtype)
     before = state(weight_size[0], torch.float32, device, generator)
     z = covered(lambda: fcb.conv_scale_shift(x, w, None, None, *window))

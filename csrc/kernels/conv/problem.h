@@ -44,25 +44,52 @@ struct Conv2d {
 };
 
 // What the algorithms of this package take: a problem of two dimensions, with a result that is not empty.
+//
+// Where windows do not move in a dimension, nor reach further than a pixel, it and one beside it of that kind are one. In
+// channels_last the first one's pixels are then as good as images. So are 1-D convolutions, and 3-D ones that have filters of
+// 1xRxS, Tx1x1 and 1x1x1.
 inline std::optional<Conv2d> narrow_to_2d(const ConvProblem& c) {
-  if (c.space != 2 || c.N == 0) {
+  struct Dimension {
+    int64_t input = 1, filter = 1, output = 1, stride = 1, padding = 0, dilation = 1;
+
+    bool is_still() const { return filter == 1 && stride == 1 && padding == 0; }
+    // Of this one in front, both of which are still.
+    void take(const Dimension& outer) { input *= outer.input, output *= outer.output; }
+  };
+  std::array<Dimension, kMaxSpace> all;  // what is missing is in front
+  for (size_t i = 0, at = static_cast<size_t>(kMaxSpace - c.space); at < all.size(); ++i, ++at) {
+    all[at] = {c.input[i], c.filter[i], c.output[i], c.stride[i], c.padding[i], c.dilation[i]};
+  }
+  auto& [depth, rows, columns] = all;
+  int64_t images = c.N;
+  if (depth.is_still() && rows.is_still()) {
+    rows.take(depth);
+  } else if (rows.is_still() && columns.is_still()) {
+    columns.take(rows);
+    rows = depth;
+  } else if (depth.is_still() && (c.channels_last || depth.input == 1)) {
+    images *= depth.input;
+  } else {
     return std::nullopt;
   }
-  return Conv2d{.N = c.N,
+  if (images == 0) {
+    return std::nullopt;
+  }
+  return Conv2d{.N = images,
                 .C = c.C,
-                .H = c.input[0],
-                .W = c.input[1],
+                .H = rows.input,
+                .W = columns.input,
                 .K = c.K,
-                .R = c.filter[0],
-                .S = c.filter[1],
-                .P = c.output[0],
-                .Q = c.output[1],
-                .stride_h = c.stride[0],
-                .stride_w = c.stride[1],
-                .pad_h = c.padding[0],
-                .pad_w = c.padding[1],
-                .dilation_h = c.dilation[0],
-                .dilation_w = c.dilation[1],
+                .R = rows.filter,
+                .S = columns.filter,
+                .P = rows.output,
+                .Q = columns.output,
+                .stride_h = rows.stride,
+                .stride_w = columns.stride,
+                .pad_h = rows.padding,
+                .pad_w = columns.padding,
+                .dilation_h = rows.dilation,
+                .dilation_w = columns.dilation,
                 .groups = c.groups,
                 .element_bytes = c.element_bytes,
                 .channels_last = c.channels_last,
@@ -99,6 +126,14 @@ struct ConvOperands {
   const void* residual;  // nullptr: none
   void* y;
   const void* gates;  // an element for each image and channel of x, which is multiplied by it first; nullptr: none
+
+  // Of a weight of dim - 2 spatial dimensions, as narrow_to_2d() sees them.
+  void set_weight(const void* data, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+    const int64_t rows = dim == 5 && sizes[2] > 1 ? 2 : dim - 2;
+    w = data;
+    w_stride_k = strides[0], w_stride_c = strides[1];
+    w_stride_r = dim == 3 ? 0 : strides[rows], w_stride_s = strides[dim - 1];
+  }
 };
 
 // What select_plan() knows of the GPU.

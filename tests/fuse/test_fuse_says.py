@@ -30,6 +30,18 @@ def image() -> Tensor:
     return torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(4))
 
 
+class Detector(nn.Module):
+    """A value decides in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = network(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.backbone(x)
+        return self.head(y[..., :3, :3]) if float(y.sum()) < 1e9 else y
+
+
 def scripted(m: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
@@ -205,15 +217,6 @@ def test_a_part_of_a_fused_model() -> None:
 
 
 def test_a_part_of_what_is_not_captured() -> None:
-    class Detector(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone, self.head = network(), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.backbone(x)
-            return self.head(y[..., :3, :3]) if float(y.sum()) < 1e9 else y
-
     model = fcb.fuse(Detector().eval(), image())
     assert rows(model)[1] == ("backbone.0.1", "fused", "with backbone.0.0")
     assert rows(model.backbone)[1] == ("0.1", "fused", "with 0.0") and not fcb.report(model.backbone).not_captured
@@ -305,7 +308,7 @@ def test_a_first_call_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: p
     numbers = [re.sub(r"\d+\.\d s", "N s", line) for line in lines]
     assert numbers == [
         "Sequential: its forward is captured",
-        "Sequential: 2 groups captured in N s",
+        "Sequential: captured in N s, groups: 2",
         "Sequential: its first call is compared with its own forward",
         "group 1 of 2, 0.1, is compared with PyTorch's ops",
         "group 2 of 2, 2, is compared with PyTorch's ops",
@@ -318,6 +321,13 @@ def test_a_first_call_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: p
     caplog.clear()
     model(image())
     assert not caplog.records
+
+
+def test_what_is_not_captured_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fused_conv_bn")
+    fcb.fuse(Detector().eval(), image())
+    (line,) = [r.getMessage() for r in caplog.records if "not captured" in r.getMessage()]
+    assert line.startswith("Detector: not captured, its parts are when they are called: torch.fx cannot follow it: ")
 
 
 def test_an_example_is_no_more_than_compared() -> None:

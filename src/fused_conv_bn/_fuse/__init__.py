@@ -30,7 +30,8 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, freeze: bool = False, 
     Args:
         model: an nn.Module.
         example_inputs: a tensor or a tuple of arguments to call the model with now, under ``no_grad``, in the mode that
-            it is in; its buffers are left as they are. Without them the first call captures.
+            it is in; its buffers are left as they are. Anything else is its one argument, as a detector's list of
+            images. Without them the first call captures.
         freeze: makes the model a snapshot for inference on the CPU. Each part, when it is called for the first time,
             folds BatchNorms and factors into the weights and packs them for oneDNN, in float32 and bfloat16. From then
             on it does not see changes of the parameters, until :func:`thaw` or :func:`unfuse`, or until

@@ -305,7 +305,7 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
                     began = time.monotonic()
                     entry = Entry(root, own, arguments, frozen=state.frozen)
                     took = time.monotonic() - began
-                    _log.info("%s: %d groups captured in %.1f s", type(root).__name__, len(entry.groups), took)
+                    _log.info("%s: captured in %.1f s, groups: %d", type(root).__name__, took, len(entry.groups))
                     state.keep(key, entry)
                     for path in entry.called:
                         m = root.get_submodule(path)
@@ -336,6 +336,7 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
 
 def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwargs: Any) -> Any:
     """Where the root's own forward is the trouble, its children are roots."""
+    _log.info("%s: not captured, its parts are when they are called: %s", type(root).__name__, reason)
     with _lock:
         state.reason = reason
         swap_children(root, state.frozen)

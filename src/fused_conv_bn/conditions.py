@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -129,6 +130,20 @@ def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module is more than its class' forward: to hooks, a method of its own, or its compiler."""
     own = not module.__dict__.keys().isdisjoint(OWN_METHODS) or module._compiled_call_impl is not None
     return own or has_hooks(module)
+
+
+def compiled_by(module: nn.Module) -> str | None:
+    """The compiler that makes a module's calls, if one does: a class of ours would never see them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript"
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # what nobody imported has compiled nothing
+    if module._compiled_call_impl is not None or (
+        dynamo is not None
+        and isinstance(module, dynamo.OptimizedModule)
+        and not isinstance(module.dynamo_ctx, dynamo.DisableContext)
+    ):
+        return "torch.compile"
+    return None
 
 
 def methods_replaced() -> bool:

@@ -52,6 +52,7 @@ QUOTED = [
     f"{PACKAGE}/ops.py",
     f"{PACKAGE}/reference.py",
     f"{PACKAGE}/_fuse/frozen.py",
+    f"{PACKAGE}/_fuse/report.py",
     f"{PACKAGE}/_fuse/tune.py",
     "wheels/build.py",
 ]

@@ -224,6 +224,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self.leaves or is_watched(m) or is_conv(m) or is_norm(m) or isinstance(m, BnScaleModule):
             return True
+        if conditions.compiled_by(m) is not None:  # a trace would have tensors of TorchScript's in it
+            return True
         return bool(super().is_leaf_module(m, module_qualified_name))
 
     # While it traces, torch.fx has methods of its own on nn.Module, for all threads. Others are let through. They may

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -295,6 +296,29 @@ def _one_dnn(block: Block, group: Group, weight: Tensor, bias: Tensor, input_siz
         return y
 
     return run
+
+
+class Versions:
+    """Which parameters and buffers a snapshot was made from, and of which version each was. Calls do not ask."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.of = [weakref.ref(m) for m in dict.fromkeys(modules)]
+        self.seen = [(weakref.ref(t), _version(t)) for t in self._tensors()]
+
+    def have_changed(self) -> bool:
+        """Whether one was replaced, or written to by an op that autograd sees: ``.data`` has a counter of its own."""
+        now = self._tensors()
+        if len(now) != len(self.seen):
+            return True
+        return any(ref() is not t or version != _version(t) for (ref, version), t in zip(self.seen, now, strict=True))
+
+    def _tensors(self) -> list[Tensor]:
+        modules = [m for ref in self.of if (m := ref()) is not None]
+        return [t for m in modules for d in (m._parameters, m._buffers) for t in d.values() if t is not None]
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version  # inference tensors have none
 
 
 # ---- calls of a frozen root ------------------------------------------------------------------------------------------

@@ -96,11 +96,12 @@ class Guard:
         )
 
     def is_attached(self) -> bool:
-        """Whether the modules are still in the places that the capture knows them by."""
-        return all(modules.get(name) is m for modules, name, m in self.bindings) and all(
+        """Whether the modules are still in the places that the capture knows them by, and hooks where it has them."""
+        places = all(modules.get(name) is m for modules, name, m in self.bindings) and all(
             a.keys() == b.keys() and all(a[k] is b[k] for k in a)
             for a, b in zip(self.parents, self.children, strict=True)
         )
+        return places and not any(map(is_watched, self.watched)) and all(map(is_watched, self.seen))
 
     def _stamp(self, root: nn.Module) -> list[Any]:
         """What changes with anything that :meth:`holds_but_for_tensors` looks at, or nearly: a hook has its number from
@@ -123,9 +124,7 @@ class Guard:
         """The same one by one, whatever class the tensors have."""
         if not self.is_attached() or list(map(type, self.watched)) != self.types:
             return False
-        if [m.training for m in self.watched] != self.modes or any(map(is_watched, self.watched)):
-            return False
-        if not all(map(is_watched, self.seen)):
+        if [m.training for m in self.watched] != self.modes:
             return False
         if [_baked(m) for m in (root, *self.watched)] != self.names or self._missing() != self.missing:
             return False

@@ -12,7 +12,9 @@ import copy
 import copyreg
 import functools
 import inspect
+import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -24,15 +26,15 @@ from torch.autograd.profiler import record_function
 
 from .. import conditions
 from .._block import BnScaleModule
-from .._conv import tf32_is_on
 from ..conditions import is_watched
 from . import pools
 from .blocks import block_of
 from .capture import Arguments, Refused, capture, is_compared
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .channels_last import give_back, inside_of
+from .difference import difference_of
 from .exported import run_exported
-from .frozen import frozen_call, refuse_training, run_frozen
+from .frozen import Versions, frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
 from .layers import is_conv, is_norm
 from .patterns import Group, Matcher
@@ -41,13 +43,16 @@ from .words import ModuleWords
 _MOST_KINDS = 32
 """Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""
 _lock = threading.RLock()
+_log = logging.getLogger("fused_conv_bn")
+_SECONDS = 3.0
+"""Between two lines of the log about one comparison."""
+_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""All of them: a module does not know what it is in."""
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _profiler_enabled = torch.autograd._profiler_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-TF32_TOLERANCE = 5e-3
 
 
 Block = Callable[..., Tensor]
@@ -130,11 +135,15 @@ class Entry:
         self.thaw()
         self.graph: fx.Graph | None = None  # of a snapshot, until its groups are chains
         self.links: dict[fx.Node, Link] = {}
+        self.versions: Versions | None = None
         if frozen:
             self.frozen = True
             self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
             self.graph, self.links = graph, links_of(graph, words)
             silent |= {m for n in self.links if n.op == "call_module" and (m := module(n))}
+            packed = [m for b in self.blocks for m in (b.conv, b.bn)]
+            packed += [link.linear for link in self.links.values()]
+            self.versions = Versions(m for m in packed if m is not None)
         of_functions = {paths[bn] for g, bn in zip(self.groups, norms, strict=True) if bn is not None and g.function}
         gone_through = {*self.called, *of_functions, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
         # Of what is neither called nor gone into a forward reads attributes.
@@ -150,6 +159,7 @@ class Entry:
     def thaw(self) -> None:
         """Live blocks: each reads the parameters of its modules when it is called."""
         self.frozen = False
+        self.versions = None
         self.run = self.run_groups
         firsts = [g.residual_first for g in self.groups]
         self.full = [_placed(b.forward, first) for b, first in zip(self.blocks, firsts, strict=True)]
@@ -178,7 +188,7 @@ class Entry:
             return
         with undisturbed(root), _lock:
             may_change = needs_nothing and state.calls == 1
-            self.inside.decide(root, self, arguments.copies(), expected, state.changed, may_change, _difference)
+            self.inside.decide(root, self, arguments.copies(), expected, state.changed, may_change, difference_of)
 
     def chain(self) -> None:
         """Behind the first call of a snapshot: consecutive groups become one op."""
@@ -291,7 +301,11 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
                     state.captures += 1
                     if state.captures > _MOST_KINDS:
                         raise Refused(f"it was called in {_MOST_KINDS} ways already")
+                    _log.info("%s: its forward is captured", type(root).__name__)
+                    began = time.monotonic()
                     entry = Entry(root, own, arguments, frozen=state.frozen)
+                    took = time.monotonic() - began
+                    _log.info("%s: captured in %.1f s, groups: %d", type(root).__name__, took, len(entry.groups))
                     state.keep(key, entry)
                     for path in entry.called:
                         m = root.get_submodule(path)
@@ -322,6 +336,7 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
 
 def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwargs: Any) -> Any:
     """Where the root's own forward is the trouble, its children are roots."""
+    _log.info("%s: not captured, its parts are when they are called: %s", type(root).__name__, reason)
     with _lock:
         state.reason = reason
         swap_children(root, state.frozen)
@@ -343,10 +358,14 @@ class _Compared:
         self.entry = entry
         self.problem: str | None = None
         self.broadcast: set[str] = set()
+        self.said = time.monotonic()
         self.calls: list[Block] = [functools.partial(self._call, i) for i in range(len(entry.blocks))]
 
     def _call(self, index: int, x: Any, residual: Tensor | None = None) -> Tensor:
         group, block = self.entry.groups[index], self.entry.blocks[index]
+        if (now := time.monotonic()) - self.said > _SECONDS:
+            self.said = now
+            _log.info("group %d of %d, %s, is compared with PyTorch's ops", index + 1, len(self.calls), group.name)
         expected = block.plain(x, residual)
         if not block.takes(x, residual):
             self.broadcast.add(group.key)
@@ -355,12 +374,23 @@ class _Compared:
             self.broadcast.add(group.adds)
             return expected
         got = self.entry.quick[index](x, residual)
-        difference = _difference(got, expected)
+        difference = difference_of(got, expected)
         if difference is not None and self.problem is None:
             self.problem = f"the op for {group.name} gave {difference}"
         if (algorithm := block.algorithm(x, residual)) is not None:
             self.entry.algorithms[str(group.conv.target)] = algorithm  # type: ignore[union-attr]
         return expected if got.stride() == expected.stride() else torch.empty_like(got).copy_(expected)
+
+
+def call_once(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Calls a model for what its first call does. A comparison has run it already, and nobody reads the result."""
+    before = getattr(_own_ways, "example", None)
+    _own_ways.example = model
+    try:
+        with undisturbed(model):
+            model(*args)
+    finally:
+        _own_ways.example = before
 
 
 @contextlib.contextmanager
@@ -397,14 +427,16 @@ def _checked(
     """The first evaluation call: both ways, compared. A mismatch drops the capture."""
 
     given, others = arguments.copies(), arguments.copies()
+    began = time.monotonic()
+    _log.info("%s: its first call is compared with its own forward", type(root).__name__)
     with undisturbed(root), _in_its_own_way(entry.inlined):
         expected = arguments.call(own, root, given)
     while True:
         compared = _Compared(entry)
         try:
             with undisturbed(root):
-                difference = _difference(entry.run_groups(root, compared.calls, *others), expected)
-                if difference is None and (difference := _difference(others, given)) is not None:
+                difference = difference_of(entry.run_groups(root, compared.calls, *others), expected)
+                if difference is None and (difference := difference_of(others, given)) is not None:
                     difference = f"in an argument, {difference}"
         except Exception as error:
             difference = f"{type(error).__name__}: {error}"
@@ -416,12 +448,15 @@ def _checked(
             others = arguments.copies()
             entry = Entry(root, own, arguments, entry.broadcast | compared.broadcast, entry.frozen)
             state.keep(key, entry)
+    _log.info("%s: compared in %.1f s", type(root).__name__, time.monotonic() - began)
     problem = compared.problem
     if problem is None and difference is not None:
         problem = f"its graph gave another result than its forward: {difference}"
     if problem is None:
         entry.unchecked = False
         entry.look_inside(root, state, arguments, expected)
+        if root is getattr(_own_ways, "example", None):
+            return expected
         return entry.call(root, entry.full, [*arguments.tensors.values()])
     if entry.frozen:  # what cannot be frozen may be fused: a model that reads the strides of a result, say
         entry.thaw()
@@ -430,42 +465,6 @@ def _checked(
     state.refused[key] = problem
     state.entries.pop(key, None)
     return own(root, *args, **kwargs)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
-
-
-def _difference(got: Any, expected: Any) -> str | None:
-    mine, theirs = _tensors(got), _tensors(expected)
-    if len(mine) != len(theirs):
-        return f"{len(mine)} tensors for {len(theirs)}"
-    for a, b in zip(mine, theirs, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{list(a.shape)} {a.dtype} for {list(b.shape)} {b.dtype}"
-        if not a.dtype.is_floating_point:
-            if not torch.equal(a, b):
-                return "other integers"
-            continue
-        if a.numel() == 0:
-            continue
-        is_tf32 = a.is_cuda and a.dtype == torch.float32 and tf32_is_on()
-        tolerance = TF32_TOLERANCE if is_tf32 else TOLERANCES.get(a.dtype, 1e-4)
-        # What is less than the least normal number has few bits, or none.
-        least = torch.finfo(a.dtype).smallest_normal
-        wide = torch.promote_types(a.dtype, torch.float32)
-        a, b = a.detach().to(wide), b.detach().to(wide)
-        largest, off = b.abs().max(), (a - b).abs().max()
-        if not torch.isfinite(largest + off):
-            finite = torch.isfinite(b)
-            if not torch.equal(torch.isfinite(a), finite):
-                return "other values that are Inf or NaN"
-            zero = b.new_zeros(())
-            largest, off = (torch.where(finite, t, zero).abs().max() for t in (b, a - b))
-        error = float(off / largest.clamp(min=max(1e-30, least)))
-        if error > tolerance:
-            return f"a relative error of {error:.1e}"
-    return None
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------
@@ -503,8 +502,16 @@ def fused_class(of: type[nn.Module]) -> type[nn.Module]:
                 twin.__dict__[STATE].changed |= self.__dict__[STATE].changed
             return twin
 
+        def load(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            # Of each module that load_state_dict() comes to. Its children follow, and no call before they have.
+            of._load_from_state_dict(self, *args, **kwargs)
+            with _lock:
+                if (state := self.__dict__.get(STATE)) is not None and state.frozen:
+                    state.freeze(True)
+
         own = {
             "forward": forward,
+            "_load_from_state_dict": load,
             "__reduce_ex__": reduce,
             "__module__": of.__module__,
             "__qualname__": of.__qualname__,
@@ -527,6 +534,14 @@ def is_root(m: nn.Module) -> bool:
     return STATE in m.__dict__
 
 
+def around(m: nn.Module) -> tuple[nn.Module, str] | None:
+    """The outermost root that a module is in, and its path there."""
+    with _lock:
+        roots = list(_roots)
+    found = [(root, path) for root in roots if root is not m for path, part in root.named_modules() if part is m]
+    return max(found, key=lambda f: f[1].count("."), default=None)
+
+
 def swap(m: nn.Module, frozen: bool = False) -> None:
     """Makes a module a root. Nothing is captured before it is called."""
     with _lock:
@@ -536,7 +551,7 @@ def swap(m: nn.Module, frozen: bool = False) -> None:
 def _swap(m: nn.Module, frozen: bool) -> None:
     if (graphs := m.__dict__.get("_graphs")) is not None:  # fcb.graphed's module: the one in it
         m = graphs.model
-    if is_root(m) or "forward" in m.__dict__ or isinstance(m, (BnScaleModule, torch.jit.ScriptModule)):
+    if is_root(m) or "forward" in m.__dict__ or isinstance(m, BnScaleModule) or conditions.compiled_by(m):
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:
         return
@@ -549,10 +564,13 @@ def _swap(m: nn.Module, frozen: bool) -> None:
     m.__dict__[STATE] = state = State(m)
     state.frozen = frozen
     m.__class__ = fused
+    _roots.add(m)
 
 
 def swap_children(m: nn.Module, frozen: bool = False) -> None:
     """Those that are called: containers that are not (nn.ModuleList) have children of their own."""
+    if conditions.compiled_by(m):
+        return
     for child in m.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             swap_children(child, frozen)
@@ -575,4 +593,5 @@ def restore(m: nn.Module) -> None:
     if is_root(m):
         if "_fused_conv_bn_class" in type(m).__dict__:
             m.__class__ = type(m)._fused_conv_bn_class  # type: ignore[attr-defined]
+        _roots.discard(m)
         give_back(m, m.__dict__.pop(STATE).changed)

@@ -63,6 +63,7 @@ REASONS = {
     "mismatch": "{}",
     "no call": "no captured call reaches it",
     "pending": "what it is in was not called yet",
+    "again": "a hook or a module came or went, and what it is in was not called since",
     "not fused": "fuse(model) was not called",
 }
 """Why a convolution or a BatchNorm is in no group: all kinds of reasons that a report gives."""

@@ -209,6 +209,9 @@ def test_all_ways_to_a_convolution_are_seen(quick: None) -> None:
                 block(x)
             block(x.to(memory_format=torch.channels_last))
             fcb.conv_scale_shift(x[..., 0], w[..., 0], None, None)
+            fcb.conv_scale_shift(
+                x[..., None].expand(-1, -1, -1, -1, 3), w[..., None].expand(-1, -1, -1, -1, 3), None, None
+            )
             return y
 
     cases = tuning.cases_of(All(), (X,))
@@ -217,6 +220,7 @@ def test_all_ways_to_a_convolution_are_seen(quick: None) -> None:
         ("2x3x40x60 float32 8 of 3x3", 2, 1),
         ("residual", 1, 1),
         ("training", 3, 3),
+        ("2x3x40 float32 8 of 3", 1, 1),
     ]
     for case in cases:
         tuning.measure(case)
@@ -367,6 +371,31 @@ def test_an_unknown_name_leaves_the_rule() -> None:
     _, problem, _ = OPS._candidates(x, w)
     _choices.add("cpu", {tuple(problem): "fastest"})
     assert fcb.explain(x, w) == "direct_cpu"
+
+
+@needs_vectors
+@pytest.mark.parametrize(
+    "x, w, window",
+    [
+        ((2, 3, 400), (16, 3, 7), (1, 3)),
+        ((2, 3, 5, 6, 40), (16, 3, 1, 1, 3), (1, (0, 0, 1))),
+        ((2, 3, 5, 4, 40), (16, 3, 3, 1, 1), (1, (1, 0, 0))),
+        ((2, 3, 1, 9, 40), (16, 3, 1, 3, 3), (1, (0, 1, 1))),
+        ((2, 3, 5, 4, 40), (16, 3, 1, 1, 1), (1, 0)),
+    ],
+)
+def test_other_dimensions_take_what_was_measured(x: Any, w: Any, window: Any) -> None:
+    """And nothing by rule: those were measured in two dimensions."""
+    x, w = torch.randn(x), torch.randn(w)
+    expected = fcb.conv_scale_shift(x.double(), w.double(), None, None, *window)
+    assert fcb.explain(x, w, *window) == "aten"
+    windows = [[v] * (x.dim() - 2) if isinstance(v, int) else list(v) for v in window]
+    _, problem, names = OPS._candidates(x, w, *windows)
+    assert names == "direct_cpu,aten"
+    with _choices.trial("cpu", tuple(problem), "direct_cpu"):
+        assert fcb.explain(x, w, *window) == "direct_cpu, tuned"
+        got = fcb.conv_scale_shift(x, w, None, None, *window)
+    torch.testing.assert_close(got, expected.float())
 
 
 @needs_vectors

@@ -6,7 +6,9 @@ There are two kinds. In :class:`InOneOp` an op computes the layer too, as it doe
 
 from __future__ import annotations
 
+import inspect
 import numbers
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -54,6 +56,16 @@ class BnScaleModule(nn.Module):
     bn: Any
     negative_slope: float = 0.01
     residual_last: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class that stands for a pair has methods of its own name, which Python's messages about arguments begin
+        with."""
+        super().__init_subclass__(**kwargs)
+        for name in ("__init__", "forward", "from_modules") if "_pair" in cls.__dict__ else ():
+            if name not in cls.__dict__:
+                method = inspect.getattr_static(cls, name)
+                own = _renamed(getattr(method, "__func__", method), f"{cls.__qualname__}.{name}", cls.__module__)
+                setattr(cls, name, classmethod(own) if isinstance(method, classmethod) else own)
 
     @classmethod
     def from_modules(
@@ -492,6 +504,16 @@ class BehindTheLayer(BnScaleModule):
         if z.dim() in conditions.DIMENSIONS_OF_NORM[type(bn)] and not z.is_nested:
             y = self._fused(z, residual, bn, (None, None, *found[2:]), NO_WINDOW, z.dtype)
         return self._epilogue_plain(bn(z), residual) if y is None else y
+
+
+def _renamed(function: Any, qualified: str, module: str) -> Any:
+    """The same code, by another name."""
+    own = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
+    own.__doc__, own.__module__, own.__qualname__ = function.__doc__, module, qualified
+    return own
 
 
 def _check_scaling_factor(op: str, factor: Any) -> None:

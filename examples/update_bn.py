@@ -1,8 +1,8 @@
 """Re-estimates BatchNorm's running statistics over a data set, with torch.optim.swa_utils.update_bn, unchanged.
 
 That is what averaged weights (SWA, EMA), domain adaptation and calibration need: forward passes in training mode
-without a gradient, which is where ConvBnScale2d runs its fused op. The data are crops of a picture that is drawn here, so
-that nothing is downloaded, and nothing has to be installed.
+without a gradient, which is where ConvBnScale2d runs its fused op. The data are crops of a picture that is drawn here:
+nothing is downloaded, and nothing has to be installed.
 
     python examples/update_bn.py
 """
@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset
 
 import fused_conv_bn as fcb
+from fused_conv_bn._count import counted
 from fused_conv_bn._progress import part
 
 
@@ -86,7 +87,7 @@ def run(count: int = 512, size: int = 64, batch: int = 64) -> float:
             if device == "cuda":
                 torch.cuda.synchronize()
             elapsed_ms = (time.perf_counter() - start) * 1e3
-        print(f"{name}: {count} crops in {elapsed_ms:.0f} ms on {device}", flush=True)
+        print(f"{name}: {counted(count, 'crop')} in {elapsed_ms:.0f} ms on {device}", flush=True)
         models.append(averaged)
     difference = 0.0
     for (name, old), new in zip(models[0].named_buffers(), models[1].buffers(), strict=True):

@@ -15,6 +15,7 @@ import fused_conv_bn as fcb
 
 from ._cli import UsageError, why_not_writable
 from ._cli_model import load
+from ._count import counted
 from ._demo import why_no_gpu
 from ._model_times import LARGE, Case, Record, measure
 from ._progress import part
@@ -154,8 +155,7 @@ def title(record: Record) -> str:
     inputs = ", ".join(map(_shape, record["inputs"]))
     layout = ", channels_last" if record["channels_last"] else ""
     mode = "training steps" if record["mode"] == "train" else "eval"
-    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
-    device = f"CPU, {threads}" if record["device"] == "CPU" else record["device"]
+    device = f"CPU, {counted(record['threads'], 'thread')}" if record["device"] == "CPU" else record["device"]
     return f"{record['model']} on {inputs}, {record['dtype']}{layout}, {mode}, {device}"
 
 
@@ -173,7 +173,8 @@ def text(record: Record) -> str:
     name = f"copy of {copy['bytes'] >> 20} MB, {copy['gb_per_s']:,.0f} GB/s"
     rows.append((name, _us(copy["median_us"]), "", ""))
     parts = [
-        f"{title(record)}\nMedians of {record['rounds']} rounds; errors are those against {against} results, {what}.",
+        f"{title(record)}\nMedians of {counted(record['rounds'], 'round')}; errors are those against {against} results, "
+        f"{what}.",
         table(rows, numbers_from=1),
     ]
     if problems := [f"{v['name']} was not timed: {v['problem']}" for v in variants if v["problem"] is not None]:
@@ -193,9 +194,11 @@ def _groups_head(record: Record) -> str:
     groups = record["groups"]
     fused, plain = (sum(g[name] * g["calls"] for g in groups) for name in ("fused_us", "pytorch_us"))
     counts = ", ".join(f"{n} {kind}" for kind, n in record["report"].items())
-    shown = f"the {SLOWEST} slowest of {len(groups)} groups" if len(groups) > SLOWEST else f"{len(groups)} groups"
+    shown = counted(len(groups), "group")
+    if len(groups) > SLOWEST:
+        shown = f"the {SLOWEST} slowest of {shown}"
     return (
-        f"Convolutions and BatchNorms: {counts}. Here {shown}, by themselves.\n"
+        f"Convolutions and BatchNorms: {counts}. Here {shown}, each by itself.\n"
         f"All groups together: {_us(fused)} as fused ops, {_us(plain)} by PyTorch's ops."
     )
 

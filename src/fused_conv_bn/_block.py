@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 
 from . import _activations, _sync, autograd, conditions, ops
 from ._conv import NO_WINDOW, Window, allows_tf32, autocast_dtype
+from ._count import counted
 from ._dispatch import check_tensor, keywords
 from ._scriptable import Scriptable, ScriptableConv
 from .conditions import DTENSORS, PLAIN_TENSORS, Pair, operands, why_norm_refused, why_refused
@@ -547,5 +548,6 @@ def _check_modules(pair: Pair, layer: Any, bn: Any) -> None:
         return  # a linear layer's channels are the last dimension, and BatchNorm's the second; lazy ones come later
     if layer.out_channels != bn.num_features:
         raise ValueError(
-            f"from_modules: bn has {bn.num_features} features, expected {layer.out_channels}, {name}'s out_channels"
+            f"from_modules: bn has {counted(bn.num_features, 'feature')}, expected {layer.out_channels}, {name}'s "
+            f"out_channels"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ConvBnScale2d, _loader, bn_scale
 from ._cli import UsageError
+from ._count import counted
 from ._progress import part, progress
 from ._stopwatch import time_us
 from ._table import table
@@ -88,7 +89,7 @@ def demo(args: argparse.Namespace) -> int:
         batch = 128 if torch.cuda.mem_get_info()[0] > 6e9 else 16
         where = torch.cuda.get_device_name()
     else:
-        where = f"CPU, {torch.get_num_threads()} threads"
+        where = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     x = torch.randn(batch, 8, 128, 128, device=device)
     y = model.conv(x)
     bn, factor = model.bn, model.scaling_factor

@@ -25,6 +25,7 @@ from torch.autograd.profiler import record_function
 from .. import conditions
 from .._block import BnScaleModule
 from .._conv import tf32_is_on
+from .._count import counted
 from ..conditions import is_watched
 from . import pools
 from .blocks import block_of
@@ -439,7 +440,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _difference(got: Any, expected: Any) -> str | None:
     mine, theirs = _tensors(got), _tensors(expected)
     if len(mine) != len(theirs):
-        return f"{len(mine)} tensors for {len(theirs)}"
+        return f"{counted(len(mine), 'tensor')} for {len(theirs)}"
     for a, b in zip(mine, theirs, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"{list(a.shape)} {a.dtype} for {list(b.shape)} {b.dtype}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def bench(args: argparse.Namespace) -> int:
         case = case_of(args)
         with torch.set_grad_enabled(args.train):
             record = {**described(args), **measure(case, args.rounds)}
+    if why := record["processors"]["disturbed"]:
+        print(f"bench: {why}", file=sys.stderr)
     print(text(record))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -147,6 +150,10 @@ def _us(value: float) -> str:
     return f"{value:,.0f} us" if value >= 100 else f"{value:.1f} us"
 
 
+def _percent(spread: float | None) -> str:
+    return "" if spread is None else f"{spread:.0%}"
+
+
 def _shape(sizes: list[int]) -> str:
     return "x".join(map(str, sizes))
 
@@ -163,18 +170,19 @@ def text(record: Record) -> str:
     copy, variants, groups = record["copy"], record["variants"], record["groups"]
     what = "of all gradients together" if record["mode"] == "train" else "the largest one over the largest result"
     against = "eager's" if record["errors against"] == "eager" else record["errors against"]
-    rows = [("", "median", "speed-up", "error")]
+    rows = [("", "median", "spread", "speed-up", "error")]
     for v in variants:
         error = "" if v["error"] is None else f"{v['error']:.1e}"
         if v["problem"] is None:
-            rows.append((v["name"], _us(v["median_us"]), f"{v['speed-up']:.2f}x", error))
+            times = _us(v["median_us"]), _percent(v["spread"]), f"{v['speed-up']:.2f}x"
+            rows.append((v["name"], *times, error))
         else:
-            rows.append((v["name"], "not timed", "", error))
+            rows.append((v["name"], "not timed", "", "", error))
     name = f"copy of {copy['bytes'] >> 20} MB, {copy['gb_per_s']:,.0f} GB/s"
-    rows.append((name, _us(copy["median_us"]), "", ""))
+    rows.append((name, _us(copy["median_us"]), _percent(copy["spread"]), "", ""))
     parts = [
-        f"{title(record)}\nMedians of {counted(record['rounds'], 'round')}; errors are those against {against} results, "
-        f"{what}.",
+        f"{title(record)}\nMedians of {counted(record['rounds'], 'round')}; spread: the distance of the quartiles.\n"
+        f"Errors are those against {against} results, {what}.",
         table(rows, numbers_from=1),
     ]
     if problems := [f"{v['name']} was not timed: {v['problem']}" for v in variants if v["problem"] is not None]:
@@ -204,9 +212,9 @@ def _groups_head(record: Record) -> str:
 
 
 def _group_rows(groups: list[Record]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("group", "ops", "input", "calls", "fused", "PyTorch's", "speed-up")]
+    rows: list[tuple[str, ...]] = [("group", "ops", "input", "calls", "fused", "PyTorch's", "spread", "speed-up")]
     for g in groups:
-        times = _us(g["fused_us"]), _us(g["pytorch_us"]), f"{g['speed-up']:.2f}x"
+        times = _us(g["fused_us"]), _us(g["pytorch_us"]), _percent(g["spread"]), f"{g['speed-up']:.2f}x"
         rows.append((g["group"], g["ops"], _shape(g["shape"]), str(g["calls"]), *times))
     return rows
 

@@ -93,7 +93,7 @@ LISTED = [command for commands in NOT_RUN.values() for command in commands]
 OURS = "python -m fused_conv_bn "
 REQUIRED = int(os.environ.get("FUSED_CONV_BN_REQUIRE_MODELS") or 0)
 
-ADDED = {"bench": "--rounds 1 --device cpu", "demo": "--device cpu", "tune": "--device cpu", "info": ""}
+ADDED = {"bench": "--rounds 2 --device cpu", "demo": "--device cpu", "tune": "--device cpu", "info": ""}
 """So that each command takes seconds, and prints what the documents show: what a CPU does."""
 
 FILES = {

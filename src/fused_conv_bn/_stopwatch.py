@@ -94,6 +94,9 @@ class Processors:
         self.threads = 1 if on_cuda else torch.get_num_threads()
         self.used = self.wanted = 0.0  # seconds of processors
 
+    def plus(self, other: Processors) -> None:
+        self.used, self.wanted = self.used + other.used, self.wanted + other.wanted
+
     def look(self) -> None:
         elements = self.threads * GRAIN if self.threads > 1 else GRAIN // 2
         x = torch.full((elements,), 0.5, dtype=torch.float32, device="cpu")
@@ -108,9 +111,13 @@ class Processors:
         """Of the time of all threads."""
         return min(1.0, self.used / self.wanted) if self.wanted else 1.0
 
+    @property
+    def is_disturbed(self) -> bool:
+        return self.share < ENOUGH
+
     def why_disturbed(self, again: str = "run it again") -> str:
         """One sentence, or nothing. ``again``: what measures once more."""
-        if self.share >= ENOUGH:
+        if not self.is_disturbed:
             return ""
         threads, there = counted(self.threads, "thread"), len(os.sched_getaffinity(0))
         if self.threads > there:

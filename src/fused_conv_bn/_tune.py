@@ -54,7 +54,7 @@ def tune(args: argparse.Namespace) -> int:
         print("\nspread: the largest one of the row's times, " + SPREADS[of.on_cuda])
     if any(not case.is_decided for case in cases):
         print(
-            "undecided: another algorithm may be faster, by less than its times vary. The rule's runs; nothing is kept."
+            "undecided: times vary by more than they differ, or other programs ran. The rule's runs; nothing is kept."
         )
     if any(case.times and case.is_decided for case in cases):
         print(f"Kept in {_choices.path()}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_conv_bn import __main__, _choices, _model_times, _stopwatch
+from fused_conv_bn import __main__, _choices, _model_times, _stopwatch, fuse
 from fused_conv_bn._fuse import tune as tuning
 from fused_conv_bn._stopwatch import Figure, Processors
 
@@ -56,6 +56,7 @@ def test_what_is_undecided_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The rule's runs, the next time it is measured again, and what was known before stays."""
+    monkeypatch.setattr(Processors, "look", lambda self: None)
     figures = {"direct_cpu": Figure(80.0, 80.0, 130.0), "aten": Figure(100.0, 100.0, 160.0)}
     monkeypatch.setattr(tuning._Measured, "times", lambda self, names: figures)
     (tmp_path / "one_layer.py").write_text(
@@ -74,6 +75,30 @@ def test_what_is_undecided_is_not_kept(
     assert __main__.main([*command, "--again"]) == 0
     assert capsys.readouterr().out.splitlines()[1].endswith(" aten     direct_cpu, undecided")
     assert list(_choices.known("cpu").values()) == ["direct_cpu"]
+
+
+@needs_vectors
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("disturbed", ["before", "after", ""])
+def test_what_threads_took_beside_other_programs_is_not_kept(
+    disturbed: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However clear it looks: several threads wait for one, by one algorithm longer than by another."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    figures = {"direct_cpu": Figure(80.0, 80.0, 81.0), "aten": Figure(100.0, 100.0, 101.0)}
+    shares = iter([0.7 if disturbed == when else 1.0 for when in ("before", "after")])
+
+    def look(self: Processors) -> None:
+        self.used, self.wanted = self.used + next(shares), self.wanted + 1.0
+
+    monkeypatch.setattr(tuning._Measured, "times", lambda self, names: figures)
+    monkeypatch.setattr(Processors, "look", look)
+    seen = Processors()
+    (case,) = tuning.tune_cases(fuse(pair().eval()), (torch.randn(2, 3, 40, 40),), processors=seen)
+    is_kept = not disturbed or threads == 1
+    assert list(_choices.known("cpu").values()) == (["direct_cpu"] if is_kept else [])
+    assert case.is_decided == is_kept and case.choice == ("direct_cpu" if is_kept else "aten")
+    assert seen.share == pytest.approx(0.85 if disturbed else 1.0)
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])

@@ -127,7 +127,8 @@ class Case:
     rule: str = ""
     choice: str = ""
     is_decided: bool = True
-    """Or another algorithm may be faster, by less than its times vary: the rule's choice stays, and is not kept."""
+    """Or another algorithm may be faster, by less than its times vary, or other programs were in the way: the rule's
+    choice stays, and is not kept."""
 
     def text(self) -> str:
         call = next(iter(self.calls))
@@ -321,7 +322,7 @@ def tune_cases(
 ) -> list[Case]:
     """Measures what a call of the model has a choice for, and adds it to what is known. Returns all cases.
 
-    again: also what is known already. processors: are looked at before each measurement.
+    again: also what is known already. processors: gets what is seen before and after each measurement.
 
     Raises:
         NamedAlgorithmError: an algorithm is named in the environment, which comes before every choice.
@@ -336,10 +337,17 @@ def tune_cases(
     try:
         with _measuring, part("tune", len(todo), of_command=False) as own:
             for case in todo:
-                if processors is not None:
-                    processors.look()
+                seen = Processors(case.device != _choices.CPU)
+                seen.look()
                 with contextlib.suppress(torch.OutOfMemoryError):
                     measure(case)
+                seen.look()
+                # Threads wait for one that has no processor, by some algorithms longer than by others. One thread's
+                # least time is that of a call that had a processor.
+                if seen.is_disturbed and seen.threads > 1 and case.choice:
+                    case.choice, case.is_decided = case.rule, False
+                if processors is not None:
+                    processors.plus(seen)
                 own.advance(case.text())
     finally:  # what was measured before an interruption counts
         for device in {case.device for case in todo}:

@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from fused_conv_bn._count import counted
+
 from . import record
 from .bn_scale import PROBLEM_73
 from .record import Report, Row
@@ -65,12 +67,13 @@ def times(row: Row) -> dict[str, float]:
 
 def origin(report: Report) -> str:
     device, versions, validation = report["device"], report["versions"], report["validation"]
-    where = f"{device['name']}, {device['threads']} threads"
+    where = f"{device['name']}, {counted(device['threads'], 'thread')}"
     if device["kind"] == "cuda":
         where = f"{device['name']}, driver {versions['driver']}, CUDA {versions['cuda']}, cuDNN {versions['cudnn']}"
     commit = (report["commit"] or "unknown")[:7]
     nearest = validation["nearest"]
-    checks = f"{validation['count']} checks of accuracy, the nearest at {nearest['ours'] / nearest['limit']:.2f} of its"
+    checks = counted(validation["count"], "check")
+    checks += f" of accuracy, the nearest at {nearest['ours'] / nearest['limit']:.2f} of its"
     return f"({where}; torch {versions['torch']}; commit {commit}, {report['date'][:10]}; {checks} limit)"
 
 
@@ -152,7 +155,8 @@ def algorithms(report: Report) -> str:
     named = ", ".join(f"{count} `{name}`" for name, count in counts)
     factor = 1 / slowest(report["conv"])
     return (
-        f"Of {len(report['conv'])} layers none takes more than {factor:.3f} times the better one of eager and\n"
+        f"Of {counted(len(report['conv']), 'layer')} none takes more than {factor:.3f} times the better one of eager "
+        f"and\n"
         f"PyTorch's convolution with one pass behind it. They ran as {named}."
     )
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fused_conv_bn._count import counted
+
 from .common import LAYOUTS, SCALING_FACTOR, dtype_name
 
 Extent = int | tuple[int, int]  # the same in height and width, or of each
@@ -65,7 +67,7 @@ class Layer:
         what = f"{self.inputs}->{self.outputs}"
         if self.groups > 1:
             depthwise = self.groups == self.inputs == self.outputs
-            what = f"{self.outputs} depthwise" if depthwise else f"{what} in {self.groups} groups"
+            what = f"{self.outputs} depthwise" if depthwise else f"{what} in {counted(self.groups, 'group')}"
         height, width = pair(self.kernel)
         behind = [*(["add"] if self.residual else []), *([self.activation] if self.activation != "none" else [])]
         return " ".join([f"{height}x{width}{stride} {what} {self.side}x{self.side}", *behind])

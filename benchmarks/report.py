@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fused_conv_bn._count import counted
 from fused_conv_bn._table import table as columns
 
 from .record import Report, Row
@@ -43,12 +44,13 @@ def cells(row: Row) -> list[str]:
 
 def print_head(report: Report) -> None:
     device, versions, checks = report["device"], report["versions"], report["validation"]
-    where = device["name"] if device["kind"] == "cuda" else f"{device['name']}, {device['threads']} threads"
+    where = device["name"] if device["kind"] == "cuda" else f"{device['name']}, {counted(device['threads'], 'thread')}"
     print(f"{where}; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     commit = f"{report['commit'] or 'unknown'}{' with changes' if report['dirty'] else ''}"
     print(f"commit {commit}, {report['date']}, {report['seconds']:.0f} s\n")
     if nearest := checks["nearest"]:
-        print(f"accuracy: {checks['count']} checks, each within max(2 * eager's error, rounding); the nearest to that:")
+        count = counted(checks["count"], "check")
+        print(f"accuracy: {count}, each within max(2 * eager's error, rounding); the nearest to that:")
         errors = f"ours {nearest['ours']:.2g}, eager {nearest['eager']:.2g}, limit {nearest['limit']:.2g}"
         print(f"{nearest['case']}: {errors}\n")
 

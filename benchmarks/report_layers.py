@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fused_conv_bn._count import counted
+
 from .record import Report, Row
 from .report import Table, table
 from .report_conv import SLOWER, floor_us, geomean, mean_ratio, ratio, us
@@ -86,7 +88,8 @@ def slower(report: Report) -> str:
     if not rows:
         return f"No layer was measured.{left_out}"
     count, largest = sum(times_best(row) > SLOWER for row in rows), max(rows, key=times_best)
-    found = f"{count} of {len(rows)} rows take more than {SLOWER} times the best rival's time; the largest factor is "
+    found = f"{count} of {counted(len(rows), 'row')} {'takes' if count == 1 else 'take'} more than {SLOWER} times "
+    found += "the best rival's time; the largest factor is "
     found += f"{times_best(largest):.3f}, {largest['case']}."
     return found + left_out
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from fused_conv_bn._count import counted
+
 from .layers import EAGER_COMPILED, OURS_COMPILED
 from .record import Report, Row
 from .report import Table, table
@@ -70,7 +72,7 @@ def worst_step(report: Report) -> str:
     rows = report["steps"]
     worst = min(rows, key=lambda row: float(row["eager/ours"]))
     factor, slower = 1 / worst["eager/ours"], sum(row["eager/ours"] < 1 / SLOWER for row in rows)
-    many = f"{slower} of {len(rows)} steps take" if slower else f"None of {len(rows)} steps takes"
+    many = f"{slower or 'None'} of {counted(len(rows), 'step')} {'take' if slower > 1 else 'takes'}"
     return f"{many} more than {SLOWER} times eager's; the largest factor is {factor:.3f}, {worst['case']}."
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import fused_conv_bn as fcb
+from fused_conv_bn._count import counted
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -204,7 +205,7 @@ class Progress(threading.Thread):
 
     def text(self) -> str:
         done, seconds = self.done(), time.monotonic() - self.began
-        return f"{done}/{self.todo} images, {seconds:.0f} s, {done / seconds:.1f} images/s"
+        return f"{done}/{counted(self.todo, 'image')}, {seconds:.0f} s, {done / seconds:.1f} images/s"
 
     def run(self) -> None:
         while not self.end.wait(SECONDS):
@@ -300,7 +301,7 @@ def infer(args: argparse.Namespace, rank: int, world: int) -> int:
         if rank == 0:
             results.release()
     unreadable = sum("error" in record for record in found)
-    print(f"{args.out}: {len(found)} images, {len(todo)} of them now, {unreadable} unreadable")
+    print(f"{args.out}: {counted(len(found), 'image')}, {len(todo)} of them now, {unreadable} unreadable")
     return 0
 
 

@@ -33,6 +33,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_conv_bn as fcb
+from fused_conv_bn._count import counted
 
 CLASSES = 10
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -344,7 +345,9 @@ def arguments(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no usable GPU")
     if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        parser.error(f"--device cuda: more processes than the {torch.cuda.device_count()} GPU(s): --nproc-per-node")
+        parser.error(
+            f"--device cuda: more processes than {counted(torch.cuda.device_count(), 'GPU')}: --nproc-per-node"
+        )
     on_cuda, quick = args.device == "cuda" and not args.quick, args.quick
     args.epochs = (2 if quick else 4) if args.epochs is None else args.epochs
     args.batch = (32 if quick else 256 if on_cuda else 64) if args.batch is None else args.batch
@@ -353,7 +356,9 @@ def arguments(argv: Sequence[str] | None, world: int) -> argparse.Namespace:
     if args.epochs < 1:
         parser.error(f"--epochs {args.epochs}: expected 1 or more")
     if not 1 <= args.batch <= args.images // world:
-        parser.error(f"--batch {args.batch}: expected 1 to {args.images // world}, as there are {args.images} images")
+        parser.error(
+            f"--batch {args.batch}: expected 1 to {args.images // world}, as there are {counted(args.images, 'image')}"
+        )
     if args.out:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -386,7 +391,7 @@ def train(trainer: Trainer) -> int:
         return 130
     where = torch.cuda.get_device_name(trainer.device) if args.device == "cuda" else "CPU"
     layout = "channels_last" if args.channels_last else "contiguous"
-    count = "1 process" if trainer.world == 1 else f"{trainer.world} processes"
+    count = counted(trainer.world, "process", "processes")
     title = f"{where}, {count}, {args.dtype}, {layout}, batch {args.batch}, {args.size}x{args.size}"
     print(f"{title}\n\n{summary(runs, steps)}")
     if args.out:

@@ -1,36 +1,40 @@
 """Re-estimates BatchNorm's running statistics over a data set, with torch.optim.swa_utils.update_bn, unchanged.
 
 That is what averaged weights (SWA, EMA), domain adaptation and calibration need: forward passes in training mode
-without a gradient, which is where ConvBnScale2d runs its fused op. The data are crops of a photograph that matplotlib
-ships, so that nothing is downloaded.
+without a gradient, which is where ConvBnScale2d runs its fused op. The data are crops of a picture that is drawn here:
+nothing is downloaded, and nothing has to be installed.
 
-    pip install matplotlib
     python examples/update_bn.py
 """
 
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset
 
 import fused_conv_bn as fcb
+from fused_conv_bn._count import counted
 from fused_conv_bn._progress import part
 
 
+def picture(height: int = 600, width: int = 512) -> Tensor:
+    """As (3, height, width) in [0, 1]: noise with large and small structures, about as a photograph has them."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(1, 3, height, width)
+    for octave in range(1, 8):
+        noise = torch.rand(1, 3, 2**octave, 2**octave, generator=generator) - 0.5
+        total += F.interpolate(noise, (height, width), mode="bicubic", align_corners=False) / 1.5**octave
+    return (total[0] + 0.5).clamp(0, 1)
+
+
 class Crops(Dataset[Tensor]):
-    """Square crops of a photograph, evenly spaced, as (3, size, size) in [0, 1]."""
+    """Square crops of a picture, evenly spaced, as (3, size, size) in [0, 1]."""
 
     def __init__(self, count: int, size: int) -> None:
-        try:
-            import matplotlib.cbook
-            import matplotlib.image
-        except ImportError as error:
-            raise SystemExit(f"update_bn.py needs matplotlib: pip install matplotlib ({error})") from None
-        with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-            pixels = matplotlib.image.imread(file, format="jpg")
-        self.image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+        self.image = picture()
         self.count, self.size = count, size
 
     def __len__(self) -> int:
@@ -83,7 +87,7 @@ def run(count: int = 512, size: int = 64, batch: int = 64) -> float:
             if device == "cuda":
                 torch.cuda.synchronize()
             elapsed_ms = (time.perf_counter() - start) * 1e3
-        print(f"{name}: {count} crops in {elapsed_ms:.0f} ms on {device}", flush=True)
+        print(f"{name}: {counted(count, 'crop')} in {elapsed_ms:.0f} ms on {device}", flush=True)
         models.append(averaged)
     difference = 0.0
     for (name, old), new in zip(models[0].named_buffers(), models[1].buffers(), strict=True):

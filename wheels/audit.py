@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"  FAILED  {name}: {text}", flush=True)
             if not problems:
                 print(f"  ok      {name}", flush=True)
-    print(f"{failed} checks failed" if failed else "all checks passed")
+    print(f"checks that failed: {failed}" if failed else "all checks passed")
     return 1 if failed else 0
 
 

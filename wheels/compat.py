@@ -440,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.no_record:  # after each row: an interrupted run keeps what it has
             RECORD.write_text(json.dumps({"rows": merge(table, read_record(), [record])}, indent=1) + "\n")
             write_readme()
-    print(f"compat: {len(rows) - failed} of {len(rows)} combinations passed")
+    print(f"compat: combinations that passed: {len(rows) - failed} of {len(rows)}")
     return int(failed > 0)
 
 

@@ -1,13 +1,16 @@
 """Conv -> BatchNorm -> scale -> activation for PyTorch at the speed of memory."""
 
-import sys
+from . import _interrupt
 
-from . import _loader
+if _interrupt.is_imported_by_python_m():
+    _interrupt.end_at_once_from_here()
+
+from . import _loader  # noqa: E402  (it imports torch)
 
 try:
     _loader.load()
 except ImportError as error:
-    if sys.argv[:1] == ["-m"]:  # python -m fused_conv_bn: the sentence, without a traceback
+    if _interrupt.is_imported_by_python_m():  # the sentence, without a traceback
         raise SystemExit(str(error)) from None
     raise
 

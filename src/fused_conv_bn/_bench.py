@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import fused_conv_bn as fcb
 
 from ._cli import UsageError, why_not_writable
 from ._cli_model import load
+from ._count import counted
 from ._demo import why_no_gpu
 from ._model_times import LARGE, Case, Record, measure
 from ._progress import part
@@ -83,6 +85,8 @@ def bench(args: argparse.Namespace) -> int:
         case = case_of(args)
         with torch.set_grad_enabled(args.train):
             record = {**described(args), **measure(case, args.rounds)}
+    if why := record["processors"]["disturbed"]:
+        print(f"bench: {why}", file=sys.stderr)
     print(text(record))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -146,6 +150,10 @@ def _us(value: float) -> str:
     return f"{value:,.0f} us" if value >= 100 else f"{value:.1f} us"
 
 
+def _percent(spread: float | None) -> str:
+    return "" if spread is None else f"{spread:.0%}"
+
+
 def _shape(sizes: list[int]) -> str:
     return "x".join(map(str, sizes))
 
@@ -154,8 +162,7 @@ def title(record: Record) -> str:
     inputs = ", ".join(map(_shape, record["inputs"]))
     layout = ", channels_last" if record["channels_last"] else ""
     mode = "training steps" if record["mode"] == "train" else "eval"
-    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
-    device = f"CPU, {threads}" if record["device"] == "CPU" else record["device"]
+    device = f"CPU, {counted(record['threads'], 'thread')}" if record["device"] == "CPU" else record["device"]
     return f"{record['model']} on {inputs}, {record['dtype']}{layout}, {mode}, {device}"
 
 
@@ -163,17 +170,19 @@ def text(record: Record) -> str:
     copy, variants, groups = record["copy"], record["variants"], record["groups"]
     what = "of all gradients together" if record["mode"] == "train" else "the largest one over the largest result"
     against = "eager's" if record["errors against"] == "eager" else record["errors against"]
-    rows = [("", "median", "speed-up", "error")]
+    rows = [("", "median", "spread", "speed-up", "error")]
     for v in variants:
         error = "" if v["error"] is None else f"{v['error']:.1e}"
         if v["problem"] is None:
-            rows.append((v["name"], _us(v["median_us"]), f"{v['speed-up']:.2f}x", error))
+            times = _us(v["median_us"]), _percent(v["spread"]), f"{v['speed-up']:.2f}x"
+            rows.append((v["name"], *times, error))
         else:
-            rows.append((v["name"], "not timed", "", error))
+            rows.append((v["name"], "not timed", "", "", error))
     name = f"copy of {copy['bytes'] >> 20} MB, {copy['gb_per_s']:,.0f} GB/s"
-    rows.append((name, _us(copy["median_us"]), "", ""))
+    rows.append((name, _us(copy["median_us"]), _percent(copy["spread"]), "", ""))
     parts = [
-        f"{title(record)}\nMedians of {record['rounds']} rounds; errors are those against {against} results, {what}.",
+        f"{title(record)}\nMedians of {counted(record['rounds'], 'round')}; spread: the distance of the quartiles.\n"
+        f"Errors are those against {against} results, {what}.",
         table(rows, numbers_from=1),
     ]
     if problems := [f"{v['name']} was not timed: {v['problem']}" for v in variants if v["problem"] is not None]:
@@ -193,17 +202,19 @@ def _groups_head(record: Record) -> str:
     groups = record["groups"]
     fused, plain = (sum(g[name] * g["calls"] for g in groups) for name in ("fused_us", "pytorch_us"))
     counts = ", ".join(f"{n} {kind}" for kind, n in record["report"].items())
-    shown = f"the {SLOWEST} slowest of {len(groups)} groups" if len(groups) > SLOWEST else f"{len(groups)} groups"
+    shown = counted(len(groups), "group")
+    if len(groups) > SLOWEST:
+        shown = f"the {SLOWEST} slowest of {shown}"
     return (
-        f"Convolutions and BatchNorms: {counts}. Here {shown}, by themselves.\n"
+        f"Convolutions and BatchNorms: {counts}. Here {shown}, each by itself.\n"
         f"All groups together: {_us(fused)} as fused ops, {_us(plain)} by PyTorch's ops."
     )
 
 
 def _group_rows(groups: list[Record]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("group", "ops", "input", "calls", "fused", "PyTorch's", "speed-up")]
+    rows: list[tuple[str, ...]] = [("group", "ops", "input", "calls", "fused", "PyTorch's", "spread", "speed-up")]
     for g in groups:
-        times = _us(g["fused_us"]), _us(g["pytorch_us"]), f"{g['speed-up']:.2f}x"
+        times = _us(g["fused_us"]), _us(g["pytorch_us"]), _percent(g["spread"]), f"{g['speed-up']:.2f}x"
         rows.append((g["group"], g["ops"], _shape(g["shape"]), str(g["calls"]), *times))
     return rows
 

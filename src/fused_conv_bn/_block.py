@@ -6,7 +6,9 @@ There are two kinds. In :class:`InOneOp` an op computes the layer too, as it doe
 
 from __future__ import annotations
 
+import inspect
 import numbers
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,6 +19,7 @@ from torch.autograd.graph import increment_version
 
 from . import _activations, _sync, autograd, conditions, ops
 from ._conv import NO_WINDOW, Window, allows_tf32, autocast_dtype
+from ._count import counted
 from ._dispatch import check_tensor, keywords
 from ._scriptable import Scriptable, ScriptableConv
 from .conditions import DTENSORS, PLAIN_TENSORS, Pair, operands, why_norm_refused, why_refused
@@ -54,6 +57,16 @@ class BnScaleModule(nn.Module):
     bn: Any
     negative_slope: float = 0.01
     residual_last: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class that stands for a pair has methods of its own name, which Python's messages about arguments begin
+        with."""
+        super().__init_subclass__(**kwargs)
+        for name in ("__init__", "forward", "from_modules") if "_pair" in cls.__dict__ else ():
+            if name not in cls.__dict__:
+                method = inspect.getattr_static(cls, name)
+                own = _renamed(getattr(method, "__func__", method), f"{cls.__qualname__}.{name}", cls.__module__)
+                setattr(cls, name, classmethod(own) if isinstance(method, classmethod) else own)
 
     @classmethod
     def from_modules(
@@ -494,6 +507,16 @@ class BehindTheLayer(BnScaleModule):
         return self._epilogue_plain(bn(z), residual) if y is None else y
 
 
+def _renamed(function: Any, qualified: str, module: str) -> Any:
+    """The same code, by another name."""
+    own = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
+    own.__doc__, own.__module__, own.__qualname__ = function.__doc__, module, qualified
+    return own
+
+
 def _check_scaling_factor(op: str, factor: Any) -> None:
     if isinstance(factor, Tensor):
         if factor.dim() != 0:
@@ -525,5 +548,6 @@ def _check_modules(pair: Pair, layer: Any, bn: Any) -> None:
         return  # a linear layer's channels are the last dimension, and BatchNorm's the second; lazy ones come later
     if layer.out_channels != bn.num_features:
         raise ValueError(
-            f"from_modules: bn has {bn.num_features} features, expected {layer.out_channels}, {name}'s out_channels"
+            f"from_modules: bn has {counted(bn.num_features, 'feature')}, expected {layer.out_channels}, {name}'s "
+            f"out_channels"
         )

@@ -21,6 +21,7 @@ from typing import TypeAlias
 
 import torch
 
+from ._count import counted
 from .conditions import has_cuda_library
 
 _ops = torch.ops.fused_conv_bn
@@ -137,7 +138,7 @@ def _read(file: Path) -> dict[str, Choices]:
                 raise ValueError(f"{algorithm!r} is no algorithm")
             numbers = tuple(map(int, problem.split()))
             if len(numbers) != NUMBERS:
-                raise ValueError(f"a problem has {len(numbers)} numbers, not {NUMBERS}")
+                raise ValueError(f"a problem has {counted(len(numbers), 'number')}, not {NUMBERS}")
             found[device][numbers] = algorithm
     return found
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from . import _interrupt
+
 
 class UsageError(Exception):
     """What is wrong with a command line, in one sentence."""
@@ -25,7 +27,8 @@ def run(program: str, main: Callable[[], int]) -> int:
     """The exit status of ``main``. What a user can do wrong, and what the system refuses, ends in one sentence."""
     try:
         try:
-            return main()
+            with _interrupt.raised():
+                return main()
         finally:  # --help leaves by SystemExit
             sys.stdout.flush()
     except BrokenPipeError:  # who reads has seen enough: `| head`
@@ -37,7 +40,7 @@ def run(program: str, main: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+        return _interrupt.STATUS
 
 
 def drop_unwritten_output() -> None:

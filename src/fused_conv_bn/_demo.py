@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import ConvBnScale2d, _loader, bn_scale
 from ._cli import UsageError
+from ._count import counted
 from ._progress import part, progress
-from ._stopwatch import time_us
+from ._stopwatch import Processors, time_us
 from ._table import table
 
 
@@ -88,7 +89,7 @@ def demo(args: argparse.Namespace) -> int:
         batch = 128 if torch.cuda.mem_get_info()[0] > 6e9 else 16
         where = torch.cuda.get_device_name()
     else:
-        where = f"CPU, {torch.get_num_threads()} threads"
+        where = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     x = torch.randn(batch, 8, 128, 128, device=device)
     y = model.conv(x)
     bn, factor = model.bn, model.scaling_factor
@@ -108,7 +109,9 @@ def demo(args: argparse.Namespace) -> int:
     print("Medians; errors are the largest one against float64 over the largest result.\n")
     rows = [("", "eager", "ours", "speed-up", "eager's error", "our error")]
     accurate = True
+    processors = Processors(on_cuda=device == "cuda")
     for name, reference, inputs, eager_call, our_call in progress(cases, "check and time"):
+        processors.look()
         eager_error, our_error = largest_errors(reference, inputs, (eager_call(), our_call()))
         eager_us, our_us = time_us((eager_call, our_call), device)
         # Twice eager's error is the package's promise; one rounding is what storing a result costs by itself.
@@ -123,6 +126,9 @@ def demo(args: argparse.Namespace) -> int:
                 f"{our_error:.1e}",
             )
         )
+        processors.look()
+    if why := processors.why_disturbed():
+        print(f"demo: {why}", file=sys.stderr)
     print(table(rows, numbers_from=1))
     if not accurate:
         print("\nWRONG: our error is above twice eager's.", file=sys.stderr)

@@ -20,7 +20,7 @@ from ._cli_model import UsageError, first_line
 from ._fuse.difference import TOLERANCES
 from ._fuse.root import STATE, is_root, undisturbed
 from ._progress import progress
-from ._stopwatch import call_us
+from ._stopwatch import Figure, Processors, call_us
 
 Record = dict[str, Any]
 Call = Callable[[], object]
@@ -40,7 +40,9 @@ LARGE = 0.1
 
 NOTES = {
     "time": "Medians of rounds, in which all take turns, in alternating order; calls follow each other without pauses. "
-    "On CUDA between two events, on the CPU wall time. Where the device waits for the host, it is the host's time.",
+    "On CUDA between two events, on the CPU wall time. Where the device waits for the host, it is the host's time. "
+    "spread: the distance of the quartiles over the median; of a group, the larger of both. processors: the share of "
+    "the time of all threads in which they had a processor, by looks between the rounds.",
     "error": "In evaluation the largest difference from the float64 results over the largest of them, the worst of all "
     f"tensors, at most {FACTOR} times eager's and one rounding of the dtype. In training the norm of the difference of "
     f"all gradients over the norm of those in float64, at most {FACTOR} times eager's or {LARGE:g}. What is above that "
@@ -210,6 +212,7 @@ class Variant:
         found: Record = {"name": self.name, "error": self.error, "problem": self.problem}
         if self.times:
             found |= {"median_us": self.us, "min_us": min(self.times), "max_us": max(self.times)}
+            found["spread"] = spread(self.times)
             found["speed-up"] = eager.us / self.us
         return found
 
@@ -285,6 +288,11 @@ def checked(case: Case) -> tuple[list[Variant], str]:
     return variants, against
 
 
+def spread(times: Sequence[float]) -> float | None:
+    """The distance of the quartiles over the median. Of one sample there is none."""
+    return Figure.of_median(times).spread if len(times) > 1 else None
+
+
 # ---- times -----------------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +352,8 @@ def measure(case: Case, rounds: int | None) -> Record:
     calls = {name: case.step(v.model) for name, v in timed.items() if v.model is not None}
     race = Race({**calls, "copy": copy_call(case.device)}, case.on_cuda, SAMPLE_US[case.device])
     count = rounds or max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / race.seconds)))
-    times = race.run(progress(range(count), "time the whole"))
+    processors = Processors(case.on_cuda)
+    times = race.run(_looking(processors, progress(range(count), "time the whole")))
     for name, variant in timed.items():
         variant.times = times[name]
     copy_us = median(times["copy"])
@@ -359,6 +368,7 @@ def measure(case: Case, rounds: int | None) -> Record:
         "copy": {
             "bytes": COPY_BYTES[case.device],
             "median_us": copy_us,
+            "spread": spread(times["copy"]),
             "gb_per_s": 2 * COPY_BYTES[case.device] / copy_us / 1e3,
         },
         "report": {},
@@ -369,7 +379,16 @@ def measure(case: Case, rounds: int | None) -> Record:
     if fused is not None and fused.model is not None:
         record["report"] = fcb.report(fused.model).counts
         record["groups"] = group_times(fused.model, case, min(count, PASSES))
+        processors.look()
+    record["processors"] = {"share": processors.share, "disturbed": processors.why_disturbed()}
     return record
+
+
+def _looking(processors: Processors, rounds: Iterable[int]) -> Iterator[int]:
+    """``rounds``, each of them behind a look at the processors."""
+    for turn in rounds:
+        processors.look()
+        yield turn
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -436,7 +455,8 @@ class _Groups:
             path, ops, shape = key
             row: Record = {"group": path, "ops": ops, "shape": list(shape), "calls": self.calls[key]}
             fused_us, pytorch_us = median(times["fused"]), median(times["plain"])
-            rows.append({**row, "fused_us": fused_us, "pytorch_us": pytorch_us, "speed-up": pytorch_us / fused_us})
+            row |= {"fused_us": fused_us, "pytorch_us": pytorch_us, "speed-up": pytorch_us / fused_us}
+            rows.append({**row, "spread": max(Figure.of_median(samples).spread for samples in times.values())})
         return sorted(rows, key=lambda row: -float(row["fused_us"]) * int(row["calls"]))
 
 

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
 from . import _loader
+from ._count import counted
 
 Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """The layer's weight and bias, bn.running_mean, bn.running_var, bn.weight, bn.bias."""
@@ -331,7 +332,7 @@ def operands(pair: Pair, layer: nn.Module, bn: nn.Module, x: Any, residual: Any)
         dimensions = pair.dimensions
         if dimensions is not None:
             if x.dim() != dimensions:
-                return f"the input has {x.dim()} dimensions, not {dimensions}"
+                return f"the input has {counted(x.dim(), 'dimension')}, not {dimensions}"
             if residual is not None:
                 shape = residual.shape
                 if len(shape) != dimensions or shape[0] != x.shape[0] or shape[1] != weight.shape[0]:

@@ -22,6 +22,7 @@ from fused_conv_bn._cli import UsageError
 from fused_conv_bn._cli_model import load
 from fused_conv_bn._fuse.root import STATE, is_root
 from fused_conv_bn._model_times import Case, Race
+from fused_conv_bn._stopwatch import Processors
 
 MODEL = """
 import torch
@@ -74,6 +75,7 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processors, "look", lambda self: None)
     monkeypatch.setattr(_model_times, "SAMPLE_US", {"cpu": 1.0})
     monkeypatch.setattr(_model_times, "GROUP_SAMPLE_US", 1.0)
     monkeypatch.setattr(_model_times, "COPY_BYTES", {"cpu": 1 << 20})

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fused_conv_bn._count import counted
+
 from .generate import DEVICES, generate
 from .problem import OPS, Problem
 from .run import Invalid, check
@@ -150,10 +152,10 @@ def report(summary: dict[str, Any]) -> None:
     for (op, algorithm), counts in table.items():
         print(f"{op:22}{algorithm:12}" + "".join(f"{counts[name]:13}" for name in outcomes))
     for message, number in summary["refused"].items():
-        print(f"refused {number} times: {message}")
+        print(f"refused {counted(number, 'time')}: {message}")
     problems, seconds = summary["problems"], summary["seconds"]
     print(
-        f"fuzz: {problems} problems in {seconds:.0f} s ({problems / max(seconds, 1e-9) * 60:.0f} a minute), "
+        f"fuzz: {counted(problems, 'problem')} in {seconds:.0f} s ({problems / max(seconds, 1e-9) * 60:.0f} a minute), "
         f"seeds {summary['first']} to {summary['last']}, {len(summary['failures'])} failed",
         flush=True,
     )

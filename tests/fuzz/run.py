@@ -201,7 +201,9 @@ def hold(
         y, steps = (torch.where(torch.isfinite(t), t, math.nan) for t in (y, steps))
     got = measures(y, exact, steps, axis)
     if got.classes and all(measures(y, exact, theirs.double()).classes for theirs in eager()):
-        raise Failure(f"{name}: {got.classes} elements are not finite where exact ones are, or the other way round")
+        raise Failure(
+            f"{name}: elements that are not finite where exact ones are, or the other way round: {got.classes}"
+        )
     if got.element <= u and got.norm <= u / 2:
         return
     found = [(measures(t, exact, steps), max(unit(t.dtype), least)) for t in eager()]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from fused_conv_bn._count import counted
 
 from .generate import generate
 from .run import Placed, call, not_covered
@@ -220,7 +221,7 @@ def soak(device: str, seconds: float, threads: int, seed: int) -> dict[str, Any]
         if now - said > 30:
             said = now
             sizes = ", ".join(f"{name} {of[-1][1] / 2**20:.0f} MiB" for name, of in samples.items())
-            print(f"soak: {now - begin:.0f} s, {count} calls, {sizes}", file=sys.stderr, flush=True)
+            print(f"soak: {now - begin:.0f} s, {counted(count, 'call')}, {sizes}", file=sys.stderr, flush=True)
         if now - begin > seconds and len(samples["process"]) >= LEAST_SAMPLES:
             ends.set()
     for thread in running:
@@ -251,7 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = soak(args.device, args.seconds, args.threads, args.seed)
     for name, (grown, a_call) in summary["growth"].items():
         print(f"{name:8} grew by {grown / 2**20:.1f} MiB, {a_call:.1f} bytes a call")
-    print(f"soak: {sum(summary['calls'].values())} calls in {summary['seconds']:.0f} s by {args.threads} threads")
+    calls, threads = counted(sum(summary["calls"].values()), "call"), counted(args.threads, "thread")
+    print(f"soak: {calls} in {summary['seconds']:.0f} s by {threads}")
     print(*(f"soak: {line}" for line in summary["broken"] or ["nothing broke"]), sep="\n")
     if args.record:
         from .__main__ import describe

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,76 @@ def test_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert _cli.run("bench", interrupted) == 130
     assert capsys.readouterr().err == "bench: interrupted\n"
+
+
+PAUSE = """
+import atexit, os, sys, time
+
+def pause():
+    print("now", flush=True)
+    try:
+        time.sleep(60)
+    except BaseException:  # some libraries take an interruption for a part of them that is missing
+        raise ImportError
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["PAUSE_AT"]:
+            pause()
+
+sys.meta_path.insert(0, Finder())
+if os.environ["PAUSE_AT"] == "the end":
+    atexit.register(pause)
+"""
+
+
+@pytest.mark.parametrize("place", ["torch", "fused_conv_bn._fuse", "fused_conv_bn._bench", "the end"])
+def test_an_interruption_before_and_after_a_command(place: str, tmp_path: Path) -> None:
+    """While torch is imported, which takes seconds, while the package is, and while Python ends."""
+    (tmp_path / "sitecustomize.py").write_text(PAUSE)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{_loader.PACKAGE.parent}", "PAUSE_AT": place}
+    assert ended_by_interruption(["--version"], environment) == (130, "")
+
+
+def test_an_interruption_of_a_command(tmp_path: Path) -> None:
+    model = tmp_path / "slow_model.py"
+    model.write_text("import time\ndef make():\n    print('now', flush=True)\n    time.sleep(60)\n")
+    status, said = ended_by_interruption(["bench", f"{model}:make", "--device=cpu"], ENVIRONMENT)
+    assert (status, said.splitlines()[-1]) == (130, "bench: interrupted") and "Traceback" not in said
+
+
+def ended_by_interruption(arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """The exit status, and what stderr has, of a command that is interrupted when it says "now"."""
+    command = [*PROGRAM, *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert "now\n" in process.stdout
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+def test_a_second_interruption_ends_at_once() -> None:
+    """Whatever is done about the first one; and other programs are left alone, which have a handler of their own."""
+    code = """
+import signal, sys, time
+from fused_conv_bn import _cli, _interrupt
+before = signal.getsignal(signal.SIGINT)
+def interrupted():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+        print("not ended", flush=True)
+assert _cli.run("other", interrupted) == 130 and signal.getsignal(signal.SIGINT) is before
+print("other program", flush=True)
+_interrupt.end_at_once_from_here()
+_cli.run("ours", interrupted)
+"""
+    run = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "other program\n", "other: interrupted\n")
 
 
 @pytest.mark.parametrize("variable", ["FUSED_CONV_BN_CONV", "FUSED_CONV_BN_STATISTICS"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,6 +46,33 @@ def test_output_size(grad: bool, training: bool, row: Row, generator: torch.Gene
 def test_other_paddings_are_refused_as_by_the_layer(row: Row) -> None:
     with pytest.raises(ValueError, match='Only "zeros" padding mode is supported for ConvTranspose'):
         row.of(**row.arguments, padding_mode="reflect")
+
+
+@rows
+def test_python_s_messages_name_the_class(row: Row) -> None:
+    """Those about arguments begin with a function's name, which is not to be that of a base class."""
+    name, arguments = row.of.__name__, dict(row.arguments)
+    made = row.of(**arguments)
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("__init__", lambda: row.of()),
+        ("__init__", lambda: row.of(**arguments, factor=2.0)),
+        ("__init__", lambda: row.of(*range(30))),
+        ("forward", lambda: made()),
+        ("forward", lambda: made(sample(torch.Generator(), row=row), add=None)),
+        ("from_modules", lambda: row.of.from_modules()),
+        ("from_modules", lambda: row.of.from_modules(made, made, factor=2.0)),
+    ]
+    for method, call in calls:
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert str(caught.value).startswith(f"{name}.{method}() "), str(caught.value)
+
+    class Mine(row.of):  # type: ignore[misc, name-defined]
+        pass
+
+    assert "forward" not in Mine.__dict__ and Mine.forward is row.of.forward
+    assert type(Mine(**arguments)) is Mine
+    assert inspect.signature(row.of) == inspect.signature(Mine) and row.of.from_modules.__doc__
 
 
 def test_linear_of_three_dimensions_has_the_axis_of_batch_norm(generator: torch.Generator) -> None:

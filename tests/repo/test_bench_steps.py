@@ -126,7 +126,9 @@ def test_whether_a_step_is_slower() -> None:
         return report_steps.worst_step({"steps": [row(str(f), f) for f in factors]})
 
     assert said(1.5, 0.98) == "None of 2 steps takes more than 1.03 times eager's; the largest factor is 1.020, 0.98."
-    assert said(0.5, 1.0).startswith("1 of 2 steps take more than 1.03 times eager's; the largest factor is 2.000, 0.5")
+    assert said(0.5, 1.0).startswith(
+        "1 of 2 steps takes more than 1.03 times eager's; the largest factor is 2.000, 0.5"
+    )
 
 
 def names(cases: Sequence[StepCase]) -> list[str]:

@@ -54,6 +54,8 @@ QUOTED = [
     f"{PACKAGE}/_fuse/frozen.py",
     f"{PACKAGE}/_fuse/report.py",
     f"{PACKAGE}/_fuse/tune.py",
+    f"{PACKAGE}/_stopwatch.py",
+    f"{PACKAGE}/_tune.py",
     "wheels/build.py",
 ]
 """The files that messages in the document come from."""
@@ -118,14 +120,10 @@ def texts(name: str) -> tuple[list[Parts], list[Parts]]:
     return python_texts(source, EXPLAINED.get(name, set())) if name.endswith(".py") else cpp_texts(source)
 
 
-def reasons_of_why_not() -> list[Parts]:
-    """What the functions of conditions.py return that give a reason."""
-    tree = ast.parse((ROOT / PACKAGE / "conditions.py").read_text())
-    functions = [
-        f
-        for f in tree.body
-        if isinstance(f, ast.FunctionDef) and f.name in ("operands", "why_refused", "why_norm_refused")
-    ]
+def returned_texts(file: str, *names: str) -> list[Parts]:
+    """What functions return that give a reason."""
+    tree = ast.walk(ast.parse((ROOT / PACKAGE / file).read_text()))
+    functions = [f for f in tree if isinstance(f, ast.FunctionDef) and f.name in names]
     returned = [node.value for f in functions for node in ast.walk(f) if isinstance(node, ast.Return)]
     return [parts_of(value) for value in returned if value is not None and is_text(value)]
 
@@ -163,10 +161,17 @@ def test_the_reasons_of_a_report() -> None:
 
 
 def test_the_reasons_of_why_not() -> None:
-    reasons, quotes = reasons_of_why_not(), quotes_of(section("The reasons of why_not"))
+    reasons = returned_texts("conditions.py", "operands", "why_refused", "why_norm_refused")
+    quotes = quotes_of(section("The reasons of why_not"))
     assert len(reasons) > 30
     assert [parts for parts in reasons if not any(is_quote(quote, parts) for quote in quotes)] == []
     assert [quote for quote in quotes if not any(is_quote(quote, parts) for parts in reasons)] == []
+
+
+def test_what_disturbs_a_measurement() -> None:
+    reasons = [parts for parts in returned_texts("_stopwatch.py", "why_disturbed") if parts != [""]]
+    assert len(reasons) == 2
+    assert [parts for parts in reasons if not any(is_quote(quote, parts) for quote in QUOTES)] == []
 
 
 def test_a_message_that_is_nowhere_is_found() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._conv import tf32_is_on
+from .._count import counted
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 TF32_TOLERANCE = 5e-3
@@ -27,7 +28,7 @@ def difference_of(got: Any, expected: Any) -> str | None:
     """Where two results differ by more than roundings, in a few words; None if they do not."""
     mine, theirs = _tensors(got), _tensors(expected)
     if len(mine) != len(theirs):
-        return f"{len(mine)} tensors for {len(theirs)}"
+        return f"{counted(len(mine), 'tensor')} for {len(theirs)}"
     for a, b in zip(mine, theirs, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"{list(a.shape)} {a.dtype} for {list(b.shape)} {b.dtype}"

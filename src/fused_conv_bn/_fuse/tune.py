@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import _choices
 from .._choices import Problem
 from .._progress import part
-from .._stopwatch import call_us
+from .._stopwatch import Figure, Processors, call_us
 from ..algorithms import use_algorithm
 from .root import STATE, State, undisturbed
 
@@ -38,6 +37,7 @@ CONV_OPS = {  # and whether they take the batch's statistics
     _ops._conv_bn_scale_train_sums.default: True,
 }
 _TIE = 1.02  # what is slower than the fastest by less is as fast
+_UNDECIDED = 1.1  # where an algorithm may be faster than the rule's by more, and is not for sure, nothing is decided
 _ROUNDS, _SAMPLES = 7, 3
 _ROUNDS_AT_LEAST, _CPU_SECONDS = 3, 0.5  # of a problem
 _IMAGES = 4  # that are compared where the images of a batch are independent
@@ -122,10 +122,13 @@ class Case:
     problem: Problem
     algorithms: list[str]
     calls: Counter[Call] = field(default_factory=Counter)
-    times: dict[str, float] = field(default_factory=dict)
-    """Of all calls, in microseconds, by algorithm. Those that are missing failed, or were not accurate."""
+    times: dict[str, Figure] = field(default_factory=dict)
+    """Of all calls, by algorithm. Those that are missing failed, or were not accurate."""
     rule: str = ""
     choice: str = ""
+    is_decided: bool = True
+    """Or another algorithm may be faster, by less than its times vary, or other programs were in the way: the rule's
+    choice stays, and is not kept."""
 
     def text(self) -> str:
         call = next(iter(self.calls))
@@ -234,8 +237,8 @@ class _Measured:
                 raise RuntimeError(f"tune: {name} does not run for {self.case.text()}")
             yield
 
-    def times(self, names: Sequence[str]) -> dict[str, float]:
-        """In microseconds: on CUDA the median, on the CPU the least, since what else runs there only adds."""
+    def times(self, names: Sequence[str]) -> dict[str, Figure]:
+        """On CUDA the median, on the CPU the least, since what else runs there only adds."""
         samples: dict[str, list[float]] = {name: [] for name in names}
         device = self.named["input"].device
         flush = torch.empty(_flush_bytes(device), dtype=torch.int8, device=device)
@@ -248,7 +251,8 @@ class _Measured:
                     self.run()  # what is done once after a choice
                     for _ in range(_SAMPLES):
                         samples[name].append(_device_us(self.run, flush) if self.on_cuda else call_us(self.run, False))
-        return {name: (median if self.on_cuda else min)(values) for name, values in samples.items()}
+        figure = Figure.of_median if self.on_cuda else Figure.of_least
+        return {name: figure(values) for name, values in samples.items()}
 
 
 def _flush_bytes(device: torch.device) -> int:
@@ -279,7 +283,7 @@ def measure(case: Case) -> None:
     """Times a case's algorithms, and chooses. No choice where none can be measured, for lack of memory say."""
     device = next(v.device for _, v in next(iter(case.calls)).arguments if isinstance(v, _Like))
     generator = torch.Generator(device).manual_seed(0)
-    totals: dict[str, float] | None = None
+    totals: dict[str, Figure] | None = None
     on_device = cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with torch.no_grad(), on_device, use_algorithm("default", "default"):
         for call, count in case.calls.items():
@@ -288,23 +292,37 @@ def measure(case: Case) -> None:
                 case.rule = measured.explained().split()[0].rstrip(",")
             names = [name for name in measured.accurate() if totals is None or name in totals]
             before, totals = totals or {}, {}
-            for name, us in measured.times(names).items():
-                totals[name] = before.get(name, 0.0) + count * us
+            for name, figure in measured.times(names).items():
+                totals[name] = before.get(name, Figure(0.0, 0.0, 0.0)).plus(figure, count)
     case.times = totals or {}
     if case.times:
-        best = min(case.times, key=case.times.__getitem__)
-        as_fast = case.times.get(case.rule, float("inf")) <= _TIE * case.times[best]
-        case.choice = case.rule if as_fast else best
+        case.choice, case.is_decided = choose(case.times, case.rule)
+
+
+def choose(times: dict[str, Figure], rule: str) -> tuple[str, bool]:
+    """The fastest algorithm, or the rule's where none is faster for sure; and whether that is decided."""
+
+    def us(name: str) -> float:
+        return times[name].us
+
+    if rule not in times:
+        return min(times, key=us), True
+    own = times[rule]
+    if faster := [name for name, other in times.items() if other.high < own.low and _TIE * other.us < own.us]:
+        return min(faster, key=us), True
+    return rule, all(own.high <= _UNDECIDED * other.low for name, other in times.items() if name != rule)
 
 
 class NamedAlgorithmError(RuntimeError):
     """There is nothing to choose: the environment names the algorithm."""
 
 
-def tune_cases(model: nn.Module, args: tuple[Any, ...], again: bool = False) -> list[Case]:
+def tune_cases(
+    model: nn.Module, args: tuple[Any, ...], again: bool = False, processors: Processors | None = None
+) -> list[Case]:
     """Measures what a call of the model has a choice for, and adds it to what is known. Returns all cases.
 
-    again: also what is known already.
+    again: also what is known already. processors: gets what is seen before and after each measurement.
 
     Raises:
         NamedAlgorithmError: an algorithm is named in the environment, which comes before every choice.
@@ -319,16 +337,27 @@ def tune_cases(model: nn.Module, args: tuple[Any, ...], again: bool = False) -> 
     try:
         with _measuring, part("tune", len(todo), of_command=False) as own:
             for case in todo:
+                seen = Processors(case.device != _choices.CPU)
+                seen.look()
                 with contextlib.suppress(torch.OutOfMemoryError):
                     measure(case)
+                seen.look()
+                # Threads wait for one that has no processor, by some algorithms longer than by others. One thread's
+                # least time is that of a call that had a processor.
+                if seen.is_disturbed and seen.threads > 1 and case.choice:
+                    case.choice, case.is_decided = case.rule, False
+                if processors is not None:
+                    processors.plus(seen)
                 own.advance(case.text())
     finally:  # what was measured before an interruption counts
         for device in {case.device for case in todo}:
-            chosen = {case.problem: case.choice for case in todo if case.device == device and case.choice}
+            kept = [case for case in todo if case.device == device and case.choice and case.is_decided]
+            chosen = {case.problem: case.choice for case in kept}
             if chosen:
                 _choices.add(device, chosen)
     for case in cases:
-        case.choice = case.choice or _choices.known(case.device).get(case.problem, "")
+        if not case.choice or not case.is_decided:
+            case.choice = _choices.known(case.device).get(case.problem, case.choice)
     if todo:
         _compare_again(model, args)
     return cases

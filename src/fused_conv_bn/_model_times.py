@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 import fused_conv_bn as fcb
 
 from ._cli_model import UsageError, first_line
-from ._fuse.root import STATE, TOLERANCES, is_root, undisturbed
+from ._fuse.difference import TOLERANCES
+from ._fuse.root import STATE, is_root, undisturbed
 from ._progress import progress
 from ._stopwatch import call_us
 

@@ -24,13 +24,13 @@ from torch.autograd.profiler import record_function
 
 from .. import conditions
 from .._block import BnScaleModule
-from .._conv import tf32_is_on
 from ..conditions import is_watched
 from . import pools
 from .blocks import block_of
 from .capture import Arguments, Refused, capture, is_compared, modes
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .channels_last import give_back, inside_of
+from .difference import difference_of
 from .exported import run_exported
 from .frozen import frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
@@ -47,8 +47,6 @@ _profiler_enabled = torch.autograd._profiler_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _tracing_state = torch._C._get_tracing_state
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-TF32_TOLERANCE = 5e-3
 
 
 Block = Callable[..., Tensor]
@@ -184,7 +182,7 @@ class Entry:
             return
         with undisturbed(root), _lock:
             may_change = needs_nothing and state.calls == 1
-            self.inside.decide(root, self, arguments.copies(), expected, state.changed, may_change, _difference)
+            self.inside.decide(root, self, arguments.copies(), expected, state.changed, may_change, difference_of)
 
     def chain(self) -> None:
         """Behind the first call of a snapshot: consecutive groups become one op."""
@@ -387,7 +385,7 @@ class _Compared:
             self.broadcast.add(group.adds)
             return expected
         got = self.entry.quick[index](x, residual)
-        difference = _difference(got, expected)
+        difference = difference_of(got, expected)
         if difference is not None and self.problem is None:
             self.problem = f"the op for {group.name} gave {difference}"
         if (algorithm := block.algorithm(x, residual)) is not None:
@@ -435,8 +433,8 @@ def _checked(
         compared = _Compared(entry)
         try:
             with undisturbed(root):
-                difference = _difference(entry.run_groups(root, compared.calls, *others), expected)
-                if difference is None and (difference := _difference(others, given)) is not None:
+                difference = difference_of(entry.run_groups(root, compared.calls, *others), expected)
+                if difference is None and (difference := difference_of(others, given)) is not None:
                     difference = f"in an argument, {difference}"
         except Exception as error:
             difference = f"{type(error).__name__}: {error}"
@@ -462,42 +460,6 @@ def _checked(
     state.refused[key] = problem
     state.entries.pop(key, None)
     return own(root, *args, **kwargs)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
-
-
-def _difference(got: Any, expected: Any) -> str | None:
-    mine, theirs = _tensors(got), _tensors(expected)
-    if len(mine) != len(theirs):
-        return f"{len(mine)} tensors for {len(theirs)}"
-    for a, b in zip(mine, theirs, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{list(a.shape)} {a.dtype} for {list(b.shape)} {b.dtype}"
-        if not a.dtype.is_floating_point:
-            if not torch.equal(a, b):
-                return "other integers"
-            continue
-        if a.numel() == 0:
-            continue
-        is_tf32 = a.is_cuda and a.dtype == torch.float32 and tf32_is_on()
-        tolerance = TF32_TOLERANCE if is_tf32 else TOLERANCES.get(a.dtype, 1e-4)
-        # What is less than the least normal number has few bits, or none.
-        least = torch.finfo(a.dtype).smallest_normal
-        wide = torch.promote_types(a.dtype, torch.float32)
-        a, b = a.detach().to(wide), b.detach().to(wide)
-        largest, off = b.abs().max(), (a - b).abs().max()
-        if not torch.isfinite(largest + off):
-            finite = torch.isfinite(b)
-            if not torch.equal(torch.isfinite(a), finite):
-                return "other values that are Inf or NaN"
-            zero = b.new_zeros(())
-            largest, off = (torch.where(finite, t, zero).abs().max() for t in (b, a - b))
-        error = float(off / largest.clamp(min=max(1e-30, least)))
-        if error > tolerance:
-            return f"a relative error of {error:.1e}"
-    return None
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------

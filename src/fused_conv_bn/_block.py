@@ -394,7 +394,7 @@ class InOneOp(BnScaleModule):
             and conv.padding_mode == "zeros"
             and type(conv.padding) is tuple
             and not _is_compiling()
-            and (residual is None or not _is_any_autocast_enabled())
+            and (residual is None or not _is_any_autocast_enabled() or residual.dtype is autocast_dtype(x))
         ):
             grad = _is_grad_enabled() and (
                 x.requires_grad

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import conditions, reference
 from ._conv import Window, convolution_again, convolution_backward, prefers_weight_pass, without_autocast
 
-_bn_scale_backward = torch.ops.fused_conv_bn.bn_scale_backward.default._op
+bn_scale_backward = torch.ops.fused_conv_bn.bn_scale_backward.default._op
 _conv_bn_wgrad = torch.ops.fused_conv_bn._conv_bn_wgrad.default._op
 _scale_shift_ = torch.ops.fused_conv_bn.scale_shift_.default._op
 _is_compiling = torch.compiler.is_compiling
@@ -61,6 +61,37 @@ class Affine(NamedTuple):
     eps: float = 0.0
 
 
+def elementwise_keywords(
+    needs: Needs, activation: str, negative_slope: float, residual_last: bool, has_affine: bool
+) -> dict[str, Any]:
+    """What bn_scale_backward is asked for, by keyword; empty if there is nothing to compute.
+
+    What is not asked for is not passed: arguments cost time.
+    """
+    named: dict[str, Any] = {}
+    if needs.weight:
+        named["needs_weight"] = True
+    if needs.bias:
+        named["needs_bias"] = True
+    if needs.conv_bias:
+        named["needs_conv_bias"] = True
+    derives = activation != "none"
+    dv_is_asked_for = needs.residual and derives and not residual_last
+    needs_z = needs.input or needs.conv_weight
+    if not (named or dv_is_asked_for or (needs_z and (has_affine or derives))):
+        return named
+    if needs_z:
+        named["needs_input"] = True
+    # Without an affine dz is dv.
+    if dv_is_asked_for and (has_affine or not needs_z):
+        named["needs_residual"] = True
+    if derives:
+        named["activation"] = activation
+    if activation == "leaky_relu":
+        named["negative_slope"] = negative_slope
+    return named
+
+
 def backward(
     dy: Tensor,
     input: Tensor | None,
@@ -82,7 +113,7 @@ def backward(
     and ``result`` are there where the activation's derivative takes them. Every call and tuple here shows in a small
     step's time.
     """
-    needs_input, needs_conv_weight, needs_conv_bias, needs_weight, needs_bias, needs_residual = needs
+    needs_input, needs_conv_weight, _, needs_weight, _, needs_residual = needs
     if conv_weight is not None and (needs_conv_weight or needs_weight) and not _is_compiling():
         assert input is not None
         if prefers_weight_pass(dy, input, conv_weight, window, affine.invstd is not None, needs_input):
@@ -96,17 +127,9 @@ def backward(
     has_affine = affine.mean is not None or affine.weight is not None
     if needs_residual and (residual_last or not derives):
         dr = dy
-    dv_is_asked_for = needs_residual and dr is None
-    # What is not asked for is not passed: arguments cost time.
-    named: dict[str, Any] = {}
-    if needs_weight:
-        named["needs_weight"] = True
-    if needs_bias:
-        named["needs_bias"] = True
-    if needs_conv_bias:
-        named["needs_conv_bias"] = True
+    named = elementwise_keywords(needs, activation, negative_slope, residual_last, has_affine)
     with without_autocast():
-        if not (named or dv_is_asked_for or (needs_z and (has_affine or derives))):
+        if not named:
             dz, dg, db, dcb = dy if needs_z else None, None, None, None
         else:
             z = None
@@ -115,17 +138,9 @@ def backward(
                 if conv_weight is not None:
                     assert input is not None
                     z = convolution_again(input, conv_weight, window, allow_tf32)
-            if needs_z:
-                named["needs_input"] = True
-            # Without an affine dz is dv.
-            if dv_is_asked_for and (has_affine or not needs_z):
-                named["needs_residual"] = True
-            if derives:
-                named["activation"] = activation
-                named["negative_slope"] = negative_slope
             dz, dg, db, dcb, dv = elementwise_backward()(dy, z, result, residual, *affine, **named)
             del z  # its memory is the convolution's
-            if dv_is_asked_for:
+            if needs_residual and dr is None:
                 dr = dz if dv is None else dv
         if needs_z and conv_weight is not None:
             assert dz is not None and input is not None
@@ -137,7 +152,7 @@ def backward(
 
 def elementwise_backward() -> Callable[..., Any]:
     """bn_scale_backward. torch.compile gets PyTorch's ops, and fuses them with what is around them."""
-    return reference.bn_scale_backward if _is_compiling() else _bn_scale_backward
+    return reference.bn_scale_backward if _is_compiling() else bn_scale_backward
 
 
 def weight_pass(

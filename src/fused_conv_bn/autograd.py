@@ -40,8 +40,10 @@ from ._gradients import (
     Affine,
     Needs,
     backward,
+    bn_scale_backward,
     derivative_from,
     differentiates_formula,
+    elementwise_keywords,
     formula_backward,
     parameter_dtype,
 )
@@ -110,23 +112,24 @@ class _BnScale(Function):
         # Of BatchNorm the gradient of the input alone needs no input, and that of the bias nothing.
         keeps = needs[5] or from_input or (conv_weight is not None and (needs[0] or needs[1]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
+        ctx.save_for_backward(  # in the order of bn_scale_backward's arguments
             input if keeps else None,
-            conv_weight if keeps else None,
-            conv_bias if keeps else None,
+            output if from_result else None,
+            residual if from_input and not residual_last else None,
             mean if affine or from_input else None,
             var if affine or from_input else None,
+            None,
             weight if affine or from_input else None,
             bias if from_input else None,
-            residual if from_input and not residual_last else None,
-            output if from_result else None,
+            conv_bias if keeps else None,
+            conv_weight if keeps else None,
         )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         if dy is None:
             return (None,) * 9
-        input, conv_weight, conv_bias, mean, var, weight, bias, residual, result = ctx.saved_tensors
+        input, result, residual, mean, var, _, weight, bias, conv_bias, conv_weight = ctx.saved_tensors
         factor, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
         needs = Needs(*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:8])
         if mean is None:  # the residual's alone
@@ -254,7 +257,7 @@ class _BnScaleTrain(Function):
         residual: Tensor | None,
         numbers: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        factor, momentum, eps, window, activation, slope, last, allow_tf32, functional = numbers
+        factor, eps, window, activation, slope, last, allow_tf32, functional, momentum = numbers
         named = keywords(residual, activation, slope, last, allow_tf32 and conv_weight is not None)
         op: Any
         if conv_weight is None:
@@ -271,22 +274,24 @@ class _BnScaleTrain(Function):
         input, conv_weight, conv_bias, _, _, weight, bias, residual = inputs[:8]
         needs = ctx.needs_input_grad
         ctx.numbers = numbers = inputs[8]
-        activation, residual_last = numbers[4], numbers[6]
+        activation, residual_last = numbers[3], numbers[5]
         affine = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
         from_result, from_input = derivative_from(activation, residual is not None, residual_last, affine, needs[7])
         keeps = affine or from_input
         ctx.set_materialize_grads(False)
-        if numbers[8]:
+        if numbers[7]:
             ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(
+        ctx.save_for_backward(  # in the order of bn_scale_backward's arguments
             input if keeps else None,
-            conv_weight if keeps else None,
+            output[0] if from_result else None,
+            residual if from_input and not residual_last else None,
+            output[1] if keeps else None,
+            None,
+            output[2] if keeps else None,
             weight if keeps else None,
             bias if from_input else None,
-            residual if from_input and not residual_last else None,
-            output[0] if from_result else None,
-            output[1] if keeps else None,
-            output[2] if keeps else None,
+            None,
+            conv_weight if keeps else None,
             output[3] if len(output) == 4 and output[3].numel() > 0 and (needs[1] or needs[5]) else None,
         )
 
@@ -294,8 +299,8 @@ class _BnScaleTrain(Function):
     def backward(ctx: Any, dy: Tensor | None, *statistics: Any) -> Any:
         if dy is None:
             return (None,) * 9
-        input, conv_weight, weight, bias, residual, result, mean, invstd, sums = ctx.saved_tensors
-        factor, _, eps, window, activation, slope, last, allow_tf32, _ = ctx.numbers
+        input, result, residual, mean, _, invstd, weight, bias, _, conv_weight, sums = ctx.saved_tensors
+        factor, eps, window, activation, slope, last, allow_tf32, _, _ = ctx.numbers
         needs_x, needs_w, needs_cb, _, _, needs_g, needs_b, needs_r, _ = ctx.needs_input_grad
         if mean is None:  # the residual's alone
             return *(None,) * 7, _residual_gradient(dy, result, activation), None
@@ -330,6 +335,12 @@ class _BnScaleTrain(Function):
 # ---- the functions ---------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=256)
+def _asked_for(needs: tuple[bool, ...], activation: str, negative_slope: float, last: bool) -> dict[str, Any]:
+    """What bn_scale_backward gets by keyword. ``needs``: of the inputs of a Function of BatchNorm."""
+    return elementwise_keywords(Needs(*needs[:3], *needs[5:8]), activation, negative_slope, last, True)
+
+
 def _eager(function: type[Function]) -> Callable[..., Tensor]:
     """``function.apply`` outside of torch.compile: returns its first result alone.
 
@@ -337,21 +348,36 @@ def _eager(function: type[Function]) -> Callable[..., Tensor]:
     end is the base class's. And a forward that takes ctx needs not return what it saves.
 
     Every call, tuple and attribute here and in forward and setup_context shows in a small call's time: one class and
-    one non-tensor argument for all settings, nothing asked twice.
+    one non-tensor argument for all settings, nothing asked twice. Backward of most calls is one op, whose arguments
+    forward has put together.
     """
     derivative: Any = function
-    run, setup_context = derivative.forward, derivative.setup_context
+    run, setup_context, general = derivative.forward, derivative.setup_context, derivative.backward
+    is_norm = function is not _ScaleShift
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        if inputs[1] is not None and _is_any_autocast_enabled():  # a convolution, whose arguments were cast
+        has_conv = inputs[1] is not None
+        if has_conv and _is_any_autocast_enabled():  # a convolution, whose arguments were cast
             with without_autocast():
                 output = run(*inputs)
         else:
             output = run(*inputs)
         setup_context(ctx, inputs, output)
-        return output[0] if isinstance(output, tuple) else output
+        needs = ctx.needs_input_grad
+        ctx.asked_for = _asked_for(needs, *inputs[8][3:6]) if is_norm and needs[0] and not has_conv else None
+        return output[0] if type(output) is tuple else output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(derivative.backward)}
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        asked_for = ctx.asked_for
+        if asked_for is None or dy is None or differentiates_formula(dy) or _is_compiling():
+            return general(ctx, dy)
+        numbers = ctx.numbers
+        dz, dg, db, _, dr = bn_scale_backward(dy, *ctx.saved_tensors[:9], numbers[0], numbers[1], **asked_for)
+        if dr is None and ctx.needs_input_grad[7]:
+            dr = dy
+        return dz, None, None, None, None, dg, db, dr, None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     eager = type(function.__name__.lstrip("_"), (Function,), members)
     return super(Function, eager).apply  # type: ignore[misc]
 
@@ -524,7 +550,7 @@ def bn_scale_train(
         weight,
         bias,
         residual,
-        (scaling_factor, momentum, eps, window, activation, negative_slope, residual_last, allow_tf32, compiling),
+        (scaling_factor, eps, window, activation, negative_slope, residual_last, allow_tf32, compiling, momentum),
     )
     if running_mean is not None and running_var is not None:
         if compiling:

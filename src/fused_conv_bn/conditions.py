@@ -41,7 +41,7 @@ _SyncBatchNorm = nn.SyncBatchNorm
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _SYNC_FORWARD, _F_BATCH_NORM = nn.SyncBatchNorm.forward, F.batch_norm
 _METHODS = [
-    (of, name, getattr(of, name))
+    (of, name)
     for of, names in (
         *((conv, ("forward", "_conv_forward")) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
         *((bn, ("forward", "_check_input_dim")) for bn in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
@@ -51,6 +51,8 @@ _METHODS = [
     )
     for name in names
 ]
+_OWNERS, _METHOD_NAMES = zip(*_METHODS, strict=True)
+_OWN_METHODS = list(map(getattr, _OWNERS, _METHOD_NAMES))
 
 _REPLACEABLE_NAMES = "forward", "_conv_forward", "_check_input_dim", "_call_impl", "_slow_forward"
 OWN_METHODS = frozenset(_REPLACEABLE_NAMES)
@@ -149,10 +151,7 @@ def compiled_by(module: nn.Module) -> str | None:
 
 def methods_replaced() -> bool:
     """Whether somebody put something else in the place of what PyTorch's convolutions and BatchNorms run."""
-    for of, name, method in _METHODS:
-        if getattr(of, name) is not method:
-            return True
-    return False
+    return list(map(getattr, _OWNERS, _METHOD_NAMES)) != _OWN_METHODS
 
 
 def is_distributed() -> bool:

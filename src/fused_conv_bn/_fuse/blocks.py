@@ -42,6 +42,8 @@ _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _DIMENSIONS = {**DIMENSIONS_OF_NORM, AnyNorm: (2, 3, 4, 5)}
 _REFUSALS = RuntimeError, TypeError, KeyError
 """What an op refuses, before it writes anything, is PyTorch's to take, or to refuse in its own words."""
+LEAST_OF_STEPS = {True: 1 << 15, False: 1 << 17}
+"""Elements on a CPU from which on an op gains in forward and backward, in training and in evaluation."""
 _BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda y: y * torch.sigmoid(y),
     "mish": lambda y: torch.tanh(F.softplus(y)) * y,
@@ -148,13 +150,31 @@ class Block(abc.ABC):
         try:
             window = conv.stride, conv.padding, conv.dilation, conv.groups
             weight = conv._parameters["weight"]
-            tf32 = allows_tf32(x, weight)
-            return explain(x, weight, *window, residual=residual is not None, allow_tf32=tf32)
+            return explain(x, weight, *window, residual=residual is not None, allow_tf32=allows_tf32(x, weight))
         except RuntimeError:
             return None
 
     def _needs_grad(self, *tensors: Tensor | None) -> bool:
         return _is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+    def _small_step(self, x: Any, residual: Tensor | None) -> Tensor | None:
+        """By what calls of the modules run, which nobody watches, where forward and backward take less time so.
+
+        By measurements on a CPU, one thread, in float32, of BatchNorms alone and behind 1x1 convolutions: steps with
+        ours take 1.05 to 1.2 times PyTorch's time below these sizes, in evaluation 1.04 to 1.5 times, for what backward
+        takes in Python, and 0.4 to 1.0 above.
+        """
+        bn: Any = self.bn_twin
+        if not (type(x) is Tensor and x.is_cpu and x.numel() < LEAST_OF_STEPS[bn.training] and _is_grad_enabled()):
+            return None
+        mean, gain = bn._buffers.get("running_mean"), bn._parameters.get("weight")
+        trained = gain if self.conv_twin is None else self.conv_twin._parameters.get("weight")
+        needs_grad = x.requires_grad or (trained is not None and trained.requires_grad)
+        # PyTorch's takes no weight and statistics of different dtypes.
+        if not needs_grad or (gain is not None and mean is not None and gain.dtype is not mean.dtype):
+            return None
+        bn, y = self.bn, x if self.conv is None else self.conv.forward(x)
+        return self._plain_epilogue(bn.forward(y), residual, self.by_hand)
 
 
 class ConvNormBlock(Block):
@@ -167,12 +187,12 @@ class ConvNormBlock(Block):
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
         if residual is not None and not isinstance(residual, Tensor):
             return self.plain(x, residual)
-        if not self.is_function:
-            y: Tensor = self.op.forward(x, residual)
-            return y
-        p = self.bn_twin._parameters
-        found = self.fused(x, residual, p["weight"], p["bias"])
-        return self.plain(x, residual) if found is None else found
+        y = self._small_step(x, residual)
+        if y is None and not self.is_function:
+            y = self.op.forward(x, residual)
+        elif y is None:
+            y = self.fused(x, residual, self.bn_twin._parameters["weight"], self.bn_twin._parameters["bias"])
+        return self.plain(x, residual) if y is None else y
 
     def fused(self, x: Tensor, residual: Any, gain: Tensor | None, shift: Tensor | None) -> Tensor | None:
         """With another weight and bias of the BatchNorm; None where PyTorch's ops have to run."""
@@ -296,6 +316,8 @@ class NormBlock(Block):
         p = self.bn_twin._parameters
         if residual is None and self.may_be_plain and not (type(x) is Tensor and _gains_alone(x)):
             return self.plain(x, residual)
+        if (y := self._small_step(x, residual)) is not None:
+            return y
         found = self.fused(x, residual, p["weight"], p["bias"])
         return self.plain(x, residual) if found is None else found
 

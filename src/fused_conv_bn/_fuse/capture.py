@@ -36,8 +36,21 @@ from .words import IN_PLACE_OPERATORS
 MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 """Those that every module has."""
 
+_is_grad_enabled = torch.is_grad_enabled
+_is_inference_mode_enabled = torch.is_inference_mode_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 """Arguments that a trace takes as they are."""
+
+
+def modes() -> tuple[Any, ...]:
+    """PyTorch's, which a forward may ask for, and so may what it calls."""
+    found = _is_grad_enabled(), _is_inference_mode_enabled()
+    if not _is_any_autocast_enabled():
+        return found
+    kinds = "cpu", "cuda"
+    return *found, *(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds)
 
 
 class Refused(Exception):
@@ -81,12 +94,7 @@ class Arguments:
 
     def call_key(self, root: nn.Module) -> Any:
         """Equal for calls that one capture of the root is of."""
-        # A forward may ask for these, and so may what it calls.
-        modes: Any = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        if torch._C._is_any_autocast_enabled():
-            kinds = "cpu", "cuda"
-            modes += tuple(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds)
-        return self.key, root.training, modes
+        return self.key, root.training, modes()
 
     def copies(self) -> list[Tensor]:
         """Of the tensors. What is one is one there, too."""

@@ -73,17 +73,22 @@ class Guard:
         # What a trace has as it was: attributes that are no tensors and no modules.
         self.names = [_baked(m) for m in (root, *self.watched)]
         self.of_root = _getter(self.names[0])
-        self.getters = [(m, _getter(n)) for m, n in zip(self.watched, self.names[1:], strict=True) if n]
         self.read_names = list(map(_own, self.read))
-        self.getters += [(m, _getter(n)) for m, n in zip(self.read, self.read_names, strict=True)]
+        # By names: most modules have the same, and then there is no line of Python for each of them.
+        by_names: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for m, names in zip((*self.watched, *self.read), (*self.names[1:], *self.read_names), strict=True):
+            if names:
+                by_names.setdefault(names, []).append(m.__dict__)
+        self.getters = [(_getter(names), dicts) for names, dicts in by_names.items()]
         self.saved = _snapshot(self._attributes(root))
         self._look(root)
 
     def look_at(self, blocks: Iterable[Block]) -> None:
         """The tensors of these have to be plain ones."""
-        self.tensors: list[dict[str, Any]] = [
-            d for b in blocks for m in (b.conv, b.bn) if m is not None for d in (m._parameters, m._buffers)
-        ]
+        modules = [m for b in blocks for m in (b.conv_twin, b.bn_twin) if m is not None]
+        places = [(m._parameters, name) for m in modules for name in ("weight", "bias")]
+        places += [(m._buffers, name) for m in modules for name in ("running_mean", "running_var") if is_norm(m)]
+        self.tensors, self.tensor_names = [d for d, _ in places], [name for _, name in places]
 
     def holds(self, root: nn.Module) -> bool:
         """Whether all is as it was when this was captured."""
@@ -92,7 +97,7 @@ class Guard:
         except Exception:  # an attribute is gone, or is nothing that can be compared
             same = False
         return (same or self.holds_but_for_tensors(root)) and (
-            PLAIN_TENSORS.issuperset(map(type, chain.from_iterable(map(dict.values, self.tensors))))
+            PLAIN_TENSORS.issuperset(map(type, map(dict.get, self.tensors, self.tensor_names)))
         )
 
     def is_attached(self) -> bool:
@@ -148,7 +153,7 @@ class Guard:
         return [[v is None for v in d.values()] for d in self.structure]
 
     def _attributes(self, root: nn.Module) -> list[Any]:
-        return [self.of_root(root.__dict__), *[get(m.__dict__) for m, get in self.getters]]
+        return [self.of_root(root.__dict__), *[list(map(get, dicts)) for get, dicts in self.getters]]
 
 
 def _baked(m: nn.Module) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from .._block import BnScaleModule
 from ..conditions import is_watched
 from . import pools
 from .blocks import block_of
-from .capture import Arguments, Refused, capture, is_compared
+from .capture import Arguments, Refused, capture, is_compared, modes
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .channels_last import give_back, inside_of
 from .difference import difference_of
@@ -52,6 +52,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _profiler_enabled = torch.autograd._profiler_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
 
 
@@ -166,6 +167,11 @@ class Entry:
         quick = [b.quick if b.is_quick else b.forward for b in self.blocks]
         self.quick = [_placed(call, first) for call, first in zip(quick, firsts, strict=True)]
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether its calls have nothing to find out any more."""
+        return bool(self.groups) and not self.unchecked and self.graph is None
+
     def call(self, root: nn.Module, calls: list[Block], tensors: Sequence[Tensor]) -> Any:
         if self.inside is not None and self.inside.takes(tensors):
             return self.inside.run(root, calls, *tensors)
@@ -228,6 +234,7 @@ class State:
         self.calls = 0
         self.changed: set[str] = set()  # paths of convolutions whose weights have got channels_last strides
         self.entries: dict[Any, list[Entry]] = {}
+        self.keys: dict[Any, Any] = {}  # of calls with one tensor
         self.reason: str | None = None  # why it is not captured
         self.refused: dict[Any, str] = {}
 
@@ -248,11 +255,14 @@ class State:
 
 def _leave_alone(values: Any) -> bool:
     """Whether the class' own forward is to run, whatever was captured."""
-    if _is_compiling() or conditions.transformed() or torch._C._get_tracing_state() is not None:
+    if _is_compiling() or conditions.transformed() or _tracing_state() is not None:
         return True
     if conditions.hooks_for_all() or conditions.methods_replaced():
         return True
-    return any(isinstance(v, fx.Proxy) for v in values)
+    for v in values:
+        if isinstance(v, fx.Proxy):
+            return True
+    return False
 
 
 def run_root(root: nn.Module, of: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -281,22 +291,32 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     state.calls += 1
     if state.reason is not None:
         return own(root, *args, **kwargs)
+    # Most calls have one tensor, and most of those are of a kind that was there before.
+    is_simple = len(args) == 1 and not kwargs and type(args[0]) is Tensor
+    kind = (args[0].dtype, args[0].device, root.training, modes()) if is_simple else None
+    key = state.keys.get(kind)
+    entry = None if key is None else _entry_of(root, state, key)
+    if entry is not None and entry.is_ready:
+        return _call(root, entry, args)
     try:
         arguments = Arguments(_signature(own), root, args, kwargs)
     except TypeError:
         return own(root, *args, **kwargs)  # which says so, or takes it
     except Refused as refused:
         return _refuse(root, state, str(refused), own, args, kwargs)
-    key = arguments.call_key(root)
+    if key is None:
+        key = arguments.call_key(root)
+        entry = _entry_of(root, state, key)
+        if is_simple:
+            state.keys[kind] = key
     if key in state.refused:
         return own(root, *args, **kwargs)
-    entry = next((e for e in state.entries.get(key, ()) if e.guard.holds(root)), None)
     if (entry is None or entry.unchecked) and _is_in_cuda_graph():
         return own(root, *args, **kwargs)  # a first call looks at values, which a graph has not
     if entry is None:
         try:
             with _lock:
-                entry = next((e for e in state.entries.get(key, ()) if e.guard.holds(root)), None)
+                entry = _entry_of(root, state, key)
                 if entry is None:
                     state.captures += 1
                     if state.captures > _MOST_KINDS:
@@ -324,14 +344,26 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     if entry.unchecked:
         result = _checked(root, state, key, entry, own, arguments, args, kwargs)
     else:
-        quick = not (_is_grad_enabled() or _is_any_autocast_enabled())
-        calls = entry.quick if quick else entry.full
-        if quick and _profiler_enabled():
-            calls = entry.named(calls)
-        result = entry.call(root, calls, [*arguments.tensors.values()])
+        result = _call(root, entry, [*arguments.tensors.values()])
     if entry.graph is not None and not entry.unchecked:
         entry.chain()
     return result
+
+
+def _entry_of(root: nn.Module, state: State, key: Any) -> Entry | None:
+    for entry in state.entries.get(key, ()):
+        if entry.guard.holds(root):
+            return entry
+    return None
+
+
+def _call(root: nn.Module, entry: Entry, tensors: Sequence[Tensor]) -> Any:
+    """What was captured, and is right."""
+    quick = not (_is_grad_enabled() or _is_any_autocast_enabled())
+    calls = entry.quick if quick else entry.full
+    if quick and _profiler_enabled():
+        calls = entry.named(calls)
+    return entry.call(root, calls, tensors)
 
 
 def _refuse(root: nn.Module, state: State, reason: str, own: Any, args: Any, kwargs: Any) -> Any:

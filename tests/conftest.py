@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from common import DEVICES
-from fused_conv_bn import reference
-from fused_conv_bn._fuse import blocks
+from fused_conv_bn import conditions, reference
 
 sys.path.append(str(Path(__file__).parent / "ops"))  # others test its problems, too
 
@@ -59,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def small_steps_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of tests are small. What is faster by PyTorch's ops there is to be tested as well."""
-    monkeypatch.setattr(blocks, "LEAST_OF_STEPS", {True: 0, False: 0})
+    monkeypatch.setattr(conditions, "LEAST_OF_STEPS", {True: 0, False: 0})
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ._conv import NO_WINDOW, Window, allows_tf32, autocast_dtype
 from ._count import counted
 from ._dispatch import check_tensor, keywords
 from ._scriptable import Scriptable, ScriptableConv
-from .conditions import DTENSORS, PLAIN_TENSORS, Pair, operands, why_norm_refused, why_refused
+from .conditions import DTENSORS, PLAIN_TENSORS, Pair, is_small_step, operands, why_norm_refused, why_refused
 from .reference import ACTIVATIONS, activate, convolution
 
 _ops = torch.ops.fused_conv_bn
@@ -272,10 +272,10 @@ class BnScaleModule(nn.Module):
 
     def _forward_plain(self, x: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
         """PyTorch's own ops. ``rest``: what the layer takes beside its input."""
-        if not (type(residual) in PLAIN_TENSORS or hasattr(type(residual), "__torch_function__")):
+        if residual is not None and not hasattr(type(residual), "__torch_function__"):
             check_tensor(type(self).__name__, "residual", residual, may_be_none=True)  # x is PyTorch's to refuse
-        layer: Any = self._modules[self._pair.name]
-        return self._epilogue_plain(self.bn(layer(x, *rest)), residual)
+        modules: dict[str, Any] = self._modules
+        return self._epilogue_plain(modules["bn"](modules[self._pair.name](x, *rest)), residual)
 
     def _epilogue_plain(self, y: Tensor, residual: Tensor | None) -> Tensor:
         """``y``: BatchNorm's result."""
@@ -292,7 +292,7 @@ class BnScaleModule(nn.Module):
 
     def _bn_is_plain(self) -> bool:
         """Whether a call of ``bn`` is PyTorch's own, which keeps nothing of the tensor that it returns."""
-        bn = self.bn
+        bn: Any = self._modules["bn"]
         if type(bn) is not self._pair.norm or _is_compiling():
             return False
         return not (conditions.is_watched(bn) or conditions.hooks_for_all() or conditions.methods_replaced())
@@ -381,6 +381,8 @@ class InOneOp(BnScaleModule):
         """``x``: (N, in_channels, ...). ``residual``: of the result's shape and dtype."""
         modules: dict[str, Any] = self._modules
         conv, bn = modules["conv"], modules["bn"]
+        if residual is None and is_small_step(x, conv, bn):
+            return self._forward_plain(x, None)
         found = operands(self._pair, conv, bn, x, residual)
         if isinstance(found, str) or x is None:
             return self._forward_dtensors(x, residual) if found is DTENSORS else self._forward_plain(x, residual)
@@ -497,6 +499,8 @@ class BehindTheLayer(BnScaleModule):
         modules: dict[str, Any] = self._modules
         pair = self._pair
         layer, bn = modules[pair.name], modules["bn"]
+        if residual is None and is_small_step(x, layer, bn):
+            return self._forward_plain(x, None, *rest)
         found = operands(pair, layer, bn, x, residual)
         if isinstance(found, str):
             return self._forward_plain(x, residual, *rest)

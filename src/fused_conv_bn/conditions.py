@@ -64,6 +64,9 @@ _global_backward_hooks = _module._global_backward_hooks
 _global_backward_pre_hooks = _module._global_backward_pre_hooks
 
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+LEAST_OF_STEPS = {True: 1 << 15, False: 1 << 17}
+"""Elements on a CPU from which on an op gains in forward and backward, in training and in evaluation."""
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _strided = torch.strided
@@ -114,6 +117,22 @@ def transformed() -> bool:
     A compiled ``torch.func.grad`` through an autograd.Function with an unknown op gives zeros without an error.
     """
     return _transforms_active() or forward_ad._current_level >= 0
+
+
+def is_small_step(x: Any, layer: nn.Module | None, bn: nn.Module) -> bool:
+    """Whether PyTorch's own modules take less time forward and backward, for what a backward of ours takes in Python.
+
+    By measurements on a CPU, one thread, in float32, of BatchNorms alone and behind 1x1 and 3x3 convolutions: steps
+    with ours take 1.05 to 1.2 times PyTorch's time below these sizes, in evaluation 1.04 to 1.5 times, and 0.4 to 1.0
+    above.
+    """
+    if not (_is_grad_enabled() and type(x) is Tensor and x.is_cpu and x.numel() < LEAST_OF_STEPS[bn.training]):
+        return False
+    mean, gain = bn._buffers.get("running_mean"), bn._parameters.get("weight")
+    trained = gain if layer is None else layer._parameters.get("weight")
+    needs_grad = x.requires_grad or (trained is not None and trained.requires_grad)
+    # PyTorch's takes no weight and statistics of different dtypes.
+    return needs_grad and (gain is None or mean is None or gain.dtype is mean.dtype) and not _is_compiling()
 
 
 def has_hooks(module: nn.Module) -> bool:

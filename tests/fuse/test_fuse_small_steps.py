@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from fused_conv_bn._fuse import blocks
+from fused_conv_bn import conditions
 
-LEAST = dict(blocks.LEAST_OF_STEPS)
+LEAST = dict(conditions.LEAST_OF_STEPS)
 C = 16
 
 
@@ -33,7 +33,7 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("first", [nn.Conv2d, nn.ConvTranspose2d])
 @pytest.mark.parametrize("training", [True, False])
 def test_what_runs(training: bool, first: type[nn.Module], is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "LEAST_OF_STEPS", LEAST)
+    monkeypatch.setattr(conditions, "LEAST_OF_STEPS", LEAST)
     size = LEAST[training] // C - is_small
     x = torch.randn(1, C, 1, size)
     model = model_of(training, first)
@@ -49,7 +49,7 @@ def test_what_runs(training: bool, first: type[nn.Module], is_small: bool, monke
 
 
 def test_dtypes_that_pytorch_does_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "LEAST_OF_STEPS", LEAST)
+    monkeypatch.setattr(conditions, "LEAST_OF_STEPS", LEAST)
     model = model_of(training=True)
     for p in model.parameters():
         p.data = p.data.bfloat16()

@@ -21,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fused_conv_bn as fcb
-from fused_conv_bn import _sync, reference
-from fused_conv_bn._fuse import blocks
+from fused_conv_bn import _sync, conditions, reference
 from fused_conv_bn._fuse.root import is_root
 from training_pairs import Network, networks
 
@@ -269,7 +268,7 @@ class Fused(torch.utils._python_dispatch.TorchDispatchMode):
 def run(rank: int, world: int, device_type: str, folder: str) -> None:
     """Writes (plain, of ConvBnScale2d, plain and fuse()) of every run, or the error, to the folder."""
     torch.set_num_threads(1)
-    blocks.LEAST_OF_STEPS = {True: 0, False: 0}  # whatever the size, as conftest.py has it for the other tests
+    conditions.LEAST_OF_STEPS = {True: 0, False: 0}  # whatever the size, as conftest.py has it for the other tests
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from . import _activations, _sync, autograd, conditions, ops
 from ._conv import NO_WINDOW, Window, allows_tf32, autocast_dtype
@@ -266,9 +265,9 @@ class BnScaleModule(nn.Module):
             if batches is not None:
                 batches.sub_(1)
             raise
-        if mean is not None and var is not None:
-            increment_version((mean, var))
-        return y
+        return (
+            y  # and no new version of the statistics: F.batch_norm writes to them so, and backward may have kept them
+        )
 
     def _forward_plain(self, x: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
         """PyTorch's own ops. ``rest``: what the layer takes beside its input."""

@@ -120,6 +120,8 @@ def require_grad(mean: Tensor | None, var: Tensor | None) -> bool:
 
 
 def written(*tensors: Tensor | None) -> None:
+    if _is_compiling():
+        return  # what was copied there has a new version
     for tensor in tensors:
         if tensor is not None:
             increment_version(tensor)

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import increment_version
 
 from . import reference
 from ._conv import (
@@ -552,12 +551,9 @@ def bn_scale_train(
         residual,
         (scaling_factor, eps, window, activation, negative_slope, residual_last, allow_tf32, compiling, momentum),
     )
-    if running_mean is not None and running_var is not None:
-        if compiling:
-            running_mean.copy_(result[3])
-            running_var.copy_(result[4])
-        else:
-            increment_version((running_mean, running_var))
+    if compiling and running_mean is not None and running_var is not None:
+        running_mean.copy_(result[3])
+        running_var.copy_(result[4])
     return result[0] if compiling else result
 
 

@@ -126,13 +126,17 @@ def is_small_step(x: Any, layer: nn.Module | None, bn: nn.Module) -> bool:
     with ours take 1.05 to 1.2 times PyTorch's time below these sizes, in evaluation 1.04 to 1.5 times, and 0.4 to 1.0
     above.
     """
-    if not (_is_grad_enabled() and type(x) is Tensor and x.is_cpu and x.numel() < LEAST_OF_STEPS[bn.training]):
+    if not (_is_grad_enabled() and type(x) is Tensor and x.is_cpu and x.numel() < LEAST_OF_STEPS[bool(bn.training)]):
         return False
     mean, gain = bn._buffers.get("running_mean"), bn._parameters.get("weight")
-    trained = gain if layer is None else layer._parameters.get("weight")
-    needs_grad = x.requires_grad or (trained is not None and trained.requires_grad)
-    # PyTorch's takes no weight and statistics of different dtypes.
-    return needs_grad and (gain is None or mean is None or gain.dtype is mean.dtype) and not _is_compiling()
+    if gain is not None and mean is not None and gain.dtype is not mean.dtype:
+        return False  # PyTorch's takes no such, nor a weight and bias of different dtypes
+    trained = gain
+    if layer is not None:
+        trained, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if trained is not None and bias is not None and trained.dtype is not bias.dtype:
+            return False
+    return (x.requires_grad or (trained is not None and trained.requires_grad)) and not _is_compiling()
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -521,7 +521,9 @@ def bn_scale_train(
     if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("bn_scale_train", activation, RuntimeError)
         return twin(reference.bn_scale_train, input, *bn, **keywords(*epilogue))
-    return autograd.bn_scale_train(input, None, None, bn, NO_WINDOW, epilogue)
+    y = autograd.bn_scale_train(input, None, None, bn, NO_WINDOW, epilogue)
+    written(running_mean, running_var)
+    return y
 
 
 def conv_bn_scale_train(
@@ -591,4 +593,6 @@ def conv_bn_scale_train(
     if way == TWIN or require_grad(running_mean, running_var):
         reference.check_activation("conv_bn_scale_train", activation, RuntimeError)
         return twin(reference.conv_bn_scale_train, input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
-    return autograd.bn_scale_train(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
+    y = autograd.bn_scale_train(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
+    written(running_mean, running_var)
+    return y

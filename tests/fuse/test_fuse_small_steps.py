@@ -48,6 +48,25 @@ def test_what_runs(training: bool, first: type[nn.Module], is_small: bool, monke
         torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_bias_of_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's convolution refuses it, and the op takes it, whatever the size."""
+    monkeypatch.setattr(conditions, "LEAST_OF_STEPS", LEAST)
+    module = fcb.ConvBnScale2d(C, C, 1).train(False)
+    module.conv.weight.data = module.conv.weight.data.bfloat16()
+    module.bn.bfloat16()
+    x = torch.randn(2, C, 3, 3).bfloat16()
+    with pytest.raises(RuntimeError, match="bias"):
+        module._forward_plain(x, None)
+    assert "BnScale" in type(module(x).grad_fn).__name__
+
+
+def test_modes_that_are_no_bools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditions, "LEAST_OF_STEPS", LEAST)
+    module = fcb.ConvBnScale2d(C, C, 1)
+    module.bn.training = None  # type: ignore[assignment]
+    assert module(torch.randn(2, C, 3, 3)).requires_grad
+
+
 def test_dtypes_that_pytorch_does_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditions, "LEAST_OF_STEPS", LEAST)
     model = model_of(training=True)

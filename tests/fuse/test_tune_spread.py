@@ -118,9 +118,16 @@ def test_the_samples_of_a_figure(on_cuda: bool) -> None:
 
 
 def looked(used: float, threads: int, monkeypatch: pytest.MonkeyPatch) -> Processors:
-    """After three looks, in each of which the process uses that much of one processor."""
+    """After three looks, in each of which the process uses that much of one processor. Time passes with work alone."""
+    now = [0.0]
+
+    def work(x: torch.Tensor) -> None:
+        now[0] += 0.005
+
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(time, "process_time", lambda: used * time.perf_counter())
+    monkeypatch.setattr(torch, "sin_", work)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: used * now[0])
     processors = Processors()
     for _ in range(3):
         processors.look()
@@ -156,12 +163,14 @@ def test_a_busy_processor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     try:
         with subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=-1) as other:
-            assert other.stdout is not None
-            other.stdout.readline()
-            processors = Processors()
-            for _ in range(10):
-                processors.look()
-            other.kill()
+            try:
+                assert other.stdout is not None
+                other.stdout.readline()
+                processors = Processors()
+                for _ in range(10):
+                    processors.look()
+            finally:
+                other.kill()
     finally:
         os.sched_setaffinity(0, allowed)
         torch.set_num_threads(threads)

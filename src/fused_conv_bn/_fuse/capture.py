@@ -14,6 +14,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 import random
@@ -51,6 +52,13 @@ def modes() -> tuple[Any, ...]:
         return found
     kinds = "cpu", "cuda"
     return *found, *(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds)
+
+
+@functools.cache
+def has_fixed_defaults(forward: Any) -> bool:
+    """Whether calls with the same arguments are of one kind: no default is a tensor, or can change in place."""
+    defaults = [p.default for p in inspect.signature(forward).parameters.values()]
+    return all(d is inspect.Parameter.empty or type(d) in CONSTANTS for d in defaults)
 
 
 class Refused(Exception):
@@ -206,6 +214,7 @@ class _Tracer(fx.Tracer):
         self.culprit: nn.Module | None = None
         self.modes = self._modes()
         self.registered: frozenset[nn.Module] = frozenset()
+        self.before: _Attributes | None = None
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         self.registered = frozenset(root.modules())
@@ -266,6 +275,8 @@ class _Tracer(fx.Tracer):
             if type(m) is nn.Sequential and self.registered.issuperset(m.children()) and not is_watched(m):
                 return forward(*args, **kwargs)
             raise Refused("it calls a module that is not registered")
+        if self.before is not None and self.before.has_changed(m):  # eps or stride, say, or the mode
+            raise Refused("it changes attributes of what it calls")
         try:
             if not self.is_leaf_module(m, self.path_of_module(m)):
                 self.inlined.append(m)
@@ -334,7 +345,7 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
     leaves: dict[nn.Module, str] = {}
     while True:
         tracer = _Tracer(set(leaves), arguments, forward)
-        before = _Attributes(root)
+        before = tracer.before = _Attributes(root)
         try:
             with _classes_are_asked(tracer), torch.no_grad() if not tracer.modes[0] else contextlib.nullcontext():
                 graph = tracer.trace(root)
@@ -354,6 +365,8 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
             raise Refused("it draws random numbers that are no tensors of its graph")
         if root in changed:
             raise Refused("it changes its own attributes, or makes tensors of its own")
+        if not set(changed) <= {*inlined, *leaves}:
+            raise Refused("it changes attributes of what it calls")
         if not is_compared(root) and any(map(_asks_for_types, inlined)):
             raise Refused("it asks what class a value is")
         if broken := [m for m in changed if m in inlined and m not in leaves]:
@@ -389,6 +402,8 @@ class _Attributes:
         self.containers: dict[nn.Module, list[tuple[Any, Any]]] = {}
         self.tensors: dict[nn.Module, list[tuple[Tensor, int, Tensor]]] = {}
         for m, attributes in self.of.items():
+            own = m._parameters, m._buffers, m._modules
+            self.containers[m] = [(d, copy.copy(d)) for d in own if isinstance(d, dict)]  # TorchScript's are not
             for name, value in attributes.items():
                 if name not in MODULE_ATTRIBUTES:
                     self._look(m, value)
@@ -412,14 +427,18 @@ class _Attributes:
             states.append(numpy.random.get_state())
         return states
 
+    def has_changed(self, m: nn.Module) -> bool:
+        """Whether a module has other attributes than before, or others in its place."""
+        attributes = self.of.get(m)
+        return attributes is not None and not _has_same(m.__dict__, attributes)
+
     def restore(self) -> list[nn.Module]:
-        """Takes back what a trace did; returns the modules that it did it to."""
+        """Takes back what a trace did, once; returns the modules that it did it to."""
         changed = []
         for m, attributes in self.of.items():
-            now = m.__dict__
-            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
-                now.clear()
-                now.update(attributes)
+            if self.has_changed(m):
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
                 changed.append(m)
         for m, containers in self.containers.items():
             for container, saved in containers:
@@ -440,6 +459,8 @@ class _Attributes:
         if len(self.generators) > 2:
             sys.modules["numpy"].random.set_state(self.generators[2])
             self.draws |= str(self.generators[2]) != str(after[2])
+        for kept in (self.of, self.containers, self.tensors):  # an exception may have this, and nobody else the tensors
+            kept.clear()
         return list(dict.fromkeys(changed))
 
 

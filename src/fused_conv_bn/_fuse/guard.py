@@ -49,6 +49,7 @@ class Guard:
         read: set[nn.Module],
         seen: list[nn.Module],
         blocks: Iterable[Block],
+        frozen: bool = False,
     ) -> None:
         self.watched, self.read, self.seen = list(silent), list(read), seen
         self.types = list(map(type, self.watched))
@@ -65,21 +66,23 @@ class Guard:
         gone_into = {modules[path] for path in above} | inlined
         self.parents = [m._modules for m in gone_into]
         self.children = [dict(d) for d in self.parents]
-        self.structure = [d for m in gone_into for d in (m._parameters, m._buffers) if d]
+        tensors = [d for m in gone_into for d in (m._parameters, m._buffers)]
+        self.structure, self.empty = [d for d in tensors if d], [d for d in tensors if not d]
         self.missing = self._missing()
         of_gone_into = {type(m) for m in gone_into}
         self.classes = list(of_gone_into | {getattr(of, "_fused_conv_bn_class", of) for of in of_gone_into})
         self.forwards = list(map(_forward, self.classes))
         # What a trace has as it was: attributes that are no tensors and no modules.
-        self.names = [_baked(m) for m in (root, *self.watched)]
+        self.baked = _all_of if frozen else _baked
+        self.names = [self.baked(m) for m in (root, *self.watched)]
         self.of_root = _getter(self.names[0])
         self.read_names = list(map(_own, self.read))
         # By names: most modules have the same, and then there is no line of Python for each of them.
-        by_names: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        by_names: dict[tuple[str, ...], list[nn.Module]] = {}
         for m, names in zip((*self.watched, *self.read), (*self.names[1:], *self.read_names), strict=True):
             if names:
-                by_names.setdefault(names, []).append(m.__dict__)
-        self.getters = [(_getter(names), dicts) for names, dicts in by_names.items()]
+                by_names.setdefault(names, []).append(m)
+        self.getters = [(_getter(names), modules_of) for names, modules_of in by_names.items()]
         self.saved = _snapshot(self._attributes(root))
         self._look(root)
 
@@ -122,6 +125,7 @@ class Guard:
             list(map(bool, self.seen_hooks)),
             list(map(_forward, self.classes)),
             self._missing(),
+            any(self.empty),
             self._attributes(root),
         ]
 
@@ -131,7 +135,9 @@ class Guard:
             return False
         if [m.training for m in self.watched] != self.modes:
             return False
-        if [_baked(m) for m in (root, *self.watched)] != self.names or self._missing() != self.missing:
+        if [self.baked(m) for m in (root, *self.watched)] != self.names or self._missing() != self.missing:
+            return False
+        if any(self.empty):
             return False
         if list(map(_own, self.read)) != self.read_names:
             return False
@@ -153,7 +159,10 @@ class Guard:
         return [[v is None for v in d.values()] for d in self.structure]
 
     def _attributes(self, root: nn.Module) -> list[Any]:
-        return [self.of_root(root.__dict__), *[list(map(get, dicts)) for get, dicts in self.getters]]
+        return [self.of_root(root.__dict__), *[list(map(get, map(_dict_of, of))) for get, of in self.getters]]
+
+
+_dict_of = operator.attrgetter("__dict__")
 
 
 def _baked(m: nn.Module) -> tuple[str, ...]:
@@ -162,6 +171,11 @@ def _baked(m: nn.Module) -> tuple[str, ...]:
         return ("padding_mode",)
     if is_norm(m):
         return ("eps",) if is_frozen_norm(m) and "eps" in m.__dict__ else ()  # of which its twin has a copy
+    return _all_of(m)
+
+
+def _all_of(m: nn.Module) -> tuple[str, ...]:
+    """A snapshot has them all, those of convolutions and BatchNorms too."""
     return tuple(name for name in m.__dict__ if name not in _MODULE)
 
 

@@ -29,7 +29,7 @@ from .._block import BnScaleModule
 from ..conditions import is_watched
 from . import pools
 from .blocks import block_of
-from .capture import Arguments, Refused, capture, is_compared, modes
+from .capture import Arguments, Refused, capture, has_fixed_defaults, is_compared, modes
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .channels_last import give_back, inside_of
 from .difference import difference_of
@@ -154,7 +154,7 @@ class Entry:
         watched = [m for m in called if is_watched(m)]
         # A snapshot reads no tensors of the model.
         of_blocks = () if frozen else self.blocks
-        self.guard = Guard(root, modules, gone_through, self.inlined, silent, read, watched, of_blocks)
+        self.guard = Guard(root, modules, gone_through, self.inlined, silent, read, watched, of_blocks, frozen)
         self.unchecked = is_compared(root)
 
     def thaw(self) -> None:
@@ -240,7 +240,7 @@ class State:
 
     def freeze(self, frozen: bool) -> None:
         """What was captured goes: a new snapshot, or none."""
-        self.frozen, self.entries, self.refused, self.captures = frozen, {}, {}, 0
+        self.frozen, self.entries, self.refused, self.captures, self.reason = frozen, {}, {}, 0, None
 
     def keep(self, key: Any, entry: Entry) -> None:
         """The newest first, and no more than four of one kind."""
@@ -307,7 +307,7 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     if key is None:
         key = arguments.call_key(root)
         entry = _entry_of(root, state, key)
-        if is_simple:
+        if is_simple and has_fixed_defaults(own):
             state.keys[kind] = key
     if key in state.refused:
         return own(root, *args, **kwargs)
@@ -429,11 +429,15 @@ def call_once(model: nn.Module, args: tuple[Any, ...]) -> None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Calls of a model that leave its buffers and the random state as they were, under ``no_grad``."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    places = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not (b.is_meta or torch.nn.parameter.is_lazy(b))]
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
             yield
         finally:
+            for place, of_place in places:
+                if any(place.get(name) is not b for name, b in of_place.items()):
+                    place.update(of_place)
             for b, before in buffers:
                 if not torch.equal(b, before):  # what was only read may be saved for a backward
                     b.copy_(before)
@@ -570,8 +574,9 @@ def around(m: nn.Module) -> tuple[nn.Module, str] | None:
     """The outermost root that a module is in, and its path there."""
     with _lock:
         roots = list(_roots)
-    found = [(root, path) for root in roots if root is not m for path, part in root.named_modules() if part is m]
-    return max(found, key=lambda f: f[1].count("."), default=None)
+        found = [(root, path) for root in roots if root is not m for path, part in root.named_modules() if part is m]
+    # One that was called knows more than one that was not.
+    return max(found, key=lambda f: (bool(f[0].__dict__[STATE].entries), f[1].count(".")), default=None)
 
 
 def swap(m: nn.Module, frozen: bool = False) -> None:
@@ -625,5 +630,6 @@ def restore(m: nn.Module) -> None:
     if is_root(m):
         if "_fused_conv_bn_class" in type(m).__dict__:
             m.__class__ = type(m)._fused_conv_bn_class  # type: ignore[attr-defined]
-        _roots.discard(m)
+        with _lock:
+            _roots.discard(m)
         give_back(m, m.__dict__.pop(STATE).changed)

@@ -1,0 +1,157 @@
+"""Forwards that change attributes and buffers of themselves or of what they call; attributes that change behind a snapshot."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_conv_bn as fcb
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def through(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+    def change(self) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change()
+        return self.through(x)
+
+
+class CountsInPlace(Base):
+    def change(self) -> None:
+        self.calls += 1
+
+
+class ReplacesBuffer(Base):
+    def change(self) -> None:
+        self.calls = self.calls * 0.9 + 1
+
+
+class ReplacesStatistics(Base):
+    def change(self) -> None:
+        self.bn.running_mean = self.bn.running_mean * 0.5
+
+
+class SetsEps(Base):
+    def change(self) -> None:
+        self.bn.eps = 0.1
+
+
+class SetsMomentum(Base):
+    def change(self) -> None:
+        self.bn.momentum = 0.5
+
+
+class SetsStride(Base):
+    def change(self) -> None:
+        self.conv.stride = (2, 2)
+
+
+class TakesOtherStatistics(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn.eval()
+        y = self.through(x)
+        self.bn.train(self.training)
+        return y
+
+
+class FlipsItsMode(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        was = self.training
+        self.train(not was)
+        y = self.through(x)
+        self.train(was)
+        return y
+
+
+class Around(nn.Module):
+    """The one that changes something is a part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.conv, self.bn = part, nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(self.part(x)))
+
+
+KINDS = (
+    *(CountsInPlace, ReplacesBuffer, ReplacesStatistics, SetsEps, SetsMomentum, SetsStride),
+    *(TakesOtherStatistics, FlipsItsMode),
+)
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("of", KINDS)
+def test_forwards_that_change_something(of: type[Base], training: bool, is_part: bool) -> None:
+    """Results and state of three calls, a copy, and the model as it was before."""
+    model: nn.Module = Around(of()) if is_part else of()
+    model.train(training)
+    fused = fcb.fuse(copy.deepcopy(model))
+    for _ in range(3):
+        x = torch.randn(4, 3, 9, 9)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fused.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(fused)(x), copy.deepcopy(model)(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fcb.unfuse(fused)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "stride": lambda m: setattr(m[3], "stride", (2, 2)),
+    "padding": lambda m: setattr(m[3], "padding", (1, 1)),
+    "dilation": lambda m: setattr(m[0], "dilation", (2, 2)),
+    "eps": lambda m: setattr(m[1], "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_snapshot_sees_attributes(change: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    plain = copy.deepcopy(model.eval())
+    x = torch.randn(2, 3, 16, 16)
+    fused = fcb.fuse(model, x, freeze=True)
+    before = fused(x)
+    for m in (fused, plain):
+        CHANGES[change](m)
+    got = fused(x)
+    with torch.no_grad():
+        torch.testing.assert_close(got, plain(x), rtol=1e-4, atol=1e-5)
+    assert got.shape != before.shape or not torch.allclose(got, before)
+
+
+MIXED = ("small, large", "large, small", "evaluation, training")
+
+
+@pytest.mark.parametrize("order", MIXED)
+@pytest.mark.parametrize("kind", ["module", "fused"])
+def test_calls_before_one_backward(kind: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and PyTorch's, of one BatchNorm, as a head has it for several levels. F.batch_norm writes the statistics that others
+    have kept without a word to autograd, and so do we."""
+    monkeypatch.setattr("fused_conv_bn.conditions.LEAST_OF_STEPS", {True: 1 << 15, False: 1 << 17})
+    own = fcb.ConvBnScale2d(16, 16, 3, activation="relu")
+    plain = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+    plain[0].load_state_dict(own.conv.state_dict())
+    model: nn.Module = own if kind == "module" else fcb.fuse(copy.deepcopy(plain))
+    small, large = torch.randn(2, 16, 16, 16), torch.randn(2, 16, 72, 72)
+    first, second = (large, small) if order == "large, small" else (small, large)
+    for m in (model, plain):
+        m.train(order != "evaluation, training")
+        y = m(first).square().sum()
+        (y + m.train()(second).square().sum()).backward()
+    ours, theirs = ([p.grad for p in m.parameters()] for m in (model, plain))
+    largest = max(float(g.abs().max()) for g in theirs)  # a convolution's bias has none but roundings
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * largest)

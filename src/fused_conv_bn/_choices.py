@@ -38,6 +38,7 @@ CPU = "cpu"
 
 _lock = threading.RLock()
 _known: dict[str, Choices] = {}
+_unwritten: set[str] = set()  # devices of which the file could not be written
 
 
 # ---- the libraries' tables -------------------------------------------------------------------------------------------
@@ -57,6 +58,11 @@ def _hand_over(device: str, choices: Choices) -> None:
         _ops._set_choices.cpu(numbers, names)
     elif has_cuda_library():
         _ops._set_choices.cuda(numbers, names, device)
+
+
+def are_kept(device: str) -> bool:
+    """Whether later processes have what was found here."""
+    return device not in _unwritten
 
 
 @contextlib.contextmanager
@@ -80,7 +86,9 @@ def add(device: str, choices: Choices) -> None:
         _hand_over(device, _known[device])
         try:
             _write({device: _known[device]})
+            _unwritten.discard(device)
         except OSError as error:
+            _unwritten.add(device)
             warnings.warn(
                 f"fused_conv_bn: {path()} could not be written ({error}): what was tuned holds for this process alone",
                 RuntimeWarning,

@@ -25,6 +25,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(program: str, main: Callable[[], int]) -> int:
     """The exit status of ``main``. What a user can do wrong, and what the system refuses, ends in one sentence."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as `>&-` does it
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         try:
             with _interrupt.raised():

@@ -36,7 +36,7 @@ def load(spec: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
             raise UsageError(f"MODEL: {spec} is of type {type(found).__name__}, expected a callable or an nn.Module")
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"MODEL: {spec}() failed: {first_line(error)}") from error
     model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(model, nn.Module):
@@ -53,7 +53,7 @@ def first_line(error: BaseException) -> str:
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"MODEL: module {name} cannot be imported: {first_line(error)}") from error
 
 
@@ -69,6 +69,6 @@ def _import_file(place: str) -> ModuleType:
     sys.modules.setdefault(path.stem, module)  # which dataclasses and pickles look for
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"MODEL: {place} failed: {first_line(error)}") from error
     return module

@@ -56,7 +56,7 @@ def tune(args: argparse.Namespace) -> int:
         print(
             "undecided: times vary by more than they differ, or other programs ran. The rule's runs; nothing is kept."
         )
-    if any(case.times and case.is_decided for case in cases):
+    if any(case.times and case.is_decided and _choices.are_kept(case.device) for case in cases):
         print(f"Kept in {_choices.path()}")
     return 0
 

@@ -68,6 +68,19 @@ def fails():
     raise RuntimeError("no weights\\nmore of it")
 
 
+def leaves():
+    raise SystemExit(3)
+
+
+class NoNumbers(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+def no_numbers():
+    return NoNumbers(3, 4, 3)
+
+
 ready = make()
 number = 3
 """
@@ -182,6 +195,8 @@ BAD: list[tuple[str, list[str], str]] = [
     ("FILE:number", [], "is of type int, expected a callable or an nn.Module"),
     ("FILE:no_model", [], "returned a int, expected an nn.Module, or one and its inputs"),
     ("FILE:fails", [], "fails() failed: RuntimeError: no weights\n"),
+    ("FILE:leaves", [], "leaves() failed: SystemExit: 3\n"),
+    ("FILE:no_numbers", ["--size=3x9x9"], "all of its results are Inf or NaN, which nothing can be compared with\n"),
     ("FILE:make", ["--size=4x9x9"], "the model does not take (1, 4, 9, 9): RuntimeError"),
     ("FILE:make", ["--size=0x9"], "argument --size: '0x9', expected a number, or several with x between them"),
     ("FILE:make", ["--batch=0"], "argument --batch: '0', expected a whole number from 1 on"),

@@ -524,6 +524,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: 
     assert row.startswith("2x3x40x40 float32 8 of 3x3  1 ") and row.count(" us ") == 2
     assert row.split()[-3:-1] == ["0%", "aten"] and spread.startswith("spread: the largest one of the row's times, ")
     assert kept == f"Kept in {_choices.path()}"
+    _choices.path().unlink()
+    _choices.folder().rmdir()
+    _choices.folder().write_text("no folder")
+    with pytest.warns(RuntimeWarning, match="could not be written"):
+        assert __main__.main([*command, "--again"]) == 0
+    assert "Kept in" not in capsys.readouterr().out
     chosen = row.split()[-1]
     assert __main__.main(command) == 0
     assert capsys.readouterr().out.splitlines()[1].endswith(f" {chosen}, known")

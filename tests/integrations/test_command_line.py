@@ -46,6 +46,14 @@ def test_without_a_gpu(command: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 # ---- how it ends -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(closed: str) -> None:
+    command = f'exec "{PROGRAM[0]}" -m fused_conv_bn info {closed}'
+    run = subprocess.run(["/bin/sh", "-c", command], capture_output=True, env=ENVIRONMENT, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert bool(run.stdout) == (closed == "2>&-")
+
+
 @pytest.mark.parametrize("arguments", [["info"], ["--help"], []], ids=" ".join)
 def test_a_reader_that_has_seen_enough(arguments: list[str]) -> None:
     """As with ``| head``: no traceback, whether a line fails or what is left at the end."""

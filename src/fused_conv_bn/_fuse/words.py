@@ -64,7 +64,7 @@ REASONS = {
     "no call": "no captured call reaches it",
     "pending": "what it is in was not called yet",
     "again": "a hook or a module came or went, and what it is in was not called since",
-    "not fused": "fuse(model) was not called",
+    "not fused": "fuse(model) was not called, or it is no model that calls layers",
 }
 """Why a convolution or a BatchNorm is in no group: all kinds of reasons that a report gives."""
 

@@ -155,3 +155,34 @@ def test_calls_before_one_backward(kind: str, order: str, monkeypatch: pytest.Mo
     ours, theirs = ([p.grad for p in m.parameters()] for m in (model, plain))
     largest = max(float(g.abs().max()) for g in theirs)  # a convolution's bias has none but roundings
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * largest)
+
+
+class AddsInPlace(Base):
+    def __init__(self, method: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.method = method
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.bn(self.conv(x))
+        if self.method:
+            z = z.add_(x)
+        else:
+            z += x
+        return torch.relu(z)
+
+
+@pytest.mark.parametrize("method", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_in_place_keep_their_dtype(dtype: torch.dtype, training: bool, method: bool) -> None:
+    """Under autocast a convolution's result is of 16 bits, and what is added to it need not be."""
+    model = AddsInPlace(method).train(training)
+    fused = fcb.fuse(copy.deepcopy(model))
+    for enabled in (True, False):
+        for grad in (True, False):
+            x = torch.randn(2, 8, 9, 9).to(dtype if enabled else torch.float32)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.set_grad_enabled(grad):
+                expected, got = model(x), fused(x)
+            assert got.dtype is expected.dtype
+            torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)

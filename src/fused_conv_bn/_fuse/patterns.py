@@ -47,6 +47,7 @@ class Group:
     residual: fx.Node | None = None
     adds: str = ""  # the name of the node that adds it
     residual_first: bool = False  # it is the first of the two: the sum has its strides
+    adds_in_place: bool = False  # to the other one, which keeps its dtype
     residual_last: bool = False
     activation: str = "none"
     negative_slope: float = 0.01
@@ -379,6 +380,7 @@ class Matcher:
             "residual": other,
             "adds": node.name,
             "residual_first": not first,
+            "adds_in_place": first and self.words.is_in_place(node),
             "residual_last": group.activation != "none",
         }
 

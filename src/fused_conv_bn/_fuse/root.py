@@ -26,6 +26,7 @@ from torch.autograd.profiler import record_function
 
 from .. import conditions
 from .._block import BnScaleModule
+from .._conv import autocast_dtype
 from ..conditions import is_watched
 from . import pools
 from .blocks import block_of
@@ -59,9 +60,18 @@ _signature = functools.lru_cache(maxsize=None)(inspect.signature)
 Block = Callable[..., Tensor]
 
 
-def _placed(call: Block, residual_first: bool) -> Block:
-    """With the strides that a sum has whose first operand is the residual."""
-    if not residual_first:
+def _placed(call: Block, group: Group) -> Block:
+    """With the strides of a sum whose first operand is the residual, or the dtype of one in the other operand's place."""
+
+    def rounded(x: Any, residual: Tensor | None = None) -> Tensor:
+        y = call(x, residual)
+        is_cast = group.conv is not None and _is_any_autocast_enabled()
+        dtype = autocast_dtype(x) if is_cast else x.dtype
+        return y if residual is None or y.dtype is dtype else y.to(dtype)
+
+    if group.adds_in_place:
+        return rounded
+    if not group.residual_first:
         return call
 
     def placed(x: Any, residual: Tensor | None = None) -> Tensor:
@@ -162,10 +172,9 @@ class Entry:
         self.frozen = False
         self.versions = None
         self.run = self.run_groups
-        firsts = [g.residual_first for g in self.groups]
-        self.full = [_placed(b.forward, first) for b, first in zip(self.blocks, firsts, strict=True)]
+        self.full = [_placed(b.forward, g) for b, g in zip(self.blocks, self.groups, strict=True)]
         quick = [b.quick if b.is_quick else b.forward for b in self.blocks]
-        self.quick = [_placed(call, first) for call, first in zip(quick, firsts, strict=True)]
+        self.quick = [_placed(call, g) for call, g in zip(quick, self.groups, strict=True)]
 
     @property
     def is_ready(self) -> bool:

@@ -61,7 +61,7 @@ Block = Callable[..., Tensor]
 
 
 def _placed(call: Block, group: Group) -> Block:
-    """With the strides of a sum whose first operand is the residual, or the dtype of one in the other operand's place."""
+    """With the strides of a sum whose first operand is the residual, or the dtype of one in the other's place."""
 
     def rounded(x: Any, residual: Tensor | None = None) -> Tensor:
         y = call(x, residual)

@@ -265,9 +265,8 @@ class BnScaleModule(nn.Module):
             if batches is not None:
                 batches.sub_(1)
             raise
-        return (
-            y  # and no new version of the statistics: F.batch_norm writes to them so, and backward may have kept them
-        )
+        # The statistics get no new version: F.batch_norm writes to them so, and a backward may have kept them.
+        return y
 
     def _forward_plain(self, x: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
         """PyTorch's own ops. ``rest``: what the layer takes beside its input."""

@@ -38,3 +38,12 @@ def test_dtypes_that_pytorch_does_not_mix(monkeypatch, generator):
     for p in module.parameters():
         p.data = p.data.bfloat16()
     assert runs_ours(module, torch.randn(2, C, 3, 3, generator=generator).bfloat16())
+
+
+def test_a_large_result_of_a_small_input(monkeypatch, generator):
+    """What an op saves is passes over results."""
+    monkeypatch.setattr(conditions, "LEAST_OF_STEPS", LEAST)
+    for training in (True, False):
+        x = torch.randn(2, 8, 64, LEAST[training] // 4096, generator=generator)  # a quarter of what is small
+        assert runs_ours(fcb.ConvBnScale2d(8, 64, 3).train(training), x)
+        assert not runs_ours(fcb.ConvBnScale2d(8, 16, 3).train(training), x)

@@ -13,6 +13,7 @@ import copyreg
 import functools
 import inspect
 import logging
+import operator
 import threading
 import time
 import weakref
@@ -55,6 +56,7 @@ _profiler_enabled = torch.autograd._profiler_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _tracing_state = torch._C._get_tracing_state
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
+_dtype = operator.attrgetter("dtype")
 
 
 Block = Callable[..., Tensor]
@@ -65,8 +67,10 @@ def _placed(call: Block, group: Group) -> Block:
 
     def rounded(x: Any, residual: Tensor | None = None) -> Tensor:
         y = call(x, residual)
-        is_cast = group.conv is not None and _is_any_autocast_enabled()
-        dtype = autocast_dtype(x) if is_cast else x.dtype
+        of = autocast_dtype if group.conv is not None and _is_any_autocast_enabled() else _dtype
+        # A single value promotes no other dtype.
+        read = [t for t in x if isinstance(t, Tensor) and t.dim() > 0] if type(x) is tuple else [x]
+        dtype = functools.reduce(torch.promote_types, map(of, read)) if read else y.dtype
         return y if residual is None or y.dtype is dtype else y.to(dtype)
 
     if group.adds_in_place:

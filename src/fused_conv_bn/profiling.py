@@ -49,7 +49,7 @@ class _Names(TorchDispatchMode):
         from ._fuse.tune import CONV_OPS, problem_arguments
 
         kwargs = kwargs or {}
-        if func not in CONV_OPS and func is not _ops.gate_conv_bn_scale.default:
+        if func not in CONV_OPS:
             return func(*args, **kwargs)
         named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         positional, keywords = problem_arguments(func, named)

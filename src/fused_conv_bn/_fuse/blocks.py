@@ -27,12 +27,11 @@ from .layers import AnyNorm, Norm, class_of_conv, frozen_twin, norm_of, twin_of
 from .patterns import Group
 
 _ops = torch.ops.fused_conv_bn
-_conv_bn, _conv, _bn, _cat, _gate, _max_pool, _mean = (
+_conv_bn, _conv, _bn, _cat, _max_pool, _mean = (
     _ops.conv_bn_scale.default._op,
     _ops.conv_scale_shift.default._op,
     _ops.bn_scale.default._op,
     _ops.bn_scale_cat.default._op,
-    _ops.gate.default._op,
     _ops.max_pool2d.default._op,
     _ops.spatial_mean.default._op,
 )
@@ -40,27 +39,13 @@ _exports_ops = conditions.exports_ops
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _DIMENSIONS = {**DIMENSIONS_OF_NORM, AnyNorm: (2, 3, 4, 5)}
-_REFUSALS = RuntimeError, TypeError, KeyError
+REFUSALS = RuntimeError, TypeError, KeyError
 """What an op refuses, before it writes anything, is PyTorch's to take, or to refuse in its own words."""
 _BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda y: y * torch.sigmoid(y),
     "mish": lambda y: torch.tanh(F.softplus(y)) * y,
 }
 """Activations that a model may have as several calls, as :meth:`Matcher.by_hand` knows them."""
-
-
-def block_of(group: Group, conv: nn.Module | None, bn: nn.Module | None) -> Block:
-    if group.is_gate:
-        return GateBlock(group, None, None)
-    if group.pooling is not None:
-        return PoolBlock(group, None, None)
-    if bn is None:
-        return ConvBlock(group, conv, None)
-    if group.steps:
-        return StepsBlock(group, conv, bn)
-    if conv is None:
-        return CatNormBlock(group, None, bn) if group.concatenates else NormBlock(group, None, bn)
-    return ConvNormBlock(group, conv, bn)
 
 
 class Block(abc.ABC):
@@ -199,29 +184,34 @@ class ConvNormBlock(Block):
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(x) is not Tensor and not _exports_ops():
             return self.plain(x, residual)
+        try:
+            return self.call(_conv_bn, residual, x)
+        except REFUSALS:
+            return self.forward(x, residual)
+
+    def call(self, op: Any, residual: Tensor | None, x: Tensor, *gate: Tensor) -> Tensor:
+        """``op``: takes ``gate`` behind the input."""
         conv, bn = self.conv_twin.__dict__, self.bn_twin.__dict__
         c, p, b = conv["_parameters"], bn["_parameters"], bn["_buffers"]
-        try:
-            y: Tensor = _conv_bn(
-                x,
-                c["weight"],
-                c["bias"],
-                b["running_mean"],
-                b["running_var"],
-                p["weight"],
-                p["bias"],
-                self.factor,
-                bn["eps"],
-                conv["stride"],
-                conv["padding"],
-                conv["dilation"],
-                conv["groups"],
-                residual=residual,
-                **(self.named_tf32 if allows_tf32(x, c["weight"]) else self.named),
-            )
-            return y
-        except _REFUSALS:
-            return self.forward(x, residual)
+        y: Tensor = op(
+            x,
+            *gate,
+            c["weight"],
+            c["bias"],
+            b["running_mean"],
+            b["running_var"],
+            p["weight"],
+            p["bias"],
+            self.factor,
+            bn["eps"],
+            conv["stride"],
+            conv["padding"],
+            conv["dilation"],
+            conv["groups"],
+            residual=residual,
+            **(self.named_tf32 if allows_tf32(x, c["weight"]) else self.named),
+        )
+        return y
 
 
 class ConvBlock(Block):
@@ -262,7 +252,7 @@ class ConvBlock(Block):
                 residual_last=op.residual_last,
                 allow_tf32=allows_tf32(x, c["weight"]),
             )
-        except _REFUSALS:
+        except REFUSALS:
             return self.plain(x, residual)
 
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -282,7 +272,7 @@ class ConvBlock(Block):
                 named = self.named_tf32 if allows_tf32(x, c["weight"]) else self.named
                 y = _conv(x, c["weight"], None, bias, *window, residual=residual, **named)
             return y
-        except _REFUSALS:
+        except REFUSALS:
             return self.plain(x, residual)
 
 
@@ -324,7 +314,7 @@ class NormBlock(Block):
                 negative_slope=op.negative_slope,
                 residual_last=op.residual_last,
             )
-        except _REFUSALS:
+        except REFUSALS:
             return None
 
     def _train(self, x: Tensor, residual: Tensor | None, gain: Tensor | None, shift: Tensor | None) -> Tensor | None:
@@ -344,7 +334,7 @@ class NormBlock(Block):
                 negative_slope=op.negative_slope,
                 residual_last=op.residual_last,
             )
-        except _REFUSALS:  # and whoever runs in its place counts
+        except REFUSALS:  # and whoever runs in its place counts
             batches.sub_(1)
             raise
 
@@ -370,7 +360,7 @@ class NormBlock(Block):
                 **named,
             )
             return y
-        except _REFUSALS:
+        except REFUSALS:
             return self.plain(x, residual)
 
 
@@ -469,44 +459,6 @@ class StepsBlock(Block):
         return isinstance(x[0], Tensor) and self._are_channelwise(x[0], x[1:]) and super().takes(x, residual)
 
 
-class GateBlock(Block):
-    """A product with the gate of a squeeze-and-excite block. Gradients are PyTorch's, and on the CPU so is a product
-    alone, which its kernel computes at the speed of memory."""
-
-    def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
-        if self._needs_grad(*x, residual):
-            return self.plain(x, residual)
-        return self.quick(x, residual)
-
-    def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
-        a, b = x
-        if (type(a) is not Tensor or type(b) is not Tensor) and not _exports_ops():
-            return self.plain(x, residual)
-        if not (a.is_cuda or self.named or residual is not None):
-            return self.plain(x, residual)
-        if a.numel() < b.numel():
-            a, b = b, a
-        # A factor of fewer dimensions is broadcast from the last one on; and the op puts out no other strides.
-        if a.dim() != b.dim() or not b.is_contiguous() or not _is_dense(a):
-            return self.plain(x, residual)
-        try:
-            y: Tensor = _gate(a, b, residual=residual, **self.named)
-            return y
-        except _REFUSALS:
-            return self.plain(x, residual)
-
-    def plain(self, x: Any, residual: Tensor | None = None) -> Tensor:
-        return self._plain_epilogue(x[0] * x[1], residual)
-
-    def takes(self, x: Any, residual: Any) -> bool:
-        if not all(isinstance(t, Tensor) for t in x):
-            return False
-        large, small = x if x[0].numel() > x[1].numel() else x[::-1]
-        if large.dim() < 3 or small.shape != (*large.shape[:2], *[1] * (large.dim() - 2)):
-            return False
-        return residual is None or (isinstance(residual, Tensor) and residual.shape == large.shape)
-
-
 class PoolBlock(Block):
     """Maxima of windows, or means over rows and columns. Gradients are PyTorch's."""
 
@@ -527,10 +479,10 @@ class PoolBlock(Block):
             if pooling.window is not None:
                 y = _max_pool(x, *pooling.window)
                 return y
-            if not _is_dense(x):  # then PyTorch's result may lie otherwise
+            if not is_dense(x):  # then PyTorch's result may lie otherwise
                 return self.plain(x)
             y = _mean(x, keepdim=pooling.keepdim)
-        except _REFUSALS:
+        except REFUSALS:
             return self.plain(x)
         _, by_channel, _, by_column = x.stride()
         if pooling.adaptive and by_channel == 1 and by_column > 1:
@@ -545,7 +497,7 @@ class PoolBlock(Block):
         return isinstance(x, Tensor) and x.dim() == 4
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """In one of the two layouts whose strides a result has."""
     if x.is_contiguous():
         return True

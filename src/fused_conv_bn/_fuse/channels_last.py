@@ -374,12 +374,13 @@ class _Trial:
             self._count(block, x, expected, _is_own(algorithm), _is_own(block.algorithm(plain, plain_residual)))
         return _inwards(expected)
 
-    def _count(self, block: Block, x: Tensor, y: Tensor, is_own: bool, was_own: bool) -> None:
+    def _count(self, block: Block, x: Any, y: Tensor, is_own: bool, was_own: bool) -> None:
+        elements = sum(t.numel() for t in (*(x if type(x) is tuple else (x,)), y))
         if is_own and not was_own:
-            self.gained.append(x.numel() + y.numel())
+            self.gained.append(elements)
         # PyTorch's grouped convolutions have no tensor cores' kernels in channels_last but of late.
         elif not is_own and (was_own or block.conv_twin.groups > 1):
-            self.lost.append(x.numel() + y.numel())
+            self.lost.append(elements)
 
 
 def _is_own(algorithm: str | None) -> bool:

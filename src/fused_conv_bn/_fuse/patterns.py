@@ -6,6 +6,7 @@ The matcher knows dataflow. What a node is, :class:`Words` tell it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Group:
     nodes: list[fx.Node]
     concatenates: bool = False  # the inputs, in front of the BatchNorm
     product: fx.Node | None = None  # of a gate, which has neither: its factors are the inputs
+    gate: Group | None = None  # whose product the convolution alone reads: its factors are the inputs
     pooling: Pooling | None = None  # of rows and columns, which has neither
     layer: fx.Node | None = None  # whose result the BatchNorm alone reads, and which PyTorch computes
     layer_word: str = ""
@@ -72,12 +74,15 @@ class Group:
         """The name of the node that is none of a group where the first call shows that an op does not fit."""
         if self.pooling is not None:
             return self.nodes[0].name
+        if self.gate is not None:
+            return self.gate.key
         return self.channelwise or self.adds if self.product is None else self.name
 
     @property
     def argument(self) -> fx.Node | tuple[fx.Node, ...]:
         """What its block is called with: its input, or all of them where there may be several."""
-        return self.inputs if self.concatenates or self.is_gate or self.steps else self.inputs[0]
+        several = self.concatenates or self.is_gate or self.gate is not None or self.steps
+        return self.inputs if several else self.inputs[0]
 
     @property
     def is_gate(self) -> bool:
@@ -92,7 +97,7 @@ class Group:
     def describe(self) -> str:
         if self.pooling is not None:
             return self.pooling.describe()
-        parts = ["gate"] if self.is_gate else ["cat"] if self.concatenates else []
+        parts = ["gate"] if self.is_gate or self.gate is not None else ["cat"] if self.concatenates else []
         parts += [self.layer_word] if self.layer is not None else []
         parts += [name for name, node in (("conv", self.conv), ("bn", self.bn)) if node is not None]
         parts += [f"{op} {operand:g}" if isinstance(operand, float) else f"{op} c" for op, operand in self.steps]
@@ -115,7 +120,8 @@ def written(node: fx.Node) -> list[fx.Node]:
 
 class Matcher:
     """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape, or that have no
-    value for each channel. ``pools``: whether pooling is one. ``channelwise``: whether a group may have such values."""
+    value for each channel. ``pools``: whether pooling is one. ``channelwise``: whether a group may have such values.
+    ``joins``: whether a gate and the convolution behind it are one."""
 
     def __init__(
         self,
@@ -124,9 +130,10 @@ class Matcher:
         broadcast: frozenset[str] = frozenset(),
         pools: bool = False,
         channelwise: bool = False,
+        joins: bool = False,
     ) -> None:
         self.graph, self.words, self.broadcast, self.pools = graph, words, broadcast, pools
-        self.channelwise = channelwise
+        self.channelwise, self.joins = channelwise, joins
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
         self.why: dict[fx.Node, Why] = {}
@@ -164,6 +171,7 @@ class Matcher:
                 group = self.gate_of(node, factors)
                 self.taken |= set(group.nodes)
                 found.append(group)
+        found = self.with_gates(found) if self.joins else found
         for node in self.graph.nodes if self.pools else ():
             if node not in self.taken and node.name not in self.broadcast and (how := self.words.pooled(node)):
                 found.append(Group(None, None, (node.all_input_nodes[0],), [node], pooling=how, swallowed=[node]))
@@ -180,6 +188,24 @@ class Matcher:
                     group.swallowed = [node]
         self.extend(group, trains=None)
         return group
+
+    def with_gates(self, groups: list[Group]) -> list[Group]:
+        """Those of gates alone go into the groups of the convolutions that read them."""
+        gates = {g.nodes[-1]: g for g in groups if g.is_gate and g.residual is None and g.activation == "none"}
+        found = [self.with_gate(g, gates.get(g.inputs[0])) for g in groups]
+        inside = {g.gate.name for g in found if g.gate is not None}
+        return [g for g in found if not (g.is_gate and g.name in inside)]
+
+    def with_gate(self, group: Group, gate: Group | None) -> Group:
+        conv, call = group.conv, None if group.bn is None else self.words.norm(group.bn)
+        if gate is None or conv is None or group.steps or not isinstance(call, NormCall) or call.trains:
+            return group
+        if self.only_reader(gate.nodes[-1]) is not conv or not self.words.is_pointwise(conv):
+            return group
+        nodes, swallowed = [*gate.nodes, *group.nodes], [*gate.swallowed, *group.swallowed]
+        joined = dataclasses.replace(group, inputs=gate.inputs, nodes=nodes, gate=gate, swallowed=swallowed)
+        # Its factors are read where the convolution is computed.
+        return joined if self.may_move_to(joined, nodes[-1], group.residual, None) else group
 
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None

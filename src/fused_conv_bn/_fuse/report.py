@@ -15,7 +15,8 @@ from .words import Why, why
 
 class Row(NamedTuple):
     """A convolution or a BatchNorm, or what is fused without them: a linear layer with its BatchNorm behind it, a gate,
-    which is a squeeze-and-excite block's product, or, on CUDA, a pool.
+    which is a squeeze-and-excite block's product, or, on CUDA, a pool. There the convolution behind a gate may take it
+    along.
 
     ``path``: in the model; of a gate, and of a pool that is no module, its name behind the path of what calls it.
     ``module``: ``"conv"``, ``"bn"``, ``"linear"``, ``"gate"`` or ``"pool"``. ``state``: ``"fused"``, ``"left"``,
@@ -147,6 +148,9 @@ def report(model: nn.Module) -> Report:
                     alone[name] = Row(name, "gate", "fused", g.describe() + own)
                 elif g.pooling is not None:
                     alone[name] = Row(name, "pool", "fused", g.describe())
+                elif g.gate is not None and g.conv is not None:
+                    name, conv = (f"{path}.{n}".lstrip(".") for n in (g.gate.name, g.conv.target))
+                    alone[name] = Row(name, "gate", "fused", f"with {conv}")
     found = []
     for path, m in modules.items():
         if is_conv(m) or is_norm(m) or m in rows:

@@ -29,8 +29,7 @@ from .. import conditions
 from .._block import BnScaleModule
 from .._conv import autocast_dtype
 from ..conditions import is_watched
-from . import pools
-from .blocks import block_of
+from . import gates, pools
 from .capture import Arguments, Refused, capture, has_fixed_defaults, is_compared, modes
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .channels_last import give_back, inside_of
@@ -38,6 +37,7 @@ from .difference import difference_of
 from .exported import run_exported
 from .frozen import Versions, frozen_call, refuse_training, run_frozen
 from .guard import STATE, Guard
+from .kinds import block_of
 from .layers import is_conv, is_norm
 from .patterns import Group, Matcher
 from .words import ModuleWords
@@ -89,7 +89,7 @@ def _placed(call: Block, group: Group) -> Block:
 
 def _in_range(group: Group, block: Any, call: Block, x: Any, residual: Any = None) -> Tensor:
     """A call of a group in a range of a profile, whose name has what the report says of the group."""
-    algorithm = block.algorithm(x, residual) if isinstance(x, Tensor) else None
+    algorithm = block.algorithm(x, residual) if isinstance(x, (Tensor, tuple)) else None
     what = group.describe() + (f" [{algorithm}]" if algorithm else "")
     with record_function(f"fused_conv_bn: {what} {group.name}"):
         return call(x, residual)
@@ -119,10 +119,11 @@ class Entry:
         self.called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
         free = {path for path in self.called if not is_watched(modules[path])}
         words = ModuleWords(modules, free)
-        has_pools = any(t.device.type in pools.DEVICES for t in arguments.tensors.values())
+        devices = {t.device.type for t in arguments.tensors.values()}
+        has_pools, joins = (not devices.isdisjoint(of) for of in (pools.DEVICES, gates.DEVICES))
         # Under autocast such tensors are of another dtype than what they change.
         channelwise = not (frozen or _is_any_autocast_enabled())
-        matcher = Matcher(graph, words, broadcast, has_pools, channelwise)
+        matcher = Matcher(graph, words, broadcast, has_pools, channelwise, joins)
         if matcher.writes_attributes():
             raise Refused("it writes to its parameters or buffers")
         self.groups = matcher.groups()

@@ -31,6 +31,7 @@ _ops = torch.ops.fused_conv_bn
 CONV_OPS = {  # and whether they take the batch's statistics
     _ops.conv_scale_shift.default: False,
     _ops.conv_bn_scale.default: False,
+    _ops.gate_conv_bn_scale.default: False,
     _ops.conv_bn_scale_train.default: True,
     _ops.conv_bn_scale_train_stats.default: True,
     _ops.conv_bn_scale_train_functional.default: True,
@@ -197,7 +198,7 @@ def _part(op: Any, named: dict[str, Any]) -> dict[str, Any]:
     """The arguments in float64: of some images, where each is computed by itself."""
     wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in named.items()}
     if not CONV_OPS[op]:
-        for name in ("input", "residual"):
+        for name in ("input", "gate", "residual"):
             if isinstance(wide.get(name), Tensor):
                 wide[name] = wide[name][:_IMAGES]
     return wide

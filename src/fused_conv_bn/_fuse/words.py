@@ -119,6 +119,9 @@ class Words(Protocol):
     def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The factors of a product one of which may be the gate of a squeeze-and-excite block; nothing of others."""
 
+    def is_pointwise(self, node: fx.Node) -> bool:
+        """Whether a convolution has windows of one pixel, over all channels: its op may take a gate along."""
+
     def pooled(self, node: fx.Node) -> Pooling | None:
         """How a node pools, if an op does that and it is to be called."""
 
@@ -197,6 +200,9 @@ class FunctionWords:
 
     def gated(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
+
+    def is_pointwise(self, node: fx.Node) -> bool:
+        return False
 
     def pooled(self, node: fx.Node) -> Pooling | None:
         return None
@@ -341,6 +347,10 @@ class ModuleWords(FunctionWords):
             return found is not None and found[0] == "relu6"
         found = self.activation(node)
         return found is not None and found[0] in ("sigmoid", "hardsigmoid") and node.all_input_nodes[:1] != [gated]
+
+    def is_pointwise(self, node: fx.Node) -> bool:
+        m: Any = self.module(node)
+        return m is not None and (m.groups, m.padding_mode, {*m.kernel_size}) == (1, "zeros", {1})
 
     def pooled(self, node: fx.Node) -> Pooling | None:
         m = self.module(node)

@@ -75,20 +75,17 @@ std::tuple<std::string, std::string> use_algorithm_cuda(StringHandle algorithm_h
 // What is tuned, else the rule's. generation: of the tuned choices; 0: the rule alone.
 ConvChoice remembered_choice(const PlainConv& c, const Conv2d& problem, bool has_statistics, const GpuTraits& gpu,
                              uint64_t generation) {
-  static RememberedPlans<std::tuple<Conv2d, int64_t, int32_t, uint64_t, bool, bool>, ConvChoice> choices;
+  static RememberedPlans<std::tuple<Conv2d, int32_t, uint64_t, bool, bool>, ConvChoice> choices;
   const int32_t device = c.input.device.index;
   const bool tuned = generation != 0;  // to the rule the dtype makes no difference
   const bool is_bfloat16 = tuned && c.input.dtype == ScalarType::BFloat16;
-  return choices.get({problem, c.space(), device, generation, is_bfloat16, has_statistics}, [&]() -> ConvChoice {
+  return choices.get({problem, device, generation, is_bfloat16, has_statistics}, [&]() -> ConvChoice {
     if (tuned) {
       const std::string name = tuned_choices().find(device_name(device),
                                                     tuned_problem(problem, c.input.dtype, has_statistics, 0));
       if (const std::optional<ConvPlan> plan = make_plan(name, problem, gpu)) {
         return {.plan = *plan, .tuned = true};
       }
-    }
-    if (c.space() != 2) {
-      return {};  // PyTorch's: the rule was not measured there
     }
     return {.plan = select_plan(problem, gpu, has_statistics)};
   });
@@ -127,7 +124,7 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
                                 bool allow_tf32, bool keeps_sums) {
   const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, has_residual, allow_tf32));
   const int32_t device = c.input.device.index;
-  CudaConvChoice choice{{}, problem.value_or(Conv2d{}), gpu_traits(device)};
+  CudaConvChoice choice{{}, problem.value_or(Conv2d{}), gpu_traits(device), false};
   const Asked algorithm = asked(thread_choice.algorithm, "use_algorithm's algorithm", default_algorithm,
                                 kAlgorithmVariable);
   if (problem.has_value() && algorithm.by_rule()) {
@@ -136,6 +133,7 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
     static_cast<ConvChoice&>(choice) = remembered_choice(c, *problem, has_statistics, choice.gpu, generation);
   } else {
     choice.plan = choose_plan(op, algorithm, problem, choice.gpu, has_statistics);
+    choice.asked_for = !algorithm.by_rule();
   }
   if (has_statistics) {
     const Asked statistics = asked(thread_choice.statistics, "use_algorithm's statistics", default_statistics,

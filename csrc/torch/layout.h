@@ -11,10 +11,10 @@ inline int64_t channels_last_order(int64_t dim, int64_t position) {
   return position == 0 ? 1 : (position == dim - 1 ? 0 : dim - position);
 }
 
-// PyTorch's Tensor.suggest_memory_format(): whether the strides read as channels_last (4-D) or channels_last_3d (5-D).
-// Extents of 1 make strides ambiguous, and what is ambiguous counts as contiguous.
-inline bool suggests_channels_last(const Operand& x) {
-  if (x.dim < 4 || x.strides[1] == 0) {
+// Whether the strides read as those of channels innermost, from 3 dimensions on. Extents of 1 make strides ambiguous, and what is
+// ambiguous counts as contiguous.
+inline bool has_channels_last(const Operand& x) {
+  if (x.dim < 3 || x.strides[1] == 0) {
     return false;
   }
   int64_t least = 0;
@@ -27,6 +27,9 @@ inline bool suggests_channels_last(const Operand& x) {
   }
   return true;
 }
+
+// PyTorch's Tensor.suggest_memory_format(): whether it says channels_last (4-D) or channels_last_3d (5-D).
+inline bool suggests_channels_last(const Operand& x) { return x.dim >= 4 && has_channels_last(x); }
 
 inline Strides dense_strides(int64_t dim, const int64_t* sizes, bool channels_last) {
   Strides strides{};
@@ -77,13 +80,14 @@ inline MemoryFormat memory_format(int64_t dim, bool channels_last) {
 }
 
 // Whether eager's convolution puts its result out as channels_last: cuDNN and PyTorch's CPU kernels do if the input or
-// the weight reads as that, but for float64 on CUDA and in 5 dimensions, and for empty batches.
+// the weight reads as that, but for float64 on CUDA and in 5 dimensions, and for empty batches. In 3 dimensions PyTorch makes the
+// input contiguous first, and a permuted weight alone counts.
 inline bool computes_channels_last(const PlainConv& c) {
   const bool on_cpu = c.input.device.is_cpu();
   if (c.numel == 0 || (c.input.dtype == ScalarType::Double && !(on_cpu && c.input.dim == 4))) {
     return false;
   }
-  return suggests_channels_last(c.input) || suggests_channels_last(c.weight);
+  return suggests_channels_last(c.input) || has_channels_last(c.weight);
 }
 
 }  // namespace fused_conv_bn

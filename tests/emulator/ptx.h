@@ -184,6 +184,16 @@ inline void fence_proxy_async_shared__cta() { fence_async(); }
 
 // ---- arithmetic ----
 
+inline void multiply_pairs(Half type, uint32_t& product, uint32_t a, uint32_t b) {
+  product = 0;
+  for (const int shift : {0, 16}) {
+    const float x = from_half(type, static_cast<uint16_t>(a >> shift));
+    const float y = from_half(type, static_cast<uint16_t>(b >> shift));
+    product |= static_cast<uint32_t>(to_half(type, x * y)) << shift;
+  }
+}
+inline void mul_rn_f16x2(uint32_t& product, uint32_t a, uint32_t b) { multiply_pairs(Half::float16, product, a, b); }
+inline void mul_rn_bf16x2(uint32_t& product, uint32_t a, uint32_t b) { multiply_pairs(Half::bfloat16, product, a, b); }
 inline float extreme_or_nan(float a, float b, bool largest) {
   if (std::isnan(a) || std::isnan(b)) {
     return __uint_as_float(0x7fffffff);

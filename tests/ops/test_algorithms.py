@@ -176,7 +176,10 @@ def test_explain_on_cuda(device: str) -> None:
         assert "statistics" not in fcb.explain(x, w)
         assert fcb.explain(x, w, training=True).endswith(", statistics from the input")
     assert fcb.explain(*many_channels(device), training=True) == "aten"
-    assert fcb.explain(x[..., 0], w[..., 0]) == fcb.explain(x[:0], w) == "aten"
+    assert fcb.explain(x[:0], w) == "aten"
+    rows = x[..., 0].contiguous(), w[..., 0].contiguous()
+    assert fcb.explain(*rows) == fcb.explain(rows[0].unsqueeze(2), rows[1].unsqueeze(2))
+    assert fcb.explain(rows[0], rows[1].transpose(1, 2).contiguous().transpose(1, 2)) == "aten"  # a permuted weight
 
 
 def test_explain_checks_its_arguments(device: str) -> None:

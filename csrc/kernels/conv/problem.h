@@ -47,8 +47,12 @@ struct Conv2d {
 //
 // Where windows do not move in a dimension, nor reach further than a pixel, it and one beside it of that kind are one. In
 // channels_last the first one's pixels are then as good as images. So are 1-D convolutions, and 3-D ones that have filters of
-// 1xRxS, Tx1x1 and 1x1x1.
+// 1xRxS, Tx1x1 and 1x1x1. Not those in 1-D whose result has permuted strides in PyTorch, as their weight has: it has no name for
+// them.
 inline std::optional<Conv2d> narrow_to_2d(const ConvProblem& c) {
+  if (c.space == 1 && c.channels_last) {
+    return std::nullopt;
+  }
   struct Dimension {
     int64_t input = 1, filter = 1, output = 1, stride = 1, padding = 0, dilation = 1;
 

@@ -11,7 +11,8 @@
 //     requirements(problem)       how operands have to lie
 //     describe()                  the algorithm and its tile in words
 //     launch<T>(call, stream)     T: float, float16, bfloat16
-//     takes_gates(problem)        whether it multiplies x by gates on its way; without it, it never does
+//     takes_gates(problem)        whether it can multiply x by gates on its way; without it, it never does
+//     has_faster_gates(problem)   than a pass of their own before it, by measurements
 #pragma once
 
 #include <optional>
@@ -46,11 +47,12 @@ inline ConvRequirements requirements_of(const ConvPlan& plan, const Conv2d& prob
   return std::visit([&](const auto& p) { return p.requirements(problem); }, plan);
 }
 
-inline bool takes_gates(const ConvPlan& plan, const Conv2d& problem) {
+// asked_for: the algorithm, by name.
+inline bool takes_gates(const ConvPlan& plan, const Conv2d& problem, bool asked_for) {
   return std::visit(
       [&]<typename Plan>(const Plan& p) {
         if constexpr (requires { p.takes_gates(problem); }) {
-          return p.takes_gates(problem);
+          return p.takes_gates(problem) && (asked_for || p.has_faster_gates(problem));
         } else {
           return false;
         }

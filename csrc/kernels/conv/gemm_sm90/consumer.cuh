@@ -42,6 +42,11 @@ struct Consumer {
   __device__ __forceinline__ void multiply_tile(int pixel, bool first_tile, bool next) {
     const Layout& l = p.layout;
     products.clear();
+    Gates<T, kPixels, kStepBytes> gates{p};
+    const auto fetch_gates = [&](int step) { gates.fetch(pixel, block.first_channel() + step * l.depth); };
+    if constexpr (kGated) {
+      fetch_gates(0);
+    }
     int previous = 0;
 #pragma unroll 1
     for (int step = 0; step < l.steps; ++step) {
@@ -55,10 +60,13 @@ struct Consumer {
       }
       const uint32_t pixels = block.pixels_of(ring.stage) + (kTogether ? consumer * (kPixels * kStepBytes) : 0);
       if constexpr (kGated) {
-        Gates<T, kPixels>{p}.template apply<kStepBytes>(pixels, pixel, block.first_channel() + step * l.depth);
+        gates.apply(pixels);
         sync();
       }
       products.template start<kStepBytes>(pixels, block.filters_of(ring.stage, step));
+      if constexpr (kGated) {
+        fetch_gates(min(step + 1, l.steps - 1));
+      }
       if (step > 0) {
         product_wait<1>();
         arrive_as_warp(block.empty(previous));

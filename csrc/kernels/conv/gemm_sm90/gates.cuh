@@ -6,48 +6,62 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-// 16 bytes of pixels times as many of gates, rounded as `gate` rounds its results.
-template <typename T>
-__device__ __forceinline__ uint4 times_gates(const uint4& pixels, const uint4& gates) {
-  float x[8], g[8];
-  unpack(Vec<T>{pixels}, x);
-  unpack(Vec<T>{gates}, g);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    x[i] *= g[i];
-  }
-  Vec<T> product;
-  pack(x, product);
-  return product.words;
+// Two elements times two, each rounded to nearest: as `gate` rounds its results, whose products in float32 are exact.
+__device__ __forceinline__ uint32_t times_pair(float16, uint32_t x, uint32_t gates) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(gates));
+  return product;
+}
+__device__ __forceinline__ uint32_t times_pair(bfloat16, uint32_t x, uint32_t gates) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(gates));
+  return product;
 }
 
-// The pixels that a consumer multiplies, by its 128 threads: of a thread always the same channels of a step.
-template <typename T, int kPixels>
+// Of the pixels that a consumer multiplies in a step, by its 128 threads: a thread has the same channels of several pixels. They are
+// fetched while the step before is multiplied.
+template <typename T, int kPixels, int kRowBytes>
 struct Gates {
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kRows = 128 / kChunks;  // of all threads at a time
+  static constexpr int kOfThread = kPixels / kRows;
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+
   const Params<T>& p;
   const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int chunk = thread % kChunks, row = thread / kChunks;
+  uint32_t gates[kOfThread][4];
 
-  // Of a box of rows of kRowBytes, from `first_pixel` on, and its channels from `first_channel` on. What does not exist is zeros.
-  template <int kRowBytes>
-  __device__ __forceinline__ void apply(uint32_t pixels, int first_pixel, int first_channel) const {
-    constexpr int kChunks = kRowBytes / 16, kRows = 128 / kChunks;  // of all threads at a time
-    const int chunk = thread % kChunks, row = thread / kChunks;
-    const int channel = first_channel + chunk * (16 / static_cast<int>(sizeof(T)));
+  // first_pixel: of the tile. Behind the last channel there are zeros to multiply, and zeros to do so.
+  __device__ __forceinline__ void fetch(int first_pixel, int first_channel) {
+    const int channel = first_channel + chunk * kElements;
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int pixel = min(first_pixel + row + i * kRows, p.pixels - 1);
+      const uint32_t image = p.image_pixels.div(static_cast<uint32_t>(pixel));
+      load_words_if(channel < p.channels, p.gates + static_cast<int64_t>(image) * p.channels + channel, gates[i]);
+    }
+  }
+
+  // pixels: a box of rows of kRowBytes.
+  __device__ __forceinline__ void apply(uint32_t pixels) const {
     // The swizzle is the same every eight rows.
     const int swizzled = chunk ^ (kRowBytes == 128 ? row & 7 : kRowBytes == 64 ? row >> 1 & 3 : row >> 2 & 1);
     const uint32_t at = pixels + row * kRowBytes + swizzled * 16;
-    if (channel < p.channels) {
-      uint32_t of = ~0u;  // the image that `gates` are of
-      uint4 gates{};
-#pragma unroll 2
-      for (int i = 0; i < kPixels / kRows; ++i) {
-        const int pixel = min(first_pixel + row + i * kRows, p.pixels - 1);
-        const uint32_t image = p.image_pixels.div(static_cast<uint32_t>(pixel));
-        if (image != of) {
-          of = image;
-          gates = load_words(p.gates + static_cast<int64_t>(image) * p.channels + channel);
-        }
-        store_shared(at + i * (kRows * kRowBytes), times_gates<T>(load_shared_4(at + i * (kRows * kRowBytes)), gates));
+    constexpr int kAtOnce = kOfThread < 2 ? kOfThread : 2;
+#pragma unroll
+    for (int from = 0; from < kOfThread; from += kAtOnce) {
+      uint4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        x[i] = load_shared_4(at + (from + i) * (kRows * kRowBytes));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const uint32_t(&g)[4] = gates[from + i];
+        store_shared(at + (from + i) * (kRows * kRowBytes),
+                     uint4{times_pair(T(), x[i].x, g[0]), times_pair(T(), x[i].y, g[1]), times_pair(T(), x[i].z, g[2]),
+                           times_pair(T(), x[i].w, g[3])});
       }
     }
     fence_async();  // products read it by another proxy

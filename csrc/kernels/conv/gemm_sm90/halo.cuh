@@ -11,7 +11,7 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-// The thread that fetches pixels, or the one that fetches filters. kFilters: which of them.
+// The thread that fetches pixels, or one that fetches filters. kFilters: which of them.
 template <typename T, int kTile, bool kFilters>
 struct HaloProducer {
   const Block<T, kTile>& block;
@@ -46,7 +46,9 @@ struct HaloProducer {
           barrier_wait(block.spare(place), ring.parity ^ 1);
           ring.advance(l.filter_stages);
         }
-        barrier_arrive_expect(block.filters(place), l.filter_bytes);
+        if (filter_fetcher() == 0) {
+          barrier_arrive_expect(block.filters(place), l.filter_bytes);
+        }
         fetch_filters_of(block, block.filters_at(place), slice * l.depth, tap, block.filters(place));
       }
     }

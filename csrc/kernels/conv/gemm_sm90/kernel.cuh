@@ -1,6 +1,6 @@
 // A convolution as the product of a matrix of pixels by one of filters, each row of which has the terms of one result.
 //
-// A block has a tile of filters for good, and takes one tile of pixels after another. Two threads fetch what is multiplied,
+// A block has a tile of filters for good, and takes one tile of pixels after another. A few threads fetch what is multiplied,
 // as boxes of tensors (ptx/tensor_map.cuh): of a tap's pixels as the tensor map for im2col finds them, and of its filters.
 // Two warpgroups have every second tile each: while one multiplies, the other adds the affine, the residual and the activation,
 // and sends its results to shared memory and from there as boxes to the output. Larger tiles they have together, half each.
@@ -18,8 +18,6 @@
 //     launch.cuh    from a problem to parameters
 #pragma once
 
-#include <type_traits>
-
 #include "halo.cuh"
 #include "kernels/ptx/launch.cuh"
 #include "producer.cuh"
@@ -27,13 +25,7 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-// A multiprocessor's registers for the threads of so many blocks: producers take few of them.
-template <int kBlocks>
-constexpr int kConsumerRegisters = kBlocks == 1 ? 232 : 104;
-template <int kBlocks>
-constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 24;
-
-// produce(filters): by the thread that fetches filters, or by the one that fetches pixels; consume(consumer): by a warpgroup.
+// produce(filters): by the threads that fetch filters, or by the one that fetches pixels; consume(consumer): by a warpgroup.
 template <int kBlocks, typename T, int kTile, typename Produce, typename Consume>
 __device__ __forceinline__ void run_block(const Block<T, kTile>& block, Produce&& produce, Consume&& consume) {
   const int warpgroup = warpgroup_index();
@@ -42,11 +34,7 @@ __device__ __forceinline__ void run_block(const Block<T, kTile>& block, Produce&
   let_next_begin();
   if (warpgroup == 0) {
     release_registers<kProducerRegisters<kBlocks>>();
-    if (threadIdx.x == 0) {
-      produce(std::false_type{});
-    } else if (threadIdx.x == 32) {
-      produce(std::true_type{});
-    }
+    as_producer(block, produce);
   } else {
     acquire_registers<kConsumerRegisters<kBlocks>>();
     block.set_affines();

@@ -1,18 +1,40 @@
-// The two threads that fetch what consumers multiply, one the pixels and one the filters: step by step, tile by tile, as stages
-// become empty.
+// The threads that fetch what consumers multiply, one the pixels and three the filters: step by step, tile by tile, as stages
+// become empty. Filters of one group are a box, which the first of the three fetches; those of several groups they have in turns.
 #pragma once
+
+#include <type_traits>
 
 #include "params.cuh"
 
 namespace fused_conv_bn::gemm_sm90 {
 
-// A step's filters of the block, group by group. channel: the first one, counted from the block's.
+// A multiprocessor's registers for the threads of so many blocks: producers take few of them.
+template <int kBlocks>
+constexpr int kConsumerRegisters = kBlocks == 1 ? 232 : 104;
+template <int kBlocks>
+constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 32;
+
+// Of this thread, among those that fetch filters.
+__device__ __forceinline__ int filter_fetcher() { return static_cast<int>(threadIdx.x) / 32 - 1; }
+
+// By the first thread of a warp. f(filters): of the one that fetches pixels with false_type, of those with filters with true_type.
+template <typename T, int kTile, typename F>
+__device__ __forceinline__ void as_producer(const Block<T, kTile>& block, F&& f) {
+  if (threadIdx.x == 0) {
+    f(std::false_type{});
+  } else if (threadIdx.x % 32 == 0 && filter_fetcher() * block.p.layout.of_group < kTiles[kTile].filters) {
+    f(std::true_type{});
+  }
+}
+
+// What this thread has of a step's filters, group by group. channel: the first one, counted from the block's.
 template <typename T, int kTile>
 __device__ __forceinline__ void fetch_filters_of(const Block<T, kTile>& block, uint32_t at, int channel, int tap,
                                                  uint32_t barrier) {
   const Params<T>& p = block.p;
 #pragma unroll 1
-  for (int i = 0; i < kTiles[kTile].filters; i += p.layout.of_group) {
+  for (int i = filter_fetcher() * p.layout.of_group; i < kTiles[kTile].filters;
+       i += kFilterFetchers * p.layout.of_group) {
     const int filter = block.first_filter() + i;
     const int of_group = block.first_channel() + channel - block.group_of(filter) * p.group_channels;
     fetch_box(at + i * p.layout.depth * static_cast<int>(sizeof(T)), p.w, of_group, tap, filter, barrier);
@@ -66,7 +88,7 @@ struct Producer {
       }
       if constexpr (kFilters) {
         const uint32_t barrier = l.resident ? block.filters(step.index) : full;
-        if (l.resident) {
+        if (l.resident && filter_fetcher() == 0) {
           barrier_arrive_expect(barrier, l.filter_bytes);
         }
         fetch_filters_of(block, block.filters_of(ring.stage, step.index), channel, step.r * p.S + step.s, barrier);

@@ -41,6 +41,14 @@ struct Split {
   template <int kStepBytes>
   __device__ __forceinline__ void multiply(int consumer, Products<T, kTile>& products) const {
     products.clear();
+    Gates<T, B::kShape.pixels, kStepBytes> gates{p};
+    const auto fetch_gates = [&](int round) {
+      const int step = first_step + consumer + round * kConsumers;
+      gates.fetch(block.first_pixel(0), block.first_channel() + step * p.layout.depth);
+    };
+    if constexpr (kGated) {
+      fetch_gates(0);
+    }
     Ring ring{};
     ring.stage = consumer;
     const int rounds = (steps - consumer + kConsumers - 1) / kConsumers;  // one at least
@@ -49,12 +57,13 @@ struct Split {
     for (int i = 0; i < rounds; ++i) {
       barrier_wait(block.full(ring.stage), ring.parity);
       if constexpr (kGated) {
-        const int step = first_step + consumer + i * kConsumers;
-        Gates<T, B::kShape.pixels>{p}.template apply<kStepBytes>(block.pixels_of(ring.stage), block.first_pixel(0),
-                                                                 block.first_channel() + step * p.layout.depth);
+        gates.apply(block.pixels_of(ring.stage));
         named_barrier_sync(1 + consumer, 128);
       }
       products.template start<kStepBytes>(block.pixels_of(ring.stage), block.filters_of(ring.stage, 0));
+      if constexpr (kGated) {
+        fetch_gates(min(i + 1, rounds - 1));
+      }
       if (i > 0) {
         product_wait<1>();
         arrive_as_warp(block.empty(previous));
@@ -138,13 +147,11 @@ struct Split {
   __device__ __forceinline__ void run() const {
     const int warpgroup = warpgroup_index();
     if (warpgroup == 0) {
-      if (threadIdx.x == 0) {
-        produce<false>();
-      } else if (threadIdx.x == 32) {
-        produce<true>();
-      }
+      release_registers<kProducerRegisters<1>>();
+      as_producer(block, [&](auto filters) { produce<filters()>(); });
       __syncwarp();
     } else {
+      acquire_registers<kConsumerRegisters<1>>();
       block.set_affines();
       consume(warpgroup - 1);
     }

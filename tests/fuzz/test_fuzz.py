@@ -14,6 +14,7 @@ import fused_conv_bn as fcb
 from common import CONV_ALGORITHMS, DTYPES
 from fused_conv_bn.reference import ACTIVATIONS
 from fuzz import __main__ as program
+from fuzz import truth
 from fuzz.generate import BUDGETS, DEVICES, cost, generate
 from fuzz.problem import OPS, WAYS, Problem
 from fuzz.run import Failure, check
@@ -188,6 +189,16 @@ def test_tensors(layout: str) -> None:
             assert x.dim() == 1 or (x == x[:1]).all()
         assert memory[:3].isnan().all() and memory[-20:].isnan().all() and not x.isnan().any()
         assert memory.isnan().sum() >= memory.numel() - x.numel()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eager_takes_aligned_tensors(layout: str) -> None:
+    """In the same strides. An address on CUDA that is not aligned is an error there alone."""
+    for offset in (0, 3):
+        x = placed(Spec((2, 3, 4, 5), layout=layout, offset=offset, seed=5), "cpu")[0]
+        made = truth.aligned(x)
+        assert torch.equal(made, x) and made.stride() == x.stride() and made.data_ptr() % 16 == 0
+        assert (made is x) == (offset == 0)
 
 
 def test_a_problem_that_is_none() -> None:

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from fused_conv_bn import conditions
 
 from . import truth
 from .problem import CONVOLVED, RUNNING, TRAINING, Problem
@@ -64,7 +66,7 @@ class Placed:
 
     def restore(self, names: set[str]) -> None:
         for name in names:
-            self.memory[name].copy_(self.before[name])
+            self.memory[name].data.copy_(self.before[name])  # no new version: a backward may have kept them
 
     def changed(self, written: set[str]) -> list[tuple[str, Tensor]]:
         """A boolean for each tensor, true if memory changed that may not have."""
@@ -138,7 +140,8 @@ def call(p: Problem, device: str, t: dict[str, Tensor]) -> tuple[dict[str, Tenso
                 of_module = {"conv_weight": m.conv.weight, "conv_bias": m.conv.bias}
                 of_module |= {"weight": m.bn.weight, "bias": m.bn.bias}
                 leaves |= {k: v for k, v in of_module.items() if k in leaves}
-            y = m(t["input"], t.get("residual"))
+            with mock.patch.object(conditions, "LEAST_OF_STEPS", {True: 0, False: 0}):  # small steps are PyTorch's
+                y = m(t["input"], t.get("residual"))
             if p.op in TRAINING and "running_mean" in t and int(m.bn.num_batches_tracked) != 1:
                 raise Failure("num_batches_tracked was not counted up")
         else:

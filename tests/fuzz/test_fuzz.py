@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fused_conv_bn as fcb
 from common import CONV_ALGORITHMS, DTYPES
+from fused_conv_bn import autograd, conditions
 from fused_conv_bn.reference import ACTIVATIONS
 from fuzz import __main__ as program
 from fuzz import truth
@@ -199,6 +200,19 @@ def test_eager_takes_aligned_tensors(layout: str) -> None:
         made = truth.aligned(x)
         assert torch.equal(made, x) and made.stride() == x.stride() and made.data_ptr() % 16 == 0
         assert (made is x) == (offset == 0)
+
+
+def test_steps_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones are PyTorch's by default, whose backward keeps the running statistics. The fuzzer's are ours."""
+    monkeypatch.undo()
+    assert conditions.LEAST_OF_STEPS[True] > 0
+    calls = []
+    original = autograd.bn_scale_train
+    monkeypatch.setattr(autograd, "bn_scale_train", lambda *args: calls.append(1) or original(*args))
+    window = {"kernel": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    named = {"shape": (2, 3, 8, 8), "filters": 4, "given": ("bias", "running_mean", "running_var", "weight"), **window}
+    assert check(Problem("conv_bn_scale_train", way="module", gradients=True, **named), "cpu")
+    assert len(calls) == 2
 
 
 def test_a_problem_that_is_none() -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 import fused_conv_bn as fcb
 from common import CONV_ALGORITHMS, DTYPES
-from fused_conv_bn import autograd, conditions
+from fused_conv_bn import autograd, conditions, reference
 from fused_conv_bn.reference import ACTIVATIONS
 from fuzz import __main__ as program
 from fuzz import truth
 from fuzz.generate import BUDGETS, DEVICES, cost, generate
 from fuzz.problem import OPS, WAYS, Problem
-from fuzz.run import Failure, check
+from fuzz.run import Failure, Invalid, check
 from fuzz.values import LAYOUTS, Spec, placed
 
 original = fcb.scale_shift
@@ -216,8 +216,23 @@ def test_steps_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_problem_that_is_none() -> None:
-    from fuzz.run import Invalid
-
     window = {"kernel": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
     with pytest.raises(Invalid):
         check(Problem("conv_scale_shift", shape=(1, 1, 2, 2), **window), "cpu")
+
+
+def test_a_backward_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no failure of ours where eager's raises as well."""
+
+    def raises(*arguments: Any, **named: Any) -> Tensor:
+        y = reference.gate(*arguments, **named)
+        y.register_hook(lambda dy: dy.new_zeros(3) @ dy.new_zeros(4))
+        return y
+
+    p = Problem("gate", shape=(2, 3, 4), gradients=True)
+    monkeypatch.setattr(fcb, "gate", raises)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        check(p, "cpu")
+    monkeypatch.setattr(truth, "twin", lambda p: raises)
+    with pytest.raises(Invalid, match="inconsistent tensor size"):
+        check(p, "cpu")

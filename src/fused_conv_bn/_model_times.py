@@ -93,8 +93,7 @@ class Case:
         try:
             return self.model(*self.inputs)
         except Exception as error:
-            shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(self.inputs))
-            raise UsageError(f"the model does not take {shapes}: {first_line(error)}") from error
+            raise UsageError(f"the model does not take {described(self.inputs)}: {first_line(error)}") from error
 
     def _moved(self, value: Any) -> Any:
         return value.detach().to(self.device) if isinstance(value, Tensor) else value
@@ -152,6 +151,22 @@ def _channels_last(t: Tensor) -> Tensor:
 
 def tensors_of(value: Any) -> list[Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def described(inputs: tuple[Any, ...]) -> str:
+    """The shapes of tensors, in the lists and dicts that they are in. All else is named by its type."""
+    shown = [_described(value) for value in inputs]
+    return ", ".join(shown) + (", a list as its one argument" if type(inputs[0]) is list and len(inputs) == 1 else "")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {_described(v)}' for k, v in value.items())}}}"
+    return repr(value) if isinstance(value, (bool, int, float, type(None))) else type(value).__name__
 
 
 def floating(value: Any) -> list[Tensor]:

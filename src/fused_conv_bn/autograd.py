@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -146,7 +145,7 @@ class _BnScale(Function):
                     z = reference.convolution(x, w, cb, *window)
                 else:
                     z = x if cb is None else x + reference.per_channel(cb, x.dim())
-                return reference.scaled(F.batch_norm(z, mean, var, g, b, False, 0.0, eps), factor)
+                return reference.scaled(reference.batch_norm(z, mean, var, g, b, False, 0.0, eps), factor)
 
             (dx, dw, dcb, dg, db), dr = formula_backward(
                 formula,
@@ -312,7 +311,7 @@ class _BnScaleTrain(Function):
 
             def formula(x: Any, w: Any, cb: Any, g: Any, b: Any) -> Tensor:
                 z = x if w is None else reference.convolution(x, w, cb, *window)
-                return reference.scaled(F.batch_norm(z, None, None, g, b, True, 0.0, eps), factor)
+                return reference.scaled(reference.batch_norm(z, None, None, g, b, True, 0.0, eps), factor)
 
             (dx, dw, dcb, dg, db), dr = formula_backward(
                 formula,

@@ -166,14 +166,27 @@ def compiled_by(module: nn.Module) -> str | None:
     """The compiler that makes a module's calls, if one does: a class of ours would never see them."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript"
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # what nobody imported has compiled nothing
-    if module._compiled_call_impl is not None or (
-        dynamo is not None
-        and isinstance(module, dynamo.OptimizedModule)
-        and not isinstance(module.dynamo_ctx, dynamo.DisableContext)
-    ):
+    if module._compiled_call_impl is not None:
         return "torch.compile"
-    return None
+    if (inner := without_disable(module)) is not module:
+        return compiled_by(inner)
+    return None if _dynamo_context(module) is None else "torch.compile"
+
+
+def without_disable(module: nn.Module) -> nn.Module:
+    """The module that is called by what ``torch.compiler.disable`` made of it; any other one as it is."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    context = _dynamo_context(module)
+    if context is None or not isinstance(context, dynamo.DisableContext):
+        return module
+    inner: Any = module._orig_mod
+    return without_disable(inner)
+
+
+def _dynamo_context(module: nn.Module) -> Any:
+    """Of what torch.compile, or torch.compiler.disable, made of a module."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # what nobody imported has wrapped nothing
+    return module.dynamo_ctx if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
 
 
 def methods_replaced() -> bool:

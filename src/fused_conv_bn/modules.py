@@ -127,6 +127,15 @@ class _ConvTransposeBnScale(BehindTheLayer):
         ``forward`` takes it."""
         return self._forward(x, residual) if output_size is None else self._forward(x, residual, output_size)
 
+    def _forward_plain(self, x: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
+        size: Any = residual
+        if isinstance(size, (list, tuple)) and all(type(n) is int for n in size):  # the layer's second argument
+            raise TypeError(
+                f"{type(self).__name__}: residual is {size!r}, of type {type(size).__name__}, expected a tensor or "
+                f"None: an output size is passed as output_size={size!r}"
+            )
+        return super()._forward_plain(x, residual, *rest)
+
 
 class ConvTransposeBnScale1d(_ConvTransposeBnScale):
     """``nn.ConvTranspose1d``, then ``nn.BatchNorm1d`` and the rest of :class:`ConvTransposeBnScale2d`.

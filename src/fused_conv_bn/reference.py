@@ -87,6 +87,26 @@ def scaled(y: Tensor, scaling_factor: float | Tensor) -> Tensor:
     return y * scaling_factor
 
 
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm``, with a weight of ones where there is a bias alone.
+
+    PyTorch's gradient of the bias is wrong there on CUDA, or raises, and so are its second derivatives on every device
+    (torch 2.11 and 2.13).
+    """
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def bn_scale(
     input: Tensor,
     running_mean: Tensor,
@@ -102,7 +122,7 @@ def bn_scale(
     residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.bn_scale`."""
-    y = scaled(F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps), scaling_factor)
+    y = scaled(batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps), scaling_factor)
     return epilogue(y, residual, activation, negative_slope, residual_last)
 
 
@@ -281,7 +301,7 @@ def bn_scale_train(
     residual_last: bool = False,
 ) -> Tensor:
     """Twin of :func:`fused_conv_bn.bn_scale_train`; updates the running statistics as well."""
-    y = scaled(F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps), scaling_factor)
+    y = scaled(batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps), scaling_factor)
     return epilogue(y, residual, activation, negative_slope, residual_last)
 
 

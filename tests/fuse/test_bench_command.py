@@ -60,6 +60,10 @@ def with_inputs():
     return TwoInputs(), (torch.randn(2, CHANNELS, 5, 6), torch.tensor([1, 4]))
 
 
+def with_a_list():
+    return make(), [torch.randn(2, 3, 9, 9)]
+
+
 def no_model():
     return 3
 
@@ -198,6 +202,7 @@ BAD: list[tuple[str, list[str], str]] = [
     ("FILE:leaves", [], "leaves() failed: SystemExit: 3\n"),
     ("FILE:no_numbers", ["--size=3x9x9"], "all of its results are Inf or NaN, which nothing can be compared with\n"),
     ("FILE:make", ["--size=4x9x9"], "the model does not take (1, 4, 9, 9): RuntimeError"),
+    ("FILE:with_a_list", [], "the model does not take [(2, 3, 9, 9)], a list as its one argument: TypeError: conv2d()"),
     ("FILE:make", ["--size=0x9"], "argument --size: '0x9', expected a number, or several with x between them"),
     ("FILE:make", ["--batch=0"], "argument --batch: '0', expected a whole number from 1 on"),
     ("FILE:make", ["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from fused_conv_bn._fuse import root
 
 
 class Base(nn.Module):
@@ -201,3 +202,77 @@ def test_sums_in_place_keep_their_dtype(dtype: torch.dtype, training: bool, name
             torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
     if dtype is torch.bfloat16:  # else the sum has another dtype by PyTorch's ops, and the model's forward runs
         assert not fcb.report(fused).not_captured
+
+
+class ReadsItsClass(Base):
+    """An attribute, through a method and a comprehension, and methods of both kinds."""
+
+    gain, scale, shape, offsets = 2.0, 1.5, (8, -1), [0.5, 0.25]
+
+    @staticmethod
+    def last(y: Tensor) -> Tensor:
+        return y - 1
+
+    @property
+    def factor(self) -> float:
+        return self.gain
+
+    def through(self, x: Tensor) -> Tensor:
+        y = super().through(x)
+        return self.last(y.flatten(2) * self.factor + sum([n * self.scale for n in self.offsets]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.through(x).unflatten(1, self.shape)
+
+
+CLASS_CHANGES: dict[str, Callable[[type], None]] = {
+    "a number": lambda of: setattr(of, "gain", 3.0),
+    "one in a comprehension": lambda of: setattr(of, "scale", 0.5),
+    "a tuple": lambda of: setattr(of, "shape", (4, 2)),
+    "a list, in place": lambda of: of.offsets.append(1.0),
+    "a static method": lambda of: setattr(of, "last", staticmethod(torch.sigmoid)),
+    "a method": lambda of: setattr(of, "through", lambda self, x: Base.through(self, x).flatten(2) * 2),
+    "an attribute is gone": lambda of: delattr(of, "gain"),
+}
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("change", CLASS_CHANGES)
+def test_class_attributes_that_change(change: str, is_part: bool, freeze: bool) -> None:
+    of = type("Own", (ReadsItsClass,), {"gain": 2.5, "offsets": [0.5]})
+    plain: Any = of().eval()
+    plain = nn.Sequential(nn.Identity(), plain).eval() if is_part else plain
+    model = fcb.fuse(copy.deepcopy(plain), freeze=freeze)
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+        CLASS_CHANGES[change](of)
+        want = plain(x)
+        for _ in range(2):
+            torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    assert fcb.report(model).counts == {"fused": 2}
+
+
+def test_what_a_forward_does_not_mention_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count of instances, and what copying leaves in a class: the capture holds."""
+
+    class Counted(Base):
+        made, change = 0, lambda self: None
+
+        def __init__(self) -> None:
+            super().__init__()
+            type(self).made += 1
+
+    model = fcb.fuse(Counted().eval())
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        want = model(x)
+        copy.deepcopy(model), Counted()
+
+        def again(*_: object) -> None:
+            raise AssertionError("it is captured again")
+
+        monkeypatch.setattr(root, "capture", again)
+        assert torch.equal(model(x), want)

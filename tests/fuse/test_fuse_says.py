@@ -114,11 +114,19 @@ def test_compiled_behind_fuse(no_leftover_graphs: None) -> None:
     assert fcb.report(model).counts == {"left": 4}
 
 
-def test_what_dynamo_leaves_alone_is_no_compiled_model() -> None:
-    model = network()
-    model[0] = torch.compiler.disable(model[0])
-    fcb.fuse(model, image())
-    assert fcb.report(model).groups() == ["conv bn"] and not fcb.report(model).not_captured
+@pytest.mark.parametrize("freeze", [False, True])
+def test_what_dynamo_leaves_alone_is_fused(freeze: bool, no_leftover_graphs: None) -> None:
+    """The model in the wrapper, whose calls are its own; and a part that is wrapped."""
+    part = network()
+    part[0] = torch.compiler.disable(part[0])
+    for model in (torch.compiler.disable(network()), part):
+        want = model(image())
+        assert fcb.fuse(model, image(), freeze=freeze) is model
+        close(model(image()), want)
+        report = fcb.report(model)
+        assert report.counts == {"fused": 4} and not report.not_captured
+        fcb.unfuse(model)
+        assert not any("_fused_conv_bn" in m.__dict__ for m in model.modules())
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ from torch import Tensor
 
 import fused_conv_bn as fcb
 from common import CONV_ALGORITHMS, DTYPES
+from fused_conv_bn import autograd, conditions, reference
 from fused_conv_bn.reference import ACTIVATIONS
 from fuzz import __main__ as program
+from fuzz import truth
 from fuzz.generate import BUDGETS, DEVICES, cost, generate
 from fuzz.problem import OPS, WAYS, Problem
-from fuzz.run import Failure, check
+from fuzz.run import Failure, Invalid, check
 from fuzz.values import LAYOUTS, Spec, placed
 
 original = fcb.scale_shift
@@ -190,9 +192,47 @@ def test_tensors(layout: str) -> None:
         assert memory.isnan().sum() >= memory.numel() - x.numel()
 
 
-def test_a_problem_that_is_none() -> None:
-    from fuzz.run import Invalid
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eager_takes_aligned_tensors(layout: str) -> None:
+    """In the same strides. An address on CUDA that is not aligned is an error there alone."""
+    for offset in (0, 3):
+        x = placed(Spec((2, 3, 4, 5), layout=layout, offset=offset, seed=5), "cpu")[0]
+        made = truth.aligned(x)
+        assert torch.equal(made, x) and made.stride() == x.stride() and made.data_ptr() % 16 == 0
+        assert (made is x) == (offset == 0)
 
+
+def test_steps_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones are PyTorch's by default, whose backward keeps the running statistics. The fuzzer's are ours."""
+    monkeypatch.undo()
+    assert conditions.LEAST_OF_STEPS[True] > 0
+    calls = []
+    original = autograd.bn_scale_train
+    monkeypatch.setattr(autograd, "bn_scale_train", lambda *args: calls.append(1) or original(*args))
+    window = {"kernel": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    named = {"shape": (2, 3, 8, 8), "filters": 4, "given": ("bias", "running_mean", "running_var", "weight"), **window}
+    assert check(Problem("conv_bn_scale_train", way="module", gradients=True, **named), "cpu")
+    assert len(calls) == 2
+
+
+def test_a_problem_that_is_none() -> None:
     window = {"kernel": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
     with pytest.raises(Invalid):
         check(Problem("conv_scale_shift", shape=(1, 1, 2, 2), **window), "cpu")
+
+
+def test_a_backward_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no failure of ours where eager's raises as well."""
+
+    def raises(*arguments: Any, **named: Any) -> Tensor:
+        y = reference.gate(*arguments, **named)
+        y.register_hook(lambda dy: dy.new_zeros(3) @ dy.new_zeros(4))
+        return y
+
+    p = Problem("gate", shape=(2, 3, 4), gradients=True)
+    monkeypatch.setattr(fcb, "gate", raises)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        check(p, "cpu")
+    monkeypatch.setattr(truth, "twin", lambda p: raises)
+    with pytest.raises(Invalid, match="inconsistent tensor size"):
+        check(p, "cpu")

@@ -67,13 +67,19 @@ def columns(t: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
     return t.as_strided([*t.shape[:2], *out, *kernel], [*t.stride()[:2], *steps])
 
 
+def padded(p: Problem, x: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """The input as the module hands it to its convolution, and that one's own padding, of zeros."""
+    if p.padding_mode == "zeros":
+        return x, p.padding
+    pads = [n for pad in reversed(p.padding) for n in (pad, pad)]
+    return F.pad(x, pads, mode=PAD_MODES[p.padding_mode]), [0] * len(p.padding)
+
+
 def convolve(p: Problem, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """The convolution, and the same of magnitudes: as one matrix product for each group."""
     space = len(p.kernel)
-    if p.padding_mode == "zeros":
-        x = F.pad(x, [n for pad in reversed(p.padding) for n in (pad, pad)])
-    else:
-        x = F.pad(x, [n for pad in reversed(p.padding) for n in (pad, pad)], mode=PAD_MODES[p.padding_mode])
+    x, padding = padded(p, x)
+    x = F.pad(x, [n for pad in reversed(padding) for n in (pad, pad)])
     view = columns(x.contiguous(), p.kernel, p.stride, p.dilation)
     out, count = view.shape[2 : 2 + space], view.shape[0]
     groups, inner = p.groups, p.shape[1] // p.groups
@@ -326,24 +332,44 @@ def gradient_sizes(p: Problem, t: dict[str, Tensor], f: Forward, dy: Tensor) -> 
     return sizes
 
 
+def aligned(t: Tensor) -> Tensor:
+    """The tensor, or where it does not begin on 16 bytes a copy in the same strides that does: PyTorch's BatchNorm of
+    channels_last tensors takes them in vectors wherever they begin, which is a misaligned address on CUDA (torch 2.11)."""
+    if t.data_ptr() % 16 == 0 or t.numel() == 0:
+        return t
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    memory = t.as_strided((extent,), (1,)).clone()
+    return memory.as_strided(t.shape, t.stride(), 0)
+
+
+def spread(y: Tensor, exact: Exact, forward: Forward, training: bool) -> Tensor:
+    """``y``, with the exact values where an infinity or NaN of another group may be in it: docs/numerics.md has them spread
+    to all channels at their place, and a batch's statistics have them everywhere."""
+    reached = ~forward.z.isfinite().all(1, keepdim=True)
+    if training:
+        reached = reached.any()
+    return torch.where(reached & ~y.isfinite(), exact.values.to(y.dtype), y)
+
+
 def twin(p: Problem) -> Callable[..., Any]:
     """The reference's, with the module's padding."""
     function = getattr(reference, p.op)
     if p.padding_mode == "zeros":
         return function
 
-    def padded(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        x = F.pad(x, [n for pad in reversed(p.padding) for n in (pad, pad)], mode=PAD_MODES[p.padding_mode])
+    def of_padded(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         *others, stride, _, dilation, groups = arguments
-        return function(x, *others, stride, [0] * len(p.padding), dilation, groups, **named)
+        x, padding = padded(p, x)
+        return function(x, *others, stride, padding, dilation, groups, **named)
 
-    return padded
+    return of_padded
 
 
 def eager(p: Problem, t: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """PyTorch's ops in the dtype: the convolution, and the rest rounded once, which is more than eager modules do."""
     wide = reference.wide(dtype)
-    arranged = {k: v.to(wide) for k, v in t.items() if k != "out"}
+    t = {k: aligned(v) for k, v in t.items() if k != "out"}
+    arranged = {k: v.to(wide) for k, v in t.items()}
     if p.op in ("max_pool2d", "spatial_mean", "fold_bn"):
         positional, named = p.arguments(arranged)
         made = getattr(reference, p.op)(*positional, **named)
@@ -351,11 +377,8 @@ def eager(p: Problem, t: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     tail = p
     if p.op in CONVOLVED:
         name = "weight" if p.op == "conv_scale_shift" else "conv_weight"
-        x, w = (t[k].to(dtype) for k in ("input", name))
-        padding: Any = p.padding
-        if p.padding_mode != "zeros":
-            x = F.pad(x, [n for pad in reversed(p.padding) for n in (pad, pad)], mode=PAD_MODES[p.padding_mode])
-            padding = [0] * len(padding)
+        x, padding = padded(p, t["input"].to(dtype))
+        w = t[name].to(dtype)
         z = reference.convolution(x, w, None, p.stride, padding, p.dilation, p.groups).to(wide)
         arranged["input"] = z if "conv_bias" not in t else z + channel(arranged["conv_bias"], z.dim())
         names = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,18 @@ from module_pairs import BN, BN_TRAIN, ROWS, Ops, Row, check, models, ops_of, ra
 
 TRANSPOSED = {name: row for name, row in ROWS.items() if "transpose" in name}
 transposed = pytest.mark.parametrize("row", TRANSPOSED.values(), ids=TRANSPOSED)
+
+
+@transposed
+@pytest.mark.parametrize("of", [list, tuple])
+def test_output_size_as_the_second_argument(row: Row, of: type, generator: torch.Generator) -> None:
+    """Where the layer has it, and the module its residual."""
+    size = of(2 * s + 2 for s in row.size[2:])
+    message = (
+        f"{row.of.__name__}: residual is {size}, of type {of.__name__}, expected a tensor or None: an output size is"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)} passed as output_size={re.escape(str(size))}$"):
+        row.of(**row.arguments)(sample(generator, row=row), size)
 
 
 @transposed

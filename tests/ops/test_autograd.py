@@ -313,6 +313,23 @@ def test_input_as_its_own_residual(device: str, generator: torch.Generator) -> N
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["bn_scale", "bn_scale_train", "conv_bn_scale", "conv_bn_scale_train"])
+def test_bias_without_weight(device: str, name: str, generator: torch.Generator) -> None:
+    """By the twins, and as a backward that is differentiated has it. F.batch_norm's second derivatives raise there on every
+    device; its first are wrong on CUDA alone, so that those here can fail on CUDA alone."""
+    tensors = {k: t for k, t in SMALL[name](generator).items() if k != "weight"}
+    names = differentiable(tensors)
+    found = []
+    for f, where in ((reference, "cpu"), (reference, device), (fcb, device)):
+        t = {k: v.to(where, torch.float64, copy=True) for k, v in tensors.items()}
+        leaves = [t[k].requires_grad_() for k in names]
+        first = torch.autograd.grad(CALLS[name](f, t).sigmoid().square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        found.append([g.detach().cpu() for g in (*first, *second)])
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0])
+
+
 # ---- higher derivatives and transforms ---------------------------------------------------------------------------------
 
 SMALL: dict[str, Callable[[torch.Generator], dict[str, Tensor]]] = {

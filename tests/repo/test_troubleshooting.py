@@ -19,6 +19,7 @@ EXPLAINED = {
     f"{PACKAGE}/_dispatch.py": {"RuntimeError", "TypeError"},
     f"{PACKAGE}/_choices.py": {"warn"},
     f"{PACKAGE}/_block.py": {"TypeError", "ValueError"},
+    f"{PACKAGE}/modules.py": {"TypeError"},
     f"{PACKAGE}/graphs.py": {"RuntimeError", "TypeError", "ValueError", "warn"},
     f"{PACKAGE}/_fuse/__init__.py": {"RuntimeError", "TypeError", "ValueError"},
     f"{PACKAGE}/_fuse/backend.py": {"ValueError"},

@@ -7,7 +7,9 @@ and where that has changed at everything, one by one.
 
 from __future__ import annotations
 
+import inspect
 import operator
+import types
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -72,6 +74,7 @@ class Guard:
         of_gone_into = {type(m) for m in gone_into}
         self.classes = list(of_gone_into | {getattr(of, "_fused_conv_bn_class", of) for of in of_gone_into})
         self.forwards = list(map(_forward, self.classes))
+        self.of_classes = _read_of({getattr(of, "_fused_conv_bn_class", of) for of in of_gone_into})
         # What a trace has as it was: attributes that are no tensors and no modules.
         self.baked = _all_of if frozen else _baked
         self.names = [self.baked(m) for m in (root, *self.watched)]
@@ -159,7 +162,8 @@ class Guard:
         return [[v is None for v in d.values()] for d in self.structure]
 
     def _attributes(self, root: nn.Module) -> list[Any]:
-        return [self.of_root(root.__dict__), *[list(map(get, map(_dict_of, of))) for get, of in self.getters]]
+        of_modules = [list(map(get, map(_dict_of, of))) for get, of in self.getters]
+        return [self.of_root(root.__dict__), *of_modules, *[list(map(get, names)) for get, names in self.of_classes]]
 
 
 _dict_of = operator.attrgetter("__dict__")
@@ -182,6 +186,35 @@ def _all_of(m: nn.Module) -> tuple[str, ...]:
 def _own(m: nn.Module) -> tuple[str, ...]:
     """All attributes of a module that is not called, and its mode."""
     return (*(name for name in m.__dict__ if name not in _MODULE), "training")
+
+
+def _read_of(classes: set[type]) -> list[tuple[Callable[[str], Any], list[str]]]:
+    """The attributes and methods of classes that their forwards mention, and what those methods mention in turn: where
+    each class has its own, and names. PyTorch's classes stay as they are."""
+    found: dict[type, set[str]] = {}
+    for of in classes:
+        own = [c for c in of.__mro__ if not c.__module__.startswith(("torch.", "builtins", "fused_conv_bn."))]
+        names, new = set[str](), {"forward"}
+        while new:
+            names |= new
+            attributes = [c.__dict__[name] for c in own for name in new if name in c.__dict__]
+            new = {name for value in attributes for name in _mentioned(value)} - names
+        names = {name for name in names if hasattr(of, name)}
+        for c in own:
+            found.setdefault(c, set()).update(names)
+    return [(c.__dict__.get, sorted(names)) for c, names in found.items()]
+
+
+def _mentioned(function: Any) -> set[str]:
+    """The names in a function, a method of any kind or a property."""
+    function = getattr(function, "fget", None) or function  # a property's
+    codes = [getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)]
+    names = set[str]()
+    for code in codes:
+        if code is not None:
+            names.update(code.co_names)
+            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return names
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:

@@ -602,6 +602,7 @@ def swap(m: nn.Module, frozen: bool = False) -> None:
 def _swap(m: nn.Module, frozen: bool) -> None:
     if (graphs := m.__dict__.get("_graphs")) is not None:  # fcb.graphed's module: the one in it
         m = graphs.model
+    m = conditions.without_disable(m)
     if is_root(m) or "forward" in m.__dict__ or isinstance(m, BnScaleModule) or conditions.compiled_by(m):
         return
     if not any(True for _ in m.children()) or type(m).forward is nn.Module.forward:

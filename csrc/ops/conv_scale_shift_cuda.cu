@@ -36,9 +36,8 @@ struct CudaKernel {
 
   static OptionalTensor run_gated(const char* op, const ConvArguments& c, const Operand& gates, bool allow_tf32) {
     const CudaConvChoice choice = choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32);
-    return takes_gates(choice.plan, choice.problem, choice.asked_for)
-               ? OptionalTensor(run_kernel(op, c, choice, gates))
-               : std::nullopt;
+    return takes_gates(choice.plan, choice.problem, choice.asked_for) ? OptionalTensor(run_kernel(op, c, choice, gates))
+                                                                      : std::nullopt;
   }
 };
 

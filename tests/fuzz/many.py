@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = max(1, min(args.processes, args.count))
     first = args.first if args.first is not None else int(time.time()) << 20
     share = -(-args.count // processes)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     if args.sanitizer in ("memcheck", "initcheck"):  # what PyTorch keeps of memory looks alive, and written
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     begin = time.monotonic()
@@ -85,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     lost = sum(r is None for r in records) + sum(bool(args.sanitizer) and not SUMMARY.search(log) for log in logs)
     bad = any(status == FOUND for status in statuses) or lost > 0
     for status, log, record in zip(statuses, logs, records, strict=True):
-        if status != 0 or record is None:
+        if record is None or (status == FOUND and args.sanitizer):
             print(f"--- a process ended with {status}:\n{log[-4000:]}")
+    for failure in summary["failures"]:
+        print(f"--- seed {failure['seed']}: {failure['message']}\n    {failure['problem']}")
     report(summary)
     if args.record:
         write(args.record, args.device, args.commit, summary | {"lost_processes": lost})

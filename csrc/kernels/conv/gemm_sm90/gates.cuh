@@ -58,7 +58,7 @@ struct Gates {
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const uint32_t(&g)[4] = gates[from + i];
+        const uint32_t (&g)[4] = gates[from + i];
         store_shared(at + (from + i) * (kRows * kRowBytes),
                      uint4{times_pair(T(), x[i].x, g[0]), times_pair(T(), x[i].y, g[1]), times_pair(T(), x[i].z, g[2]),
                            times_pair(T(), x[i].w, g[3])});

@@ -128,6 +128,14 @@ inline bool supports_halo(const Conv2d& c) {
 
 inline int64_t count_pixels(const Conv2d& c, const Layout& l) { return l.halo ? Padded(c).pixels : c.N * c.P * c.Q; }
 
+// Tiles of a block, and how many of them a consumer has.
+inline int64_t tiles_of_block(const Conv2d& c, const Layout& l) {
+  return ceil_div(ceil_div(count_pixels(c, l), kTiles[l.tile].block_pixels()), l.blocks_of_filters);
+}
+inline int64_t rounds_of_consumer(const Conv2d& c, const Layout& l) {
+  return kTiles[l.tile].together ? tiles_of_block(c, l) : ceil_div(tiles_of_block(c, l), kConsumers);
+}
+
 // Bytes of a pixel in a step: as many as the channels have, up to 128. Where they end within the last step of a tap, half as many
 // may be less work.
 constexpr int kMostRowBytes = 128, kFewestRowBytes = 32;
@@ -248,9 +256,10 @@ struct Rates {
   double halo_stage = 1.63;  // a slice of pixels with halos, by the number of stages
   double halo_fetch = 1.3;   // as many times as long as another fetch
   double box = 0.15;         // of filters, where a step has several: of each thread that fetches them
-  double across = 1.2;       // how much longer a fetch takes where a step's 128 bytes of a pixel lie across two rows of as many
-  double tile = 0.111;       // a consumer's
-  double halo_tile = 0.37;   // more, where threads write the results
+  double across =
+      1.2;  // how much longer a fetch takes where a step's 128 bytes of a pixel lie across two rows of as many
+  double tile = 0.111;      // a consumer's
+  double halo_tile = 0.37;  // more, where threads write the results
   double split = 0.058, of_splits = 0.115, exchange = 30.8e3;
   double kernel = 2.27;
   double together = 2.745;  // how much of the longest alone counts: the exponent of a norm
@@ -269,14 +278,14 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
   constexpr Rates kRates;
   const TileShape& t = kTiles[l.tile];
   const auto number = [](int64_t value) { return static_cast<double>(value); };
-  const int64_t pixels = count_pixels(c, l), filter_tiles = ceil_div(c.K, t.filters);
+  const int64_t filter_tiles = ceil_div(c.K, t.filters);
   const int64_t blocks = filter_tiles * l.blocks_of_filters * l.splits;
   // Not all multiprocessors can have a block of a larger cluster.
   const int64_t at_a_time = l.halo          ? gpu.multiprocessors
                             : l.splits == 1 ? int64_t{gpu.multiprocessors} * t.blocks
                             : l.splits == 2 ? gpu.multiprocessors
                                             : std::max(1, gpu.multiprocessors * 10 / 11);
-  const int64_t tiles = ceil_div(ceil_div(pixels, t.block_pixels()), l.blocks_of_filters);  // of a block
+  const int64_t tiles = tiles_of_block(c, l);
   const int64_t neighbours = l.splits == 1 && !l.halo
                                  ? std::min<int64_t>(ceil_div(blocks, gpu.multiprocessors), t.blocks)
                                  : 1;
@@ -286,7 +295,8 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
   const double products = t.block_pixels() * filters * row_bytes * steps / kRates.products;
   const double fetched = (l.halo ? l.slices : steps) * l.pixel_bytes +
                          steps * (l.resident ? l.filter_bytes / number(tiles) : l.filter_bytes);
-  const double fetch = (l.halo ? kRates.halo_fetch : 1) * (lies_across(c, l) ? 1 + kRates.across * row_bytes / 128 : 1) *
+  const double fetch = (l.halo ? kRates.halo_fetch : 1) *
+                       (lies_across(c, l) ? 1 + kRates.across * row_bytes / 128 : 1) *
                        std::max(fetched / kRates.fetches, fetched / row_bytes / kRates.rows);
   const double output = t.out_bytes(c.element_bytes) * (t.together ? kConsumers : 1) / kRates.output;
   const double machine = number(tiles * neighbours) * std::max(products, fetch) + output;
@@ -294,9 +304,8 @@ inline double estimate(const Conv2d& c, const GpuTraits& gpu, const Layout& l) {
   const double wait = l.halo ? steps * (l.resident ? kRates.step : step(l.filter_stages)) +
                                    l.slices * kRates.halo_stage / l.stages
                              : steps * step(l.stages);
-  const int64_t rounds = t.together ? tiles : ceil_div(tiles, kConsumers);  // of a consumer
   const double waits = wait * number(t.together ? 1 : std::min<int64_t>(tiles, kConsumers));
-  const double consumer = number(rounds) *
+  const double consumer = number(rounds_of_consumer(c, l)) *
                           (std::max(waits, products) + kRates.tile + (l.halo ? kRates.halo_tile : 0) + output);
   const double window = std::min(1.0, number(c.R * c.S) / number(c.stride_h * c.stride_w));
   const double elements = number(c.N * c.H * c.W * c.C) * window + number(c.N * c.P * c.Q * c.K) +
@@ -394,9 +403,15 @@ struct GemmSm90 {
   }
 
   bool takes_gates(const Conv2d& c) const { return gemm_sm90::takes_gates(c); }
+  // In microseconds on an H200: what a step of 64 pixels takes longer with gates, against a pass of their own. Wrong for 4 of 120
+  // layers of EfficientNet, MobileNetV3 and RegNetY at batch 1 to 128, which take 1.16 times as long at most.
   bool has_faster_gates(const Conv2d& c) const {
-    constexpr int64_t kManyPixels = 50000;
-    return layout.steps <= (c.N * c.P * c.Q >= kManyPixels ? 4 : 3);
+    constexpr double kStep = 0.16, kPass = 1.8, kByte = 0.36e-6;
+    constexpr int kPixels = 64;
+    const int64_t steps = gemm_sm90::rounds_of_consumer(c, layout) * ceil_div(layout.steps, layout.splits);
+    const double longer = kStep *
+                          static_cast<double>(steps * (gemm_sm90::kTiles[layout.tile].block_pixels() / kPixels));
+    return longer < kPass + kByte * static_cast<double>(c.N * c.H * c.W * c.C * c.element_bytes);
   }
 
   ConvRequirements requirements(const Conv2d&) const {

@@ -129,7 +129,7 @@ const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, i
                           const char* algorithm, GemmSm90Layout* layout, uint64_t seed) {
   const std::optional<ConvPlan> plan = layout == nullptr ? make_plan(algorithm, *problem, kGpu)
                                                          : make_plan(*layout, *problem);
-  if (!plan.has_value() || (operands->gates != nullptr && !takes_gates(*plan, *problem))) {
+  if (!plan.has_value() || (operands->gates != nullptr && !takes_gates(*plan, *problem, true))) {
     return "not covered";
   }
   emulated::begin(seed);

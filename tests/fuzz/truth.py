@@ -379,7 +379,13 @@ def eager(p: Problem, t: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
         name = "weight" if p.op == "conv_scale_shift" else "conv_weight"
         x, padding = padded(p, t["input"].to(dtype))
         w = t[name].to(dtype)
-        z = reference.convolution(x, w, None, p.stride, padding, p.dilation, p.groups).to(wide)
+        # Factors of TF32 problems have its digits already. Its sums are those of the tensor cores, in eager's as well.
+        allowed = torch.backends.cudnn.allow_tf32
+        try:
+            torch.backends.cudnn.allow_tf32 = p.tf32
+            z = reference.convolution(x, w, None, p.stride, padding, p.dilation, p.groups).to(wide)
+        finally:
+            torch.backends.cudnn.allow_tf32 = allowed
         arranged["input"] = z if "conv_bias" not in t else z + channel(arranged["conv_bias"], z.dim())
         names = {
             "conv_scale_shift": "scale_shift",

@@ -15,6 +15,7 @@ namespace fused_conv_bn::gemm_sm90 {
 template <typename T, int kTile, bool kFilters>
 struct HaloProducer {
   const Block<T, kTile>& block;
+  const int fetcher;
   const Params<T>& p = block.p;
   Ring ring{};
 
@@ -46,10 +47,10 @@ struct HaloProducer {
           barrier_wait(block.spare(place), ring.parity ^ 1);
           ring.advance(l.filter_stages);
         }
-        if (filter_fetcher() == 0) {
+        if (fetcher == 0) {
           barrier_arrive_expect(block.filters(place), l.filter_bytes);
         }
-        fetch_filters_of(block, block.filters_at(place), slice * l.depth, tap, block.filters(place));
+        fetch_filters_of(block, fetcher, block.filters_at(place), slice * l.depth, tap, block.filters(place));
       }
     }
   }

@@ -12,29 +12,29 @@ namespace fused_conv_bn::gemm_sm90 {
 template <int kBlocks>
 constexpr int kConsumerRegisters = kBlocks == 1 ? 232 : 104;
 template <int kBlocks>
-constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 32;
+constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 24;
 
-// Of this thread, among those that fetch filters.
-__device__ __forceinline__ int filter_fetcher() { return static_cast<int>(threadIdx.x) / 32 - 1; }
-
-// By the first thread of a warp. f(filters): of the one that fetches pixels with false_type, of those with filters with true_type.
+// By a thread of each warp of a warpgroup. f(filters, fetcher): of the one that fetches pixels with false_type, of those with
+// filters with true_type and their number.
 template <typename T, int kTile, typename F>
 __device__ __forceinline__ void as_producer(const Block<T, kTile>& block, F&& f) {
-  if (threadIdx.x == 0) {
-    f(std::false_type{});
-  } else if (threadIdx.x % 32 == 0 && filter_fetcher() * block.p.layout.of_group < kTiles[kTile].filters) {
-    f(std::true_type{});
+  const int fetcher = as_uniform(static_cast<int>(threadIdx.x) / 32) - 1;
+  if (threadIdx.x % 32 == 0) {
+    if (fetcher < 0) {
+      f(std::false_type{}, 0);
+    } else if (fetcher * block.p.layout.of_group < kTiles[kTile].filters) {
+      f(std::true_type{}, fetcher);
+    }
   }
 }
 
-// What this thread has of a step's filters, group by group. channel: the first one, counted from the block's.
+// What a fetcher has of a step's filters, group by group. channel: the first one, counted from the block's.
 template <typename T, int kTile>
-__device__ __forceinline__ void fetch_filters_of(const Block<T, kTile>& block, uint32_t at, int channel, int tap,
-                                                 uint32_t barrier) {
+__device__ __forceinline__ void fetch_filters_of(const Block<T, kTile>& block, int fetcher, uint32_t at, int channel,
+                                                 int tap, uint32_t barrier) {
   const Params<T>& p = block.p;
 #pragma unroll 1
-  for (int i = filter_fetcher() * p.layout.of_group; i < kTiles[kTile].filters;
-       i += kFilterFetchers * p.layout.of_group) {
+  for (int i = fetcher * p.layout.of_group; i < kTiles[kTile].filters; i += kFilterFetchers * p.layout.of_group) {
     const int filter = block.first_filter() + i;
     const int of_group = block.first_channel() + channel - block.group_of(filter) * p.group_channels;
     fetch_box(at + i * p.layout.depth * static_cast<int>(sizeof(T)), p.w, of_group, tap, filter, barrier);
@@ -45,6 +45,7 @@ __device__ __forceinline__ void fetch_filters_of(const Block<T, kTile>& block, u
 template <typename T, int kTile, bool kFilters>
 struct Producer {
   const Block<T, kTile>& block;
+  const int fetcher;
   const Params<T>& p = block.p;
   Ring ring{};
 
@@ -88,10 +89,11 @@ struct Producer {
       }
       if constexpr (kFilters) {
         const uint32_t barrier = l.resident ? block.filters(step.index) : full;
-        if (l.resident && filter_fetcher() == 0) {
+        if (l.resident && fetcher == 0) {
           barrier_arrive_expect(barrier, l.filter_bytes);
         }
-        fetch_filters_of(block, block.filters_of(ring.stage, step.index), channel, step.r * p.S + step.s, barrier);
+        fetch_filters_of(block, fetcher, block.filters_of(ring.stage, step.index), channel, step.r * p.S + step.s,
+                         barrier);
       } else {
         barrier_arrive_expect(full, l.stage_bytes);  // those of its filters too, if these do not lie apart
         if (p.flat) {

@@ -33,8 +33,8 @@ struct Split {
   }
 
   template <bool kFilters>
-  __device__ __forceinline__ void produce() const {
-    Producer<T, kTile, kFilters> producer{block};
+  __device__ __forceinline__ void produce(int fetcher) const {
+    Producer<T, kTile, kFilters> producer{block, fetcher};
     producer.fetch(block.first_pixel(0), producer.step_at(first_step), steps);
   }
 
@@ -147,11 +147,15 @@ struct Split {
   __device__ __forceinline__ void run() const {
     const int warpgroup = warpgroup_index();
     if (warpgroup == 0) {
-      release_registers<kProducerRegisters<1>>();
-      as_producer(block, [&](auto filters) { produce<filters()>(); });
+      if constexpr (kGated) {
+        release_registers<kProducerRegisters<1>>();
+      }
+      as_producer(block, [&](auto filters, int fetcher) { produce<filters()>(fetcher); });
       __syncwarp();
     } else {
-      acquire_registers<kConsumerRegisters<1>>();
+      if constexpr (kGated) {
+        acquire_registers<kConsumerRegisters<1>>();
+      }
       block.set_affines();
       consume(warpgroup - 1);
     }

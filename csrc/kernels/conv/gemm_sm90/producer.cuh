@@ -12,17 +12,19 @@ namespace fused_conv_bn::gemm_sm90 {
 template <int kBlocks>
 constexpr int kConsumerRegisters = kBlocks == 1 ? 232 : 104;
 template <int kBlocks>
-constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 24;
+constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 32;
 
 // By a thread of each warp of a warpgroup. f(filters, fetcher): of the one that fetches pixels with false_type, of those with
-// filters with true_type and their number.
+// filters with true_type and their number. The first of these has code of its own: a step of it takes longer if it could be another.
 template <typename T, int kTile, typename F>
 __device__ __forceinline__ void as_producer(const Block<T, kTile>& block, F&& f) {
-  const int fetcher = as_uniform(static_cast<int>(threadIdx.x) / 32) - 1;
-  if (threadIdx.x % 32 == 0) {
-    if (fetcher < 0) {
-      f(std::false_type{}, 0);
-    } else if (fetcher * block.p.layout.of_group < kTiles[kTile].filters) {
+  if (threadIdx.x == 0) {
+    f(std::false_type{}, 0);
+  } else if (threadIdx.x == 32) {
+    f(std::true_type{}, 0);
+  } else if (threadIdx.x % 32 == 0) {
+    const int fetcher = static_cast<int>(threadIdx.x) / 32 - 1;
+    if (fetcher * block.p.layout.of_group < kTiles[kTile].filters) {
       f(std::true_type{}, fetcher);
     }
   }

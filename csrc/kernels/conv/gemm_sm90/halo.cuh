@@ -12,10 +12,10 @@
 namespace fused_conv_bn::gemm_sm90 {
 
 // The thread that fetches pixels, or one that fetches filters. kFilters: which of them.
-template <typename T, int kTile, bool kFilters>
+template <typename T, int kTile, bool kFilters, bool kGrouped>
 struct HaloProducer {
   const Block<T, kTile>& block;
-  const int fetcher;
+  const Fetcher<T, kTile, kGrouped> fetcher;
   const Params<T>& p = block.p;
   Ring ring{};
 
@@ -28,8 +28,8 @@ struct HaloProducer {
     for (int slice = 0; slice < l.slices; ++slice) {
       barrier_wait(block.empty(ring.stage), ring.parity ^ 1);
       barrier_arrive_expect(block.full(ring.stage), l.pixel_bytes);
-      fetch_pixels(block.pixels_of(ring.stage), p.x, block.first_channel() + slice * l.depth, column, row, image, 0, 0,
-                   block.full(ring.stage));
+      fetch_pixels(block.pixels_of(ring.stage), p.x, fetcher.first_channel() + slice * l.depth, column, row, image, 0,
+                   0, block.full(ring.stage));
       ring.advance(l.stages);
     }
   }
@@ -47,10 +47,10 @@ struct HaloProducer {
           barrier_wait(block.spare(place), ring.parity ^ 1);
           ring.advance(l.filter_stages);
         }
-        if (fetcher == 0) {
+        if (fetcher.number == 0) {
           barrier_arrive_expect(block.filters(place), l.filter_bytes);
         }
-        fetch_filters_of(block, fetcher, block.filters_at(place), slice * l.depth, tap, block.filters(place));
+        fetcher.fetch_filters(block.filters_at(place), slice * l.depth, tap, block.filters(place));
       }
     }
   }

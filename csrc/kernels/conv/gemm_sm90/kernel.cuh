@@ -25,7 +25,7 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-// produce(filters, fetcher): by the threads that fetch filters, or by the one that fetches pixels; consume(consumer): by a warpgroup.
+// produce(filters, grouped, fetcher): by the threads that fetch filters, or by the one that fetches pixels; consume(consumer): by a warpgroup.
 template <int kBlocks, typename T, int kTile, typename Produce, typename Consume>
 __device__ __forceinline__ void run_block(const Block<T, kTile>& block, Produce&& produce, Consume&& consume) {
   const int warpgroup = warpgroup_index();
@@ -49,7 +49,10 @@ __global__ void __launch_bounds__(kThreads, kTiles[kTile].blocks)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const Block<T, kTile> block(p, blockIdx.x);
   run_block<kTiles[kTile].blocks>(
-      block, [&](auto filters, int fetcher) { Producer<T, kTile, filters()>{block, fetcher}.run(); },
+      block,
+      [&](auto filters, auto grouped, int fetcher) {
+        Producer<T, kTile, filters(), grouped()>{block, {block, fetcher}}.run();
+      },
       [&](int consumer) { Consumer<T, kTile, kGated>{block, consumer}.run(); });
 #endif
 }
@@ -59,7 +62,10 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_halo_kernel(const __gri
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const Block<T, kTile> block(p, blockIdx.x);
   run_block<1>(
-      block, [&](auto filters, int fetcher) { HaloProducer<T, kTile, filters()>{block, fetcher}.run(); },
+      block,
+      [&](auto filters, auto grouped, int fetcher) {
+        HaloProducer<T, kTile, filters(), grouped()>{block, {block, fetcher}}.run();
+      },
       [&](int consumer) { HaloConsumer<T, kTile>(block, consumer).run(); });
 #endif
 }

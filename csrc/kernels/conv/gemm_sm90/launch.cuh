@@ -108,6 +108,7 @@ cudaError_t launch(const ConvCall& call, const Layout& l, Moments* moments, cuda
   p.pixels = static_cast<int>(count_pixels(c, l));
   p.channels = static_cast<int>(c.C);
   p.filters = static_cast<int>(c.K);
+  p.has_groups = c.groups > 1;
   p.group_channels = static_cast<int>(c.C / c.groups);
   p.group_filters = FastDiv(static_cast<uint32_t>(c.K / c.groups));
   p.R = static_cast<int>(c.R);

@@ -45,6 +45,7 @@ struct Params {
   float negative_slope;
   const T* gates;  // [images][channels] of flat pixels, in 16 bits; nullptr: none
   int channels;
+  bool has_groups;
   int group_channels;
   FastDiv group_filters;
 };

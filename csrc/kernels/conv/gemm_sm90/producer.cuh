@@ -14,40 +14,60 @@ constexpr int kConsumerRegisters = kBlocks == 1 ? 232 : 104;
 template <int kBlocks>
 constexpr int kProducerRegisters = kBlocks == 1 ? 40 : 32;
 
-// By a thread of each warp of a warpgroup. f(filters, fetcher): of the one that fetches pixels with false_type, of those with
-// filters with true_type and their number. The first of these has code of its own: a step of it takes longer if it could be another.
+// By a thread of each warp of a warpgroup. f(filters, grouped, fetcher): of the one that fetches pixels with false_type, of those with
+// filters with true_type and their number. Without groups there is one of these, and its code is its own: a step takes 0.1 us longer
+// where it could be another, or a box of several.
 template <typename T, int kTile, typename F>
 __device__ __forceinline__ void as_producer(const Block<T, kTile>& block, F&& f) {
-  if (threadIdx.x == 0) {
-    f(std::false_type{}, 0);
-  } else if (threadIdx.x == 32) {
-    f(std::true_type{}, 0);
+  const std::false_type no{};
+  const std::true_type yes{};
+  if (!block.p.has_groups) {
+    if (threadIdx.x == 0) {
+      f(no, no, 0);
+    } else if (threadIdx.x == 32) {
+      f(yes, no, 0);
+    }
+  } else if (threadIdx.x == 0) {
+    f(no, yes, 0);
   } else if (threadIdx.x % 32 == 0) {
     const int fetcher = static_cast<int>(threadIdx.x) / 32 - 1;
     if (fetcher * block.p.layout.of_group < kTiles[kTile].filters) {
-      f(std::true_type{}, fetcher);
+      f(yes, yes, fetcher);
     }
   }
 }
 
-// What a fetcher has of a step's filters, group by group. channel: the first one, counted from the block's.
-template <typename T, int kTile>
-__device__ __forceinline__ void fetch_filters_of(const Block<T, kTile>& block, int fetcher, uint32_t at, int channel,
-                                                 int tap, uint32_t barrier) {
-  const Params<T>& p = block.p;
+// A fetcher's channels and filters of a tile.
+template <typename T, int kTile, bool kGrouped>
+struct Fetcher {
+  const Block<T, kTile>& block;
+  const int number;
+
+  // Of the first step's pixels.
+  __device__ __forceinline__ int first_channel() const { return kGrouped ? block.first_channel() : 0; }
+
+  // What it has of a step's filters, group by group. channel: the step's first one, counted from the block's.
+  __device__ __forceinline__ void fetch_filters(uint32_t at, int channel, int tap, uint32_t barrier) const {
+    const Params<T>& p = block.p;
+    if constexpr (!kGrouped) {
+      fetch_box(at, p.w, channel, tap, block.first_filter(), barrier);
+    } else {
+      const int row_bytes = p.layout.depth * static_cast<int>(sizeof(T)), every = kFilterFetchers * p.layout.of_group;
 #pragma unroll 1
-  for (int i = fetcher * p.layout.of_group; i < kTiles[kTile].filters; i += kFilterFetchers * p.layout.of_group) {
-    const int filter = block.first_filter() + i;
-    const int of_group = block.first_channel() + channel - block.group_of(filter) * p.group_channels;
-    fetch_box(at + i * p.layout.depth * static_cast<int>(sizeof(T)), p.w, of_group, tap, filter, barrier);
+      for (int i = number * p.layout.of_group; i < kTiles[kTile].filters; i += every) {
+        const int filter = block.first_filter() + i;
+        const int of_group = block.first_channel() + channel - block.group_of(filter) * p.group_channels;
+        fetch_box(at + i * row_bytes, p.w, of_group, tap, filter, barrier);
+      }
+    }
   }
-}
+};
 
 // kFilters: which of them.
-template <typename T, int kTile, bool kFilters>
+template <typename T, int kTile, bool kFilters, bool kGrouped>
 struct Producer {
   const Block<T, kTile>& block;
-  const int fetcher;
+  const Fetcher<T, kTile, kGrouped> fetcher;
   const Params<T>& p = block.p;
   Ring ring{};
 
@@ -91,17 +111,16 @@ struct Producer {
       }
       if constexpr (kFilters) {
         const uint32_t barrier = l.resident ? block.filters(step.index) : full;
-        if (l.resident && fetcher == 0) {
+        if (l.resident && fetcher.number == 0) {
           barrier_arrive_expect(barrier, l.filter_bytes);
         }
-        fetch_filters_of(block, fetcher, block.filters_of(ring.stage, step.index), channel, step.r * p.S + step.s,
-                         barrier);
+        fetcher.fetch_filters(block.filters_of(ring.stage, step.index), channel, step.r * p.S + step.s, barrier);
       } else {
         barrier_arrive_expect(full, l.stage_bytes);  // those of its filters too, if these do not lie apart
         if (p.flat) {
-          fetch_box(block.pixels_of(ring.stage), p.x, block.first_channel() + channel, pixel, full);
+          fetch_box(block.pixels_of(ring.stage), p.x, fetcher.first_channel() + channel, pixel, full);
         } else {
-          fetch_pixels(block.pixels_of(ring.stage), p.x, block.first_channel() + channel, column, row, image,
+          fetch_pixels(block.pixels_of(ring.stage), p.x, fetcher.first_channel() + channel, column, row, image,
                        static_cast<uint16_t>(step.s * p.dilation_w), static_cast<uint16_t>(step.r * p.dilation_h),
                        full);
         }

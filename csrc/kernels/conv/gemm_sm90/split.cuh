@@ -32,9 +32,9 @@ struct Split {
     return block.base + kHeaderBytes + consumer * kPartBytes + ((m * kColumns + column) * 128 + thread) * 16;
   }
 
-  template <bool kFilters>
+  template <bool kFilters, bool kGrouped>
   __device__ __forceinline__ void produce(int fetcher) const {
-    Producer<T, kTile, kFilters> producer{block, fetcher};
+    Producer<T, kTile, kFilters, kGrouped> producer{block, {block, fetcher}};
     producer.fetch(block.first_pixel(0), producer.step_at(first_step), steps);
   }
 
@@ -150,7 +150,7 @@ struct Split {
       if constexpr (kGated) {
         release_registers<kProducerRegisters<1>>();
       }
-      as_producer(block, [&](auto filters, int fetcher) { produce<filters()>(fetcher); });
+      as_producer(block, [&](auto filters, auto grouped, int fetcher) { produce<filters(), grouped()>(fetcher); });
       __syncwarp();
     } else {
       if constexpr (kGated) {

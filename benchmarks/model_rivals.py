@@ -67,7 +67,8 @@ def folded_call(group: Any, block: Any) -> Callable[..., Tensor]:
     weight, bias = folded(conv, block.bn_twin, group.factor)
     window = conv.stride, conv.padding, conv.dilation, conv.groups
 
-    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def run(x: Tensor | tuple[Tensor, Tensor], residual: Tensor | None = None) -> Tensor:
+        x = x if isinstance(x, Tensor) else x[0] * x[1]  # a gate's product
         if group.activation == "relu" and on_cuda(x) and not group.residual_last:
             if residual is None:
                 return torch.cudnn_convolution_relu(x, weight, bias, *window)

@@ -20,6 +20,7 @@ from benching import call
 from benchmarks import documents, model_rivals, models, record
 from benchmarks.common import MB
 from benchmarks.models import ModelCase
+from fused_conv_bn._fuse import gates
 
 TINY = ModelCase("tiny", "bench_models:tiny", 2, torch.float32, size=12)
 
@@ -167,6 +168,25 @@ def test_residuals_and_relu_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None
         expected, y = model(x), model_rivals.cudnn_model(model, x)(x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert seen == ["relu", "add relu"]
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.conv, self.bn = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x * self.narrow(x.mean((2, 3), keepdim=True)).sigmoid())).relu()
+
+
+def test_a_gate_is_multiplied_before_cudnn_s_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "DEVICES", ("cpu", "cuda"))
+    torch.manual_seed(0)
+    model, x = Gated().eval(), torch.randn(2, 16, 9, 7)
+    with torch.no_grad():
+        expected, found = model(x), model_rivals.cudnn_model(model, x)
+        assert "gate conv bn relu" in fcb.report(found).groups()
+        torch.testing.assert_close(found(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_jax_is_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

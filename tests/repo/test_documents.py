@@ -83,6 +83,9 @@ NOT_RUN = {
         "compute-sanitizer --tool memcheck --error-exitcode 1 .venv/bin/python -m pytest -x tests",
         "compute-sanitizer --tool racecheck --error-exitcode 1 .venv/bin/python -m pytest -x tests",
         "compute-sanitizer --tool synccheck --error-exitcode 1 .venv/bin/python -m pytest -x tests",
+        "PYTHONPATH=tests .venv/bin/python -m fuzz.many --count 100000 --record benchmarks/results/h200_fuzz.jsonl",
+        "PYTHONPATH=tests .venv/bin/python -m fuzz.many --count 1000 --sanitizer memcheck "
+        "--record benchmarks/results/h200_memcheck.jsonl",
     ],
     "measures for minutes without a GPU; the next line of that document is run": [
         "python -m fused_conv_bn tune torchvision.models:resnet50 --batch 32 --dtype float16 --channels-last",

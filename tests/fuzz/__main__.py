@@ -82,7 +82,7 @@ def fuzz(
             continue
         outcome = run(p, device, refused)
         rows[p.op, p.algorithm, outcome] += 1
-        if outcome == "failed" and is_lost(device):
+        if outcome in ("failed", "refused") and is_lost(device):  # which eager refuses then as well
             failures.append({"seed": seed, "problem": str(p), "message": "the GPU takes no more work"})
             print(f"\nfuzz: seed {seed}: the GPU takes no more work after {p}", *p.lines(device), sep="\n", flush=True)
             seed += 1

@@ -28,6 +28,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 66
 """A tool's exit status when it has found something, which no process has by itself."""
 FIRST_PORT = 49152
+MOST_LINES = 80  # of a process's findings
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
 
 
@@ -87,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = any(status == FOUND for status in statuses) or lost > 0
     for status, log, record in zip(statuses, logs, records, strict=True):
         if record is None or (status == FOUND and args.sanitizer):
-            print(f"--- a process ended with {status}:\n{log[-4000:]}")
+            found = [line for line in log.splitlines() if line.startswith("=====")]
+            print(f"--- a process ended with {status}:", *(found[:MOST_LINES] or [log[-4000:]]), sep="\n")
     for failure in summary["failures"]:
         print(f"--- seed {failure['seed']}: {failure['message']}\n    {failure['problem']}")
     report(summary)

@@ -33,6 +33,17 @@ def test_some_seconds(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "fuzz: 1 problem in" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("outcome", ["failed", "refused"])
+def test_it_ends_where_the_gpu_is_lost(
+    outcome: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "run", lambda *_: outcome)
+    monkeypatch.setattr(program, "is_lost", lambda device: True)
+    assert program.main(["--device", "cpu", "--first", "0", "--count", "5"]) == 1
+    printed = capsys.readouterr().out
+    assert "seed 0: the GPU takes no more work after Problem(" in printed and "fuzz: 1 problem in" in printed
+
+
 def wrong_element(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
     y = original(input, *arguments, **named)
     if y.numel() > 0 and y.size(1) > 4:

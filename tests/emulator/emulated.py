@@ -53,7 +53,7 @@ def _library(capability: int) -> ctypes.CDLL | RuntimeError:
     except RuntimeError as error:
         return error
     library = ctypes.CDLL(str(path))
-    library.emulated_narrow.restype = ctypes.c_bool
+    library.emulated_narrow.restype = library.emulated_has_faster_gates.restype = ctypes.c_bool
     return library
 
 
@@ -85,6 +85,13 @@ def _call(capability: int, name: str, *arguments: Any) -> None:
         places = [line.split()[0].rpartition("/")[2] for line in lines if "/kernels/" in line]
         message = message[: message.index(", at +")] + "; at " + ", ".join(dict.fromkeys(places))
     raise RuleBroken(message)
+
+
+def has_faster_gates(images: int, channels: int, filters: int, side: int) -> bool:
+    """By gemm_sm90's rule on an H200: of a 1x1 convolution in 16 bits of images of so many pixels a side."""
+    p = Problem(N=images, C=channels, K=filters, H=side, W=side, P=side, Q=side, element_bytes=2, channels_last=True)
+    p.R = p.S = p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = p.groups = 1
+    return bool(_compiled().emulated_has_faster_gates(ctypes.byref(p)))
 
 
 def launches(capability: int = 90) -> int:

@@ -124,6 +124,12 @@ void emulated_set_weight(ConvOperands* operands, const void* data, int64_t dim, 
 // Of the last call.
 int emulated_launches() { return static_cast<int>(emulated::launches()); }
 
+// Whether gemm_sm90 takes gates along by its rule, on an H200.
+bool emulated_has_faster_gates(const Conv2d* problem) {
+  const std::optional<GemmSm90> plan = GemmSm90::make(*problem, {90, 132, 232448, 233472, true});
+  return plan.has_value() && plan->takes_gates(*problem) && plan->has_faster_gates(*problem);
+}
+
 // layout: of gemm_sm90, or nullptr for the algorithm's choice.
 const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, int element, const Epilogue* epilogue,
                           const char* algorithm, GemmSm90Layout* layout, uint64_t seed) {

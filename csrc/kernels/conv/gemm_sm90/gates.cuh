@@ -6,7 +6,8 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-// Two elements times two, each rounded to nearest: as `gate` rounds its results, whose products in float32 are exact.
+// Two elements times two, each rounded to nearest once: as `gate` rounds its results, whose products in float32 are exact but for
+// those of bfloat16 below 2^-149.
 __device__ __forceinline__ uint32_t times_pair(float16, uint32_t x, uint32_t gates) {
   uint32_t product;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(gates));

@@ -1,5 +1,5 @@
-// The threads that fetch what consumers multiply, one the pixels and three the filters: step by step, tile by tile, as stages
-// become empty. Filters of one group are a box, which the first of the three fetches; those of several groups they have in turns.
+// The threads that fetch what consumers multiply, one the pixels and one the filters: step by step, tile by tile, as stages become
+// empty. Filters of several groups are as many boxes, which three threads have in turns.
 #pragma once
 
 #include <type_traits>

@@ -146,28 +146,30 @@ struct Split {
 
   __device__ __forceinline__ void run() const {
     const int warpgroup = warpgroup_index();
+    // Of the two waits the first is for all sums, the second for others that still read from this block. Producers have code of their
+    // own to the end: they may have few registers.
     if (warpgroup == 0) {
       if constexpr (kGated) {
         release_registers<kProducerRegisters<1>>();
       }
       as_producer(block, [&](auto filters, auto grouped, int fetcher) { produce<filters(), grouped()>(fetcher); });
       __syncwarp();
+      cluster_sync();
+      cluster_sync();
     } else {
       if constexpr (kGated) {
         acquire_registers<kConsumerRegisters<1>>();
       }
       block.set_affines();
       consume(warpgroup - 1);
-    }
-    cluster_sync();
-    if (warpgroup > 0) {
+      cluster_sync();
       const int columns = kColumns / p.layout.splits;
 #pragma unroll 1
       for (int i = warpgroup - 1; i < kM * columns; i += kConsumers) {
         finish(i / columns, rank * columns + i % columns);
       }
+      cluster_sync();
     }
-    cluster_sync();  // others may still read from this block
   }
 };
 

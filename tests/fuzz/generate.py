@@ -70,7 +70,7 @@ WINDOWS = (
 def generate(seed: int, device: str) -> Problem:
     g = random.Random(seed)
     emulated = device == "emulator"
-    names = [name for name in OPS if not (emulated and name == "fold_bn")]
+    names = [name for name in OPS if name != "gate_conv_bn_scale" and not (emulated and name == "fold_bn")]
     weights = [4 if name in CONVOLVED else 1.5 if name in ("bn_scale", "scale_shift") else 1 for name in names]
     op = g.choices(names, weights)[0]
     named: dict[str, Any] = {"op": op, "seed": seed}
@@ -84,8 +84,25 @@ def generate(seed: int, device: str) -> Problem:
         named |= _parameters(g, op, named["dtype"])
     if op not in ("max_pool2d", "spatial_mean", "fold_bn"):
         named |= _epilogue(g, op)
-    p = _way(g, Problem(**named), device)
+    p = _gated(g, _way(g, Problem(**named), device), device)
     return _fit(p, BUDGETS[device][big], TAPS[device][big])
+
+
+def _gated(g: random.Random, p: Problem, device: str) -> Problem:
+    """Some convolutions with gates, most of them as gemm_sm90 takes them along."""
+    if (p.op, p.way, p.gradients) != ("conv_bn_scale", "function", False) or g.random() > 0.2:
+        return p
+    p = changed(p, op="gate_conv_bn_scale", tf32=False)
+    if device == "emulator" or g.random() < 0.8:
+        dim = len(p.shape) - 2
+        ones, groups = (1,) * dim, 1
+        p = changed(
+            p, kernel=ones, stride=ones, padding=(0,) * dim, dilation=ones, groups=groups, layout="channels_last"
+        )
+        p = changed(p, shape=(p.shape[0], g.choice(WHOLE), *p.shape[2:]), filters=g.choice(WHOLE))
+        if device != "cpu":
+            p = changed(p, algorithm="gemm_sm90", dtype=g.choice(("float16", "bfloat16")), given_dtype="float32")
+    return p
 
 
 def _sometimes(g: random.Random, chance: float, *choices: Any) -> Any:

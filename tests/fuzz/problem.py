@@ -8,7 +8,8 @@ from typing import Any
 
 from .values import Spec
 
-CONVOLVED = ("conv_scale_shift", "conv_bn_scale", "conv_bn_scale_train")
+CONVOLVED = ("conv_scale_shift", "conv_bn_scale", "conv_bn_scale_train", "gate_conv_bn_scale")
+GATED = ("gate", "gate_conv_bn_scale")
 TRAINING = ("bn_scale_train", "conv_bn_scale_train")
 OPS = (
     *CONVOLVED,
@@ -113,9 +114,9 @@ class Problem:
                 terms *= n
             named = {"layout": self.weight_layout, "offset": self.weight_offset, "factor": max(terms, 1) ** -0.5}
             add("weight" if self.op == "conv_scale_shift" else "conv_weight", shape, tf32=self.tf32, **named)
-        if self.op == "gate":
+        if self.op in GATED:
             add("gate", self.shape[:2], values="unit", layout=self.given_layout)
-        inference = self.op in ("bn_scale", "conv_bn_scale", "bn_scale_cat", "fold_bn")
+        inference = self.op in ("bn_scale", "conv_bn_scale", "gate_conv_bn_scale", "bn_scale_cat", "fold_bn")
         if inference or (self.op in TRAINING and "running_mean" in self.given):
             per_channel("running_mean")
             per_channel("running_var", values="variance")
@@ -161,7 +162,8 @@ class Problem:
         if self.op == "conv_scale_shift":
             return [input, tensors["weight"], get("scale"), get("shift"), *window], epilogue
         if self.op in CONVOLVED:
-            return [input, tensors["conv_weight"], get("conv_bias"), *bn, *numbers, *window], epilogue
+            inputs = [input, tensors["gate"]] if self.op in GATED else [input]
+            return [*inputs, tensors["conv_weight"], get("conv_bias"), *bn, *numbers, *window], epilogue
         return [input, *bn, *numbers], epilogue
 
     def __str__(self) -> str:

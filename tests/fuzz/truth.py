@@ -128,9 +128,19 @@ def _others(t: Tensor) -> list[int]:
     return [d for d in range(t.dim()) if d != 1]
 
 
+def gated(p: Problem, t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the input that is convolved: the product of input and gate, as `gate` rounds it."""
+    if p.op != "gate_conv_bn_scale":
+        return t
+    own: torch.dtype = getattr(torch, p.dtype)
+    x, gate = t["input"].to(own), t["gate"].to(own)
+    return t | {"input": reference.gate(x, gate).to(t["input"].dtype)}
+
+
 def forward(p: Problem, t: dict[str, Tensor]) -> Forward:
     """From tensors in float64. Of the ops that end in the epilogue."""
     dtype: torch.dtype = getattr(torch, p.dtype)
+    t = gated(p, t)
     u = unit(dtype)
     conv_bias = t.get("conv_bias")
     convolved = p.op in CONVOLVED
@@ -368,7 +378,7 @@ def twin(p: Problem) -> Callable[..., Any]:
 def eager(p: Problem, t: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """PyTorch's ops in the dtype: the convolution, and the rest rounded once, which is more than eager modules do."""
     wide = reference.wide(dtype)
-    t = {k: aligned(v) for k, v in t.items() if k != "out"}
+    t = gated(p, {k: aligned(v) for k, v in t.items() if k != "out"})
     arranged = {k: v.to(wide) for k, v in t.items()}
     if p.op in ("max_pool2d", "spatial_mean", "fold_bn"):
         positional, named = p.arguments(arranged)
@@ -390,6 +400,7 @@ def eager(p: Problem, t: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
         names = {
             "conv_scale_shift": "scale_shift",
             "conv_bn_scale": "bn_scale",
+            "gate_conv_bn_scale": "bn_scale",
             "conv_bn_scale_train": "bn_scale_train",
         }
         tail = Problem(**{**vars(p), "op": names[p.op], "way": "function", "tf32": False})

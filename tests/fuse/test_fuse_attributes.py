@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fused_conv_bn as fcb
 from fused_conv_bn._fuse import root
+from fused_conv_bn._fuse.guard import STATE
 
 
 class Base(nn.Module):
@@ -276,3 +278,188 @@ def test_what_a_forward_does_not_mention_of_its_class(monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(root, "capture", again)
         assert torch.equal(model(x), want)
+
+
+class AttrDict(dict):  # type: ignore[type-arg]
+    __getattr__ = dict.__getitem__
+
+
+class ReturnsItself:
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any) -> Any:
+        return self
+
+
+class ReturnsAnother:
+    def __getattr__(self, name: str) -> Any:
+        return ReturnsAnother()
+
+
+class OfInstancesOnly:
+    def __get__(self, of: Any, cls: type) -> Any:
+        if of is None:
+            raise RuntimeError("it is of instances")
+        return 2.0
+
+
+class Unequal:
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("it is compared")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def in_itself(of: type) -> Any:
+    found: Any = of([0])
+    found.append(found)
+    return found
+
+
+def key_in_itself() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    found["itself"] = [found]
+    return found
+
+
+def deep() -> list[Any]:
+    found: list[Any] = []
+    for _ in range(3000):
+        found = [found]
+    return found
+
+
+def its_own_wrapper() -> Callable[[Any], float]:
+    def method(self: Any) -> float:
+        return 2.0
+
+    method.__wrapped__ = method  # type: ignore[attr-defined]
+    return method
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "a dictionary with attributes": lambda: AttrDict(scale=2.0),
+    "what returns itself": ReturnsItself,
+    "what returns another": ReturnsAnother,
+    "a descriptor of instances": OfInstancesOnly,
+    "a wrapper of itself": its_own_wrapper,
+    "no comparison": Unequal,
+    "a list in itself": lambda: in_itself(list),
+    "a dictionary in itself": key_in_itself,
+    "lists in lists": deep,
+}
+
+
+@pytest.mark.parametrize("of_instance", [False, True])
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_attributes(odd: str, of_instance: bool) -> None:
+    """The guard looks at them, asks them nothing, and holds; another one in the place is seen."""
+
+    class Reads(Base):
+        scale = 1.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.odd  # noqa: B018
+            return self.through(x) * self.scale
+
+    plain: Any = Reads().eval()
+    place = plain if of_instance else Reads
+    place.odd = ODD[odd]()
+    model = fcb.fuse(plain)
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        want = Reads.forward(plain, x)
+        for _ in range(3):
+            torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+        assert model.__dict__[STATE].captures == 1
+        place.odd = ODD[odd]()
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+        Reads.scale = 3.0
+        torch.testing.assert_close(model(x), want * 2, rtol=1e-4, atol=1e-5)
+    assert fcb.report(model).counts == {"fused": 2}
+
+
+def with_wraps(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Any:
+        return forward(self, x) * self.gain
+
+    return wrapper
+
+
+def without_wraps(forward: Any) -> Any:
+    return lambda self, x: forward(self, x)
+
+
+class Child(nn.Module):
+    gain = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8)
+
+    def run(self, y: Tensor) -> Tensor:
+        return torch.relu(self.bn(y)) * self.gain
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.relu(self.bn(y))
+
+
+def parent(forward: Callable[[Any, Tensor], Tensor]) -> type:
+    def __init__(self: Any) -> None:
+        nn.Module.__init__(self)
+        self.conv, self.child = nn.Conv2d(3, 8, 3), type("OwnChild", (Child,), {})()
+
+    return type("Parent", (nn.Module,), {"__init__": __init__, "forward": forward})
+
+
+def own(forward: Callable[[Any, Tensor], Tensor], **others: Any) -> type:
+    return type("Own", (Base,), {"gain": 1.0, "forward": forward, **others})
+
+
+# A class whose forward has a factor, and the class that the factor is set on.
+READS: dict[str, tuple[Callable[[], type], Callable[[Any], type]]] = {
+    "the fused class": (lambda: own(lambda m, x: m.through(x) * m.gain), type),
+    "a wrapper": (lambda: own(with_wraps(Base.through)), lambda m: type(m).__mro__[1]),
+    "a wrapper that names no other": (
+        lambda: own(without_wraps(lambda m, x: m.through(x) * m.gain)),
+        lambda m: type(m).__mro__[1],
+    ),
+    "a decorator of PyTorch's": (
+        lambda: own(torch.no_grad()(lambda m, x: m.through(x) * m.gain)),
+        lambda m: type(m).__mro__[1],
+    ),
+    "a constant name": (lambda: own(lambda m, x: m.through(x) * getattr(m, "gain")), lambda m: type(m).__mro__[1]),  # noqa: B009
+    "a method with arguments": (
+        lambda: own(lambda m, x: m.through(x) * m.times(), times=functools.partialmethod(lambda m, n: m.gain * n, 1.0)),
+        lambda m: type(m).__mro__[1],
+    ),
+    "__getattr__": (
+        lambda: own(
+            lambda m, x: m.through(x) * m.dynamic,
+            __getattr__=lambda m, name: m.gain if name == "dynamic" else nn.Module.__getattr__(m, name),
+        ),
+        lambda m: type(m).__mro__[1],
+    ),
+    "a child": (lambda: parent(lambda m, x: m.child(m.conv(x)) * m.child.gain), lambda m: type(m.child)),
+    "a child that is not called": (
+        lambda: parent(lambda m, x: torch.relu(m.child.bn(m.conv(x))) * m.child.gain),
+        lambda m: type(m.child),
+    ),
+    "a child's method": (lambda: parent(lambda m, x: m.child.run(m.conv(x))), lambda m: type(m.child)),
+    "a child's base": (lambda: parent(lambda m, x: m.child.run(m.conv(x))), lambda m: Child),
+}
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_where_class_attributes_are_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, place = READS[kind]
+    model: Any = fcb.fuse(make()().eval())
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(model(x), before)
+        monkeypatch.setattr(place(model), "gain", 3.0, raising=False)
+        torch.testing.assert_close(model(x), before * 3)
+        assert model.__dict__[STATE].captures == 2

@@ -7,7 +7,6 @@ and where that has changed at everything, one by one.
 
 from __future__ import annotations
 
-import inspect
 import operator
 import types
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ..conditions import PLAIN_TENSORS, is_watched
 from .blocks import Block
 from .capture import MODULE_ATTRIBUTES
+from .classes import mentioned_of
 from .layers import is_conv, is_frozen_norm, is_norm
 
 STATE = "_fused_conv_bn"
@@ -29,6 +29,8 @@ STATE = "_fused_conv_bn"
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _MODULE = MODULE_ATTRIBUTES | {STATE}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_DEPTH = 20
+"""Of containers in containers that are looked at."""
 _forward = operator.attrgetter("forward")
 _training = operator.itemgetter("training")
 
@@ -38,7 +40,8 @@ class Guard:
 
     ``paths``: of modules that are called or gone into. ``silent``: those whose calls are gone, so that nobody sees
     hooks of theirs. ``read``: those that are neither, and have attributes that the forward may have read. ``seen``:
-    those that are called for their hooks. ``blocks``: what the ops get their tensors from.
+    those that are called for their hooks. ``fetched``: those that forwards have fetched as attributes. ``blocks``: what
+    the ops get their tensors from.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Guard:
         silent: set[nn.Module],
         read: set[nn.Module],
         seen: list[nn.Module],
+        fetched: set[nn.Module],
         blocks: Iterable[Block],
         frozen: bool = False,
     ) -> None:
@@ -74,7 +78,10 @@ class Guard:
         of_gone_into = {type(m) for m in gone_into}
         self.classes = list(of_gone_into | {getattr(of, "_fused_conv_bn_class", of) for of in of_gone_into})
         self.forwards = list(map(_forward, self.classes))
-        self.of_classes = _read_of({getattr(of, "_fused_conv_bn_class", of) for of in of_gone_into})
+        # What is set on the class of a root lands on ours, which is before its own.
+        named = mentioned_of({type(m) for m in (root, *inlined)}, of_gone_into | set(map(type, fetched)))
+        self.class_dicts = [c.__dict__ for c, names in named for _ in names]
+        self.class_names = [name for _, names in named for name in names]
         # What a trace has as it was: attributes that are no tensors and no modules.
         self.baked = _all_of if frozen else _baked
         self.names = [self.baked(m) for m in (root, *self.watched)]
@@ -146,7 +153,10 @@ class Guard:
             return False
         if any(of.forward is not f for of, f in zip(self.classes, self.forwards, strict=True)):
             return False
-        if not _is_same(self._attributes(root), self.saved):
+        try:
+            if not _is_same(self._attributes(root), self.saved):
+                return False
+        except Exception:  # what is in itself has no end, and what is in a set may not be comparable
             return False
         self._look(root)
         return True
@@ -163,10 +173,11 @@ class Guard:
 
     def _attributes(self, root: nn.Module) -> list[Any]:
         of_modules = [list(map(get, map(_dict_of, of))) for get, of in self.getters]
-        return [self.of_root(root.__dict__), *of_modules, *[list(map(get, names)) for get, names in self.of_classes]]
+        return [self.of_root(root.__dict__), *of_modules, list(map(_get, self.class_dicts, self.class_names))]
 
 
 _dict_of = operator.attrgetter("__dict__")
+_get = types.MappingProxyType.get
 
 
 def _baked(m: nn.Module) -> tuple[str, ...]:
@@ -188,45 +199,21 @@ def _own(m: nn.Module) -> tuple[str, ...]:
     return (*(name for name in m.__dict__ if name not in _MODULE), "training")
 
 
-def _read_of(classes: set[type]) -> list[tuple[Callable[[str], Any], list[str]]]:
-    """The attributes and methods of classes that their forwards mention, and what those methods mention in turn: where
-    each class has its own, and names. PyTorch's classes stay as they are."""
-    found: dict[type, set[str]] = {}
-    for of in classes:
-        own = [c for c in of.__mro__ if not c.__module__.startswith(("torch.", "builtins", "fused_conv_bn."))]
-        names, new = set[str](), {"forward"}
-        while new:
-            names |= new
-            attributes = [c.__dict__[name] for c in own for name in new if name in c.__dict__]
-            new = {name for value in attributes for name in _mentioned(value)} - names
-        names = {name for name in names if hasattr(of, name)}
-        for c in own:
-            found.setdefault(c, set()).update(names)
-    return [(c.__dict__.get, sorted(names)) for c, names in found.items()]
-
-
-def _mentioned(function: Any) -> set[str]:
-    """The names in a function, a method of any kind or a property."""
-    function = getattr(function, "fget", None) or function  # a property's
-    codes = [getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)]
-    names = set[str]()
-    for code in codes:
-        if code is not None:
-            names.update(code.co_names)
-            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return names
-
-
 def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
     return operator.itemgetter(*names) if names else len
 
 
-def _snapshot(value: Any) -> Any:
-    """The value, where it can be changed in place a copy of it."""
+def _snapshot(value: Any, within: frozenset[int] = frozenset()) -> Any:
+    """The value, where it can be changed in place a copy of it: not of what is in itself, or too far inside."""
     of = type(value)
-    if of in (list, tuple, set):
-        return of(map(_snapshot, value)) if of is not set else set(value)
-    return {k: _snapshot(v) for k, v in value.items()} if of is dict else value
+    if of not in (list, tuple, set, dict) or id(value) in within or len(within) > _DEPTH:
+        return value
+    if of is set:
+        return set(value)
+    within |= {id(value)}
+    if of is dict:
+        return {k: _snapshot(v, within) for k, v in value.items()}
+    return of([_snapshot(v, within) for v in value])
 
 
 def _is_same(value: Any, saved: Any) -> bool:

@@ -165,11 +165,13 @@ class Entry:
         # Of what is neither called nor gone into a forward reads attributes.
         called = [modules[path] for path in self.called]
         inside = {m for of in called for m in of.modules()}
-        read = {m for m in captured.fetched if m in paths and m not in inside and m not in self.inlined}
+        fetched = {m for m in captured.fetched if m in paths}
+        read = {m for m in fetched if m not in inside and m not in self.inlined}
         watched = [m for m in called if is_watched(m)]
         # A snapshot reads no tensors of the model.
         of_blocks = () if frozen else self.blocks
-        self.guard = Guard(root, modules, gone_through, self.inlined, silent, read, watched, of_blocks, frozen)
+        guarded = gone_through, self.inlined, silent, read, watched, fetched
+        self.guard = Guard(root, modules, *guarded, of_blocks, frozen)
         self.unchecked = is_compared(root)
 
     def thaw(self) -> None:

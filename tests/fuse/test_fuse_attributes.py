@@ -463,3 +463,63 @@ def test_where_class_attributes_are_read(kind: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(place(model), "gain", 3.0, raising=False)
         torch.testing.assert_close(model(x), before * 3)
         assert model.__dict__[STATE].captures == 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("kind", ["a number", "a list", "a dictionary"])
+def test_forwards_that_count_in_their_class(kind: str, is_part: bool, training: bool) -> None:
+    """It is never captured, and its class has what eager calls leave."""
+
+    class Counts(Base):
+        count, seen, last = 0, [], {}  # type: ignore[var-annotated]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.through(x)
+            if kind == "a number":
+                Counts.count += 1
+            elif kind == "a list":
+                self.seen.append(1)
+            else:
+                self.last["y"] = y
+            return y
+
+    plain: nn.Module = Around(Counts()) if is_part else Counts()
+    plain.train(training)
+    model = fcb.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 9, 9)
+    for n in range(1, 41):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+        if kind == "a number":
+            assert Counts.count == 2 * n
+        elif kind == "a list":
+            assert len(Counts.seen) == 2 * n
+        else:
+            assert type(Counts.last["y"]) is Tensor
+    assert model.__dict__[STATE].captures == 1
+    report = fcb.report(model)
+    assert "it changes its own attributes, or makes tensors of its own" in str(report)
+    assert report.counts == ({"left": 2, "fused": 2} if is_part else {"left": 2})
+
+
+def test_what_a_part_counts_in_a_base_of_both() -> None:
+    """The part is left, and not the model, whose class has the same base."""
+
+    class Counting(nn.Module):
+        count = 0
+
+    class Part(Counting, Base):
+        def forward(self, x: Tensor) -> Tensor:
+            Counting.count += 1
+            return self.through(x)
+
+    class Whole(Counting, Around):
+        pass
+
+    model = fcb.fuse(Whole(Part()).eval())
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        for n in range(1, 41):
+            model(x)
+            assert Counting.count == n
+    assert fcb.report(model).counts == {"left": 2, "fused": 2}

@@ -23,7 +23,7 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 from .. import conditions
 from .._block import BnScaleModule
 from ..conditions import has_hooks, is_distributed, is_watched
+from .classes import ClassAttributes, has_same, put_back
 from .layers import is_conv, is_norm
 from .words import IN_PLACE_OPERATORS
 
@@ -358,8 +359,8 @@ def capture(root: nn.Module, forward: Callable[..., Any], arguments: Arguments) 
             leaves |= {m: reason for m in root.modules() if type(m) is type(culprit) and m is not root}
             continue
         finally:
-            changed = before.restore()
             inlined, fetched = [root, *tracer.inlined], tracer.fetched
+            changed = before.restore(inlined)
             tracer.__dict__.clear()  # torch.fx leaves it in cycles, and it has the root
         if before.draws:
             raise Refused("it draws random numbers that are no tensors of its graph")
@@ -393,32 +394,40 @@ def _asks_for_types(m: nn.Module) -> bool:
     return False
 
 
+_Owner: TypeAlias = "nn.Module | type"
+"""Of what may have changed."""
+
+
 class _Attributes:
-    """What modules have before a trace: their attributes, what is in those that are containers, plain tensors' values,
-    and the states of the generators."""
+    """What modules have before a trace: their attributes and those of their classes that forwards mention, what is in
+    those that are containers, plain tensors' values, and the states of the generators."""
 
     def __init__(self, root: nn.Module) -> None:
         self.of = {m: dict(m.__dict__) for m in root.modules()}
-        self.containers: dict[nn.Module, list[tuple[Any, Any]]] = {}
-        self.tensors: dict[nn.Module, list[tuple[Tensor, int, Tensor]]] = {}
+        self.containers: dict[_Owner, list[tuple[Any, Any]]] = {}
+        self.tensors: dict[_Owner, list[tuple[Tensor, int, Tensor]]] = {}
         for m, attributes in self.of.items():
             own = m._parameters, m._buffers, m._modules
             self.containers[m] = [(d, copy.copy(d)) for d in own if isinstance(d, dict)]  # TorchScript's are not
             for name, value in attributes.items():
                 if name not in MODULE_ATTRIBUTES:
                     self._look(m, value)
+        self.classes = ClassAttributes(root)
+        for of, value in self.classes.values():
+            if issubclass(type(value), Tensor):
+                self._look(of, value)
         self.generators = self._generators()
         self.draws = False
 
-    def _look(self, m: nn.Module, value: Any, depth: int = 0) -> None:
+    def _look(self, m: _Owner, value: Any, depth: int = 0) -> None:
         if isinstance(value, Tensor):
             self.tensors.setdefault(m, []).append((value, value._version, value.detach().clone()))
         elif isinstance(value, (list, dict, set)) and depth < 4:
             self.containers.setdefault(m, []).append((value, copy.copy(value)))
             for v in value.values() if isinstance(value, dict) else value:
                 self._look(m, v, depth + 1)
-        elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, types.ModuleType):
-            self._look(m, value.__dict__, depth + 1)
+        elif type(value).__dictoffset__ and not callable(value) and not isinstance(value, types.ModuleType):
+            self._look(m, object.__getattribute__(value, "__dict__"), depth + 1)  # without its class' __getattr__
 
     @staticmethod
     def _generators() -> list[Any]:
@@ -430,28 +439,27 @@ class _Attributes:
     def has_changed(self, m: nn.Module) -> bool:
         """Whether a module has other attributes than before, or others in its place."""
         attributes = self.of.get(m)
-        return attributes is not None and not _has_same(m.__dict__, attributes)
+        return attributes is not None and not has_same(m.__dict__, attributes)
 
-    def restore(self) -> list[nn.Module]:
-        """Takes back what a trace did, once; returns the modules that it did it to."""
-        changed = []
+    def restore(self, inlined: list[nn.Module]) -> list[nn.Module]:
+        """Takes back what a trace did, once; returns the modules that it did it to. ``inlined``: those that it went
+        through, of which the first is the root: where a class has changed, whose it may be."""
+        changed: list[_Owner] = [*self.classes.restore()]
         for m, attributes in self.of.items():
             if self.has_changed(m):
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
                 changed.append(m)
-        for m, containers in self.containers.items():
+        for owner, containers in self.containers.items():
             for container, saved in containers:
-                if len(container) != len(saved) or not _has_same(container, saved):
-                    container.clear()
-                    container.extend(saved) if isinstance(container, list) else container.update(saved)
-                    changed.append(m)
-        for m, tensors in self.tensors.items():
+                if put_back(container, saved):
+                    changed.append(owner)
+        for owner, tensors in self.tensors.items():
             for t, version, saved in tensors:
                 if t._version != version:
                     with torch.no_grad():
                         t.copy_(saved)
-                    changed.append(m)
+                    changed.append(owner)
         after = self._generators()
         torch.set_rng_state(self.generators[0])
         random.setstate(self.generators[1])
@@ -461,13 +469,8 @@ class _Attributes:
             self.draws |= str(self.generators[2]) != str(after[2])
         for kept in (self.of, self.containers, self.tensors):  # an exception may have this, and nobody else the tensors
             kept.clear()
-        return list(dict.fromkeys(changed))
-
-
-def _has_same(a: Any, b: Any) -> bool:
-    """Whether two containers have the very same things in them."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
-    if isinstance(a, set):
-        return {id(v) for v in a} == {id(v) for v in b}
-    return all(v is w for v, w in zip(a, b, strict=True))
+        found = [m for m in changed if isinstance(m, nn.Module)]
+        for of in {owner for owner in changed if isinstance(owner, type)}:
+            # The root where no part is left that may have done it.
+            found += [m for m in inlined[1:] if of in type(m).__mro__] or inlined[:1]
+        return list(dict.fromkeys(found))

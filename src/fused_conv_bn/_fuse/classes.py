@@ -5,14 +5,20 @@ Only the names in code are looked at, and only objects of Python's own types: no
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from itertools import chain
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
+from torch import nn
+
 _ASKED = "__getattr__", "__getattribute__"
 """Called for each attribute that is not there, or for all."""
+_METHODS = FunctionType, staticmethod, classmethod, property
+_CONTAINERS = list, dict, set
+_NOWHERE = object()
 
 
 def mentioned_of(running: set[type], read: set[type]) -> list[tuple[type, list[str]]]:
@@ -73,3 +79,47 @@ def _contents(cells: tuple[CellType, ...] | None) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # nothing is in it yet
             pass
+
+
+class ClassAttributes:
+    """Those that forwards in a module mention and that are no methods, as they are now, and what is in them."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.saved = [
+            (of, name, value, copy.copy(value) if type(value) in _CONTAINERS else None)
+            for of, names in mentioned_of(set(map(type, root.modules())), set())
+            for name in names
+            if type(value := of.__dict__.get(name, _NOWHERE)) not in _METHODS
+        ]
+
+    def values(self) -> Iterator[tuple[type, Any]]:
+        return ((of, value) for of, _, value, _ in self.saved)
+
+    def restore(self) -> list[type]:
+        """Puts them back; returns the classes that had others."""
+        changed = []
+        for of, name, value, inside in self.saved:
+            if of.__dict__.get(name, _NOWHERE) is not value:
+                type.__delattr__(of, name) if value is _NOWHERE else type.__setattr__(of, name, value)
+                changed.append(of)
+            if inside is not None and put_back(value, inside):
+                changed.append(of)
+        return changed
+
+
+def put_back(container: Any, saved: Any) -> bool:
+    """Puts back what was in a list, dictionary or set; returns whether it had anything else."""
+    if len(container) == len(saved) and has_same(container, saved):
+        return False
+    container.clear()
+    container.extend(saved) if isinstance(container, list) else container.update(saved)
+    return True
+
+
+def has_same(a: Any, b: Any) -> bool:
+    """Whether two containers have the very same things in them."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+    if isinstance(a, set):
+        return {id(v) for v in a} == {id(v) for v in b}
+    return all(v is w for v, w in zip(a, b, strict=True))

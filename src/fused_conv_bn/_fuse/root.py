@@ -33,6 +33,7 @@ from . import gates, pools
 from .capture import Arguments, Refused, capture, has_fixed_defaults, is_compared, modes
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .channels_last import give_back, inside_of
+from .classes import ClassAttributes
 from .difference import difference_of
 from .exported import run_exported
 from .frozen import Versions, frozen_call, refuse_training, run_frozen
@@ -443,14 +444,17 @@ def call_once(model: nn.Module, args: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Calls of a model that leave its buffers and the random state as they were, under ``no_grad``."""
+    """Calls of a model that leave its buffers, what forwards count in its classes and the random state as they were,
+    under ``no_grad``."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     places = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not (b.is_meta or torch.nn.parameter.is_lazy(b))]
+    classes = ClassAttributes(model)
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
             yield
         finally:
+            classes.restore()
             for place, of_place in places:
                 if any(place.get(name) is not b for name, b in of_place.items()):
                     place.update(of_place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from benchmarks import documents, record
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS = sorted(record.RESULTS.glob("*.jsonl"))
+FUZZED = [record.RESULTS / f"{name}.jsonl" for name in ("h200_fuzz", "h200_memcheck")]  # tests/fuzz/many.py wrote them
+RECORDS = sorted(set(record.RESULTS.glob("*.jsonl")) - set(FUZZED))
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
@@ -23,6 +25,25 @@ def test_a_record_is_as_the_program_writes_it(path: Path) -> None:
     found = record.read(path)
     assert "".join(f"{line}\n" for line in record.lines(found)) == path.read_text()
     assert {"commit", "date", "device", "versions", "flags", "settings", "notes", "validation"} <= found.keys()
+
+
+@pytest.mark.parametrize("path", FUZZED, ids=lambda path: path.stem)
+def test_a_record_of_random_problems_adds_up(path: Path) -> None:
+    header, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    assert {
+        "commit",
+        "date",
+        "device",
+        "versions",
+        "flags",
+        "fuzzed",
+        "first",
+        "last",
+        "lost_processes",
+    } <= header.keys()
+    assert header["problems"] == sum(row["problems"] for row in rows if row["part"] == "problems")
+    failed = sum(row["problems"] for row in rows if row.get("outcome") == "failed")
+    assert failed == sum(row["part"] == "failures" for row in rows)
 
 
 def test_no_row_is_there_twice() -> None:

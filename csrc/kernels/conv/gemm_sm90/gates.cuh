@@ -33,14 +33,15 @@ struct Gates {
   const int chunk = thread % kChunks, row = thread / kChunks;
   uint32_t gates[kOfThread][4];
 
-  // first_pixel: of the tile. Behind the last channel there are zeros to multiply, and zeros to do so.
+  // first_pixel: of the tile. 32 bits are enough (plan.h): with 64 a tile of 128 pixels has a register too few. Behind the last channel there are zeros to multiply, and zeros to do so.
   __device__ __forceinline__ void fetch(int first_pixel, int first_channel) {
     const int channel = first_channel + chunk * kElements;
 #pragma unroll
     for (int i = 0; i < kOfThread; ++i) {
       const int pixel = min(first_pixel + row + i * kRows, p.pixels - 1);
       const uint32_t image = p.image_pixels.div(static_cast<uint32_t>(pixel));
-      load_words_if(channel < p.channels, p.gates + static_cast<int64_t>(image) * p.channels + channel, gates[i]);
+      load_words_if(channel < p.channels,
+                    p.gates + (image * static_cast<uint32_t>(p.channels) + static_cast<uint32_t>(channel)), gates[i]);
     }
   }
 

@@ -91,7 +91,7 @@ inline bool is_flat(const Conv2d& c) {
 }
 
 // Whether pixels may be multiplied by gates on their way. In TF32 they have been rounded before.
-inline bool takes_gates(const Conv2d& c) { return is_flat(c) && c.element_bytes == 2; }
+inline bool takes_gates(const Conv2d& c) { return is_flat(c) && c.element_bytes == 2 && c.N * c.C < int64_t{1} << 31; }
 
 // With groups a tile multiplies the channels of all groups that it has filters of, as if it were without: in the channels of other
 // groups a filter is zero, as its box is outside of the tensor. Then so many filters have one group, and a box:

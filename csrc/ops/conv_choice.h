@@ -133,7 +133,7 @@ inline ThreadChoice use_algorithm(ThreadChoice choice, const std::string& algori
 struct CudaConvChoice : ConvChoice {
   Conv2d problem;
   GpuTraits gpu;
-  bool asked_for;  // the plan's algorithm, by name
+  bool asked_for = false;  // the plan's algorithm, by name
 };
 
 // Making a plan tries many tiles, which takes longer than a small convolution: each problem is looked at once.

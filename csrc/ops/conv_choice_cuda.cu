@@ -124,7 +124,7 @@ CudaConvChoice choose_conv_cuda(const char* op, const PlainConv& c, bool has_res
                                 bool allow_tf32, bool keeps_sums) {
   const std::optional<Conv2d> problem = narrow_to_2d(conv_problem(c, has_residual, allow_tf32));
   const int32_t device = c.input.device.index;
-  CudaConvChoice choice{{}, problem.value_or(Conv2d{}), gpu_traits(device), false};
+  CudaConvChoice choice{{}, problem.value_or(Conv2d{}), gpu_traits(device)};
   const Asked algorithm = asked(thread_choice.algorithm, "use_algorithm's algorithm", default_algorithm,
                                 kAlgorithmVariable);
   if (problem.has_value() && algorithm.by_rule()) {

@@ -65,7 +65,8 @@ struct Consumer {
       }
       products.template start<kStepBytes>(pixels, block.filters_of(ring.stage, step));
       if constexpr (kGated) {
-        fetch_gates(min(step + 1, l.steps - 1));
+        fetch_gates(
+            min(step + 1, l.steps - 1));  // the last ones again: a branch takes registers that a tile does not have
       }
       if (step > 0) {
         product_wait<1>();

@@ -19,8 +19,8 @@ __device__ __forceinline__ uint32_t times_pair(bfloat16, uint32_t x, uint32_t ga
   return product;
 }
 
-// Of the pixels that a consumer multiplies in a step, by its 128 threads: a thread has the same channels of several pixels. They are
-// fetched while the step before is multiplied.
+// The gates of the pixels that a consumer multiplies in a step, by its 128 threads: a thread has the same channels of several pixels.
+// Gates are fetched while the step before is multiplied.
 template <typename T, int kPixels, int kRowBytes>
 struct Gates {
   static constexpr int kChunks = kRowBytes / 16;
@@ -33,7 +33,8 @@ struct Gates {
   const int chunk = thread % kChunks, row = thread / kChunks;
   uint32_t gates[kOfThread][4];
 
-  // first_pixel: of the tile. 32 bits are enough (plan.h): with 64 a tile of 128 pixels has a register too few. Behind the last channel there are zeros to multiply, and zeros to do so.
+  // first_pixel: of the tile. Behind the last channel there are zeros to multiply, and zeros to do so. 32 bits are enough (plan.h):
+  // with 64 a tile of 128 pixels has a register too few.
   __device__ __forceinline__ void fetch(int first_pixel, int first_channel) {
     const int channel = first_channel + chunk * kElements;
 #pragma unroll

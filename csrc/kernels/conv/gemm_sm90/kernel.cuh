@@ -25,7 +25,7 @@
 
 namespace fused_conv_bn::gemm_sm90 {
 
-// produce(filters, grouped, fetcher): by the threads that fetch filters, or by the one that fetches pixels; consume(consumer): by a warpgroup.
+// produce(filters, grouped, fetcher): by threads that fetch (producer.cuh); consume(consumer): by a warpgroup.
 template <int kBlocks, typename T, int kTile, typename Produce, typename Consume>
 __device__ __forceinline__ void run_block(const Block<T, kTile>& block, Produce&& produce, Consume&& consume) {
   const int warpgroup = warpgroup_index();

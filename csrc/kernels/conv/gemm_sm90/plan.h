@@ -256,10 +256,9 @@ struct Rates {
   double halo_stage = 1.63;  // a slice of pixels with halos, by the number of stages
   double halo_fetch = 1.3;   // as many times as long as another fetch
   double box = 0.15;         // of filters, where a step has several: of each thread that fetches them
-  double across =
-      1.2;  // how much longer a fetch takes where a step's 128 bytes of a pixel lie across two rows of as many
-  double tile = 0.111;      // a consumer's
-  double halo_tile = 0.37;  // more, where threads write the results
+  double across = 1.2;       // how much longer a fetch takes where 128 bytes of a pixel lie across two rows
+  double tile = 0.111;       // a consumer's
+  double halo_tile = 0.37;   // more, where threads write the results
   double split = 0.058, of_splits = 0.115, exchange = 30.8e3;
   double kernel = 2.27;
   double together = 2.745;  // how much of the longest alone counts: the exponent of a norm

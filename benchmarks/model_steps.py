@@ -15,8 +15,8 @@ from fused_conv_bn._model_times import FACTOR, LARGE, norm_error
 NOTES = {
     "step": "train: forward in training mode, in autocast to the dtype with float32 parameters, and backward of a "
     "gradient of the result that is always the same, over the number of images; without a loss, an optimiser and the "
-    "scaling of gradients. fused: of fuse(model). No CUDA graphs: one of PyTorch's own step ends in an illegal memory "
-    "access. errors: the norm of the difference of all gradients over their norm in float64; what is ours must be "
+    "scaling of gradients. fused: of fuse(model); graphed and eager graphed: graphs of forward and of backward, with "
+    "copies of gradients. errors: the norm of the difference of all gradients over their norm in float64; what is ours must be "
     f"within max({FACTOR} * eager's, {LARGE}), as in python -m fused_conv_bn bench.",
 }
 

@@ -39,7 +39,7 @@ RIVALS = {
 COLUMNS = {
     ("cuda", False): ("eager", "eager graphed", "cudnn graphed", "compile graphed", "autotune graphed", "jax"),
     ("cpu", False): ("eager", "compile freezing", "jax"),
-    ("cuda", True): ("eager", "compile"),
+    ("cuda", True): ("eager", "eager graphed", "compile", "compile graphed"),
     ("cpu", True): ("eager", "compile"),
 }
 OURS = ("graphed", "frozen", "fused")  # the first of them that a row has is what rivals are compared with
@@ -58,7 +58,7 @@ NOTES = {
     "in each group of fuse()'s that has ReLU, and in the other groups the convolution with a bias and PyTorch's ops. "
     "compile graphed, autotune graphed: torch.compile with freezing in mode reduce-overhead and max-autotune, in its "
     "own CUDA graphs; cudagraph_skips: how often it would not capture one. compile: of a training step, without "
-    "freezing and graphs; compile freezing: on the CPU. jax: "
+    "graphs; compile freezing: on the CPU. jax: "
     "benchmarks/jax_models.py, NHWC with folded weights, compiled by XLA, in a process of its own behind the others, "
     "so not in turns with them; by the wall. missing says why there is none. A compile begins within a limit of "
     f"compile time. A rival whose error is above {FURTHEST} times eager's is not timed.",
@@ -264,18 +264,23 @@ class ModelBench:
         wanted, missing = self.wanted(case)
         errors = {"eager": of.error(of.model, of.step_of(of.model), truth), "fused": of.error(fused, step, truth)}
         forms: dict[str, Callable[[], object]] = {"fused": step}
+        if self.device == "cuda":
+            forms["graphed"] = of.step_of(fcb.graphed(fused))
+            errors["graphed"] = of.error(fused, forms["graphed"], truth)
         if "eager" in wanted:
             forms["eager"] = of.step_of(of.model)
-        makers: dict[str, Callable[[nn.Module], Callable[[], object]]] = {}
-        if "compile" in wanted:
-            copied = of.copied()
-            compiled, not_compiled = self.compiler.all_of({"compile": copied}, lambda run: of.step_of(run)())
-            missing |= not_compiled
-            makers |= {name: functools.partial(given, of.step_of(run)) for name, run in compiled.items()}
-        for name, make in makers.items():
+        copies = {name: of.copied() for name in wanted if name != "eager"}
+        to_compile = {name: m for name, m in copies.items() if name.startswith("compile")}
+        compiled, not_compiled = self.compiler.all_of(to_compile, lambda run: of.step_of(run)())
+        missing |= not_compiled
+        steps = {name: of.step_of(run) for name, run in compiled.items()}
+        if "eager graphed" in copies:
+            steps["eager graphed"] = of.step_of(fcb.graphed(copies["eager graphed"]))
+        for name, run in steps.items():
             try:
-                own = copied if name == "compile" else of.copied()
-                run = make(own)
+                own = copies[name]
+                for _ in range(3):  # graphs are captured, replayed and replayed again
+                    run()
                 errors[name] = of.error(own, run, truth)
                 if not errors[name] <= limit(errors["eager"]):
                     raise NoRivalError(f"its error is {errors[name]:.2g}, eager's {errors['eager']:.2g}")

@@ -1,4 +1,5 @@
-"""CUDA graphs of a model's calls: ``graphed`` records a call once for each kind of it, and replays it after that.
+"""CUDA graphs of a model's calls: ``graphed`` records a call once for each kind of it, and replays it after that, with
+its backward where gradients are needed.
 
 A replay runs kernels at addresses, and no Python. So whatever the addresses stand for has to stay where it was, and
 whatever Python would do at each call has to be nothing. What is keyed, refused, kept and forgotten is decided here
@@ -19,14 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import conditions
 from ._fuse.root import undisturbed
-from ._graphs.calls import NOT_STRIDED, Call, call_key, is_watched
+from ._graphs.calls import NOT_STRIDED, Call, call_key, is_backward_watched, is_watched
 from ._graphs.cuda import Cuda
-from ._graphs.model import Attributes, Watch
-from ._graphs.recording import Recording, Results, copies, share_memory
+from ._graphs.model import Attributes, Leaves, Watch
+from ._graphs.recording import Explained, Recording, Results, copies, share_memory
+from ._graphs.with_backward import WithBackward, differentiate, leaves_of
 
 _is_compiling = torch.compiler.is_compiling
 _numel = Tensor.numel
@@ -63,33 +65,33 @@ class Graphs:
         device = self._device(call.tensors)
         if device is None:
             return model(*args, **kwargs)
-        if model.training:
-            raise RuntimeError("graphed: the model is in training mode, expected evaluation mode: call eval() on it")
         if self.is_capturing():
             raise RuntimeError(
                 "graphed: the current stream is being captured already, expected none: capture its .module instead"
             )
-        key = call_key(call)
         with self.lock:
             watch = self.watch
             if watch is None or not watch.holds():
                 watch = self._look_again()
-            if not any(watch.hooks):
-                if torch.is_grad_enabled():
-                    self._refuse_gradients(call.tensors, watch)
+            needs_grad = watch.needs_grad(call.tensors)
+            if needs_grad and is_backward_watched():
+                pass
+            elif not watch.has_hooks(needs_grad):
+                needs = (*map(_requires_grad, call.tensors),) if needs_grad else ()
+                key = call_key(call), watch.kind(), needs
                 recording = self.recordings.get(key)
                 if recording is None:
                     if any(map(_numel, call.tensors)):
-                        return self._record(key, call, device).replay(call.tensors, self.clone_outputs)
+                        return self._record(key, call, device, needs_grad).replay(call.tensors, self.clone_outputs)
                 else:
                     self.recordings.move_to_end(key)
-                    if not (recording.written and share_memory(call.tensors)):
+                    if not (recording.is_waiting() or (recording.written and share_memory(call.tensors))):
                         return recording.replay(call.tensors, self.clone_outputs)
             elif not (self.warned or watch.lazy):  # lazy modules have hooks until they have parameters
                 self.warned = True
                 warnings.warn(
-                    "graphed: a module of the model has a forward hook, which a replay would not call; the model runs "
-                    "without graphs",
+                    "graphed: a module of the model has a forward hook, or one for gradients, which a replay would not "
+                    "call; the model runs without graphs",
                     stacklevel=3,
                 )
         return model(*args, **kwargs)
@@ -110,18 +112,6 @@ class Graphs:
             )
         return devices.pop()
 
-    def _refuse_gradients(self, tensors: Sequence[Tensor], watch: Watch) -> None:
-        if any(map(_requires_grad, tensors)):
-            what = "an argument"
-        elif any(map(_requires_grad, watch.tensors)):
-            what = "a parameter"
-        else:
-            return
-        raise RuntimeError(
-            f"graphed: grad mode is on and {what} requires a gradient, which a graph does not compute; call it under "
-            "torch.no_grad() or torch.inference_mode()"
-        )
-
     def _look_again(self) -> Watch:
         """The model is not what the graphs were captured of."""
         self._forget()
@@ -131,14 +121,21 @@ class Graphs:
     def _forget(self) -> None:
         recordings = [*self.recordings.values()]
         self.recordings.clear()
-        for side in {r.side for r in recordings}:
-            side.free([r.graph for r in recordings if r.side is side], last=True)
+        self._free(recordings)
 
     def _evict(self, limit: int) -> None:
         while len(self.recordings) > limit:
-            _, oldest = self.recordings.popitem(last=False)
-            side = oldest.side
-            side.free([oldest.graph], last=all(r.side is not side for r in self.recordings.values()))
+            self._free([self.recordings.popitem(last=False)[1]])
+
+    def _free(self, recordings: list[Recording]) -> None:
+        """Of recordings that nobody finds any more. One whose backward is still to come is freed behind that."""
+        for side in {r.side for r in recordings}:
+            those = [r for r in recordings if r.side is side]
+            if any(r.is_waiting() for r in those):
+                for r in those:
+                    r.dropped = True
+            else:
+                self._give_up(side, [graph for r in those for graph in r.graphs])
 
     def clear(self) -> None:
         with self.lock:
@@ -149,22 +146,23 @@ class Graphs:
         with contextlib.suppress(Exception):  # when Python ends there may be no device to wait for
             self._forget()
 
-    def _record(self, key: Hashable, call: Call, device: torch.device) -> Recording:
+    def _record(self, key: Hashable, call: Call, device: torch.device, needs_grad: bool) -> Recording:
         if any(t.layout is not torch.strided or t.is_quantized for t in call.tensors):
             raise TypeError(NOT_STRIDED)
         if device not in self.sides:
             self.sides[device] = self.new_side(device)
+        side = self.new_side(device) if needs_grad else self.sides[device]
         _in_use.value = True
         try:
-            watch = self._warm_up(call, self.sides[device])
+            watch = self._warm_up(call, side, needs_grad)
             self._evict(self.max_graphs - 1)
-            recording = self._capture(call, device, watch)
+            recording = self._capture(call, side, device, watch, needs_grad)
         finally:
             _in_use.value = False
         self.recordings[key] = recording
         return recording
 
-    def _warm_up(self, call: Call, side: Any) -> Watch:
+    def _warm_up(self, call: Call, side: Any, needs_grad: bool) -> Watch:
         """Calls that leave no trace: whatever libraries and fused modules do at a first call happens here."""
         grad, watch = torch.is_grad_enabled(), self.watch
         assert watch is not None
@@ -172,8 +170,12 @@ class Graphs:
             for left in reversed(range(_WARM_UPS)):
                 if not left and not watch.holds():  # fused modules have found more of them, lazy ones their parameters
                     watch = self._look_again()
-                args, kwargs = call.with_tensors(copies(call.tensors))
-                self.model(*args, **kwargs)
+                args, kwargs = call.with_tensors(copies(call.tensors, needs_grad))
+                result = self.model(*args, **kwargs)
+                if needs_grad:
+                    found = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn is not None]
+                    leaves = {id(leaf): leaf for t in found for leaf in leaves_of(t)}
+                    differentiate(found, [*leaves.values()], [torch.ones_like(t) for t in found])
         if not watch.holds():
             self._forget()
             raise RuntimeError(
@@ -182,48 +184,53 @@ class Graphs:
             )
         return watch
 
-    def _capture(self, call: Call, device: torch.device, watch: Watch) -> Recording:
+    def _capture(self, call: Call, side: Any, device: torch.device, watch: Watch, needs_grad: bool) -> Recording:
         for name, t in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
             if t.device != device:
                 raise ValueError(f"graphed: {name!r} of the model is on {t.device}, and the arguments are on {device}")
-        side, tensors = self.sides[device], call.tensors
+        tensors = call.tensors
         ids = [*map(id, tensors)]
-        unique = [*map(ids.index, dict.fromkeys(ids))]
+        firsts = [*map(ids.index, dict.fromkeys(ids))]
+        unique = None if len(firsts) == len(ids) else firsts
         with torch.inference_mode(False):
-            statics = side.statics([tensors[i] for i in unique])
-        recording = Recording(side, statics, None if len(unique) == len(ids) else unique)
+            statics = side.statics([tensors[i] for i in firsts])
+            for static, i in zip(statics, firsts, strict=True):
+                static.tensor.requires_grad_(needs_grad and tensors[i].requires_grad)
         by_id = dict(zip(dict.fromkeys(ids), statics, strict=True))
         args, kwargs = call.with_tensors([by_id[i].tensor for i in ids])
-        versions = [s.tensor._version for s in statics]
+        own = [t for t in watch.tensors if not t.is_inference()]
+        versions = [s.tensor._version for s in statics], [t._version for t in own]
         attributes = Attributes(watch)
+        leaves = Leaves(watch)
         mode, name = torch.is_grad_enabled(), type(self.model).__name__
 
         def run() -> Any:
-            with _as_called(mode):
+            with _as_called(mode), leaves:
                 return self.model(*args, **kwargs)
 
+        graphs = []
         try:
-            graph, result = side.capture(run)
-        except BaseException as error:
-            attributes.restore()
-            self._give_up(side, [])
-            if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError):
-                raise
-            told = str(error).strip().split("\n")[0]
-            raise RuntimeError(
-                f"graphed: the forward of {name} cannot be captured: {type(error).__name__}: {told}"
-            ) from error
-        try:
+            with Explained(f"forward of {name}"):
+                graph, result = side.capture(run)
+            graphs.append(graph)
             # What modules keep besides parameters and buffers (anchors, say) is memory that the graph may read.
-            recording.alive = [t for t in tree_leaves(attributes.before) if isinstance(t, Tensor)]
+            alive = [t for t in tree_leaves(attributes.before) if isinstance(t, Tensor)]
             if changed := attributes.restore():
                 raise RuntimeError(f"graphed: the forward of {changed} at each call, which a replay does not")
-            recording.graph = graph
-            recording.results = Results(result, [s.tensor for s in statics], watch, device)
+            result = tree_map(leaves.owner, result)
+            results = Results(result, [s.tensor for s in statics], watch, device)
+            if any(map(_requires_grad, results.new)):
+                recording: Recording = WithBackward(side, statics, unique, graph, results)
+                graphs.append(recording.record(name, leaves.owners, self.lock))
+            else:
+                recording = Recording(side, statics, unique, graph, results)
         except BaseException:
-            self._give_up(side, [graph])
+            attributes.restore()
+            self._give_up(side, graphs)
             raise
-        recording.written = [i for i, s in enumerate(statics) if s.tensor._version != versions[i]]
+        recording.alive = alive
+        recording.written = [i for i, s in enumerate(statics) if s.tensor._version != versions[0][i]]
+        recording.changed = [t for t, version in zip(own, versions[1], strict=True) if t._version != version]
         return recording
 
     def _give_up(self, side: Any, graphs: list[Any]) -> None:
@@ -348,21 +355,26 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
 
     The first call of a kind warms up, captures and replays. Later ones copy their tensors into the graph's, replay, and
     copy the results. A kind of call is: the structure of the arguments; shapes, strides, dtypes and device of their
-    tensors; their other values; grad mode, autocast, and PyTorch's flags for TF32, cuDNN and determinism. Warm-ups
-    leave buffers and the random state as they were, and replays draw random numbers as eager calls do.
+    tensors; their other values; grad mode, autocast, the modules' modes, which parameters require gradients, and
+    PyTorch's flags for TF32, cuDNN and determinism. Warm-ups leave buffers and the random state as they were, and
+    replays draw random numbers as eager calls do.
+
+    In a training loop a call that needs gradients has a second graph, of its backward, and ``loss.backward()`` replays
+    it. Gradients are copies that add up in ``p.grad`` as eager's do. A call that comes while the backward of one of
+    its kind is still to come is the model's own.
 
     Parameters and buffers that change in place are seen. Ones that were moved or replaced, other children, and another
-    mode or class of a module lead to new captures. Python code runs in the warm-ups and the capture alone.
+    class of a module lead to new captures. Python code runs in the warm-ups and the capture alone.
 
-    A call is the model's own where no argument is on CUDA, with a forward hook (and a warning), and under
-    torch.compile, torch.export, torch.func, traces and modes.
+    A call is the model's own where no argument is on CUDA, with a forward hook or one for gradients (and a warning),
+    and under torch.compile, torch.export, torch.func, traces, modes, and where anomalies or saved tensors are watched.
 
     Any thread and any stream may call. Replays wait for each other, since all graphs of the model share memory.
 
     Args:
         model: an nn.Module, fused or not, with all its parameters and buffers on the device of its arguments.
         max_graphs: how many graphs are kept. The least recently used one is freed for a new one.
-        clone_outputs: without it results are the graph's own memory, which the next call overwrites.
+        clone_outputs: without it results and gradients are the graphs' own memory, which the next call overwrites.
 
     Returns:
         The model as a :class:`Graphed`, which has all of its attributes and methods, the model itself as ``module``,
@@ -372,8 +384,9 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
         TypeError: ``model`` is no module, or a ScriptModule. When called: arguments or results that are neither tensors
             nor simple values.
         ValueError: ``max_graphs`` is less than 1. When called: tensors on several devices.
-        RuntimeError: when called: the model is in training mode, a gradient is needed, the current stream is being
-            captured, or the model's forward cannot be captured (it waits for results, or changes its own attributes).
+        RuntimeError: when called: the current stream is being captured, or the model's forward or backward cannot be
+            captured (it waits for results, changes its own attributes, or needs gradients of tensors that are neither
+            parameters nor arguments). In backward: it comes twice for one call, or behind a change of a parameter.
     """
     if isinstance(model, Graphed):
         model = model.module

@@ -18,104 +18,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_in import FakeSide, is_capturing, made
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fused_conv_bn as fcb
 from fused_conv_bn import graphs
-from fused_conv_bn._fuse.root import undisturbed
 from fused_conv_bn._graphs import calls
 from fused_conv_bn._graphs.cuda import Cuda
-from fused_conv_bn._graphs.recording import Static
-
-# ---- a stand-in for CUDA ---------------------------------------------------------------------------------------------
-
-
-class FakeGraph:
-    def __init__(self, run: Callable[[], Any], result: Any) -> None:
-        self.run, self.result, self.replays, self.freed = run, result, 0, False
-
-    def replay(self) -> None:
-        assert not self.freed
-        self.replays += 1
-        graphs._in_use.value = True
-        try:
-            self.compute()
-        finally:
-            graphs._in_use.value = False
-
-    def compute(self) -> None:
-        for kept, new in zip(tree_leaves(self.result), tree_leaves(self.run()), strict=True):
-            if isinstance(kept, Tensor) and kept is not new:
-                with torch.inference_mode(False), torch.no_grad():
-                    kept.copy_(new)
-
-
-class Capturing(threading.local):
-    """Whether a capture is on: of the calling thread's stream, as CUDA's answer is."""
-
-    value = False
-
-
-class FakeSide:
-    kind = "cpu"
-    capturing = Capturing()
-    made: list[FakeSide] = []
-    model: nn.Module  # of the last made(): a real capture computes nothing
-
-    def __init__(self, device: torch.device) -> None:
-        self.log: list[str] = []
-        self.graphs: list[FakeGraph] = []
-        FakeSide.made.append(self)
-
-    @staticmethod
-    def is_capturing() -> bool:
-        return FakeSide.capturing.value
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        self.log.append("warm up")
-        yield
-
-    def statics(self, tensors: Any) -> list[Static]:
-        return [Static(t) for t in tensors]
-
-    def capture(self, run: Callable[[], Any]) -> tuple[FakeGraph, Any]:
-        self.log.append("capture")
-        FakeSide.capturing.value = True
-        try:
-            with undisturbed(self.model):
-                self.graphs.append(FakeGraph(run, run()))
-        finally:
-            FakeSide.capturing.value = False
-        return self.graphs[-1], self.graphs[-1].result
-
-    def begin(self) -> None:
-        self.log.append("begin")
-
-    def replay(self, graph: FakeGraph) -> None:
-        graph.replay()
-
-    def end(self, stream: None) -> None:
-        self.log.append("end")
-
-    def free(self, freed: Any, last: bool) -> None:
-        for graph in freed:
-            graph.freed = True
-        self.log.append(f"free {len(freed)}{' last' if last else ''}")
-
-
-def is_capturing(device: str) -> bool:
-    return FakeSide.capturing.value if device == "cpu" else torch.cuda.is_current_stream_capturing()
-
-
-def made(model: nn.Module, device: str, max_graphs: int = 16, clone_outputs: bool = True) -> graphs.Graphed:
-    """graphed(), on the CPU with the stand-in."""
-    if device == "cuda":
-        return fcb.graphed(model.to(device), max_graphs=max_graphs, clone_outputs=clone_outputs)
-    FakeSide.model = model
-    return graphs.Graphed(graphs.Graphs(model, max_graphs, clone_outputs, FakeSide))
-
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
@@ -429,6 +339,11 @@ def test_changes_are_seen(change: Callable[[Any], None], device: str) -> None:
     left = [r.graph for r in fast._graphs.recordings.values()]
     if change is in_place:
         assert left[0] is graphs_before[1] and left[1] is graphs_before[0]
+    elif change is other_mode:
+        assert left[:2] == graphs_before and len(left) == 3
+        model[1].eval()
+        assert_follows(fast, model, image(device))
+        assert fast.graphs == 3  # the first one once more
     else:
         assert len(left) == 1 and left[0] not in graphs_before
 
@@ -629,45 +544,6 @@ def test_the_policy_of_graphs_and_pools() -> None:
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
-
-
-def test_training_mode_is_refused(device: str) -> None:
-    fast = made(net().train(), device)
-    with pytest.raises(
-        RuntimeError, match=r"^graphed: the model is in training mode, expected evaluation mode: call eval\(\) on it$"
-    ):
-        fast(image(device))
-    with torch.no_grad():
-        assert_follows(fast.eval(), fast.module, image(device))
-
-
-def test_gradients_are_refused(device: str) -> None:
-    model = net().to(device)
-    fast = made(model, device)
-    sentence = r"requires a gradient, which a graph does not compute; call it under torch.no_grad\(\) or torch.inference_mode\(\)$"
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="^graphed: grad mode is on and a parameter " + sentence):
-            fast(image(device))
-        with torch.no_grad():
-            fast(image(device))
-    model.requires_grad_(False)
-    y = fast(image(device))
-    assert not y.requires_grad and fast.graphs == 2
-    with pytest.raises(RuntimeError, match="^graphed: grad mode is on and an argument " + sentence):
-        fast(image(device).requires_grad_())
-    with torch.no_grad():
-        fast(image(device).requires_grad_())
-    with torch.inference_mode():
-        x = image(device)
-        y = fast(x)
-    assert y.is_inference() and torch.equal(fast(x), y) and fast.graphs == 2
-    model[3].weight.requires_grad_()
-    with pytest.raises(RuntimeError, match="^graphed: grad mode is on and a parameter " + sentence):
-        fast(image(device))
-    own = made(Run(lambda m, x: x + torch.zeros(1, device=x.device, requires_grad=True)).requires_grad_(False), device)
-    with pytest.raises(RuntimeError, match="^graphed: the model returned a tensor that requires a gradient"):
-        own(image(device))
-    assert own.graphs == 0
 
 
 @torch.no_grad()

@@ -282,7 +282,8 @@ def pooled(p: Problem, t: dict[str, Tensor]) -> dict[str, Exact]:
     dtype: torch.dtype = getattr(torch, p.dtype)
     x = t["input"]
     if p.op == "max_pool2d":
-        y = F.max_pool2d(x, p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode)
+        # Contiguous: PyTorch's kernel for float64 in channels_last writes to misaligned shared memory (torch 2.11).
+        y = F.max_pool2d(x.contiguous(), p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode)
         return {"result": Exact(y, torch.zeros_like(y), unit(dtype))}  # no error at all
     dims = tuple(range(2, x.dim()))
     y, u = x.mean(dims, p.keepdim), unit(dtype)

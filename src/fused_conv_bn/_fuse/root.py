@@ -459,8 +459,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if any(place.get(name) is not b for name, b in of_place.items()):
                     place.update(of_place)
             for b, before in buffers:
-                if not torch.equal(b, before):  # what was only read may be saved for a backward
-                    b.copy_(before)
+                if not torch.equal(b, before):
+                    b.data.copy_(before)  # counts as no change: what a call before has saved is as it was
 
 
 _own_ways = threading.local()

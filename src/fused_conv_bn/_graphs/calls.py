@@ -141,3 +141,8 @@ def is_watched() -> bool:
         return True
     count = torch._C._len_torch_function_stack()
     return count > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count))
+
+
+def is_backward_watched() -> bool:
+    """The same of what forward saves and of each step of backward."""
+    return torch.is_anomaly_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

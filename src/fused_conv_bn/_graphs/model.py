@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -16,6 +17,7 @@ from .calls import CONSTANTS
 _data_ptr, _numel = Tensor.data_ptr, Tensor.numel
 _values: Callable[[Any], Iterable[Any]] = dict.values
 _training = operator.itemgetter("training")
+_requires_grad, _backward_hooks = operator.attrgetter("requires_grad"), operator.attrgetter("_backward_hooks")
 
 
 class Looked(list[Any]):
@@ -30,6 +32,7 @@ class Watch:
         contents = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
         self.filled, self.empty = [d for d in contents if d], [d for d in contents if not d]
         self.hooks = [d for m in self.modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.backward_hooks = [d for m in self.modules for d in (m._backward_hooks, m._backward_pre_hooks)]
         self.values = Looked(itertools.chain.from_iterable(map(_values, self.filled)))
         tensors = [v for v in self.values if isinstance(v, Tensor)]
         self.tensors = Looked(t for t in tensors if not is_lazy(t))
@@ -44,10 +47,27 @@ class Watch:
         self.attributes = [m.__dict__ for m in self.modules]
         self.types = [*map(type, self.modules)]
         self.states = [d for d in self.attributes if "training" in d]
-        self.modes = [*map(_training, self.states)]
+        self.kinds: dict[Hashable, int] = {}
+
+    def kind(self) -> int:
+        """A number for what graphs depend on and a loop of training and evaluation changes in turn: the modules' modes,
+        and which parameters require gradients."""
+        now = (*map(_training, self.states), *map(_requires_grad, self.parameters))
+        return self.kinds.setdefault(now, len(self.kinds))
+
+    def has_hooks(self, needs_grad: bool) -> bool:
+        """Whether somebody is to be called that a replay would not call, in backward as well."""
+        if any(self.hooks):
+            return True
+        return needs_grad and (any(self.backward_hooks) or any(map(_backward_hooks, self.parameters)))
+
+    def needs_grad(self, arguments: Iterable[Tensor]) -> bool:
+        return torch.is_grad_enabled() and (
+            any(map(_requires_grad, self.parameters)) or any(map(_requires_grad, arguments))
+        )
 
     def holds(self) -> bool:
-        """Whether each module has the same children, the same tensors in the same memory, class and mode."""
+        """Whether each module has the same children, the same tensors in the same memory, and class."""
         return (
             not self.lazy
             and sum(map(len, self.filled)) == len(self.values)
@@ -56,8 +76,41 @@ class Watch:
             and [*map(_numel, self.parameters)] == self.sizes
             and not any(self.empty)
             and [*map(type, self.modules)] == self.types
-            and [*map(_training, self.states)] == self.modes
         )
+
+
+class Leaves:
+    """Parameters in the place of a model's, with the same memory, which no graph of autograd has yet.
+
+    Autograd keeps a parameter's node for as long as some graph has it, and the stream that it was made on: a result that
+    somebody holds does so, and DistributedDataParallel. A capture on another stream must not wait for that one.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self.parameters = list(watch.parameters)
+        others = {id(p): _other(p) for p in self.parameters if p.requires_grad}
+        self.owners: dict[int, Tensor] = {id(p): p for p in self.parameters}
+        self.owners |= {id(others[id(p)]): p for p in self.parameters if id(p) in others}
+        found = [(m._parameters, name, p) for m in watch.modules for name, p in m._parameters.items()]
+        self.places = [(place, name, p, others[id(p)]) for place, name, p in found if id(p) in others]
+
+    def owner(self, v: Any) -> Any:
+        return self.owners.get(id(v), v)
+
+    def __enter__(self) -> None:
+        for place, name, _, other in self.places:
+            place[name] = other
+
+    def __exit__(self, *_: object) -> None:
+        for place, name, own, other in self.places:
+            if place.get(name) is other:
+                place[name] = own
+
+
+def _other(p: nn.Parameter) -> nn.Parameter:
+    other = nn.Parameter(p.detach())
+    other.__dict__.update(p.__dict__)
+    return other
 
 
 class Attributes:

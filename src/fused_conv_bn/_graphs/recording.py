@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .calls import CONSTANTS
@@ -58,17 +59,15 @@ class Results:
                         f"graphed: the model returned a {type(v).__name__} of layout {v.layout} on {v.device}, "
                         f"expected strided tensors on {device}"
                     )
-                if v.requires_grad:
-                    raise RuntimeError(
-                        "graphed: the model returned a tensor that requires a gradient, which a graph does not "
-                        "compute; call it under torch.no_grad()"
-                    )
                 self.places.append(("new", len(self.new)))
                 self.new.append(v)
         self.alone = self.alone and len(self.new) == 1
 
     def take(self, inputs: Sequence[Tensor], clone: bool) -> Any:
-        new = [t.clone() for t in self.new] if clone else self.new
+        return self.put([t.clone() for t in self.new] if clone else self.new, inputs)
+
+    def put(self, new: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
+        """What the caller gets, with these in the places of what is new."""
         if self.alone:
             return new[0]
         found = {"new": new, "input": inputs}
@@ -82,15 +81,30 @@ def _index(t: Tensor, those: Sequence[Tensor]) -> int | None:
 class Recording:
     """One graph, and what it needs."""
 
-    def __init__(self, side: Any, statics: list[Static], unique: list[int] | None) -> None:
-        self.side, self.statics, self.unique = side, statics, unique
-        self.graph: Any = None
-        self.results: Results
+    def __init__(
+        self, side: Any, statics: list[Static], unique: list[int] | None, graph: Any, results: Results
+    ) -> None:
+        self.side, self.statics, self.unique, self.graph, self.results = side, statics, unique, graph, results
         self.written: list[int] = []
+        self.changed: list[Tensor] = []
+        """Parameters and buffers that a call writes to, of which PyTorch counts the versions."""
         self.alive: list[Tensor] = []
+        self.dropped = False
+        """Whether nobody finds it any more, and its graphs are to be freed behind the backward to come."""
 
-    def replay(self, tensors: Sequence[Tensor], clone: bool) -> Any:
-        inputs = tensors if self.unique is None else [tensors[i] for i in self.unique]
+    @property
+    def graphs(self) -> list[Any]:
+        return [self.graph]
+
+    def is_waiting(self) -> bool:
+        """Whether a backward is still to come that reads this recording's memory."""
+        return False
+
+    def inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors if self.unique is None else [tensors[i] for i in self.unique]
+
+    def run(self, inputs: Sequence[Tensor], take: Callable[[], Any]) -> Any:
+        """A replay of these, and what ``take`` makes of its results before another one overwrites them."""
         side = self.side
         stream = side.begin()
         try:
@@ -99,19 +113,42 @@ class Recording:
             side.replay(self.graph)
             for i in self.written:
                 inputs[i].copy_(self.statics[i].tensor)
-            return self.results.take(inputs, clone)
+            if self.changed:
+                increment_version(self.changed)
+            return take()
         finally:
             side.end(stream)
 
+    def replay(self, tensors: Sequence[Tensor], clone: bool) -> Any:
+        inputs = self.inputs(tensors)
+        return self.run(inputs, lambda: self.results.take(inputs, clone))
 
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Laid out as these are, and the same one where these are."""
+
+class Explained:
+    """An error in a capture says what was captured. Out of memory is what callers look for as it is."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, torch.OutOfMemoryError):
+            told = str(error).strip().split("\n")[0]
+            raise RuntimeError(
+                f"graphed: the {self.what} cannot be captured: {type(error).__name__}: {told}"
+            ) from error
+
+
+def copies(tensors: Sequence[Tensor], need_grad: bool) -> list[Tensor]:
+    """Laid out as these are, and the same one where these are. ``need_grad``: what requires a gradient does so here."""
     made: dict[int, Tensor] = {}
     for t in tensors:
         if id(t) not in made:
             static = Static(t)
             static.fill(t.detach())
-            made[id(t)] = static.tensor
+            made[id(t)] = static.tensor.requires_grad_(need_grad and t.requires_grad)
     return [made[id(t)] for t in tensors]
 
 

@@ -1,0 +1,181 @@
+"""A call that needs gradients: one graph of its forward, one of its backward, and the node of autograd between them.
+
+The two share what forward saved. So a call whose backward has yet to come keeps its graphs for itself, and they have a
+pool of memory of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .recording import Explained, Recording, Static
+
+_version = operator.attrgetter("_version")
+_apply: Callable[..., Any]
+
+
+def leaves_of(result: Tensor) -> list[Tensor]:
+    """The tensors that a result's gradient flows to."""
+    if result.grad_fn is None:
+        return [result] if result.requires_grad else []
+    found: dict[int, Tensor] = {}
+    seen, left = {result.grad_fn}, [result.grad_fn]
+    while left:
+        node = left.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        fresh = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= fresh
+        left += fresh
+    return list(found.values())
+
+
+def differentiate(results: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Any]:
+    """Backward of results that need gradients, without a trace in the leaves, and outside of autocast as in loops."""
+    if not leaves:
+        return ()
+    with torch.autocast(results[0].device.type, enabled=False):
+        return torch.autograd.grad(results, leaves, grads, allow_unused=True)
+
+
+class Ticket:
+    """Of one call: whether its backward is still to come."""
+
+    __slots__ = "__weakref__", "came", "recording", "versions"
+
+    def __init__(self, recording: WithBackward) -> None:
+        self.recording, self.came = recording, False
+        self.versions: list[int] = []
+
+
+class WithBackward(Recording):
+    """A recording with a second graph, of its backward."""
+
+    leaves: list[Tensor]
+    """What gets gradients: parameters, and arguments as the graph has them."""
+    given: list[int | None]
+    """Of each leaf, which of the call's arguments it is; None for a parameter."""
+    has_gradient: list[bool]
+    """Of the new results."""
+    flows: list[frozenset[int]]
+    """Of each of those that have, which leaves its gradient flows to."""
+    incoming: list[Static]
+    grads: Sequence[Tensor | None]
+    backward_graph: Any
+    lock: Any
+    waiting: weakref.ref[Ticket] | None = None
+
+    @property
+    def graphs(self) -> list[Any]:
+        return [self.graph, self.backward_graph]
+
+    def is_waiting(self) -> bool:
+        ticket = None if self.waiting is None else self.waiting()
+        return ticket is not None and not ticket.came
+
+    def record(self, name: str, owners: dict[int, Tensor], lock: Any) -> Any:
+        """Behind the capture of the forward, whose results still have their graph of autograd. ``owners``: by a leaf's
+        id, the parameter that its gradient is of. Returns the new graph."""
+        new = self.results.new
+        outputs = [t for t in new if t.requires_grad]
+        known: dict[int, int | None] = dict.fromkeys(owners)
+        known |= {id(s.tensor): i for i, s in enumerate(self.statics)}
+        reached = [leaves_of(t) for t in outputs]
+        unique = {id(leaf): leaf for leaf in itertools.chain.from_iterable(reached)}
+        if not unique.keys() <= known.keys():
+            raise RuntimeError(
+                f"graphed: the forward of {name} uses a tensor that requires a gradient and is neither a parameter nor "
+                "an argument, expected none: a replay has no gradient for it"
+            )
+        places = {i: place for place, i in enumerate(unique)}
+        leaves, self.given = list(unique.values()), [known[i] for i in unique]
+        self.leaves = [owners.get(i, leaf) for i, leaf in unique.items()]
+        self.has_gradient = [t.requires_grad for t in new]
+        self.flows = [frozenset(places[id(leaf)] for leaf in of_result) for of_result in reached]
+        self.lock = lock
+        with torch.no_grad():
+            self.incoming = self.side.statics([torch.empty_like(t) for t in outputs])
+        given = [s.tensor for s in self.incoming]
+        with Explained(f"backward of {name}"):
+            self.backward_graph, self.grads = self.side.capture(lambda: differentiate(outputs, leaves, given))
+        self.results.new = [t.detach() for t in new]
+        return self.backward_graph
+
+    def replay(self, tensors: Sequence[Tensor], clone: bool) -> Any:
+        inputs = self.inputs(tensors)
+        ticket = Ticket(self)
+        leaves = [p if i is None else inputs[i] for p, i in zip(self.leaves, self.given, strict=True)]
+        new = _apply(ticket, clone, inputs, *leaves)
+        ticket.versions = [*map(_version, self.leaves)]
+        self.waiting = weakref.ref(ticket)
+        return self.results.put(list(new), inputs)
+
+    def replay_backward(self, ticket: Ticket, clone: bool, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        with self.lock:
+            if ticket.came:
+                raise RuntimeError(
+                    "graphed: a second backward of one call, expected one: the first has overwritten what the call "
+                    "saved; add the results up, and call backward once"
+                )
+            ticket.came = True
+            if [*map(_version, self.leaves)] != ticket.versions:
+                raise RuntimeError(
+                    "graphed: a parameter was changed in place between a call and its backward, which reads it, "
+                    "expected backward before the change"
+                )
+            flowing = frozenset().union(*(to for to, g in zip(self.flows, grads, strict=True) if g is not None))
+            stream = self.side.begin()
+            try:
+                for static, g in zip(self.incoming, grads, strict=True):
+                    if g is None:
+                        static.memory.zero_()
+                    else:
+                        static.fill(g)
+                self.side.replay(self.backward_graph)
+                found = [g if i in flowing else None for i, g in enumerate(self.grads)]
+                there = [g for g in found if g is not None]
+                if clone and there:
+                    made = [torch.empty_like(g) for g in there]
+                    torch._foreach_copy_(made, there)
+                else:
+                    made = [g.detach() for g in there]
+            finally:
+                self.side.end(stream)
+            if self.dropped:
+                self.side.free(self.graphs, last=True)
+        fresh = iter(made)
+        return [None if g is None else next(fresh) for g in found]
+
+
+class _Replayed(torch.autograd.Function):
+    """A call and its backward as autograd sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Ticket, clone: bool, inputs: Sequence[Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
+        recording = ticket.recording
+        kept = recording.results.new
+        new = recording.run(inputs, lambda: [t.clone() if clone else t.detach() for t in kept])
+        ctx.ticket, ctx.clone = ticket, clone
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t, has in zip(new, recording.has_gradient, strict=True) if not has))
+        return tuple(new)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        ticket = ctx.ticket
+        recording = ticket.recording
+        wanted = [g for g, has in zip(grads, recording.has_gradient, strict=True) if has]
+        return (None, None, None, *recording.replay_backward(ticket, ctx.clone, wanted))
+
+
+_apply = _Replayed.apply

@@ -82,8 +82,8 @@ class Watch:
 class Leaves:
     """Parameters in the place of a model's, with the same memory, which no graph of autograd has yet.
 
-    Autograd keeps a parameter's node for as long as some graph has it, and the stream that it was made on: a result that
-    somebody holds does so, and DistributedDataParallel. A capture on another stream must not wait for that one.
+    Autograd keeps a parameter's node for as long as some graph has it, and the stream that it was made on: a result
+    that somebody holds does so, and DistributedDataParallel. A capture on another stream must not wait for that one.
     """
 
     def __init__(self, watch: Watch) -> None:

@@ -16,8 +16,8 @@ NOTES = {
     "step": "train: forward in training mode, in autocast to the dtype with float32 parameters, and backward of a "
     "gradient of the result that is always the same, over the number of images; without a loss, an optimiser and the "
     "scaling of gradients. fused: of fuse(model); graphed and eager graphed: graphs of forward and of backward, with "
-    "copies of gradients. errors: the norm of the difference of all gradients over their norm in float64; what is ours must be "
-    f"within max({FACTOR} * eager's, {LARGE}), as in python -m fused_conv_bn bench.",
+    "copies of gradients. errors: the norm of the difference of all gradients over their norm in float64; what is "
+    f"ours must be within max({FACTOR} * eager's, {LARGE}), as in python -m fused_conv_bn bench.",
 }
 
 Step = Callable[[], object]

@@ -270,7 +270,9 @@ class ModelBench:
         if "eager" in wanted:
             forms["eager"] = of.step_of(of.model)
         copies = {name: of.copied() for name in wanted if name != "eager"}
-        to_compile = {name: m for name, m in copies.items() if name.startswith("compile")}
+        to_compile: dict[str, Callable[..., Tensor]] = {
+            name: m for name, m in copies.items() if name.startswith("compile")
+        }
         compiled, not_compiled = self.compiler.all_of(to_compile, lambda run: of.step_of(run)())
         missing |= not_compiled
         steps = {name: of.step_of(run) for name, run in compiled.items()}

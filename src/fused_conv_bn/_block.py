@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _activations, _sync, autograd, conditions, ops
+from . import _activations, _sync, _together, autograd, conditions, ops
 from ._conv import NO_WINDOW, Window, allows_tf32, autocast_dtype
 from ._count import counted
 from ._dispatch import check_tensor, keywords
@@ -243,7 +243,7 @@ class BnScaleModule(nn.Module):
         # Counted first, as PyTorch does: what is no error may end the call behind the op, such as a checkpoint
         # that has all it recomputes for.
         if batches is not None:
-            batches.add_(1)
+            _together.count(batches)
         try:
             group = conditions.sync_group(bn) if type(bn) is _SyncBatchNorm else None
             if group is not None:
@@ -263,7 +263,7 @@ class BnScaleModule(nn.Module):
                 y = _train_call(x, weight, conv_bias, *batch_norm, *window, **keywords(*epilogue))
         except RuntimeError:  # the op refused, and whoever runs in its place counts
             if batches is not None:
-                batches.sub_(1)
+                _together.count_back(batches)
             raise
         # The statistics get no new version: F.batch_norm writes to them so, and a backward may have kept them.
         return y

@@ -45,6 +45,7 @@ from ._gradients import (
     formula_backward,
     parameter_dtype,
 )
+from ._together import cast_weight
 
 _ops = torch.ops.fused_conv_bn
 # Looked up once. torch.compile knows an op by these; their ``_op`` is what they call, and quicker to call.
@@ -421,6 +422,7 @@ def _convolved(
     Where autocast casts a convolution's arguments, these are cast. PyTorch's convolution of 16 bits takes no bias of
     float32.
     """
+    conv_weight = cast_weight(conv_weight)
     if keeps_result(input, conv_weight, window[3], backward_needs_result):
         if residual is not None:
             (residual,) = as_autocast(residual)

@@ -29,6 +29,7 @@ from ._graphs.cuda import Cuda
 from ._graphs.model import Attributes, Leaves, Watch
 from ._graphs.recording import Explained, Recording, Results, copies, share_memory
 from ._graphs.with_backward import WithBackward, differentiate, leaves_of
+from ._together import asking, together
 
 _is_compiling = torch.compiler.is_compiling
 _numel = Tensor.numel
@@ -154,16 +155,17 @@ class Graphs:
         side = self.new_side(device) if needs_grad else self.sides[device]
         _in_use.value = True
         try:
-            watch = self._warm_up(call, side, needs_grad)
+            watch, asked = self._warm_up(call, side, needs_grad)
             self._evict(self.max_graphs - 1)
-            recording = self._capture(call, side, device, watch, needs_grad)
+            recording = self._capture(call, side, device, watch, needs_grad, asked)
         finally:
             _in_use.value = False
         self.recordings[key] = recording
         return recording
 
-    def _warm_up(self, call: Call, side: Any, needs_grad: bool) -> Watch:
-        """Calls that leave no trace: whatever libraries and fused modules do at a first call happens here."""
+    def _warm_up(self, call: Call, side: Any, needs_grad: bool) -> tuple[Watch, list[Tensor]]:
+        """Calls that leave no trace: whatever libraries and fused modules do at a first call happens here. Returns the
+        weights, too, that layers asked for a cast of."""
         grad, watch = torch.is_grad_enabled(), self.watch
         assert watch is not None
         with side.aside(), undisturbed(self.model), _as_called(grad):
@@ -171,7 +173,8 @@ class Graphs:
                 if not left and not watch.holds():  # fused modules have found more of them, lazy ones their parameters
                     watch = self._look_again()
                 args, kwargs = call.with_tensors(copies(call.tensors, needs_grad))
-                result = self.model(*args, **kwargs)
+                with asking() as asked:
+                    result = self.model(*args, **kwargs)
                 if needs_grad:
                     found = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn is not None]
                     leaves = {id(leaf): leaf for t in found for leaf in leaves_of(t)}
@@ -182,9 +185,11 @@ class Graphs:
                 f"graphed: the forward of {type(self.model).__name__} replaces modules, parameters or buffers at each "
                 "call, which a replay does not"
             )
-        return watch
+        return watch, asked
 
-    def _capture(self, call: Call, side: Any, device: torch.device, watch: Watch, needs_grad: bool) -> Recording:
+    def _capture(
+        self, call: Call, side: Any, device: torch.device, watch: Watch, needs_grad: bool, asked: list[Tensor]
+    ) -> Recording:
         for name, t in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
             if t.device != device:
                 raise ValueError(f"graphed: {name!r} of the model is on {t.device}, and the arguments are on {device}")
@@ -202,10 +207,11 @@ class Graphs:
         versions = [s.tensor._version for s in statics], [t._version for t in own]
         attributes = Attributes(watch)
         leaves = Leaves(watch)
+        to_cast = leaves.others_of(asked) if needs_grad and torch.is_autocast_enabled(device.type) else []
         mode, name = torch.is_grad_enabled(), type(self.model).__name__
 
         def run() -> Any:
-            with _as_called(mode), leaves:
+            with _as_called(mode), leaves, together(to_cast):
                 return self.model(*args, **kwargs)
 
         graphs = []
@@ -220,8 +226,9 @@ class Graphs:
             result = tree_map(leaves.owner, result)
             results = Results(result, [s.tensor for s in statics], watch, device)
             if any(map(_requires_grad, results.new)):
-                recording: Recording = WithBackward(side, statics, unique, graph, results)
-                graphs.append(recording.record(name, leaves.owners, self.lock))
+                with_backward = WithBackward(side, statics, unique, graph, results)
+                graphs.append(with_backward.record(name, leaves.owners, self.lock))
+                recording: Recording = with_backward
             else:
                 recording = Recording(side, statics, unique, graph, results)
         except BaseException:

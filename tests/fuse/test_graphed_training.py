@@ -17,6 +17,7 @@ from stand_in import made
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from fused_conv_bn import _together, autograd
 
 
 @pytest.fixture
@@ -233,6 +234,43 @@ def test_autocast_and_a_scaler(device: str, deterministic: None) -> None:
                     p.sub_(0 if p.grad is None else p.grad / 64)
         assert_same(fast, model)
     assert fast.graphs == 1
+
+
+def test_weights_are_cast_and_batches_counted_together(
+    device: str, deterministic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A BatchNorm that is called twice counts twice; a weight that is used twice has one gradient."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c0, self.b0 = nn.Conv2d(3, 24, 1, bias=False), nn.BatchNorm2d(24)
+            self.c, self.b = nn.Conv2d(24, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.b0(self.c0(x)))
+            return F.relu(self.b(self.c(F.relu(self.b(self.c(y))))))
+
+    fast, model = pair(Twice(), device, fused=True)
+    taken: list[tuple[Tensor, Tensor]] = []
+
+    def cast_weight(weight: Tensor) -> Tensor:
+        taken.append((weight, _together.cast_weight(weight)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(autograd, "cast_weight", cast_weight)
+    for _ in range(3):
+        x = image(device)
+        for m in (fast, model):
+            m.zero_grad()
+            with torch.autocast(device, torch.bfloat16):
+                y = m(x)
+            y.float().square().sum().backward()
+        assert_same(fast, model)
+    assert fast.b.num_batches_tracked == 6 and fast.b0.num_batches_tracked == 3
+    cast = [(of, c) for of, c in taken if c is not of]
+    assert cast and all(c.dtype is torch.bfloat16 for _, c in cast)
+    assert len({id(of) for of, _ in cast[:3]}) == 2 and cast[1][1] is cast[2][1]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import conditions, ops, reference
+from .. import _together, conditions, ops, reference
 from .._conv import allows_tf32
 from .._dispatch import keywords
 from ..algorithms import explain
@@ -325,7 +325,7 @@ class NormBlock(Block):
         if not bn.track_running_stats or batches is None or bn.momentum is None or type(bn) is nn.SyncBatchNorm:
             return None
         # Counted first, as PyTorch does: a checkpoint may end the call behind the op.
-        batches.add_(1)
+        _together.count(batches)
         try:
             return ops.bn_scale_train(
                 *(x, b["running_mean"], b["running_var"], gain, shift, self.factor, bn.momentum, bn.eps),
@@ -335,7 +335,7 @@ class NormBlock(Block):
                 residual_last=op.residual_last,
             )
         except REFUSALS:  # and whoever runs in its place counts
-            batches.sub_(1)
+            _together.count_back(batches)
             raise
 
     def quick(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

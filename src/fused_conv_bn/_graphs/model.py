@@ -16,6 +16,7 @@ from .calls import CONSTANTS
 
 _data_ptr, _numel = Tensor.data_ptr, Tensor.numel
 _values: Callable[[Any], Iterable[Any]] = dict.values
+_WIDE = torch.float32
 _training = operator.itemgetter("training")
 _requires_grad, _backward_hooks = operator.attrgetter("requires_grad"), operator.attrgetter("_backward_hooks")
 
@@ -88,7 +89,7 @@ class Leaves:
 
     def __init__(self, watch: Watch) -> None:
         self.parameters = list(watch.parameters)
-        others = {id(p): _other(p) for p in self.parameters if p.requires_grad}
+        self.others = others = {id(p): _other(p) for p in self.parameters if p.requires_grad}
         self.owners: dict[int, Tensor] = {id(p): p for p in self.parameters}
         self.owners |= {id(others[id(p)]): p for p in self.parameters if id(p) in others}
         found = [(m._parameters, name, p) for m in watch.modules for name, p in m._parameters.items()]
@@ -96,6 +97,10 @@ class Leaves:
 
     def owner(self, v: Any) -> Any:
         return self.owners.get(id(v), v)
+
+    def others_of(self, those: Iterable[Tensor]) -> list[Tensor]:
+        """Of parameters of float32 among these."""
+        return [self.others[i] for i, t in {id(t): t for t in those}.items() if i in self.others and t.dtype is _WIDE]
 
     def __enter__(self) -> None:
         for place, name, _, other in self.places:

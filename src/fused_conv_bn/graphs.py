@@ -150,6 +150,12 @@ class Graphs:
     def _record(self, key: Hashable, call: Call, device: torch.device, needs_grad: bool) -> Recording:
         if any(t.layout is not torch.strided or t.is_quantized for t in call.tensors):
             raise TypeError(NOT_STRIDED)
+        assert self.watch is not None
+        if needs_grad and self.watch.sends_gradients:  # by what its forward prepares, which a replay would not
+            raise TypeError(
+                "graphed: the model has a DistributedDataParallel in it, expected it around the graphs: "
+                "DistributedDataParallel(fcb.graphed(model))"
+            )
         if device not in self.sides:
             self.sides[device] = self.new_side(device)
         side = self.new_side(device) if needs_grad else self.sides[device]
@@ -389,7 +395,7 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
 
     Raises:
         TypeError: ``model`` is no module, or a ScriptModule. When called: arguments or results that are neither tensors
-            nor simple values.
+            nor simple values; gradients of a model with a DistributedDataParallel in it.
         ValueError: ``max_graphs`` is less than 1. When called: tensors on several devices.
         RuntimeError: when called: the current stream is being captured, or the model's forward or backward cannot be
             captured (it waits for results, changes its own attributes, or needs gradients of tensors that are neither

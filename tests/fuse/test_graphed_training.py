@@ -8,6 +8,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -419,6 +420,45 @@ def test_a_backward_that_cannot_be_captured(device: str) -> None:
     for m in (fast, model):
         m(x).sum().backward()
     assert_same(fast, model)
+
+
+def test_distributed_data_parallel(device: str, deterministic: None, tmp_path: Path) -> None:
+    """Around the graphs it sends gradients; in them nothing would."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        fast, model = pair(Net(), device, fused=True)
+        sent: list[int] = []
+        both = [nn.parallel.DistributedDataParallel(m, find_unused_parameters=True) for m in (fast, model)]
+        for m in both:
+            m.register_comm_hook(None, lambda _, bucket: sent.append(1) or done(bucket.buffer()))
+        for step in range(3):
+            x = image(device)
+            counts = []
+            for m in both:
+                sent.clear()
+                m.zero_grad()
+                torch.manual_seed(step)
+                m(x).square().sum().backward()
+                counts.append(len(sent))
+            assert counts[0] == counts[1] > 0
+            assert_same(fast, model)
+        assert fast.graphs == 1
+        inside = made(both[1], device)
+        with pytest.raises(
+            TypeError, match="^graphed: the model has a DistributedDataParallel in it, expected it around"
+        ):
+            inside(image(device))
+        with torch.no_grad():
+            inside.eval()(image(device))
+    finally:
+        dist.destroy_process_group()
+
+
+def done(value: Tensor) -> Any:
+    future: Any = torch.futures.Future()
+    future.set_result(value)
+    return future
 
 
 def test_results_without_copies(device: str, deterministic: None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .. import conditions
@@ -48,6 +49,7 @@ class Watch:
         self.attributes = [m.__dict__ for m in self.modules]
         self.types = [*map(type, self.modules)]
         self.states = [d for d in self.attributes if "training" in d]
+        self.sends_gradients = any(isinstance(m, DistributedDataParallel) for m in self.modules)
         self.kinds: dict[Hashable, int] = {}
 
     def kind(self) -> int:

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_conv_bn as fcb
 from common import random_bn
-from fused_conv_bn import _sync
-from fused_conv_bn._fuse import channels_last, gates, pools
+from fused_conv_bn import _block, _conv, _memory, _sync, autograd, ops
+from fused_conv_bn._fuse import blocks, channels_last, gates, pools
 from fused_conv_bn._graphs.recording import Results, Static
 from small_network import Network, random_statistics
 
@@ -281,6 +281,91 @@ def test_statistics_of_several_processes(lasting: bool, generator: torch.Generat
         if enough:
             break
     assert at > 8
+
+
+# ---- what the ops say of it ------------------------------------------------------------------------------------------
+
+NO_MEMORY = "fused_conv_bn: PyTorch could not allocate memory for the result; its own message is on stderr"
+NO_CONVOLUTION = "fused_conv_bn: PyTorch could not run its convolution; its own message is on stderr"
+
+
+@pytest.mark.parametrize("message", [NO_MEMORY, NO_CONVOLUTION])
+@pytest.mark.parametrize("form", ["a module", "any call", "fused", "a BatchNorm"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_error_of_a_module_is_pytorchs(
+    training: bool, form: str, message: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """An op has no class for it. PyTorch's ops run in its place: they say it, or have enough."""
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(message)
+
+    factor: Any = torch.tensor(1.5) if form == "any call" else 1.5
+    m: nn.Module = fcb.ConvBnScale2d(4, 6, 3, factor, activation="relu")
+    if form in ("fused", "a BatchNorm"):
+        m = nn.Sequential(
+            *([m.conv] if form == "fused" else []), nn.BatchNorm2d(6 if form == "fused" else 4), nn.ReLU()
+        )
+    m.train(training)
+    x = torch.randn(2, 4, 6, 6, generator=generator)
+    plain = copy.deepcopy(m)
+    if form in ("fused", "a BatchNorm"):
+        fcb.fuse(m)
+        m(x)  # captures, and compares in evaluation
+        m.load_state_dict(plain.state_dict())
+    before = state_of(m)
+    for of, name in ((_block, "_eval_call"), (_block, "_train_call"), (_block, "_conv_op"), (blocks, "_conv_bn")):
+        monkeypatch.setattr(of, name, fails)
+    for name in ("bn_scale", "bn_scale_train"):
+        monkeypatch.setattr(ops, name, fails)
+        monkeypatch.setattr(autograd, name, fails)
+    monkeypatch.setattr(blocks, "_bn", fails)
+    with RunsOut(0, FROM_THERE_ON), pytest.raises(torch.OutOfMemoryError):
+        m(x)
+    if not training:
+        assert_state(m, before)
+    m.load_state_dict(before)
+    with Ours() as ours:
+        y = m(x)
+    assert ours.count == 0
+    expected = plain.bn(plain.conv(x)).mul(1.5).relu() if "bn" in plain._modules else plain(x)
+    assert_close(y, expected, form)
+    for (name, a), b in zip(m.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert_close(a, b, name)
+
+
+def test_the_error_of_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's, for memory of a GPU alone."""
+    assert _memory.out_of_memory(RuntimeError(NO_MEMORY), torch.ones(1)) is None
+    assert _memory.out_of_memory(RuntimeError(NO_MEMORY), None) is None
+
+    class OnCuda:
+        is_cuda = True
+
+    assert _memory.out_of_memory(RuntimeError(NO_CONVOLUTION), OnCuda()) is None  # type: ignore[arg-type]
+    found = _memory.out_of_memory(RuntimeError(NO_MEMORY), OnCuda())  # type: ignore[arg-type]
+    assert type(found) is torch.OutOfMemoryError and str(found) == f"CUDA out of memory. {NO_MEMORY}"
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(NO_MEMORY)
+
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    bn = torch.zeros(4), torch.ones(4)
+    y = fcb.bn_scale(x, *bn).sum()
+    monkeypatch.setattr(autograd, "bn_scale_backward", fails)
+    monkeypatch.setattr(autograd, "out_of_memory", lambda error, of: _memory.out_of_memory(error, OnCuda()))
+    with pytest.raises(torch.OutOfMemoryError):
+        y.backward()
+
+
+def test_a_convolution_that_is_computed_again(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(NO_CONVOLUTION)
+
+    x, w = torch.randn(2, 4, 6, 6, generator=generator), torch.randn(6, 4, 3, 3, generator=generator)
+    monkeypatch.setattr(_conv, "_conv_scale_shift", fails)
+    y = _conv.convolution_again(x, w, ((2,), (1,), (1,), 1), False)
+    assert_close(y, F.conv2d(x, w, None, 2, 1), "again")
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------

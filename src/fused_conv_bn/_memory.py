@@ -22,3 +22,18 @@ def out_of_memory(error: RuntimeError, of: Tensor | None) -> torch.OutOfMemoryEr
     if of is not None and of.is_cuda and "fused_conv_bn: PyTorch could not allocate memory" in str(error):
         return torch.OutOfMemoryError(f"CUDA out of memory. {error}")
     return None
+
+
+_WORDS = (
+    "fused_conv_bn: PyTorch could not allocate memory",
+    "out of memory",
+    "unable to find an engine to execute",  # of cuDNN, where no workspace fits
+    "STATUS_ALLOC_FAILED",
+)
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether there was not enough memory for something, by an error of PyTorch's or an op's."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    )

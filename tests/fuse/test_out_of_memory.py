@@ -176,6 +176,33 @@ def test_a_first_call_whose_comparison_never_fits(generator: torch.Generator) ->
     assert "there was not enough memory to compare it, in 3 calls" in str(fcb.report(model))
 
 
+@pytest.mark.parametrize(
+    ("message", "is_compared_again"),
+    [
+        ("fused_conv_bn: PyTorch could not allocate memory for the result; its own message is on stderr", True),
+        ("GET was unable to find an engine to execute this computation", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("the op is wrong", False),
+    ],
+)
+@torch.no_grad()
+def test_other_words_for_it(
+    message: str, is_compared_again: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    model = fcb.fuse(random_statistics(Network(), generator))
+    x = torch.randn(2, 3, 16, 16, generator=generator)
+    expected = fcb.unfuse(copy.deepcopy(model))(x)
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError(message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks.ConvNormBlock, "plain", fails)
+        assert_close(model(x), expected, message)
+    assert_close(model(x), expected, message)
+    assert (ours_in(model, x) > 0) is is_compared_again
+
+
 @pytest.mark.parametrize("lasting", [ONCE, FROM_THERE_ON], ids=["once", "from there on"])
 @torch.no_grad()
 def test_later_calls(lasting: bool, generator: torch.Generator) -> None:

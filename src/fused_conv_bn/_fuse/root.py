@@ -28,6 +28,7 @@ from torch.autograd.profiler import record_function
 from .. import conditions
 from .._block import BnScaleModule
 from .._conv import autocast_dtype
+from .._memory import ran_out
 from ..conditions import is_watched
 from . import gates, pools
 from .capture import Arguments, Refused, capture, has_fixed_defaults, is_compared, modes
@@ -366,8 +367,8 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     if entry.unchecked:
         try:
             result = _checked(root, state, key, entry, own, arguments, args, kwargs)
-        except torch.OutOfMemoryError:
-            if not entry.unchecked:
+        except RuntimeError as error:
+            if not (entry.unchecked and ran_out(error)):
                 raise
             result = _UNKNOWN
         if result is _UNKNOWN:  # what the comparison had is free by now
@@ -513,9 +514,9 @@ def _checked(
                 difference = difference_of(entry.run_groups(root, compared.calls, *others), expected)
                 if difference is None and (difference := difference_of(others, given)) is not None:
                     difference = f"in an argument, {difference}"
-        except torch.OutOfMemoryError:  # which says nothing about the graph
-            raise
         except Exception as error:
+            if ran_out(error):  # which says nothing about the graph
+                raise
             difference = f"{type(error).__name__}: {error}"
         if compared.broadcast <= entry.broadcast:
             break

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_graphed import FakeSide, Run, assert_follows, image, is_capturing, made
+from stand_in import FakeSide, is_capturing, made
+from test_graphed import Run, assert_follows, image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_conv_bn as fcb
 from common import random_bn
-from fused_conv_bn import _block, _conv, _memory, _sync, autograd, ops
+from fused_conv_bn import _block, _conv, _memory, _sync, _together, autograd, graphs, ops
 from fused_conv_bn._fuse import blocks, channels_last, gates, pools
+from fused_conv_bn._graphs import with_backward
 from fused_conv_bn._graphs.recording import Results, Static
 from small_network import Network, random_statistics
 
@@ -428,6 +430,52 @@ def test_a_first_call_of_a_graph(what: str, at: int, device: str, monkeypatch: p
     for _ in range(2):
         assert_follows(fast, model, x)
     assert fast.graphs == 1
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("what", ["the forward", "a backward", "memory for arguments"])
+def test_a_first_step_of_a_graph(what: str, at: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where gradients are needed: neither parameters nor statistics have changed."""
+    model = Run(lambda m, x: m.b(m.c(x))).to(device).train()
+    plain, before, x = copy.deepcopy(model), state_of(model), image(device)
+    if what == "the forward":
+        model.run = fails_once(model.run, at)
+    elif what == "a backward":
+        of, nth = (graphs, at) if at < 3 else (with_backward, 0)
+        monkeypatch.setattr(of, "differentiate", fails_once(of.differentiate, nth))
+    else:
+        monkeypatch.setattr(Static, "__init__", fails_once(Static.__init__, at))
+    fast = made(model, device)
+    with pytest.raises(torch.OutOfMemoryError):
+        fast(x)
+    assert fast.graphs == 0 and not is_capturing(device) and torch.is_autocast_cache_enabled()
+    assert_state(model, before)
+    assert all(p.grad is None for p in model.parameters())
+    for got, theirs in zip(step(model, x).items(), step(plain, x).items(), strict=True):
+        assert got[0] == theirs[0]
+        assert_close(got[1], theirs[1], got[0])
+    for _ in range(2):
+        for m in (fast, plain):
+            m.zero_grad(set_to_none=True)
+            m(x).square().mean().backward()
+        for (name, p), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(
+                p.grad, other.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
+        for (name, b), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+            assert_close(b, other, name)
+    assert fast.graphs == 1
+
+
+def test_casts_of_a_capture() -> None:
+    """Where they have no memory, later batches are counted as ever."""
+    w, batches = torch.randn(4, 4, 3, 3), torch.zeros((), dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(torch.OutOfMemoryError), RunsOut(0):
+        with _together.together([w]):
+            pass
+    assert _together.cast_weight(w) is w
+    _together.count(batches)
+    assert batches == 1
 
 
 @torch.no_grad()

@@ -353,6 +353,35 @@ def graphed_first(made: Made) -> Scenario:
     return Scenario(call, m, fast.clear)
 
 
+def graphed_step(is_first: bool) -> Callable[[Made], Scenario]:
+    """Forward and backward: of the capture of both, or of replays."""
+
+    def make(made: Made) -> Scenario:
+        m = fcb.fuse(random_module(Trained(), made).train())
+        x = made.normal(64, 3, 128, 128)
+        fast = fcb.graphed(m)
+
+        def call() -> Any:
+            m.zero_grad(set_to_none=True)
+            y = fast(x)
+            y.square().mean().backward()
+            return y, [p.grad for p in m.parameters()]
+
+        def free() -> None:
+            m.zero_grad(set_to_none=True)
+            if is_first:
+                fast.clear()
+
+        if not is_first:
+            before = on_cpu(m)
+            call()
+            put_back(m, before)
+            free()
+        return Scenario(call, m, free)
+
+    return make
+
+
 def graphed_replay(made: Made) -> Scenario:
     """Whose results are copied."""
     m = random_module(nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()), made)
@@ -385,6 +414,8 @@ SCENARIOS: dict[str, tuple[Callable[[Made], Scenario], bool]] = {
     "fuse, a later step": (fused_later(True), False),
     "graphed, a first call": (graphed_first, True),
     "graphed, a replay": (graphed_replay, False),
+    "graphed, a first step": (graphed_step(True), True),
+    "graphed, a later step": (graphed_step(False), False),
 }
 """How each is made, and whether it is anew for each limit."""
 

@@ -341,12 +341,12 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
             with _lock:
                 entry = _entry_of(root, state, key)
                 if entry is None:
-                    if state.captures == _MOST_KINDS:
+                    state.captures += 1
+                    if state.captures > _MOST_KINDS:
                         raise Refused(f"it was called in {_MOST_KINDS} ways already")
                     _log.info("%s: its forward is captured", type(root).__name__)
                     began = time.monotonic()
                     entry = Entry(root, own, arguments, frozen=state.frozen)
-                    state.captures += 1
                     took = time.monotonic() - began
                     _log.info("%s: captured in %.1f s, groups: %d", type(root).__name__, took, len(entry.groups))
                     state.keep(key, entry)

@@ -14,6 +14,12 @@ def is_pytorchs(error: RuntimeError) -> bool:
     return "fused_conv_bn: PyTorch could not " in str(error)
 
 
+def go_on_behind(error: RuntimeError) -> None:
+    """For a function, whose twin of PyTorch's ops comes next. Any other error is the caller's."""
+    if not is_pytorchs(error):
+        raise error
+
+
 def out_of_memory(error: RuntimeError, of: Tensor | None) -> torch.OutOfMemoryError | None:
     """The same where nothing may run in the op's place: PyTorch's error for memory of a GPU that ran out.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_conv_bn as fcb
 from common import random_bn
-from fused_conv_bn import _block, _conv, _memory, _sync, _together, autograd, graphs, ops
+from fused_conv_bn import _block, _conv, _gated, _joined, _memory, _pooling, _sync, _together, autograd, graphs, ops
 from fused_conv_bn._fuse import blocks, channels_last, gates, pools
 from fused_conv_bn._graphs import with_backward
 from fused_conv_bn._graphs.recording import Results, Static
 from small_network import Network, random_statistics
+from test_two_gpus import CALLS, assert_near, tensors
 
 MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB."
 
@@ -361,6 +363,44 @@ def test_the_error_of_a_module_is_pytorchs(
     assert_close(y, expected, form)
     for (name, a), b in zip(m.state_dict().items(), plain.state_dict().values(), strict=True):
         assert_close(a, b, name)
+
+
+FUNCTIONS = [name for name in CALLS if name not in ("fold_bn", "bn_scale, out", "bn_scale_", "scale_shift_")]
+
+
+@pytest.mark.parametrize("message", [NO_MEMORY, NO_CONVOLUTION])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_error_of_a_function_is_pytorchs(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where PyTorch's ops have enough, the result and the statistics are those of one call."""
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(message)
+
+    class Ops:
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(default=fails)
+
+    names, call = CALLS[name]
+    given = tensors()
+    expected = call(*(given[n] for n in names))
+    for of in (ops, _joined, _pooling):
+        monkeypatch.setattr(of, "_ops", Ops())
+    monkeypatch.setattr(_gated, "_op", fails)
+    for function in ("bn_scale", "scale_shift", "bn_scale_train"):
+        monkeypatch.setattr(autograd, function, fails)
+    with Ours() as ours:
+        got = call(*(given[n] for n in names))
+    assert ours.count == 0
+    assert_near(got, expected, "cpu")
+    with pytest.raises(torch.OutOfMemoryError), RunsOut(0, FROM_THERE_ON):
+        call(*(given[n] for n in names))
+
+
+def test_other_errors_of_a_function_are_its_own() -> None:
+    with pytest.raises(RuntimeError, match="^bn_scale: running_mean has shape"):
+        fcb.bn_scale(torch.ones(2, 3, 4, 4), torch.ones(4), torch.ones(4))
+    with pytest.raises(RuntimeError, match="^gate: gate has shape"):
+        fcb.gate(torch.ones(2, 3, 4, 4), torch.ones(4))
 
 
 def test_the_error_of_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from small_network import Network, random_statistics  # noqa: E402
 
 STEP = 4 << 20
 """Bytes. From 10 MiB on a tensor has memory of its own, so that what is large here is larger than that."""
+STEP_OF_MODELS = 12 << 20
+"""The same where a call has many of them."""
 MOST_STEPS = 200
 OTHER_WORDS = "PyTorch could not", "when stream is capturing"
 """Of an op that PyTorch's convolution failed in, and of an allocator that asks the driver in a capture."""
@@ -111,7 +113,7 @@ def assert_consistent(m: nn.Module | None, before: dict[str, Tensor], where: str
         assert count not in now or count in changed, f"{where}: {count} has not"
 
 
-def sweep(make: Callable[[], Scenario], is_first: bool, gpu: Any) -> dict[str, int]:
+def sweep(make: Callable[[], Scenario], is_first: bool, bytes_of_step: int, gpu: Any) -> dict[str, int]:
     """Calls with more memory each time, until one does not fail. is_first: each is the first of a new scenario."""
     scenario = make()
     before = on_cpu(scenario.model)
@@ -121,14 +123,14 @@ def sweep(make: Callable[[], Scenario], is_first: bool, gpu: Any) -> dict[str, i
     put_back(scenario.model, before)
     counts = {"failed": 0, "out of memory": 0}
     for step in range(MOST_STEPS):
-        where = f"{step} x {STEP >> 20} MiB"
+        where = f"{step} x {bytes_of_step >> 20} MiB"
         if is_first:
             scenario = None  # type: ignore[assignment]  # its memory
             scenario = make()
         allocated = gpu.allocated()
         result, failed = None, True
         try:
-            result = gpu.run(scenario.call, step * STEP)
+            result = gpu.run(scenario.call, step * bytes_of_step)
             failed = False
         except RuntimeError as error:
             words = str(error).splitlines()[0]
@@ -151,7 +153,7 @@ def sweep(make: Callable[[], Scenario], is_first: bool, gpu: Any) -> dict[str, i
         put_back(scenario.model, before)
         if not failed:
             return counts
-    raise AssertionError(f"it fails with {MOST_STEPS * STEP >> 20} MiB more")
+    raise AssertionError(f"it fails with {MOST_STEPS * bytes_of_step >> 20} MiB more")
 
 
 # ---- scenarios -------------------------------------------------------------------------------------------------------
@@ -423,7 +425,8 @@ SCENARIOS: dict[str, tuple[Callable[[Made], Scenario], bool]] = {
 def run(name: str, gpu: Any) -> dict[str, Any]:
     make, is_first = SCENARIOS[name]
     try:
-        return dict(sweep(lambda: make(Made(gpu.device)), is_first, gpu))
+        bytes_of_step = STEP_OF_MODELS if name.startswith(("fuse", "graphed")) else STEP
+        return dict(sweep(lambda: make(Made(gpu.device)), is_first, bytes_of_step, gpu))
     except Exception as error:
         return {"problem": f"{type(error).__name__}: {error}"}
 
@@ -433,6 +436,8 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     gpu = Gpu()
+    gc.collect()
+    gc.freeze()  # what there is now is not looked at again and again
     for name in SCENARIOS:
         print(json.dumps({name: run(name, gpu)}), flush=True)
         gpu.settle()

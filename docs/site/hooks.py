@@ -171,7 +171,9 @@ def reference_page(page: str) -> str:
             lines.append(f"::: fused_conv_bn.{name}\n")
             continue
         members = MEMBERS[name]
-        wanted = members if members is not None else functions_of(PACKAGE / f"{name}.py")
+        if (wanted := members) is None:
+            files = PACKAGE / f"{name}.py", *sorted(PACKAGE.glob(f"_{name}_*.py"))
+            wanted = [function for file in files for function in functions_of(file)]
         lines += [f"::: fused_conv_bn.{name}.{member}\n" for member in wanted]
     lines += [f"::: fused_conv_bn.{name}\n" for name in RETURNED.get(page, ())]
     return "\n".join(lines)

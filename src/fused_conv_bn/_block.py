@@ -20,6 +20,7 @@ from . import _activations, _sync, _together, autograd, conditions, ops
 from ._conv import NO_WINDOW, Window, allows_tf32, autocast_dtype
 from ._count import counted
 from ._dispatch import check_tensor, keywords
+from ._memory import is_pytorchs
 from ._scriptable import Scriptable, ScriptableConv
 from .conditions import DTENSORS, PLAIN_TENSORS, Pair, is_small_step, operands, why_norm_refused, why_refused
 from .reference import ACTIVATIONS, activate, convolution
@@ -186,8 +187,8 @@ class BnScaleModule(nn.Module):
             else:
                 y = (_bn_op if compiling else _bn_eval_call)(x, *batch_norm, **keywords(*epilogue))
             return y
-        except RuntimeError:
-            if compiling or self._refused(x, window, residual, found, dtype) is None:
+        except RuntimeError as error:
+            if compiling or not (is_pytorchs(error) or self._refused(x, window, residual, found, dtype)):
                 raise
         return None
 
@@ -442,13 +443,13 @@ class InOneOp(BnScaleModule):
                         residual, self.activation, self.negative_slope, self.residual_last, allows_tf32(x, weight)
                     ),
                 )
-            except RuntimeError:
+            except RuntimeError as error:
                 # The op refuses before it writes anything. What PyTorch's ops take, or refuse in words of their own,
                 # is theirs.
                 window = conv.stride, conv.padding, conv.dilation, conv.groups
-                if self._refused(x, window, residual, found, x.dtype) is None:
+                if not (is_pytorchs(error) or self._refused(x, window, residual, found, x.dtype)):
                     raise
-                return self._forward_plain(x, residual)
+            return self._forward_plain(x, residual)
         padded, padding = self._padded(x, conv, weight)
         dtype = autocast_dtype(x) if _is_any_autocast_enabled() else x.dtype
         y = self._fused(padded, residual, bn, found, (conv.stride, padding, conv.dilation, conv.groups), dtype)

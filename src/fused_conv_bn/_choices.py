@@ -135,18 +135,25 @@ def _in_file(device: str) -> str:
 
 def _read(file: Path) -> dict[str, Choices]:
     """By the names in the file. FileNotFoundError, other OSErrors, and ValueError for what is no such file."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict) or not all(isinstance(choices, dict) for choices in content.values()):
         raise ValueError("it is no JSON object of objects")
     found: dict[str, Choices] = {}
     for device, choices in content.items():
+        if not device.isprintable():
+            raise ValueError(f"{device!r} is no device")
         found[device] = {}
         for problem, algorithm in choices.items():
-            if not isinstance(algorithm, str) or not algorithm.isidentifier():
+            if not isinstance(algorithm, str) or not (algorithm.isascii() and algorithm.isidentifier()):
                 raise ValueError(f"{algorithm!r} is no algorithm")
             numbers = tuple(map(int, problem.split()))
             if len(numbers) != NUMBERS:
                 raise ValueError(f"a problem has {counted(len(numbers), 'number')}, not {NUMBERS}")
+            if any(n.bit_length() > 63 for n in numbers):
+                raise ValueError("a problem has a number of more than 64 bits")
             found[device][numbers] = algorithm
     return found
 
@@ -177,7 +184,10 @@ def _write(mine: Mapping[str, Choices]) -> None:
 
 def load() -> None:
     """Hands the file's choices to the libraries. A damaged file is ignored, with a warning."""
-    if not folder().is_dir():
+    try:
+        if not folder().is_dir():
+            return
+    except OSError:  # of another user's home, say: this user has tuned nothing
         return
     file = path()
     try:
@@ -190,7 +200,13 @@ def load() -> None:
                 _known[device] = choices
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        warnings.warn(
+            f"fused_conv_bn: {file} could not be read ({error}): nothing that was tuned holds",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         warnings.warn(
             f"fused_conv_bn: {file} is damaged ({reason}) and was ignored: tune again, or delete it",

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ._memory import is_pytorchs
+
 _aten = torch.ops.aten
 _conv_scale_shift = torch.ops.fused_conv_bn.conv_scale_shift.default
 _is_compiling = torch.compiler.is_compiling
@@ -80,7 +82,12 @@ def convolution_again(input: Tensor, weight: Tensor, window: Window, allow_tf32:
     """The convolution's result, without its bias."""
     if _is_compiling():  # an op with a derivative, for whoever differentiates the compiled graph again
         return torch.convolution(input, weight, None, *_arguments(input, window))
-    return _conv_scale_shift(input, weight, None, None, *window, allow_tf32=allow_tf32)
+    try:
+        return _conv_scale_shift(input, weight, None, None, *window, allow_tf32=allow_tf32)
+    except RuntimeError as error:
+        if not is_pytorchs(error):
+            raise
+    return torch.convolution(input, weight, None, *_arguments(input, window))
 
 
 def _arguments(input: Tensor, window: Window) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import conditions, ops
 from ._dispatch import RAW, keywords, way_of
+from ._memory import go_on_behind
 
 _op = torch.ops.fused_conv_bn.gate_conv_bn_scale.default
 _REQUIRED = "input", "gate", "conv_weight", "running_mean", "running_var"
@@ -65,6 +66,10 @@ def gate_conv_bn_scale(
     named = keywords(residual, activation, negative_slope, residual_last, allow_tf32)
     # DTensors have rules for either step.
     if way == RAW and (conditions.dtensor is None or not isinstance(input, conditions.dtensor)):
-        y: Tensor = _op(input, gate, *of_conv, *ops._window(*window), **named)
-        return y
+        y: Tensor
+        try:
+            y = _op(input, gate, *of_conv, *ops._window(*window), **named)
+            return y
+        except RuntimeError as error:
+            go_on_behind(error)
     return ops.conv_bn_scale(ops.gate(input, gate), *of_conv, *window, **named)

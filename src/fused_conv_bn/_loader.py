@@ -20,6 +20,7 @@ import torch
 PACKAGE = Path(__file__).parent
 MIN_TORCH = (2, 10)
 FORCE = "FUSED_CONV_BN_LIBRARY"
+NAMED = "FUSED_CONV_BN_CONV", "FUSED_CONV_BN_STATISTICS"
 # By file: the name alone may find nothing, or another build. Without --no-deps pip would exchange torch as well.
 REINSTALL = "reinstall it (pip install --force-reinstall --no-deps WHEEL, the wheel's file)"
 
@@ -115,6 +116,10 @@ def load() -> None:
 
 def check_environment() -> None:
     """Raises ImportError for a name in FUSED_CONV_BN_CONV or FUSED_CONV_BN_STATISTICS that nothing has."""
+    for name in NAMED:
+        value = os.environ.get(name, "")
+        if not (value.isascii() and value.isprintable()):  # which the library would quote as it is
+            raise ImportError(f"fused_conv_bn: {name} is {value!r}, expected a name of ASCII characters")
     try:
         torch.ops.fused_conv_bn._check_environment()
     except RuntimeError as error:

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import reference
 from ._checks import check_max_pool2d, check_spatial_mean
 from ._dispatch import RAW, twin, way_of
+from ._memory import go_on_behind
 
 _ops = torch.ops.fused_conv_bn
 
@@ -39,9 +40,13 @@ def max_pool2d(
     """
     way = way_of("max_pool2d", ("input",), (input,), ())
     stride = kernel_size if stride is None else stride
+    y: Tensor
     if way == RAW:
-        y: Tensor = _ops.max_pool2d.default(input, kernel_size, stride, padding, dilation, ceil_mode)
-        return y
+        try:
+            y = _ops.max_pool2d.default(input, kernel_size, stride, padding, dilation, ceil_mode)
+            return y
+        except RuntimeError as error:
+            go_on_behind(error)
     check_max_pool2d(input)
     return twin(reference.max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode)
 
@@ -65,8 +70,12 @@ def spatial_mean(input: Tensor, *, keepdim: bool = False) -> Tensor:
         TypeError: an input that is no tensor.
     """
     way = way_of("spatial_mean", ("input",), (input,), ())
+    y: Tensor
     if way == RAW:
-        y: Tensor = _ops.spatial_mean.default(input, keepdim=keepdim)
-        return y
+        try:
+            y = _ops.spatial_mean.default(input, keepdim=keepdim)
+            return y
+        except RuntimeError as error:
+            go_on_behind(error)
     check_spatial_mean(input)
     return twin(reference.spatial_mean, input, keepdim=keepdim)

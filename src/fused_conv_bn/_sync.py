@@ -56,9 +56,6 @@ class _SyncBnScaleTrain(Function):
         var = m2 / count
         named = keywords(residual, activation, slope, last)
         y: Tensor = _bn_scale(z, mean.to(wide), var.to(wide), weight, bias, factor, eps, **named)
-        if running_mean is not None and running_var is not None:
-            running_mean.copy_(running_mean.double().lerp_(mean, momentum))
-            running_var.copy_(running_var.double().lerp_(m2 / (count - 1), momentum))
         needs = ctx.needs_input_grad
         affine = needs[0] or needs[3] or needs[4]
         from_result, from_input = derivative_from(activation, residual is not None, last, affine, needs[5])
@@ -73,6 +70,12 @@ class _SyncBnScaleTrain(Function):
             bias,
             count,
         )
+        # Last, and both or none: what comes before may run out of memory.
+        if running_mean is not None and running_var is not None:
+            new_mean = running_mean.double().lerp_(mean, momentum)
+            new_var = running_var.double().lerp_(m2 / (count - 1), momentum)
+            running_mean.copy_(new_mean)
+            running_var.copy_(new_var)
         return y
 
     @staticmethod

@@ -66,10 +66,10 @@ def asking() -> Iterator[list[Tensor]]:
 def together(weights: Sequence[Tensor]) -> Iterator[None]:
     """A call in which these weights are cast at once, and batches counted behind it."""
     before, batches = (_now.cast, _now.batches), list[Tensor]()
-    _now.batches = batches
-    if weights:
-        _now.cast = dict(zip(map(id, weights), _Cast.apply(autocast_dtype(weights[0]), *weights), strict=True))
     try:
+        _now.batches = batches
+        if weights:  # for whose casts memory may run out
+            _now.cast = dict(zip(map(id, weights), _Cast.apply(autocast_dtype(weights[0]), *weights), strict=True))
         yield
     finally:
         _now.cast, _now.batches = before

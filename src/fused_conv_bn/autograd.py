@@ -45,6 +45,7 @@ from ._gradients import (
     formula_backward,
     parameter_dtype,
 )
+from ._memory import out_of_memory
 from ._together import cast_weight
 
 _ops = torch.ops.fused_conv_bn
@@ -368,10 +369,15 @@ def _eager(function: type[Function]) -> Callable[..., Tensor]:
 
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         asked_for = ctx.asked_for
-        if asked_for is None or dy is None or differentiates_formula(dy) or _is_compiling():
-            return general(ctx, dy)
-        numbers = ctx.numbers
-        dz, dg, db, _, dr = bn_scale_backward(dy, *ctx.saved_tensors[:9], numbers[0], numbers[1], **asked_for)
+        try:
+            if asked_for is None or dy is None or differentiates_formula(dy) or _is_compiling():
+                return general(ctx, dy)
+            numbers = ctx.numbers
+            dz, dg, db, _, dr = bn_scale_backward(dy, *ctx.saved_tensors[:9], numbers[0], numbers[1], **asked_for)
+        except RuntimeError as error:
+            if (found := out_of_memory(error, dy)) is None:
+                raise
+            raise found from None
         if dr is None and ctx.needs_input_grad[7]:
             dr = dy
         return dz, None, None, None, None, dg, db, dr, None

@@ -32,9 +32,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import autograd, reference
-from ._checks import check_cat, check_gate
 from ._conv import NO_WINDOW, Window
-from ._dispatch import RAW, TWIN, keywords, refuse_grad, require_grad, twin, way_of, written
+from ._dispatch import GRAD, RAW, keywords, refuse_grad, require_grad, twin, way_of, written
+from ._joined import MOST_PARTS as MOST_PARTS
+from ._joined import bn_scale_cat as bn_scale_cat
+from ._joined import gate as gate
+from ._memory import go_on_behind
 from ._pooling import max_pool2d as max_pool2d
 from ._pooling import spatial_mean as spatial_mean
 
@@ -57,12 +60,9 @@ def _window(
     )
 
 
-MOST_PARTS = 128
-"""Tensors that one call of the op concatenates: kMaxParts of csrc/kernels/elementwise/parts.h."""
 _FOLD = ("running_mean", "running_var", "weight", "bias", "conv_bias")
 _BN = ("input", "running_mean", "running_var", "weight", "bias", "residual")
 _AFFINE = ("input", "scale", "shift", "residual")
-_GATE = ("input", "gate", "residual")
 _CONV_AFFINE = ("input", "weight", "scale", "shift", "residual")
 _CONV_BN = ("input", "conv_weight", "running_mean", "running_var", "conv_bias", "weight", "bias", "residual")
 _TRAIN = ("input", "weight", "bias", "residual", "running_mean", "running_var")
@@ -156,12 +156,15 @@ def bn_scale(
         _ops.bn_scale.out(input, *bn, out=out, **keywords(*epilogue))
         increment_version(out)
         return out
-    if way == RAW:
-        return _ops.bn_scale.default(input, *bn, **keywords(*epilogue))
-    if way == TWIN or require_grad(running_mean, running_var):
-        reference.check_activation("bn_scale", activation, RuntimeError)
-        return twin(reference.bn_scale, input, *bn, **keywords(*epilogue))
-    return autograd.bn_scale(input, None, None, bn, NO_WINDOW, epilogue)
+    try:
+        if way == RAW:
+            return _ops.bn_scale.default(input, *bn, **keywords(*epilogue))
+        if way == GRAD and not require_grad(running_mean, running_var):
+            return autograd.bn_scale(input, None, None, bn, NO_WINDOW, epilogue)
+    except RuntimeError as error:
+        go_on_behind(error)
+    reference.check_activation("bn_scale", activation, RuntimeError)
+    return twin(reference.bn_scale, input, *bn, **keywords(*epilogue))
 
 
 def bn_scale_(
@@ -189,85 +192,6 @@ def bn_scale_(
     _ops.bn_scale_.default(input, *bn, **keywords(*epilogue))
     increment_version(input)
     return input
-
-
-def bn_scale_cat(
-    inputs: Sequence[Tensor],
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scaling_factor: float = 1.0,
-    eps: float = 1e-5,
-    *,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-) -> Tensor:
-    """:func:`bn_scale` of ``torch.cat(inputs, 1)``, which is never written: what DenseNet's layers begin with.
-
-    Differentiable: with grad mode on, and a tensor that requires grad, the inputs are concatenated.
-
-    Args:
-        inputs: a list or tuple, of one dtype and device, and of one shape but for the channels; up to 128 in one pass,
-            and more of them are concatenated.
-        running_mean, running_var, weight, bias: shape (C,), C channels in all; ``weight`` and ``bias`` may be None.
-        scaling_factor: factor on the result of BatchNorm.
-        eps: as in ``nn.BatchNorm2d``, 0 or more.
-        activation, negative_slope: the epilogue, see the module's documentation.
-
-    Returns:
-        A tensor of the shape that ``torch.cat(inputs, 1)`` has, with the strides that ``F.batch_norm`` would give.
-
-    Raises:
-        RuntimeError: an argument that does not fit.
-        TypeError: an argument that is no tensor where one is expected.
-    """
-    if not isinstance(inputs, (list, tuple)):
-        raise TypeError(f"bn_scale_cat: inputs is of type {type(inputs).__name__}, expected a list or tuple of tensors")
-    inputs = tuple(inputs)
-    names = (*(f"inputs[{i}]" for i in range(len(inputs))), "running_mean", "running_var", "weight", "bias")
-    way = way_of("bn_scale_cat", names, (*inputs, running_mean, running_var), (weight, bias))
-    bn = running_mean, running_var, weight, bias, scaling_factor, eps
-    named = keywords(None, activation, negative_slope, False)
-    if way == RAW and len(inputs) <= MOST_PARTS:
-        return _ops.bn_scale_cat.default(inputs, *bn, **named)
-    check_cat(inputs)
-    return bn_scale(torch.cat(inputs, 1), *bn, **named)
-
-
-def gate(
-    input: Tensor,
-    gate: Tensor,
-    *,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    residual_last: bool = False,
-) -> Tensor:
-    """A factor for each channel of each image, and the epilogue, in one pass: what squeeze-and-excite blocks end with.
-
-    Equivalent to ``activation(input * gate[:, :, None, None] + residual)``. Differentiable: with grad mode on, and a
-    tensor that requires grad, PyTorch's own ops run.
-
-    Args:
-        input: 2 to 5 dimensions, (N, C, ...).
-        gate: shape (N, C), or with a 1 for each further dimension of ``input``, and ``input``'s dtype and device.
-        residual, activation, negative_slope, residual_last: the epilogue, see the module's documentation.
-
-    Returns:
-        A tensor of ``input``'s shape and dtype.
-
-    Raises:
-        RuntimeError: an argument that does not fit.
-        TypeError: an argument that is no tensor where one is expected.
-    """
-    way = way_of("gate", _GATE, (input, gate), (residual,))
-    named = keywords(residual, activation, negative_slope, residual_last)
-    if way == RAW:
-        return _ops.gate.default(input, gate, **named)
-    reference.check_activation("gate", activation, RuntimeError)
-    check_gate(input, gate, residual)
-    return twin(reference.gate, input, gate, **named)
 
 
 def scale_shift(
@@ -309,12 +233,15 @@ def scale_shift(
         _ops.scale_shift.out(input, scale, shift, out=out, **keywords(*epilogue))
         increment_version(out)
         return out
-    if way == RAW:
-        return _ops.scale_shift.default(input, scale, shift, **keywords(*epilogue))
-    if way == TWIN:
-        reference.check_activation("scale_shift", activation, RuntimeError)
-        return twin(reference.scale_shift, input, scale, shift, **keywords(*epilogue))
-    return autograd.scale_shift(input, None, scale, shift, NO_WINDOW, epilogue)
+    try:
+        if way == RAW:
+            return _ops.scale_shift.default(input, scale, shift, **keywords(*epilogue))
+        if way == GRAD:
+            return autograd.scale_shift(input, None, scale, shift, NO_WINDOW, epilogue)
+    except RuntimeError as error:
+        go_on_behind(error)
+    reference.check_activation("scale_shift", activation, RuntimeError)
+    return twin(reference.scale_shift, input, scale, shift, **keywords(*epilogue))
 
 
 def scale_shift_(
@@ -398,12 +325,16 @@ def conv_scale_shift(
     way = way_of("conv_scale_shift", _CONV_AFFINE, (input, weight), (scale, shift, residual))
     window = _window(stride, padding, dilation, groups)
     epilogue = residual, activation, negative_slope, residual_last
-    if way == RAW:
-        return _ops.conv_scale_shift.default(input, weight, scale, shift, *window, **keywords(*epilogue, allow_tf32))
-    if way == TWIN:
-        reference.check_activation("conv_scale_shift", activation, RuntimeError)
-        return twin(reference.conv_scale_shift, input, weight, scale, shift, *window, **keywords(*epilogue))
-    return autograd.scale_shift(input, weight, scale, shift, window, epilogue, allow_tf32)
+    try:
+        if way == RAW:
+            named = keywords(*epilogue, allow_tf32)
+            return _ops.conv_scale_shift.default(input, weight, scale, shift, *window, **named)
+        if way == GRAD:
+            return autograd.scale_shift(input, weight, scale, shift, window, epilogue, allow_tf32)
+    except RuntimeError as error:
+        go_on_behind(error)
+    reference.check_activation("conv_scale_shift", activation, RuntimeError)
+    return twin(reference.conv_scale_shift, input, weight, scale, shift, *window, **keywords(*epilogue))
 
 
 def conv_bn_scale(
@@ -460,14 +391,16 @@ def conv_bn_scale(
     bn = running_mean, running_var, weight, bias, scaling_factor, eps
     window = _window(stride, padding, dilation, groups)
     epilogue = residual, activation, negative_slope, residual_last
-    if way == RAW:
-        return _ops.conv_bn_scale.default(
-            input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue, allow_tf32)
-        )
-    if way == TWIN or require_grad(running_mean, running_var):
-        reference.check_activation("conv_bn_scale", activation, RuntimeError)
-        return twin(reference.conv_bn_scale, input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
-    return autograd.bn_scale(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
+    try:
+        if way == RAW:
+            named = keywords(*epilogue, allow_tf32)
+            return _ops.conv_bn_scale.default(input, conv_weight, conv_bias, *bn, *window, **named)
+        if way == GRAD and not require_grad(running_mean, running_var):
+            return autograd.bn_scale(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
+    except RuntimeError as error:
+        go_on_behind(error)
+    reference.check_activation("conv_bn_scale", activation, RuntimeError)
+    return twin(reference.conv_bn_scale, input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
 
 
 def bn_scale_train(
@@ -512,18 +445,21 @@ def bn_scale_train(
     way = way_of("bn_scale_train", _TRAIN, (input,), (weight, bias, residual, running_mean, running_var))
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
     epilogue = residual, activation, negative_slope, residual_last
-    if way == RAW:
-        if _is_compiling():
-            return autograd.functional_train(input, None, None, *bn, **keywords(*epilogue))
-        y = _ops.bn_scale_train.default(input, *bn, **keywords(*epilogue))
-        written(running_mean, running_var)
-        return y
-    if way == TWIN or require_grad(running_mean, running_var):
-        reference.check_activation("bn_scale_train", activation, RuntimeError)
-        return twin(reference.bn_scale_train, input, *bn, **keywords(*epilogue))
-    y = autograd.bn_scale_train(input, None, None, bn, NO_WINDOW, epilogue)
-    written(running_mean, running_var)
-    return y
+    try:
+        if way == RAW:
+            if _is_compiling():
+                return autograd.functional_train(input, None, None, *bn, **keywords(*epilogue))
+            y = _ops.bn_scale_train.default(input, *bn, **keywords(*epilogue))
+            written(running_mean, running_var)
+            return y
+        if way == GRAD and not require_grad(running_mean, running_var):
+            y = autograd.bn_scale_train(input, None, None, bn, NO_WINDOW, epilogue)
+            written(running_mean, running_var)
+            return y
+    except RuntimeError as error:
+        go_on_behind(error)
+    reference.check_activation("bn_scale_train", activation, RuntimeError)
+    return twin(reference.bn_scale_train, input, *bn, **keywords(*epilogue))
 
 
 def conv_bn_scale_train(
@@ -583,16 +519,19 @@ def conv_bn_scale_train(
     bn = running_mean, running_var, weight, bias, scaling_factor, momentum, eps
     window = _window(stride, padding, dilation, groups)
     epilogue = residual, activation, negative_slope, residual_last
-    if way == RAW:
-        named = keywords(*epilogue, allow_tf32)
-        if _is_compiling():
-            return autograd.functional_train(input, conv_weight, conv_bias, *bn, window, **named)
-        y = _ops.conv_bn_scale_train.default(input, conv_weight, conv_bias, *bn, *window, **named)
-        written(running_mean, running_var)
-        return y
-    if way == TWIN or require_grad(running_mean, running_var):
-        reference.check_activation("conv_bn_scale_train", activation, RuntimeError)
-        return twin(reference.conv_bn_scale_train, input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))
-    y = autograd.bn_scale_train(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
-    written(running_mean, running_var)
-    return y
+    try:
+        if way == RAW:
+            named = keywords(*epilogue, allow_tf32)
+            if _is_compiling():
+                return autograd.functional_train(input, conv_weight, conv_bias, *bn, window, **named)
+            y = _ops.conv_bn_scale_train.default(input, conv_weight, conv_bias, *bn, *window, **named)
+            written(running_mean, running_var)
+            return y
+        if way == GRAD and not require_grad(running_mean, running_var):
+            y = autograd.bn_scale_train(input, conv_weight, conv_bias, bn, window, epilogue, allow_tf32)
+            written(running_mean, running_var)
+            return y
+    except RuntimeError as error:
+        go_on_behind(error)
+    reference.check_activation("conv_bn_scale_train", activation, RuntimeError)
+    return twin(reference.conv_bn_scale_train, input, conv_weight, conv_bias, *bn, *window, **keywords(*epilogue))

@@ -255,6 +255,24 @@ def sync_case(name: str, rank: int, device: torch.device, dtype: torch.dtype) ->
     return *results, {"z": terms.max().cpu()}
 
 
+def of_the_whole_batch(rank: int, world: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """What is left of training in one process with all batches, and of ours with SyncBatchNorms in each of several.
+
+    Batches are of one size, so that the mean of the processes' gradients is that of the whole batch.
+    """
+    dtype = torch.float64
+    torch.manual_seed(10)  # of the weights, in all processes
+    plain, ours = networks(torch.Generator().manual_seed(7), "cpu", dtype)
+    models = ours, fcb.fuse(copy.deepcopy(plain))
+    parts = zip(*(data_of(r, device, dtype) for r in range(world)), strict=True)
+    whole_batches = [(torch.cat([x for x, _ in part]), torch.cat([t for _, t in part])) for part in parts]
+    found = [train(plain.to(device), whole_batches)]
+    for model in models:
+        state = ddp_sync_batch_norm(model.to(device), data_of(rank, device, dtype), device)
+        found.append({name.replace("module.", "", 1): t for name, t in state.items()})
+    return found
+
+
 class Fused(torch.utils._python_dispatch.TorchDispatchMode):
     """Whether an op of this package ran."""
 
@@ -288,6 +306,8 @@ def run(rank: int, world: int, device_type: str, folder: str) -> None:
         for name in SYNC_CASES:
             for dtype in (torch.float64, torch.float32):
                 found[f"sync, {name}, {dtype}"] = sync_case(name, rank, device, dtype)
+        if device_type == "cuda":  # as DDP takes SyncBatchNorms there alone
+            found["the whole batch"] = of_the_whole_batch(rank, world, device)
         # Under a sharded block the fused op runs: its parameters are plain while it does.
         plain, ours = networks(torch.Generator().manual_seed(7), "cpu", torch.float64)
         found["fused"] = []

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,6 +162,29 @@ def test_unknown_names_in_the_environment(variable: str) -> None:
     assert (
         subprocess.run([*PROGRAM, "info"], env={**ENVIRONMENT, variable: ""}, stdout=subprocess.DEVNULL).returncode == 0
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (b"\xff\xfe", r"'\udcff\udcfe', expected a name of ASCII characters"),
+        ("\u00e4ten", "'\u00e4ten', expected a name of ASCII characters"),
+        ("aten\nor not", r"'aten\nor not', expected a name of ASCII characters"),
+        ("\x1b[31m", r"'\x1b[31m', expected a name of ASCII characters"),
+        (" aten", "' aten', expected one of 'pointwise'"),
+        ("ATEN", "'ATEN', expected one of 'pointwise'"),
+        ("aten,aten", "'aten,aten', expected one of 'pointwise'"),
+        ("%s%n", "'%s%n', expected one of 'pointwise'"),
+        ("x" * 100_000, "'xxx"),
+    ],
+    ids=["no UTF-8", "no ASCII", "two lines", "a control sequence", "a space", "capitals", "several", "%", "long"],
+)
+def test_malformed_names_in_the_environment(value: str | bytes, told: str) -> None:
+    environment: Any = {**ENVIRONMENT, "FUSED_CONV_BN_CONV": value, "PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run([*PROGRAM, "info"], env=environment, capture_output=True)
+    error = run.stderr.decode()
+    assert (run.returncode, run.stdout, len(error.splitlines())) == (1, b"", 1), error[-500:]
+    assert error.startswith("fused_conv_bn: FUSED_CONV_BN_CONV is " + told), error[:500]
 
 
 # ---- signs of life ---------------------------------------------------------------------------------------------------

@@ -81,5 +81,16 @@ def test_statistics_of_all_batches(name: str, dtype: torch.dtype, device: str, f
             )
 
 
+@pytest.mark.parametrize("form", [1, 2], ids=["ConvBnScale2d", "fuse"])
+def test_as_one_process_with_the_whole_batch(form: int, device: str, found: Found) -> None:
+    """By SyncBatchNorms, in state and gradients."""
+    if device == "cpu":
+        pytest.skip("PyTorch's SyncBatchNorm has no CPU kernels")
+    for of_process in found:
+        expected = of_process["the whole batch"][0]
+        assert expected["stem.bn.num_batches_tracked"] == distributed_steps.STEPS
+        assert_same(of_process["the whole batch"][form], expected)
+
+
 def test_the_fused_op_runs_in_a_sharded_block(found: Found) -> None:
     assert all(of_process["fused"] == [True, True] for of_process in found)

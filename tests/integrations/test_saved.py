@@ -4,8 +4,10 @@ it, and where it is not installed."""
 from __future__ import annotations
 
 import io
+import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +130,78 @@ torch.export.load(sys.argv[1])
     assert "torch.ops.fused_conv_bn.conv_bn_scale" in printed
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut"])
-def test_a_damaged_program_is_an_error(damage: str, tmp_path: Path, generator: torch.Generator) -> None:
-    path = tmp_path / "program.pt2"
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("program") / "program.pt2"
+    generator = torch.Generator().manual_seed(20)
     with torch.no_grad(), fcb.export_ops():
         torch.export.save(torch.export.export(block(generator), (sample(generator),)), path)
-    data = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"no program\n" * 100, "cut": data[: len(data) // 2]}[damage])
-    with pytest.raises(Exception, match="zip|archive"):
+    return path
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "the last bytes", "random bytes", "no files"])
+def test_a_damaged_program_is_an_error(damage: str, program: Path, tmp_path: Path) -> None:
+    data, path = program.read_bytes(), tmp_path / "program.pt2"
+    damaged = {
+        "empty": b"",
+        "text": b"no program\n" * 100,
+        "cut": data[: len(data) // 2],
+        "the last bytes": data[:-30],
+        "random bytes": random.Random(1).randbytes(len(data)),
+        "no files": b"PK\5\6" + bytes(18),
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(Exception, match="(?i)zip|archive|deserializing"):
         torch.export.load(path)
+
+
+def test_a_folder_in_the_place_of_a_program(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"(?i)directory|\.pt2|archive|zip"):
+        torch.export.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("fused_conv_bn.conv_bn_scale", "fused_conv_bn.conv_bn_scole"), "conv_bn_scole|deserializing"),
+        (("fused_conv_bn.conv_bn_scale", "fused_conv_bn.bn_scale"), "bn_scale|deserializing"),
+        (('"as_float": 1.7', '"as_string": "much"'), "much|float|deserializing"),
+        (('"silu"', '"selu"'), "activation|deserializing"),
+    ],
+    ids=["no such op", "another op", "an argument of another type", "an argument of another value"],
+)
+def test_a_program_that_calls_an_op_wrongly_is_an_error(
+    change: tuple[str, str], message: str, program: Path, tmp_path: Path, generator: torch.Generator
+) -> None:
+    """When it is loaded or when it is called, and no later."""
+    path, found = tmp_path / "program.pt2", 0
+    with zipfile.ZipFile(program) as whole, zipfile.ZipFile(path, "w") as copied:
+        for part in whole.namelist():
+            data = whole.read(part)
+            if part.endswith(".json") and change[0].encode() in data:
+                data, found = data.replace(*(c.encode() for c in change)), found + 1
+            copied.writestr(part, data)
+    assert found == 1
+    with pytest.raises(Exception, match=message), torch.no_grad():
+        torch.export.load(path).module()(sample(generator))
+
+
+def test_changed_bits_of_a_program_end_no_process(program: Path, tmp_path: Path, generator: torch.Generator) -> None:
+    """It is loaded, as other numbers are no error to PyTorch, or it is not."""
+    torch.save(sample(generator), tmp_path / "x.pt")
+    printed = run(
+        """
+import random, fused_conv_bn
+data = open(sys.argv[1], "rb").read()
+x = torch.load(sys.argv[2])
+for seed in range(25):
+    draw, changed = random.Random(seed), bytearray(data)
+    for _ in range(8):
+        changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    open(sys.argv[3], "wb").write(changed)
+    with torch.no_grad():
+        print(error_of(lambda: torch.export.load(sys.argv[3]).module()(x)) is None)
+""",
+        *(program, tmp_path / "x.pt", tmp_path / "program.pt2"),
+    )
+    assert len(printed.splitlines()) >= 25 and "False" in printed.splitlines()

@@ -51,6 +51,7 @@ EXPLAINED = {
 QUOTED = [
     *EXPLAINED,
     f"{PACKAGE}/_checks.py",  # the ops' messages, once more
+    f"{PACKAGE}/_joined.py",
     f"{PACKAGE}/conditions.py",
     f"{PACKAGE}/ops.py",
     f"{PACKAGE}/reference.py",

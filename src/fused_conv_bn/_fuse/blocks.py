@@ -314,6 +314,8 @@ class NormBlock(Block):
                 negative_slope=op.negative_slope,
                 residual_last=op.residual_last,
             )
+        except torch.OutOfMemoryError:  # PyTorch's ops take more, and count a batch before they have it
+            raise
         except REFUSALS:
             return None
 

@@ -437,8 +437,10 @@ class Inside:
             free -= held
             if not is_worth_it():
                 return
-        _change_strides([weights[path] for path in free])
-        changed |= free
+        try:
+            _change_strides({path: weights[path] for path in free}, changed)
+        except torch.OutOfMemoryError:
+            return
         entry.algorithms |= trial.algorithms
         self.is_on = True
 
@@ -491,10 +493,12 @@ def _held_by_others(root: nn.Module, weights: dict[str, nn.Parameter]) -> set[st
     return {path for path, p in weights.items() if id(p) in held}
 
 
-def _change_strides(weights: Iterable[nn.Parameter]) -> None:
+def _change_strides(weights: dict[str, nn.Parameter], changed: set[str]) -> None:
+    """Adds the paths of those that have got them, which :func:`give_back` wants of all, also where memory runs out."""
     with torch.inference_mode(False), torch.no_grad():
-        for p in {id(p): p for p in weights}.values():
+        for path, p in weights.items():
             p.data = p.data.contiguous(memory_format=torch.channels_last)
+            changed.add(path)
 
 
 def give_back(root: nn.Module, changed: set[str]) -> None:

@@ -28,6 +28,7 @@ from torch.autograd.profiler import record_function
 from .. import conditions
 from .._block import BnScaleModule
 from .._conv import autocast_dtype
+from .._memory import ran_out
 from ..conditions import is_watched
 from . import gates, pools
 from .capture import Arguments, Refused, capture, has_fixed_defaults, is_compared, modes
@@ -45,6 +46,9 @@ from .words import ModuleWords
 
 _MOST_KINDS = 32
 """Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""
+_MOST_ATTEMPTS = 3
+"""To compare a first call. Each may fill memory, which then is freed and allocated anew."""
+_UNKNOWN = object()
 _lock = threading.RLock()
 _log = logging.getLogger("fused_conv_bn")
 _SECONDS = 3.0
@@ -254,10 +258,12 @@ class State:
         self.keys: dict[Any, Any] = {}  # of calls with one tensor
         self.reason: str | None = None  # why it is not captured
         self.refused: dict[Any, str] = {}
+        self.short: dict[Any, int] = {}  # calls that memory did not suffice for to compare them
 
     def freeze(self, frozen: bool) -> None:
         """What was captured goes: a new snapshot, or none."""
         self.frozen, self.entries, self.refused, self.captures, self.reason = frozen, {}, {}, 0, None
+        self.short.clear()
 
     def keep(self, key: Any, entry: Entry) -> None:
         """The newest first, and no more than four of one kind."""
@@ -359,7 +365,14 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     if not entry.groups:
         return own(root, *args, **kwargs)
     if entry.unchecked:
-        result = _checked(root, state, key, entry, own, arguments, args, kwargs)
+        try:
+            result = _checked(root, state, key, entry, own, arguments, args, kwargs)
+        except RuntimeError as error:
+            if not (entry.unchecked and ran_out(error)):
+                raise
+            result = _UNKNOWN
+        if result is _UNKNOWN:  # what the comparison had is free by now
+            return _without_comparison(root, state, key, entry, own, args, kwargs)
     else:
         result = _call(root, entry, [*arguments.tensors.values()])
     if entry.graph is not None and not entry.unchecked:
@@ -459,8 +472,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if any(place.get(name) is not b for name, b in of_place.items()):
                     place.update(of_place)
             for b, before in buffers:
-                if not torch.equal(b, before):
+                if not _is_equal(b, before):
                     b.data.copy_(before)  # counts as no change: what a call before has saved is as it was
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    try:
+        return torch.equal(a, b)
+    except torch.OutOfMemoryError:  # an answer takes memory, and a copy none
+        return False
 
 
 _own_ways = threading.local()
@@ -495,6 +515,8 @@ def _checked(
                 if difference is None and (difference := difference_of(others, given)) is not None:
                     difference = f"in an argument, {difference}"
         except Exception as error:
+            if ran_out(error):  # which says nothing about the graph
+                raise
             difference = f"{type(error).__name__}: {error}"
         if compared.broadcast <= entry.broadcast:
             break
@@ -521,6 +543,17 @@ def _checked(
     state.refused[key] = problem
     state.entries.pop(key, None)
     return own(root, *args, **kwargs)
+
+
+def _without_comparison(root: nn.Module, state: State, key: Any, entry: Entry, own: Any, args: Any, kwargs: Any) -> Any:
+    """A first call that memory does not suffice for to compare it, and may suffice for its own forward alone."""
+    state.short[key] = state.short.get(key, 0) + 1
+    if state.short[key] == _MOST_ATTEMPTS:
+        state.refused[key] = f"there was not enough memory to compare it, in {_MOST_ATTEMPTS} calls"
+        state.entries.pop(key, None)
+    _log.info("%s: not enough memory to compare its first call", type(root).__name__)
+    with _in_its_own_way(entry.inlined):
+        return own(root, *args, **kwargs)
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------

@@ -70,8 +70,9 @@ def max_pool2d_backward(
     x = emulated._result("max_pool2d_backward", grad_output, position, input_height, input_width, *numbers, ceil_mode)
     if x.numel() == 0:
         return x
-    like = torch.empty_like(grad_output, memory_format=_format(x))
-    dy, at = (emulated._misaligned_as(t, like) for t in (grad_output, position))
+    dy, at = (
+        emulated._misaligned_as(t, torch.empty_like(t, memory_format=_format(x))) for t in (grad_output, position)
+    )
     _, problem = _problem(x, dy, (kernel_size, stride or kernel_size, padding, dilation))
     _call(capability, "emulated_max_pool_backward", x, (dy, at, x), problem)
     return x

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from fused_conv_bn import _pooling
 from fused_conv_bn._fuse import blocks, pools
 
 C = 16
@@ -148,6 +149,44 @@ def test_gradients(device: str, name: str, training: bool, everywhere: list[str]
         m(x).pow(2).sum().backward()
     for p, q in zip(model.parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "name", [name for name, (_, rows) in POOLS.items() if "max pool" in rows and name != "in front of a write"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_gradients_of_maxima(
+    device: str,
+    dtype: torch.dtype,
+    name: str,
+    memory_format: torch.memory_format,
+    everywhere: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the ops with positions, on the CPU as well. (Eager refuses the write.) Of integers many are equal: the gradients have to go to the same."""
+    monkeypatch.setattr(_pooling, "TRAINS_ON", ("cpu", "cuda"))
+    trained: list[int] = []
+    apply = _pooling._apply_max_pool
+    monkeypatch.setattr(_pooling, "_apply_max_pool", lambda *args: (trained.append(1), apply(*args))[1])
+    model = nn.Sequential(nn.Identity(), model_of(name, device, memory_format)).to(dtype)
+    model[1].conv, model[1].bn = nn.Identity(), nn.Identity()
+    fused = fcb.fuse(copy.deepcopy(model))
+    for shape in ((2, 8, 12, 14), (2, 8, 12, 14), (3, 8, 9, 11)):
+        x = torch.randint(-2, 4, shape, device=device).to(dtype).contiguous(memory_format=memory_format)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        trained.clear()
+        results = [m(one) for m, one in zip((fused, model), inputs, strict=True)]
+        same(*results)
+        dy = [torch.randint(-3, 4, r.shape, device=device).to(dtype) for r in _tuple(results[1])]
+        for result in results:
+            torch.autograd.backward(_tuple(result), dy)
+        same(inputs[0].grad, inputs[1].grad)
+        assert len(trained) == POOLS[name][1].count("max pool")
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def test_copies_pickles_and_the_way_back(device: str, everywhere: list[str]) -> None:

@@ -29,7 +29,7 @@ def max_pool2d(
     y = emulated._result("max_pool2d", input, kernel_size, stride or [], padding, dilation, ceil_mode)
     if y.numel() == 0:
         return y
-    x, problem = _problem(input, y, (kernel_size, stride or kernel_size, padding, dilation))
+    x, problem = _problem(input, y, _format(y), (kernel_size, stride or kernel_size, padding, dilation))
     _call(capability, "emulated_max_pool", x, (x, y), problem)
     return y
 
@@ -48,7 +48,7 @@ def max_pool2d_train(
     position = torch.full_like(y, 0, dtype=torch.uint8).fill_(255)
     if y.numel() == 0:
         return y, position
-    x, problem = _problem(input, y, (kernel_size, stride or kernel_size, padding, dilation))
+    x, problem = _problem(input, y, _format(y), (kernel_size, stride or kernel_size, padding, dilation))
     _call(capability, "emulated_max_pool_train", x, (x, y, position), problem)
     return y, position
 
@@ -73,7 +73,7 @@ def max_pool2d_backward(
     dy, at = (
         emulated._misaligned_as(t, torch.empty_like(t, memory_format=_format(x))) for t in (grad_output, position)
     )
-    _, problem = _problem(x, dy, (kernel_size, stride or kernel_size, padding, dilation))
+    _, problem = _problem(x, dy, _format(x), (kernel_size, stride or kernel_size, padding, dilation))
     _call(capability, "emulated_max_pool_backward", x, (dy, at, x), problem)
     return x
 
@@ -82,10 +82,12 @@ def _format(y: Tensor) -> torch.memory_format:
     return torch.contiguous_format if y.is_contiguous() else torch.channels_last
 
 
-def _problem(input: Tensor, y: Tensor, numbers: Sequence[int | Sequence[int]]) -> tuple[Tensor, PoolProblem]:
+def _problem(
+    input: Tensor, y: Tensor, memory_format: torch.memory_format, numbers: Sequence[int | Sequence[int]]
+) -> tuple[Tensor, PoolProblem]:
     """The input as it lies for a kernel, and the numbers of both."""
-    x = emulated._misaligned_as(input, torch.empty_like(input, memory_format=_format(y)))
-    channels = 1 if y.is_contiguous() else x.size(1)
+    x = emulated._misaligned_as(input, torch.empty_like(input, memory_format=memory_format))
+    channels = 1 if memory_format == torch.contiguous_format else x.size(1)
     windows = [PoolWindow(*values) for values in zip(x.shape[2:], y.shape[2:], *map(_both, numbers), strict=True)]
     return x, PoolProblem(x.size(0) * x.size(1) // channels, channels, *windows)
 

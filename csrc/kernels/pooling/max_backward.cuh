@@ -208,19 +208,20 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool_backward_any_kernel(con
 template <typename Gradient, typename T>
 cudaError_t launch_max_pool_backward_with(const T* gradient, const uint8_t* position, T* result,
                                           const PoolProblem& problem, int multiprocessors, cudaStream_t stream) {
-  // stride: rows and columns of a tile.
+  // stride: rows and columns of a tile. The first one has the first pixel in it.
   const auto launch = [&](void (*kernel)(MaxPoolBackwardParams<T>), int64_t stride) {
     const auto tiles = [&](const PoolWindow& w) { return (w.padding + w.input - 1) / stride - w.padding / stride + 1; };
     return launch_pool_tiles(kernel, MaxPoolBackwardParams<T>(gradient, position, result, problem), problem.images,
-                             stride == 1 ? problem.rows.input : tiles(problem.rows),
-                             stride == 1 ? problem.columns.input : tiles(problem.columns),
-                             problem.channels / Gradient::kElements, multiprocessors, stream);
+                             tiles(problem.rows), tiles(problem.columns), problem.channels / Gradient::kElements,
+                             multiprocessors, stream);
   };
-  if (is_square(problem, 3, 2)) {
-    return launch(max_pool_backward_square_kernel<Gradient, 3, 2>, 2);
-  }
-  if (is_square(problem, 2, 2)) {
-    return launch(max_pool_backward_square_kernel<Gradient, 2, 2>, 2);
+  if constexpr (sizeof(T) < 8) {  // float64 is for checks
+    if (is_square(problem, 3, 2)) {
+      return launch(max_pool_backward_square_kernel<Gradient, 3, 2>, 2);
+    }
+    if (is_square(problem, 2, 2)) {
+      return launch(max_pool_backward_square_kernel<Gradient, 2, 2>, 2);
+    }
   }
   return launch(max_pool_backward_any_kernel<Gradient>, 1);
 }

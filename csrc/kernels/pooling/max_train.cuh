@@ -214,11 +214,13 @@ cudaError_t launch_max_pool_train_with(const T* input, T* output, uint8_t* posit
                              problem.rows.output, problem.columns.output, problem.channels / Max::kElements,
                              multiprocessors, stream);
   };
-  if (is_square(problem, 3, 2)) {
-    return launch(max_pool_train_square_kernel<Max, 3, 2>);
-  }
-  if (is_square(problem, 2, 2)) {
-    return launch(max_pool_train_square_kernel<Max, 2, 2>);
+  if constexpr (sizeof(T) < 8) {  // float64 is for checks
+    if (is_square(problem, 3, 2)) {
+      return launch(max_pool_train_square_kernel<Max, 3, 2>);
+    }
+    if (is_square(problem, 2, 2)) {
+      return launch(max_pool_train_square_kernel<Max, 2, 2>);
+    }
   }
   return launch(max_pool_train_any_kernel<Max>);
 }

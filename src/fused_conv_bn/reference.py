@@ -190,9 +190,8 @@ def max_pool2d_train(
 ) -> tuple[Tensor, Tensor]:
     """Twin of the op: the maxima, and in uint8 the position of each in its window, row by row."""
     stride = kernel_size if stride in ((), []) else stride
-    window = _pairs(kernel_size, stride, padding, dilation)
-    y, index = F.max_pool2d(input, *window, ceil_mode, True)
-    kernel, strides, paddings, dilations = window
+    kernel, strides, paddings, dilations = _pairs(kernel_size, stride, padding, dilation)
+    y, index = F.max_pool2d(input, kernel, strides, paddings, dilations, ceil_mode, return_indices=True)
     begins = _window_begins(y.shape, strides, paddings, y)
     row, column = (
         torch.div(at - begin, d, rounding_mode="floor")

@@ -185,6 +185,36 @@ def test_gradients_of_maxima(
         assert len(trained) == POOLS[name][1].count("max pool")
 
 
+def test_gradients_under_autocast(device: str, everywhere: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which casts no pooling, but what is in front of it; with a hook PyTorch's op runs."""
+    monkeypatch.setattr(_pooling, "TRAINS_ON", ("cpu", "cuda"))
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.MaxPool2d(3, 2, 1)).to(device)
+    nn.init.constant_(model[0].weight, 1.0)  # sums of small integers have no rounding
+    fused = fcb.fuse(copy.deepcopy(model))
+    seen: list[str] = []
+    for i in range(3):
+        x = torch.randint(-3, 4, (2, 3, 9, 10), device=device).float()
+        if i == 2:
+            fused[1].register_forward_hook(lambda m, args, y: seen.append(type(y.grad_fn).__name__))
+        results = []
+        for m in (model, fused):
+            m.zero_grad()
+            m[0].bias.data.zero_()
+            with torch.autocast(device, torch.bfloat16):
+                y = m(x)
+            assert y.dtype == torch.bfloat16
+            y.backward(torch.ones_like(y))
+            results.append((y, m[0].weight.grad))
+        names = [type(y.grad_fn).__name__ for y, _ in results]
+        assert names == [
+            "MaxPool2DWithIndicesBackward0",
+            "MaxPool2DWithIndicesBackward0" if seen else "_MaxPoolBackward",
+        ]
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert seen == ["MaxPool2DWithIndicesBackward0"]
+
+
 def _tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 

@@ -32,10 +32,18 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   // Times an element for each channel of each image: (N, C) and perhaps ones.
   m.def("gate(Tensor input, Tensor gate, *, " FCB_EPILOGUE ") -> Tensor");
 
-  // PyTorch's max_pool2d without its indices, and the mean of each channel of each image.
+  // PyTorch's max_pool2d without its indices.
   m.def(
       "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, "
       "bool ceil_mode=False) -> Tensor");
+  // Where its input needs a gradient: position, in uint8, is where in its window each maximum is, row by row.
+  m.def(
+      "max_pool2d_train(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, "
+      "bool ceil_mode=False) -> (Tensor output, Tensor position)");
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor position, SymInt input_height, SymInt input_width, "
+      "int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, bool ceil_mode=False) -> Tensor");
+  // The mean of each channel of each image.
   m.def("spatial_mean(Tensor input, *, bool keepdim=False) -> Tensor");
 
   m.def("scale_shift(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> Tensor");

@@ -6,7 +6,7 @@ namespace {
 
 Tensor max_pool2d_cpu(Tensor input, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                       std::vector<int64_t> padding, std::vector<int64_t> dilation, bool ceil_mode) {
-  const MaxPoolArguments a = check_max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
+  const MaxPoolArguments a = check_max_pool2d("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode);
   const auto both = [&](int64_t PoolWindow::* value) {
     return std::vector<int64_t>{a.window[0].*value, a.window[1].*value};
   };

@@ -8,19 +8,15 @@ namespace {
 Tensor max_pool2d_cuda(Tensor input, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                        std::vector<int64_t> padding, std::vector<int64_t> dilation, bool ceil_mode) {
   const char* op = "max_pool2d";
-  const MaxPoolArguments a = check_max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
+  const MaxPoolArguments a = check_max_pool2d(op, input, kernel_size, stride, padding, dilation, ceil_mode);
   const Operand& x = a.input;
   const bool channels_last = computes_channels_last(x);
-  const int64_t channels = channels_last ? x.sizes[1] : 1;
-  if ((a.window[1].input + 1) * channels > kMostPooled) {
-    fail(op, ": input has shape ", x.shape(), ", expected rows of at most ", kMostPooled, " elements");
-  }
+  const PoolProblem problem = pool_problem(op, x.sizes, channels_last, a.window);
   const int64_t sizes[] = {x.sizes[0], x.sizes[1], a.window[0].output, a.window[1].output};
   Tensor output = empty_strided(4, sizes, dense_strides(4, sizes, channels_last).data(), x.dtype, x.device);
   if (x.numel > 0) {
     OptionalTensor copy;
     const void* data = dense_data(x, dense_strides(x, channels_last), channels_last, copy);
-    const PoolProblem problem{x.sizes[0] * x.sizes[1] / channels, channels, a.window[0], a.window[1]};
     const CudaScope cuda(x.device);
     dispatch_dtype(x.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;

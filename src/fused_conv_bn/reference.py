@@ -170,6 +170,60 @@ def max_pool2d(
     return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
+def _pairs(*values: int | Sequence[int]) -> list[list[int]]:
+    """Of rows and columns."""
+    return [[v, v] if isinstance(v, int) else list(v) * (2 // len(v)) for v in values]
+
+
+def _window_begins(size: Sequence[int], strides: Sequence[int], paddings: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Of rows and columns, to be broadcast over a result of this size."""
+    begins = [torch.arange(n, device=like.device) * s - p for n, s, p in zip(size[-2:], strides, paddings, strict=True)]
+    return [begins[0].view(-1, 1), begins[1]]
+
+
+def max_pool2d_train(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = (),
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Twin of the op: the maxima, and in uint8 the position of each in its window, row by row."""
+    stride = kernel_size if stride in ((), []) else stride
+    kernel, strides, paddings, dilations = _pairs(kernel_size, stride, padding, dilation)
+    y, index = F.max_pool2d(input, kernel, strides, paddings, dilations, ceil_mode, return_indices=True)
+    begins = _window_begins(y.shape, strides, paddings, y)
+    row, column = (
+        torch.div(at - begin, d, rounding_mode="floor")
+        for at, begin, d in zip((index // input.shape[3], index % input.shape[3]), begins, dilations, strict=True)
+    )
+    return y, (row * kernel[1] + column).to(torch.uint8)
+
+
+def max_pool2d_backward(
+    grad_output: Tensor,
+    position: Tensor,
+    input_height: int,
+    input_width: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = (),
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Twin of the op: the gradient of the input of :func:`max_pool2d_train`. Differentiable in ``grad_output``."""
+    stride = kernel_size if stride in ((), []) else stride
+    kernel, strides, paddings, dilations = _pairs(kernel_size, stride, padding, dilation)
+    row, column = _window_begins(position.shape, strides, paddings, position)
+    place = position.long()
+    index = (row + place // kernel[1] * dilations[0]) * input_width + column + place % kernel[1] * dilations[1]
+    n, c = grad_output.shape[:2]
+    sums = grad_output.new_zeros((n, c, input_height * input_width), dtype=wide(grad_output.dtype))
+    sums = sums.scatter_add(2, index.flatten(2), grad_output.flatten(2).to(sums.dtype))
+    return sums.to(grad_output.dtype).view(n, c, input_height, input_width)
+
+
 def spatial_mean(input: Tensor, *, keepdim: bool = False) -> Tensor:
     """Twin of :func:`fused_conv_bn.spatial_mean`."""
     return input.mean(tuple(range(2, input.dim())), keepdim)

@@ -313,6 +313,44 @@ const char* emulated_max_pool(const void* x, void* y, const PoolProblem* problem
   return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
 }
 
+const char* emulated_max_pool_train(const void* x, void* y, uint8_t* position, const PoolProblem* problem, int element,
+                                    uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  const PoolWindow &rows = problem->rows, &columns = problem->columns;
+  const auto lines = static_cast<size_t>(problem->images * problem->channels);
+  const auto inputs = lines * static_cast<size_t>(rows.input * columns.input);
+  const auto outputs = lines * static_cast<size_t>(rows.output * columns.output);
+  emulated::allow(x, inputs * bytes_of(type));
+  emulated::allow(y, outputs * bytes_of(type));
+  emulated::allow(position, outputs);
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    return launch_max_pool_train(static_cast<const T*>(x), static_cast<T*>(y), position, *problem, kMultiprocessors,
+                                 nullptr);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+const char* emulated_max_pool_backward(const void* dy, const uint8_t* position, void* dx, const PoolProblem* problem,
+                                       int element, uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  const PoolWindow &rows = problem->rows, &columns = problem->columns;
+  const auto lines = static_cast<size_t>(problem->images * problem->channels);
+  const auto inputs = lines * static_cast<size_t>(rows.input * columns.input);
+  const auto outputs = lines * static_cast<size_t>(rows.output * columns.output);
+  emulated::allow(dy, outputs * bytes_of(type));
+  emulated::allow(position, outputs);
+  emulated::allow(dx, inputs * bytes_of(type));
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    return launch_max_pool_backward(static_cast<const T*>(dy), position, static_cast<T*>(dx), *problem,
+                                    kMultiprocessors, nullptr);
+  };
+  return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
 const char* emulated_spatial_mean(const void* x, void* y, int64_t images, int64_t pixels, int64_t channels, int element,
                                   uint64_t seed) {
   emulated::begin(seed);

@@ -215,6 +215,31 @@ inline void max_NaN_f16x2(uint32_t& to, uint32_t a, uint32_t b) { to = extremes_
 inline void min_NaN_f16x2(uint32_t& to, uint32_t a, uint32_t b) { to = extremes_or_nan(Half::float16, a, b, false); }
 inline void max_NaN_bf16x2(uint32_t& to, uint32_t a, uint32_t b) { to = extremes_or_nan(Half::bfloat16, a, b, true); }
 inline void min_NaN_bf16x2(uint32_t& to, uint32_t a, uint32_t b) { to = extremes_or_nan(Half::bfloat16, a, b, false); }
+// Words of ones where it holds, of the two halves each.
+template <typename Holds>
+inline uint32_t compare_pairs(Half type, uint32_t a, uint32_t b, const Holds& holds) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float x = from_half(type, static_cast<uint16_t>(a >> shift));
+    const float y = from_half(type, static_cast<uint16_t>(b >> shift));
+    result |= holds(x, y) ? 0xffffu << shift : 0u;
+  }
+  return result;
+}
+constexpr auto is_greater = [](float a, float b) { return a > b; };
+constexpr auto is_unordered = [](float a, float b) { return std::isnan(a) || std::isnan(b); };
+inline void set_gt_u32_f16x2(uint32_t& to, uint32_t a, uint32_t b) {
+  to = compare_pairs(Half::float16, a, b, is_greater);
+}
+inline void set_gt_u32_bf16x2(uint32_t& to, uint32_t a, uint32_t b) {
+  to = compare_pairs(Half::bfloat16, a, b, is_greater);
+}
+inline void set_nan_u32_f16x2(uint32_t& to, uint32_t a, uint32_t b) {
+  to = compare_pairs(Half::float16, a, b, is_unordered);
+}
+inline void set_nan_u32_bf16x2(uint32_t& to, uint32_t a, uint32_t b) {
+  to = compare_pairs(Half::bfloat16, a, b, is_unordered);
+}
 inline uint32_t pack_relu(Half type, float high, float low) {
   const auto half = [&](float v) { return uint32_t{to_half(type, std::isnan(v) || v > 0 ? v : 0.0f)}; };
   return half(high) << 16 | half(low);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import emulated
 import emulated_pooling
 import fused_conv_bn as fcb
 import test_pooling
+import test_pooling_train
 from common import DTYPES
 from elementwise_problems import arrange
 
@@ -17,6 +20,8 @@ from elementwise_problems import arrange
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("max_pool2d", "spatial_mean"):
         monkeypatch.setattr(fcb, name, getattr(emulated_pooling, name))
+    for name in ("train", "backward"):
+        monkeypatch.setattr(test_pooling_train, name, getattr(emulated_pooling, f"max_pool2d_{name}"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,6 +47,23 @@ def test_threads_of_several_outputs(layout, window, generator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_train(dtype, generator):
+    for layout in ("contiguous", "channels_last", "sliced"):
+        for window in test_pooling.WINDOWS:
+            test_pooling_train.test_values("cpu", dtype, layout, window, generator)
+        if layout != "sliced":
+            test_pooling_train.test_values_that_are_not_finite("cpu", dtype, layout, generator)
+    test_pooling_train.test_random_windows("cpu", dtype, generator)
+    test_pooling_train.test_misaligned_memory("cpu", dtype, generator)
+
+
+def test_gradients_that_are_not_finite(generator):
+    for layout in ("contiguous", "channels_last"):
+        test_pooling_train.test_gradients_that_are_not_finite("cpu", layout, generator)
+    test_pooling_train.test_largest_window("cpu", generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_mean(dtype, layout, generator):
     test_pooling.test_mean("cpu", dtype, layout, generator)
@@ -60,6 +82,11 @@ def test_other_gpus(capability, generator):
         x[0, 3, 7, 7] = torch.nan
         ours = emulated_pooling.max_pool2d(x, 3, 2, 1, capability=capability)
         assert test_pooling.same(ours, torch.nn.functional.max_pool2d(x, 3, 2, 1))
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("train", "backward"):
+                of_gpu = functools.partial(getattr(emulated_pooling, f"max_pool2d_{name}"), capability=capability)
+                patch.setattr(test_pooling_train, name, of_gpu)
+            test_pooling_train.check(x, dict(kernel_size=3, stride=2, padding=1), generator)
         mean = emulated_pooling.spatial_mean(x, capability=capability)
         assert torch.equal(mean.isnan(), x.mean((2, 3)).isnan())
         assert emulated.launches(capability) == 1

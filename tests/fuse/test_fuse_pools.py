@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
+from fused_conv_bn import _pooling
 from fused_conv_bn._fuse import blocks, pools
 
 C = 16
@@ -148,6 +149,74 @@ def test_gradients(device: str, name: str, training: bool, everywhere: list[str]
         m(x).pow(2).sum().backward()
     for p, q in zip(model.parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "name", [name for name, (_, rows) in POOLS.items() if "max pool" in rows and name != "in front of a write"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_gradients_of_maxima(
+    device: str,
+    dtype: torch.dtype,
+    name: str,
+    memory_format: torch.memory_format,
+    everywhere: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the ops with positions, on the CPU as well. (Eager refuses the write.) Of integers many are equal: the gradients have to go to the same."""
+    monkeypatch.setattr(_pooling, "TRAINS_ON", ("cpu", "cuda"))
+    trained: list[int] = []
+    apply = _pooling._apply_max_pool
+    monkeypatch.setattr(_pooling, "_apply_max_pool", lambda *args: (trained.append(1), apply(*args))[1])
+    model = nn.Sequential(nn.Identity(), model_of(name, device, memory_format)).to(dtype)
+    model[1].conv, model[1].bn = nn.Identity(), nn.Identity()
+    fused = fcb.fuse(copy.deepcopy(model))
+    for shape in ((2, 8, 12, 14), (2, 8, 12, 14), (3, 8, 9, 11)):
+        x = torch.randint(-2, 4, shape, device=device).to(dtype).contiguous(memory_format=memory_format)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        trained.clear()
+        results = [m(one) for m, one in zip((fused, model), inputs, strict=True)]
+        same(*results)
+        dy = [torch.randint(-3, 4, r.shape, device=device).to(dtype) for r in _tuple(results[1])]
+        for result in results:
+            torch.autograd.backward(_tuple(result), dy)
+        same(inputs[0].grad, inputs[1].grad)
+        assert len(trained) == POOLS[name][1].count("max pool")
+
+
+def test_gradients_under_autocast(device: str, everywhere: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which casts no pooling, but what is in front of it; with a hook PyTorch's op runs."""
+    monkeypatch.setattr(_pooling, "TRAINS_ON", ("cpu", "cuda"))
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.MaxPool2d(3, 2, 1)).to(device)
+    nn.init.constant_(model[0].weight, 1.0)  # sums of small integers have no rounding
+    fused = fcb.fuse(copy.deepcopy(model))
+    seen: list[str] = []
+    for i in range(3):
+        x = torch.randint(-3, 4, (2, 3, 9, 10), device=device).float()
+        if i == 2:
+            fused[1].register_forward_hook(lambda m, args, y: seen.append(type(y.grad_fn).__name__))
+        results = []
+        for m in (model, fused):
+            m.zero_grad()
+            m[0].bias.data.zero_()
+            with torch.autocast(device, torch.bfloat16):
+                y = m(x)
+            assert y.dtype == torch.bfloat16
+            y.backward(torch.ones_like(y))
+            results.append((y, m[0].weight.grad))
+        names = [type(y.grad_fn).__name__ for y, _ in results]
+        assert names == [
+            "MaxPool2DWithIndicesBackward0",
+            "MaxPool2DWithIndicesBackward0" if seen else "_MaxPoolBackward",
+        ]
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert seen == ["MaxPool2DWithIndicesBackward0"]
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def test_copies_pickles_and_the_way_back(device: str, everywhere: list[str]) -> None:

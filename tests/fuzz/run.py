@@ -357,6 +357,8 @@ def check_gradients(
         # PyTorch's batch_norm takes its tensors in the input's dtype, or all of them in float32.
         own = {"scale", "shift"} | ({*RUNNING, "weight", "bias"} if p.given_dtype else set())
         of = {k: v.detach().to(wide if k in own and v.dim() == 1 else dtype, copy=True) for k, v in first.items()}
+        if p.op == "max_pool2d":  # contiguous, as truth.pooled() has it
+            of = {k: v.contiguous() for k, v in of.items()}
         of = {k: v if k in RUNNING else v.requires_grad_() for k, v in of.items()}
         positional, named = p.arguments(of)
         named.pop("allow_tf32", None)

@@ -220,6 +220,7 @@ def test_every_overload_is_opchecked() -> None:
     checked |= {OPS.gate_conv_bn_scale.default}  # in ops/test_gated_conv.py
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in ops/test_train_integration.py
     checked |= {OPS.max_pool2d.default, OPS.spatial_mean.default}  # in ops/test_pooling.py
+    checked |= {OPS.max_pool2d_train.default, OPS.max_pool2d_backward.default}  # in ops/test_pooling_train.py
     # CUDA alone, and not for torch.compile: in ops/test_wgrad.py
     checked |= {OPS._conv_bn_wgrad.default, OPS._conv_bn_scale_train_sums.default}
     # On the CPU alone, and not for torch.compile: in fuse/test_freeze.py and ops/test_packed_chain.py

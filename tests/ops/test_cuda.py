@@ -103,6 +103,7 @@ def test_no_synchronisation(device, generator):
             fcb.conv_bn_scale(y, weight, bn[3], *bn, 2.0, activation="gelu")
             ops.bn_scale_train_functional(y, *bn, residual=y, activation="mish")
             ops.conv_bn_scale_train_functional(y, weight, None, *bn)
+            fcb.max_pool2d(y.detach().requires_grad_(), 2).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -126,6 +127,26 @@ def test_cuda_graph(device, generator, warm):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, fcb.scale_shift(fcb.bn_scale(x, *bn), *fcb.fold_bn(*bn), activation=activation))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_cuda_graph_of_max_pooling_with_gradients(device, generator, channels_last):
+    """The positions are those of each replay."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(4, 24, 9, 10, generator=generator).to(device, torch.float16, memory_format=layout).requires_grad_()
+    dy = torch.randn(4, 24, 5, 5, generator=generator).to(device, torch.float16)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    step = lambda: torch.autograd.grad(fcb.max_pool2d(x, 3, 2, 1), x, dy)[0]  # noqa: E731
+    with torch.cuda.stream(stream):
+        step()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            dx = step()
+    for _ in range(3):
+        x.data.copy_(torch.randn(x.shape, generator=generator))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(dx, step())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -26,4 +26,7 @@ struct PoolProblem {
 // What one thread counts in 32 bits: the elements of a row of pixels and one more, rows, and what a window covers.
 constexpr int64_t kMostPooled = int64_t{1} << 30;
 
+// Of a window whose maximum has a position, in a byte.
+constexpr int64_t kMostPositions = 256;
+
 }  // namespace fused_conv_bn

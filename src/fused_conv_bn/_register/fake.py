@@ -73,6 +73,19 @@ def _max_pool2d(input, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=
     return torch.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
+@torch.library.register_fake("fused_conv_bn::max_pool2d_train")
+def _max_pool2d_train(input, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False):
+    y = torch.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+@torch.library.register_fake("fused_conv_bn::max_pool2d_backward")
+def _max_pool2d_backward(grad_output, position, input_height, input_width, *args, **kwargs):
+    x = grad_output.new_empty((*grad_output.shape[:2], input_height, input_width))
+    last = _suggests_channels_last(position)
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 @torch.library.register_fake("fused_conv_bn::spatial_mean")
 def _spatial_mean(input, *, keepdim=False):
     return input.new_empty((*input.shape[:2], *[1] * (input.dim() - 2 if keepdim else 0)))

@@ -37,6 +37,7 @@ from ._conv import NO_WINDOW, Window
 from ._dispatch import RAW, TWIN, keywords, refuse_grad, require_grad, twin, way_of, written
 from ._pooling import max_pool2d as max_pool2d
 from ._pooling import spatial_mean as spatial_mean
+from ._squeeze import squeeze_excite as squeeze_excite
 
 _ops = torch.ops.fused_conv_bn
 _is_compiling = torch.compiler.is_compiling

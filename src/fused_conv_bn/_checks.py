@@ -60,9 +60,7 @@ def check_max_pool2d(input: Tensor) -> None:
         raise RuntimeError(f"max_pool2d: input has shape {list(input.shape)}, expected 4 dimensions: (N, C, H, W)")
 
 
-def check_squeeze(
-    input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
-) -> None:
+def check_squeeze(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> None:
     """Those of squeeze_excite that other convolutions have."""
     shape = list(input.shape)
     if not 3 <= input.dim() <= 5:

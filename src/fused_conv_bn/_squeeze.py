@@ -24,7 +24,7 @@ def squeeze_excite(
     gate: str = "sigmoid",
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """What squeeze-and-excite blocks squeeze: the mean of each channel, two 1x1 convolutions, an activation behind each.
+    """The gates of squeeze-and-excite blocks: the mean of each channel, and two 1x1 convolutions with activations.
 
     Equivalent to ``gate(conv2d(activation(conv2d(input.mean((2, 3), True), weight1, bias1)), weight2, bias2))`` in 4
     dimensions, and what :func:`gate` takes. In channels_last on GPUs of compute capability 9.0 it is one launch, which

@@ -31,9 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """By name. ``leaky_relu`` has its default slope here; :func:`activate` takes another."""
 
 
-def check_activation(
-    op: str, activation: str, error: type[Exception] = ValueError, name: str = "activation"
-) -> None:
+def check_activation(op: str, activation: str, error: type[Exception] = ValueError, name: str = "activation") -> None:
     """``name``: of the argument."""
     if activation not in ACTIVATIONS:
         known = ", ".join(repr(name) for name in ACTIVATIONS)

@@ -84,6 +84,16 @@ class Block(abc.ABC):
     def _statistics(self) -> Any:
         return self.bn_twin._buffers["running_mean"]
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The model's own modules that it computes."""
+        return [m for m in (self.conv, self.bn) if m is not None]
+
+    @property
+    def twins(self) -> list[nn.Module]:
+        """What it gets their tensors from."""
+        return [m for m in (self.conv_twin, self.bn_twin) if m is not None]
+
     @abc.abstractmethod
     def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
         """Any call. ``x``: a tensor, or where a block has several inputs a tuple of them."""
@@ -484,9 +494,13 @@ class PoolBlock(Block):
             y = _mean(x, keepdim=pooling.keepdim)
         except REFUSALS:
             return self.plain(x)
+        return self.placed(y, x)
+
+    def placed(self, y: Tensor, x: Tensor) -> Tensor:
+        """What has a value for each of its channels, in the strides that come of PyTorch's pool of ``x``."""
         _, by_channel, _, by_column = x.stride()
-        if pooling.adaptive and by_channel == 1 and by_column > 1:
-            n, c, _, _ = x.shape
+        if self.pooling.adaptive and by_channel == 1 and by_column > 1:
+            n, c, _, _ = y.shape
             return y.as_strided((n, c, 1, 1), (c, 1, c, c))
         return y
 

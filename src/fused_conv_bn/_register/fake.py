@@ -79,9 +79,7 @@ def _spatial_mean(input, *, keepdim=False):
 
 
 @torch.library.register_fake("fused_conv_bn::squeeze_excite")
-def _squeeze_excite(
-    input, weight1, bias1, weight2, bias2, *, activation="relu", gate="sigmoid", negative_slope=0.01
-):
+def _squeeze_excite(input, weight1, bias1, weight2, bias2, *, activation="relu", gate="sigmoid", negative_slope=0.01):
     return input.new_empty((input.size(0), weight2.size(0), *[1] * (input.dim() - 2)))
 
 

@@ -47,14 +47,16 @@ inline Tensor empty_gates(const SqueezeArguments& a) {
   return empty_strided(x.dim, sizes, dense_strides(x.dim, sizes, false).data(), x.dtype, x.device);
 }
 
-// A layer as a convolution of one pixel, with its bias as the shift.
+// A layer as a convolution of one pixel, with its bias as the shift, all in the dtype of `input`.
 template <typename Kernel>
 Tensor squeeze_layer(const char* op, const Tensor& input, const Operand& weight, const OptionalOperand& bias,
                      const Epilogue& epilogue) {
-  const PlainConv c = check_plain_conv(op, input, weight.name, *weight.tensor, {1}, {0}, {1}, 1);
+  const ScalarType wide = input.scalar_type();
+  const Tensor w = torch::stable::to(*weight.tensor, wide);
+  const PlainConv c = check_plain_conv(op, input, weight.name, w, {1}, {0}, {1}, 1);
   OptionalTensor shift;
   if (bias.has_value()) {
-    shift = torch::stable::to(*bias->tensor, acc_dtype(bias->dtype));
+    shift = torch::stable::to(*bias->tensor, wide);
   }
   return Kernel::run(op, {c, scale_shift_operands(std::nullopt, shift), std::nullopt, epilogue, true}, false);
 }
@@ -100,9 +102,10 @@ Tensor squeeze_excite(Tensor input, Tensor weight1, OptionalTensor bias1, Tensor
   for (int64_t d = 2; d < x.dim; ++d) {
     dims.push_back(d);
   }
-  const Tensor mean = torch::stable::contiguous(torch_mean(input, dims, true));
+  // In float32 at least: convolutions that round to 16 bits do so before the shift.
+  const Tensor mean = torch::stable::contiguous(torch_mean(input, dims, true, acc_dtype(x.dtype)));
   const Tensor hidden = squeeze_layer<Kernel>(op, mean, w1, b1, a.activation);
-  return torch::stable::contiguous(squeeze_layer<Kernel>(op, hidden, w2, b2, a.gate));
+  return torch::stable::contiguous(torch::stable::to(squeeze_layer<Kernel>(op, hidden, w2, b2, a.gate), x.dtype));
 }
 
 }  // namespace fused_conv_bn

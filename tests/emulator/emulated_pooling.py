@@ -82,10 +82,10 @@ def squeeze_excite(
     if y.numel() == 0:
         return y
     x = emulated._misaligned_as(input, emulated._result("scale_shift", input, None, None))
-    weight1, weight2 = weight1.contiguous(), weight2.contiguous()
+    layers = [None if t is None else t.contiguous() for t in (weight1, bias1, weight2, bias2)]
     known = list(reference.ACTIVATIONS)
     numbers = SqueezeNumbers(
-        *(None if t is None else t.data_ptr() for t in (weight1, bias1, weight2, bias2)),
+        *(None if t is None else t.data_ptr() for t in layers),
         *(known.index(activation), known.index(gate), negative_slope),
     )
     sizes = x.size(0), x[0, 0].numel(), x.size(1), weight1.size(0), weight2.size(0)

@@ -40,11 +40,14 @@ struct SqueezeArguments {
   Epilogue gate;
 };
 
-// The gates of images, (N, K, 1, ...), contiguous.
+// The gates of images, (N, K, 1, ...), contiguous: where extents of 1 leave a choice as well.
+inline Sizes gate_sizes(const SqueezeArguments& a) { return {a.input.sizes[0], a.weight2.sizes[0], 1, 1, 1}; }
+inline Strides gate_strides(const SqueezeArguments& a) {
+  return dense_strides(a.input.dim, gate_sizes(a).data(), false);
+}
 inline Tensor empty_gates(const SqueezeArguments& a) {
   const Operand& x = a.input;
-  const int64_t sizes[kMaxDim] = {x.sizes[0], a.weight2.sizes[0], 1, 1, 1};
-  return empty_strided(x.dim, sizes, dense_strides(x.dim, sizes, false).data(), x.dtype, x.device);
+  return empty_strided(x.dim, gate_sizes(a).data(), gate_strides(a).data(), x.dtype, x.device);
 }
 
 // A layer as a convolution of one pixel, with its bias as the shift, all in the dtype of `input`.
@@ -105,7 +108,8 @@ Tensor squeeze_excite(Tensor input, Tensor weight1, OptionalTensor bias1, Tensor
   // In float32 at least: convolutions that round to 16 bits do so before the shift.
   const Tensor mean = torch::stable::contiguous(torch_mean(input, dims, true, acc_dtype(x.dtype)));
   const Tensor hidden = squeeze_layer<Kernel>(op, mean, w1, b1, a.activation);
-  return torch::stable::contiguous(torch::stable::to(squeeze_layer<Kernel>(op, hidden, w2, b2, a.gate), x.dtype));
+  const Tensor y = torch::stable::to(squeeze_layer<Kernel>(op, hidden, w2, b2, a.gate), x.dtype);
+  return with_strides(torch::stable::contiguous(y), gate_strides(a).data());
 }
 
 }  // namespace fused_conv_bn

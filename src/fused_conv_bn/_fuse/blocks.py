@@ -494,13 +494,9 @@ class PoolBlock(Block):
             y = _mean(x, keepdim=pooling.keepdim)
         except REFUSALS:
             return self.plain(x)
-        return self.placed(y, x)
-
-    def placed(self, y: Tensor, x: Tensor) -> Tensor:
-        """What has a value for each of its channels, in the strides that come of PyTorch's pool of ``x``."""
         _, by_channel, _, by_column = x.stride()
-        if self.pooling.adaptive and by_channel == 1 and by_column > 1:
-            n, c, _, _ = y.shape
+        if pooling.adaptive and by_channel == 1 and by_column > 1:
+            n, c, _, _ = x.shape
             return y.as_strided((n, c, 1, 1), (c, 1, c, c))
         return y
 

@@ -13,12 +13,12 @@ inline void check_squeeze_weight(const char* op, const Operand& w, const Operand
     fits = w.sizes[d] == 1;
   }
   if (!fits) {
-    std::string expected = "[outputs, " + std::to_string(channels);
+    std::string sizes = std::to_string(channels);
     for (int64_t d = 2; d < x.dim; ++d) {
-      expected += ", 1";
+      sizes += ", 1";
     }
-    fail(op, ": ", w.name, " has shape ", w.shape(), ", expected ", expected, "] with the ", channels, " channels of ",
-         from);
+    fail(op, ": ", w.name, " has shape ", w.shape(), ", expected [outputs, ", sizes, "], the channels of ", from,
+         " in dimension 1");
   }
   if (w.sizes[0] > kMaxChannels) {
     fail(op, ": ", w.name, " has ", w.sizes[0], " output channels, expected at most ", kMaxChannels);

@@ -78,8 +78,8 @@ def check_squeeze(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2:
         if list(weight.shape[1:]) != [channels, *ones] or weight.size(0) == 0:
             expected = ", ".join(map(str, [channels, *ones]))
             raise RuntimeError(
-                f"squeeze_excite: weight{i} has shape {list(weight.shape)}, expected [outputs, {expected}] with the "
-                f"{channels} channels of {source}"
+                f"squeeze_excite: weight{i} has shape {list(weight.shape)}, expected [outputs, {expected}], the "
+                f"channels of {source} in dimension 1"
             )
         if bias is not None and list(bias.shape) != [weight.size(0)]:
             raise RuntimeError(

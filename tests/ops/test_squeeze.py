@@ -276,14 +276,14 @@ def test_messages(device: str, generator: torch.Generator) -> None:
         ((x[:, :, :0], w1, b1, w2, b2), r"input has shape \[2, 16, 0, 5\], expected at least one element in each"),
         (
             (x, w1[:, :3], b1, w2, b2),
-            r"weight1 has shape \[4, 3, 1, 1\], expected \[outputs, 16, 1, 1\] with the 16 channels of input",
+            r"weight1 has shape \[4, 3, 1, 1\], expected \[outputs, 16, 1, 1\], the channels of input in dimension 1",
         ),
         ((x, w1.expand(4, 16, 3, 3), b1, w2, b2), r"weight1 has shape \[4, 16, 3, 3\], expected \[outputs, 16, 1, 1\]"),
         ((x, w1.flatten(1), b1, w2, b2), r"weight1 has shape \[4, 16\], expected \[outputs, 16, 1, 1\]"),
         ((x, w1[:0], b1[:0], w2, b2), r"weight1 has shape \[0, 16, 1, 1\], expected \[outputs, 16, 1, 1\]"),
         (
             (x, w1, b1, w2[:, :2], b2),
-            r"weight2 has shape \[8, 2, 1, 1\], expected \[outputs, 4, 1, 1\] with the 4 channels of weight1's result",
+            r"weight2 has shape \[8, 2, 1, 1\], expected \[outputs, 4, 1, 1\], the channels of weight1's result in dim",
         ),
         ((x, w1, b1[:2], w2, b2), r"bias1 has shape \[2\], expected \[4\], one element for each channel of weight1's"),
         ((x, w1, b1, w2, b1), r"bias2 has shape \[4\], expected \[8\], one element for each channel of weight2's"),

@@ -43,11 +43,28 @@ struct SqueezeParams {
   uint32_t block_outputs;
   uint32_t lanes;           // vectors of a pixel that threads read together
   uint32_t lanes1, lanes2;  // threads of a row of weights: a power of 2, up to 32
-  bool vectors;             // whether pixels are read by vectors; else there is one
-  bool vectors1, vectors2;  // and the weights
+  bool reads_pixels;        // by vectors; else there is one
+  bool vectors1, vectors2;  // whether weights are read by vectors
   Activation activation;
   Activation gate;
   acc_t<T> negative_slope;
+};
+
+// What a block has of its image. Worked out anew where it is needed, it takes no registers in between.
+struct SqueezePart {
+  uint32_t rank;
+  uint32_t first_channel;
+  uint32_t channels;
+  uint32_t first_output;
+  uint32_t outputs;
+
+  template <typename T>
+  __device__ __forceinline__ explicit SqueezePart(const SqueezeParams<T>& p) : rank(cluster_rank()) {
+    first_channel = (rank & (p.slices - 1)) * p.block_channels;
+    channels = first_channel < p.channels ? min(p.block_channels, p.channels - first_channel) : 0;
+    first_output = rank * p.block_outputs;
+    outputs = first_output < p.outputs ? min(p.block_outputs, p.outputs - first_output) : 0;
+  }
 };
 
 // Of a block's shared memory, in acc_t<T>.
@@ -134,42 +151,74 @@ __device__ __forceinline__ void prefetch_rows(const T* data, uint32_t pitch, uin
   }
 }
 
+// The sums of the blocks' values in shared memory, in the order of the blocks: of whole pieces of 16 bytes.
+template <typename Acc>
+__device__ __forceinline__ void add_up_cluster(const Acc* values, Acc* sums, uint32_t count, uint32_t cluster) {
+  constexpr uint32_t kPiece = kVecBytes / sizeof(Acc);
+  for (uint32_t i = threadIdx.x * kPiece; i < count; i += kMeanThreads * kPiece) {
+    const uint32_t address = shared_address(values + i);
+    float4 found[kMostMeanBlocks];
+#pragma unroll
+    for (int other = 0; other < kMostMeanBlocks; ++other) {
+      found[other] = load_cluster_4(address, static_cast<int>(min(static_cast<uint32_t>(other), cluster - 1)));
+    }
+    Acc total[kPiece] = {};
+#pragma unroll
+    for (int other = 0; other < kMostMeanBlocks; ++other) {
+      const float4 v = found[other];
+      Acc piece[kPiece];
+      unpack(Vec<Acc>{{__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)}}, piece);
+#pragma unroll
+      for (int k = 0; k < kPiece; ++k) {
+        total[k] = other < cluster ? total[k] + piece[k] : total[k];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kPiece; ++k) {
+      sums[i + k] = total[k];
+    }
+  }
+}
+
+// Where launches_dependents() may be true: there are clusters, and pixels are read by vectors.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1000)
+constexpr bool kReadsPixels = false;
+#else
+constexpr bool kReadsPixels = true;
+#endif
+
 template <typename T>
 __global__ void __launch_bounds__(kMeanThreads, kMeanBlocksOfMultiprocessor) squeeze_kernel(const SqueezeParams<T> p) {
   using Acc = acc_t<T>;
   constexpr uint32_t V = Vec<T>::kSize;
-  constexpr uint32_t kPiece = SqueezeShared<T>::kPiece;
   const SqueezeShared<T> shared(p.block_channels, p.block_outputs, p.hidden);
   Acc* const scratch = reinterpret_cast<Acc*>(mean_shared);
   Acc* const means = scratch + shared.scratch;
   Acc* const products = means + shared.means;
   Acc* const hidden = products + shared.hidden;
 
-  const uint32_t rank = cluster_rank();
   const int64_t image = blockIdx.x / p.cluster;
-  const uint32_t first_channel = (rank & (p.slices - 1)) * p.block_channels;
-  const uint32_t channels = first_channel < p.channels ? min(p.block_channels, p.channels - first_channel) : 0;
-  const uint32_t first_output = rank * p.block_outputs;
-  const uint32_t outputs = first_output < p.outputs ? min(p.block_outputs, p.outputs - first_output) : 0;
-  const T* const weight1 = p.weight1 + first_channel;
-  const T* const weight2 = p.weight2 + static_cast<uint64_t>(first_output) * p.hidden;
-  prefetch_rows(weight1, p.channels, p.hidden, channels);
-  prefetch_rows(weight2, 0, 1, outputs * p.hidden);
+  {
+    const SqueezePart part(p);
+    prefetch_rows(p.weight1 + part.first_channel, p.channels, p.hidden, part.channels);
+    prefetch_rows(p.weight2 + static_cast<uint64_t>(part.first_output) * p.hidden, 0, 1, part.outputs * p.hidden);
+  }
   wait_for_previous();
 
-  if (p.vectors) {
+  if (kReadsPixels && p.reads_pixels) {
+    const SqueezePart part(p);
     const uint32_t row = threadIdx.x / p.lanes;
     const uint32_t lane = threadIdx.x - row * p.lanes;
     const uint32_t rows = kMeanThreads / p.lanes;
     const uint32_t columns = p.lanes * V;
-    const int64_t begin = rank / p.slices * p.block_pixels;
+    const int64_t begin = part.rank / p.slices * p.block_pixels;
     const int64_t end = min(begin + p.block_pixels, p.pixels);
-    for (uint32_t first = 0; first < channels; first += columns) {
+    for (uint32_t first = 0; first < part.channels; first += columns) {
       const uint32_t channel = first + lane * V;
-      const bool reads = row < rows && channel < channels;
+      const bool reads = row < rows && channel < part.channels;
       Acc sums[V] = {};
-      add_vectors<kMeanLoads>(p.input + (image * p.pixels + begin + row) * p.channels + first_channel + channel, rows,
-                              p.channels, reads ? end - begin - row : 0, sums);
+      add_vectors<kMeanLoads>(p.input + (image * p.pixels + begin + row) * p.channels + part.first_channel + channel,
+                              rows, p.channels, reads ? end - begin - row : 0, sums);
       if (row < rows) {
 #pragma unroll
         for (int k = 0; k < V; ++k) {
@@ -177,7 +226,7 @@ __global__ void __launch_bounds__(kMeanThreads, kMeanBlocksOfMultiprocessor) squ
         }
       }
       __syncthreads();
-      for (uint32_t column = threadIdx.x; column < min(columns, channels - first); column += kMeanThreads) {
+      for (uint32_t column = threadIdx.x; column < min(columns, part.channels - first); column += kMeanThreads) {
         Acc sum = 0;
 #pragma unroll 8
         for (uint32_t r = 0; r < rows; ++r) {
@@ -188,75 +237,53 @@ __global__ void __launch_bounds__(kMeanThreads, kMeanBlocksOfMultiprocessor) squ
       __syncthreads();
     }
   } else {
-    for (uint32_t channel = threadIdx.x; channel < channels; channel += kMeanThreads) {
-      means[channel] = to_acc(p.input[image * p.channels + first_channel + channel]);
+    const SqueezePart part(p);
+    for (uint32_t channel = threadIdx.x; channel < part.channels; channel += kMeanThreads) {
+      means[channel] = to_acc(p.input[image * p.channels + part.first_channel + channel]);
     }
     __syncthreads();
   }
 
-  multiply_rows(p.vectors1, weight1, p.channels, p.hidden, channels, p.lanes1, means,
-                [&](uint32_t h, Acc sum) { products[h] = sum; });
-  if (threadIdx.x < shared.hidden - p.hidden) {
-    products[p.hidden + threadIdx.x] = 0;
-  }
-  if (p.cluster == 1) {
+  // Both layers by the same code, half of which are the activations.
+  const SqueezePart part(p);
+  const T* const weight1 = p.weight1 + part.first_channel;
+  const T* const weight2 = p.weight2 + static_cast<uint64_t>(part.first_output) * p.hidden;
+#pragma unroll 1
+  for (int layer = 1; layer <= 2; ++layer) {
+    const bool first = layer == 1;
+    const uint32_t rows = first ? p.hidden : part.outputs;
+    const T* const bias = first ? p.bias1 : p.bias2 == nullptr ? nullptr : p.bias2 + part.first_output;
+    const auto bias_of = [&](uint32_t row) { return bias != nullptr && row < rows ? to_acc(bias[row]) : Acc(0); };
+    Acc added = bias_of(threadIdx.x);
+    Acc* sums = first ? products : scratch;
+    multiply_rows(first ? p.vectors1 : p.vectors2, first ? weight1 : weight2, first ? p.channels : p.hidden, rows,
+                  first ? part.channels : p.hidden, first ? p.lanes1 : p.lanes2, first ? means : hidden,
+                  [&](uint32_t row, Acc sum) { sums[row] = sum; });
+    if (first && p.cluster > 1) {
+      if (threadIdx.x < shared.hidden - p.hidden) {
+        products[p.hidden + threadIdx.x] = 0;
+      }
+      cluster_sync();
+      add_up_cluster(products, hidden, p.hidden, p.cluster);
+      sums = hidden;
+    }
     __syncthreads();
-  } else {
-    cluster_sync();
-  }
-  for (uint32_t h = threadIdx.x * kPiece; h < p.hidden; h += kMeanThreads * kPiece) {
-    Acc total[kPiece] = {};
-    if (p.cluster == 1) {
-#pragma unroll
-      for (int k = 0; k < kPiece; ++k) {
-        total[k] = products[h + k];
-      }
-    } else {
-      const uint32_t address = shared_address(products + h);
-      float4 found[kMostMeanBlocks];
-#pragma unroll
-      for (int other = 0; other < kMostMeanBlocks; ++other) {
-        found[other] = load_cluster_4(address, static_cast<int>(min(static_cast<uint32_t>(other), p.cluster - 1)));
-      }
-#pragma unroll
-      for (int other = 0; other < kMostMeanBlocks; ++other) {
-        const float4 v = found[other];
-        Acc piece[kPiece];
-        unpack(Vec<Acc>{{__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)}},
-               piece);
-#pragma unroll
-        for (int k = 0; k < kPiece; ++k) {
-          total[k] = other < p.cluster ? total[k] + piece[k] : total[k];
-        }
+    for (uint32_t row = threadIdx.x; row < rows; row += kMeanThreads) {
+      Acc y[1] = {sums[row] + added};
+      added = bias_of(row + kMeanThreads);
+      activate_all<T, false>(first ? p.activation : p.gate, p.negative_slope, y);
+      if (first) {
+        hidden[row] = y[0];
+      } else {
+        p.output[image * p.outputs + part.first_output + row] = from_acc<T>(y[0]);
       }
     }
-    if (p.bias1 != nullptr) {
-#pragma unroll
-      for (int k = 0; k < kPiece; ++k) {
-        total[k] += to_acc(p.bias1[min(h + k, p.hidden - 1)]);
+    if (first) {
+      __syncthreads();
+      if (p.cluster > 1) {
+        cluster_arrive();  // the others' products are read
       }
     }
-    activate_all<T, false>(p.activation, p.negative_slope, total);
-#pragma unroll
-    for (int k = 0; k < kPiece; ++k) {
-      hidden[h + k] = total[k];
-    }
-  }
-  __syncthreads();
-  if (p.cluster > 1) {
-    cluster_arrive();  // the others' products are read
-  }
-
-  multiply_rows(p.vectors2, weight2, p.hidden, outputs, p.hidden, p.lanes2, hidden,
-                [&](uint32_t k, Acc sum) { scratch[k] = sum; });
-  __syncthreads();
-  for (uint32_t k = threadIdx.x; k < outputs; k += kMeanThreads) {
-    Acc y[1] = {scratch[k]};
-    if (p.bias2 != nullptr) {
-      y[0] += to_acc(p.bias2[first_output + k]);
-    }
-    activate_all<T, false>(p.gate, p.negative_slope, y);
-    p.output[image * p.outputs + first_output + k] = from_acc<T>(y[0]);
   }
   if (p.cluster > 1) {
     cluster_wait();
@@ -335,7 +362,7 @@ cudaError_t launch_squeeze(const T* input, const SqueezeOperands<T>& operands, T
   p.block_channels = static_cast<uint32_t>(block_vectors * V);
   p.block_outputs = static_cast<uint32_t>((problem.outputs + cluster - 1) / cluster);
   p.lanes = static_cast<uint32_t>((block_vectors + passes - 1) / passes);
-  p.vectors = problem.channels % V == 0 && is_aligned(input);
+  p.reads_pixels = problem.pixels > 1;
   p.vectors1 = problem.channels % V == 0 && is_aligned(operands.weight1);
   p.vectors2 = problem.hidden % V == 0 && is_aligned(operands.weight2);
   p.activation = operands.activation;

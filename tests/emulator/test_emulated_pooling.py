@@ -84,6 +84,10 @@ def test_squeezes(name, dtype, generator):
         test_squeeze.test_values(name, layout, dtype, "cpu", generator)
 
 
+def test_random_squeezes(generator):
+    test_squeeze.test_random_problems("cpu", generator)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_of_squeezes(dtype, generator):
     for layout in ("contiguous", "channels_last"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,22 @@ def cuda(need_gpus: Callable[[int], None]) -> str:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_values(name: str, layout: str, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
     check(tensors(PROBLEMS[name], dtype, device, layout, generator), activation="silu")
+
+
+def test_random_problems(device: str, generator: torch.Generator) -> None:
+    chosen = random.Random(7)
+    for _ in range(60):
+        dtype = chosen.choice(list(DTYPES))
+        vector = 16 // dtype.itemsize
+        channels = chosen.choice((vector, 1)) * chosen.randint(1, chosen.choice((3, 20, 90)))
+        shape = chosen.randint(1, 5), channels, chosen.randint(1, 12), chosen.randint(1, 12)
+        problem = shape, chosen.randint(1, chosen.choice((8, 70))), chosen.choice((channels, chosen.randint(1, 300)))
+        arguments: list[Any] = tensors(problem, dtype, device, chosen.choice(LAYOUTS), generator)
+        for i in (2, 4):
+            if chosen.random() < 0.2:
+                arguments[i] = None
+        activation, gate = (chosen.choice(list(reference.ACTIVATIONS)) for _ in range(2))
+        check(arguments, activation=activation, gate=gate, negative_slope=SLOPE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)

@@ -20,6 +20,7 @@
 namespace fused_conv_bn {
 
 constexpr int kSqueezeRows = 4;               // of weights, that a thread reads together
+constexpr int kSqueezeColumns = 2;            // vectors of each of them
 constexpr int64_t kSqueezeVectors = 8;        // of a pixel, that a block takes at least: a line of the caches
 constexpr int64_t kSqueezeLanes = 64;         // vectors of a pixel, at most, that a block reads together
 constexpr int64_t kSqueezeShared = 48 << 10;  // bytes, which every GPU has without being asked
@@ -97,19 +98,30 @@ __device__ __forceinline__ void multiply_rows(const T* weights, uint32_t pitch, 
   for (uint32_t first = 0; first < rows; first += kSqueezeRows * groups) {
     const uint32_t row = first + threadIdx.x / lanes;
     Acc sums[kSqueezeRows] = {};
-    for (uint32_t at = lane * kElements; at < columns; at += lanes * kElements) {
-      MeanVector<T, kElements> found[kSqueezeRows];
+    const uint32_t step = lanes * kElements;
+    for (uint32_t begin = lane * kElements; begin < columns; begin += kSqueezeColumns * step) {
+      MeanVector<T, kElements> found[kSqueezeColumns][kSqueezeRows];
 #pragma unroll
-      for (int i = 0; i < kSqueezeRows; ++i) {
-        found[i].load(weights + static_cast<uint64_t>(min(row + i * groups, rows - 1)) * pitch + at);
+      for (int j = 0; j < kSqueezeColumns; ++j) {
+        const uint32_t at = begin + j * step < columns ? begin + j * step : begin;
+#pragma unroll
+        for (int i = 0; i < kSqueezeRows; ++i) {
+          found[j][i].load(weights + static_cast<uint64_t>(min(row + i * groups, rows - 1)) * pitch + at);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kSqueezeRows; ++i) {
-        Acc x[kElements];
-        found[i].get(x);
+      for (int j = 0; j < kSqueezeColumns; ++j) {
+        const uint32_t at = begin + j * step;
+        if (at < columns) {
 #pragma unroll
-        for (int k = 0; k < kElements; ++k) {
-          sums[i] += x[k] * values[at + k];
+          for (int i = 0; i < kSqueezeRows; ++i) {
+            Acc x[kElements];
+            found[j][i].get(x);
+#pragma unroll
+            for (int k = 0; k < kElements; ++k) {
+              sums[i] += x[k] * values[at + k];
+            }
+          }
         }
       }
     }
@@ -281,7 +293,7 @@ __global__ void __launch_bounds__(kMeanThreads, kMeanBlocksOfMultiprocessor) squ
     if (first) {
       __syncthreads();
       if (p.cluster > 1) {
-        cluster_arrive();  // the others' products are read
+        cluster_arrive_relaxed();  // the others' products are read
       }
     }
   }

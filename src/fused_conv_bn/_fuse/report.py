@@ -16,7 +16,7 @@ from .words import Why, why
 class Row(NamedTuple):
     """A convolution or a BatchNorm, or what is fused without them: a linear layer with its BatchNorm behind it, a gate,
     which is a squeeze-and-excite block's product, or, on CUDA, a pool. There the convolution behind a gate may take it
-    along.
+    along, and such a block's mean goes with its convolutions.
 
     ``path``: in the model; of a gate, and of a pool that is no module, its name behind the path of what calls it.
     ``module``: ``"conv"``, ``"bn"``, ``"linear"``, ``"gate"`` or ``"pool"``. ``state``: ``"fused"``, ``"left"``,

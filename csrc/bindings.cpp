@@ -46,6 +46,11 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   // The mean of each channel of each image.
   m.def("spatial_mean(Tensor input, *, bool keepdim=False) -> Tensor");
 
+  // gate(weight2 * activation(weight1 * mean + bias1) + bias2) of the mean of each channel of each image: what gate() takes.
+  m.def(
+      "squeeze_excite(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, *, "
+      "str activation='relu', str gate='sigmoid', float negative_slope=0.01) -> Tensor");
+
   m.def("scale_shift(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> Tensor");
   m.def("scale_shift.out(Tensor input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ", Tensor(a!) out) -> ()");
   m.def("scale_shift_(Tensor(a!) input, Tensor? scale, Tensor? shift, *, " FCB_EPILOGUE ") -> ()");

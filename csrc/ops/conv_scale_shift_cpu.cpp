@@ -1,5 +1,5 @@
-// conv_scale_shift, conv_bn_scale and gate_conv_bn_scale on the CPU: a kernel of our own for contiguous float32 first layers, and else PyTorch's
-// convolution, oneDNN's as a rule, then one pass in place.
+// conv_scale_shift, conv_bn_scale, gate_conv_bn_scale and squeeze_excite on the CPU: a kernel of our own for contiguous float32
+// first layers, and else PyTorch's convolution, oneDNN's as a rule, then one pass in place.
 //
 // The affine is never folded into the convolution. The shift would be its bias, and libraries that begin their sums with it
 // round every partial sum to the bias's magnitude: up to 23 times eager's error was measured. (float64 on AMD, small float32
@@ -10,6 +10,7 @@
 #include "conv_direct_cpu.h"
 #include "conv_scale_shift.h"
 #include "gate_conv_bn_scale.h"
+#include "squeeze_excite.h"
 
 namespace fused_conv_bn {
 namespace {
@@ -22,6 +23,7 @@ struct CpuKernel {
     return direct.has_value() ? *direct : convolve_and_apply<run_elementwise_cpu>(op, c);
   }
   static OptionalTensor run_gated(const char*, const ConvArguments&, const Operand&, bool) { return std::nullopt; }
+  static OptionalTensor run_squeeze(const char*, const SqueezeArguments&) { return std::nullopt; }
 };
 
 }  // namespace
@@ -30,6 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CPU, m) {
   m.impl("conv_scale_shift", TORCH_BOX(&ConvOps<CpuKernel>::conv_scale_shift));
   m.impl("conv_bn_scale", TORCH_BOX(&ConvOps<CpuKernel>::conv_bn_scale));
   m.impl("gate_conv_bn_scale", TORCH_BOX(&gate_conv_bn_scale<CpuKernel>));
+  m.impl("squeeze_excite", TORCH_BOX(&squeeze_excite<CpuKernel>));
 }
 
 }  // namespace fused_conv_bn

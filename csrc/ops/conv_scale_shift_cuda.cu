@@ -1,8 +1,10 @@
-// conv_scale_shift, conv_bn_scale and gate_conv_bn_scale on CUDA: runs the algorithm that is chosen.
+// conv_scale_shift, conv_bn_scale, gate_conv_bn_scale and squeeze_excite on CUDA: runs the algorithm that is chosen.
 #include "conv_cuda.h"
 #include "conv_scale_shift.h"
 #include "gate_conv_bn_scale.h"
 #include "kernels/conv/launch.cuh"
+#include "kernels/pooling/launch.cuh"
+#include "squeeze_excite.h"
 
 namespace fused_conv_bn {
 namespace {
@@ -39,6 +41,43 @@ struct CudaKernel {
     return takes_gates(choice.plan, choice.problem, choice.asked_for) ? OptionalTensor(run_kernel(op, c, choice, gates))
                                                                       : std::nullopt;
   }
+
+  // In one launch, or with one in front that takes the means.
+  static OptionalTensor run_squeeze(const char* op, const SqueezeArguments& a) {
+    const Operand& x = a.input;
+    OptionalTensor y;
+    dispatch_dtype(x.dtype, [&]<typename T>(TypeTag<T>) {
+      const bool channels_last = computes_channels_last(x);
+      const int64_t planes = x.sizes[0] * x.sizes[1];
+      const SqueezeProblem problem{x.sizes[0],         x.numel / planes,   x.sizes[1],
+                                   a.weight1.sizes[0], a.weight2.sizes[0], channels_last};
+      if (!squeeze_covers<T>(problem)) {
+        return;
+      }
+      const CudaScope cuda(x.device);
+      std::array<OptionalTensor, 5> copies;
+      const auto data = [&](const Operand& t, bool last, size_t i) {
+        return static_cast<const T*>(dense_data(t, dense_strides(t, last), last, copies[i]));
+      };
+      const auto bias = [&](const OptionalOperand& t, size_t i) {
+        return t.has_value() ? static_cast<const T*>(channel_data(*t, x.dtype, copies[i])) : nullptr;
+      };
+      const T* const input = data(x, channels_last, 0);
+      const SqueezeOperands<T> operands{data(a.weight1, false, 1),  bias(a.bias1, 2),        data(a.weight2, false, 3),
+                                        bias(a.bias2, 4),           a.activation.activation, a.gate.activation,
+                                        a.activation.negative_slope};
+      const auto room = [&](int64_t elements) {
+        const int64_t stride = 1;
+        return empty_strided(1, &elements, &stride, x.dtype, x.device);
+      };
+      const OptionalTensor means = squeeze_needs_means(input, problem) ? OptionalTensor(room(planes)) : std::nullopt;
+      y = empty_gates(a);
+      cuda.check_launch(
+          op, launch_squeeze(input, operands, means ? static_cast<T*>(means->data_ptr()) : nullptr,
+                             static_cast<T*>(y->data_ptr()), problem, multiprocessors(x.device.index), cuda.stream()));
+    });
+    return y;
+  }
 };
 
 }  // namespace
@@ -47,6 +86,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
   m.impl("conv_scale_shift", TORCH_BOX(&ConvOps<CudaKernel>::conv_scale_shift));
   m.impl("conv_bn_scale", TORCH_BOX(&ConvOps<CudaKernel>::conv_bn_scale));
   m.impl("gate_conv_bn_scale", TORCH_BOX(&gate_conv_bn_scale<CudaKernel>));
+  m.impl("squeeze_excite", TORCH_BOX(&squeeze_excite<CudaKernel>));
 }
 
 }  // namespace fused_conv_bn

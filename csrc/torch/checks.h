@@ -70,7 +70,8 @@ constexpr std::pair<const char*, Activation> kActivationNames[kActivations] = {
     {"sigmoid", Activation::sigmoid},     {"hardsigmoid", Activation::hardsigmoid},
     {"mish", Activation::mish},           {"tanh", Activation::tanh}};
 
-inline Epilogue check_epilogue(const char* op, const EpilogueArguments& arguments) {
+// name: the argument that says which activation.
+inline Epilogue check_epilogue(const char* op, const EpilogueArguments& arguments, const char* name = "activation") {
   std::string names;
   for (const auto& [known, activation] : kActivationNames) {
     if (arguments.activation == known) {
@@ -78,7 +79,7 @@ inline Epilogue check_epilogue(const char* op, const EpilogueArguments& argument
     }
     names.append(names.empty() ? "'" : ", '").append(known).append("'");
   }
-  fail(op, ": activation is '", arguments.activation, "', expected one of ", names);
+  fail(op, ": ", name, " is '", arguments.activation, "', expected one of ", names);
 }
 
 // [first, last) addresses of a non-empty tensor.

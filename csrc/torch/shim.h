@@ -135,11 +135,11 @@ inline Tensor torch_max_pool2d(const Tensor& input, const std::vector<int64_t>& 
                        "pool the input");
 }
 
-// In the dtype of the input.
-inline Tensor torch_mean(const Tensor& input, const std::vector<int64_t>& dims, bool keepdim) {
+// dtype: of the result, that of the input if there is none.
+inline Tensor torch_mean(const Tensor& input, const std::vector<int64_t>& dims, bool keepdim,
+                         const std::optional<ScalarType>& dtype = std::nullopt) {
   using torch::stable::detail::from;
   const std::optional<std::vector<int64_t>> optional_dims = dims;
-  const std::optional<ScalarType> dtype;
   return call_torch<4>("aten::mean", "dim", {from(input), from(optional_dims), from(keepdim), from(dtype)},
                        "take a mean");
 }

@@ -44,6 +44,7 @@ from .ops import (  # noqa: E402
     scale_shift,
     scale_shift_,
     spatial_mean,
+    squeeze_excite,
 )
 from .profiling import name_algorithms  # noqa: E402
 
@@ -81,6 +82,7 @@ __all__ = [
     "scale_shift",
     "scale_shift_",
     "spatial_mean",
+    "squeeze_excite",
     "thaw",
     "unfuse",
     "use_algorithm",

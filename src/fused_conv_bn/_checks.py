@@ -60,6 +60,40 @@ def check_max_pool2d(input: Tensor) -> None:
         raise RuntimeError(f"max_pool2d: input has shape {list(input.shape)}, expected 4 dimensions: (N, C, H, W)")
 
 
+def check_squeeze(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> None:
+    """Those of squeeze_excite that other convolutions have."""
+    shape = list(input.shape)
+    if not 3 <= input.dim() <= 5:
+        raise RuntimeError(
+            f"squeeze_excite: input has shape {shape}, expected 3 to 5 dimensions: (N, C, L), (N, C, H, W) or "
+            f"(N, C, D, H, W)"
+        )
+    if 0 in shape[1:]:
+        raise RuntimeError(
+            f"squeeze_excite: input has shape {shape}, expected at least one element in each dimension but the first"
+        )
+    ones = [1] * (input.dim() - 2)
+    layers = (1, weight1, bias1, shape[1], "input"), (2, weight2, bias2, weight1.size(0), "weight1's result")
+    for i, weight, bias, channels, source in layers:
+        if list(weight.shape[1:]) != [channels, *ones] or weight.size(0) == 0:
+            expected = ", ".join(map(str, [channels, *ones]))
+            raise RuntimeError(
+                f"squeeze_excite: weight{i} has shape {list(weight.shape)}, expected [outputs, {expected}], the "
+                f"channels of {source} in dimension 1"
+            )
+        if bias is not None and list(bias.shape) != [weight.size(0)]:
+            raise RuntimeError(
+                f"squeeze_excite: bias{i} has shape {list(bias.shape)}, expected [{weight.size(0)}], one element for "
+                f"each channel of weight{i}'s result"
+            )
+        for name, t in ((f"weight{i}", weight), (f"bias{i}", bias)):
+            if t is not None and t.dtype != input.dtype:
+                raise RuntimeError(
+                    f"squeeze_excite: {name} has dtype {_name(t.dtype)}, expected {_name(input.dtype)}, the dtype of "
+                    f"input"
+                )
+
+
 def check_spatial_mean(input: Tensor) -> None:
     if not 3 <= input.dim() <= 5:
         raise RuntimeError(

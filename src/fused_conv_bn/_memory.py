@@ -1,6 +1,7 @@
 """What becomes of an error of an op for which PyTorch had no memory, or that PyTorch's own ops failed at inside of it.
 
-PyTorch's C ABI has a code for that, without a class, words and numbers.
+PyTorch's C ABI has a code for that, without a class, words and numbers. Its headers have words of their own, where they
+call PyTorch's ops.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_HEADERS = "API call failed at "  # of aten::contiguous and the like, whose errors are of memory
+_ALLOCATIONS = "fused_conv_bn: PyTorch could not allocate memory", _HEADERS
+_CALLS = "fused_conv_bn: PyTorch could not ", _HEADERS
 
 def is_pytorchs(error: RuntimeError) -> bool:
     """Whether that is what an op raised. PyTorch's ops in its place say the reason, in an error of their own."""
-    return "fused_conv_bn: PyTorch could not " in str(error)
+    return any(words in str(error) for words in _CALLS)
 
 
 def go_on_behind(error: RuntimeError) -> None:
@@ -25,13 +29,13 @@ def out_of_memory(error: RuntimeError, of: Tensor | None) -> torch.OutOfMemoryEr
 
     Programs that look for a batch size which fits know it by the class or by its first words.
     """
-    if of is not None and of.is_cuda and "fused_conv_bn: PyTorch could not allocate memory" in str(error):
+    if of is not None and of.is_cuda and any(words in str(error) for words in _ALLOCATIONS):
         return torch.OutOfMemoryError(f"CUDA out of memory. {error}")
     return None
 
 
 _WORDS = (
-    "fused_conv_bn: PyTorch could not allocate memory",
+    *_ALLOCATIONS,
     "out of memory",
     "unable to find an engine to execute",  # of cuDNN, where no workspace fits
     "STATUS_ALLOC_FAILED",

@@ -497,10 +497,9 @@ def group_times(model: nn.Module, case: Case, passes: int) -> list[Record]:
         for path, _, entry in entries:
             timed = []
             for group, block, call in zip(entry.groups, entry.blocks, getattr(entry, name), strict=True):
-                modules = [m for m in (block.conv, block.bn) if m is not None]
                 first = group.name if group.conv is None else group.conv.target
                 names = f"{path}.{first}".lstrip("."), group.describe()
-                parameters = [p for m in modules for p in m.parameters()]
+                parameters = [p for m in block.parts for p in m.parameters()]
                 timed.append(_TimedCall(call, block.plain, names, parameters, groups))
             setattr(entry, name, timed)
         for _ in range(passes):

@@ -40,6 +40,7 @@ from ._joined import gate as gate
 from ._memory import go_on_behind
 from ._pooling import max_pool2d as max_pool2d
 from ._pooling import spatial_mean as spatial_mean
+from ._squeeze import squeeze_excite as squeeze_excite
 
 _ops = torch.ops.fused_conv_bn
 _is_compiling = torch.compiler.is_compiling

@@ -32,10 +32,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """By name. ``leaky_relu`` has its default slope here; :func:`activate` takes another."""
 
 
-def check_activation(op: str, activation: str, error: type[Exception] = ValueError) -> None:
+def check_activation(op: str, activation: str, error: type[Exception] = ValueError, name: str = "activation") -> None:
+    """``name``: of the argument."""
     if activation not in ACTIVATIONS:
         known = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise error(f"{op}: activation is {activation!r}, expected one of {known}")
+        raise error(f"{op}: {name} is {activation!r}, expected one of {known}")
 
 
 def activate(x: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:
@@ -269,6 +270,22 @@ def convolution(
     if input.dim() == 3:
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def squeeze_excite(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Twin of :func:`fused_conv_bn.squeeze_excite`."""
+    hidden = activate(convolution(spatial_mean(input, keepdim=True), weight1, bias1), activation, negative_slope)
+    return activate(convolution(hidden, weight2, bias2), gate, negative_slope)
 
 
 def conv_scale_shift(

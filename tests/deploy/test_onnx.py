@@ -125,6 +125,11 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "scale_shift": lambda x, g, scale, shift, *_: fcb.scale_shift(x, scale, shift, activation="gelu"),
     "scale_shift of nothing": lambda x, *_: fcb.scale_shift(x, None, None),
     "spatial_mean": lambda x, *_: (fcb.spatial_mean(x), fcb.spatial_mean(x, keepdim=True)),
+    "squeeze_excite": lambda x, g, bias, *_: fcb.squeeze_excite(
+        *(x, x.new_ones(3, C, 1, 1), None, g[0, :3].expand(3, C, 1).transpose(0, 1)[..., None], bias),
+        activation="silu",
+        gate="hardsigmoid",
+    ),
 }
 
 

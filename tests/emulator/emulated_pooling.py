@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import emulated
-from structures import PoolProblem, PoolWindow
+from fused_conv_bn import reference
+from structures import PoolProblem, PoolWindow, SqueezeNumbers, SqueezeProblem
 
 
 def _both(values: int | Sequence[int]) -> Sequence[int]:
@@ -112,5 +113,35 @@ def spatial_mean(input: Tensor, *, keepdim: bool = False, capability: int = 90) 
         emulated._pointer(y),
         *map(ctypes.c_int64, sizes),
         emulated._element(x),
+    )
+    return y
+
+
+def squeeze_excite(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    negative_slope: float = 0.01,
+    capability: int = 90,
+) -> Tensor:
+    y = emulated._result("squeeze_excite", input, weight1, bias1, weight2, bias2)
+    if y.numel() == 0:
+        return y
+    x = emulated._misaligned_as(input, emulated._result("scale_shift", input, None, None))
+    layers = [None if t is None else t.contiguous() for t in (weight1, bias1, weight2, bias2)]
+    known = list(reference.ACTIVATIONS)
+    numbers = SqueezeNumbers(
+        *(None if t is None else t.data_ptr() for t in layers),
+        *(known.index(activation), known.index(gate), negative_slope),
+    )
+    sizes = x.size(0), x[0, 0].numel(), x.size(1), weight1.size(0), weight2.size(0)
+    emulated._call(
+        *(capability, "emulated_squeeze", emulated._pointer(x), ctypes.byref(numbers), emulated._pointer(y)),
+        *(ctypes.byref(SqueezeProblem(*sizes, not x.is_contiguous())), emulated._element(x)),
     )
     return y

@@ -54,6 +54,16 @@ void allow_operands(const Conv2d& c, const ConvOperands& o) {
   allow_affine(o.affine, c.K, static_cast<size_t>(o.affine.wide ? 4 : c.element_bytes));
 }
 
+struct SqueezeNumbers {
+  const void* weight1;
+  const void* bias1;
+  const void* weight2;
+  const void* bias2;
+  Activation activation;
+  Activation gate;
+  double negative_slope;
+};
+
 size_t bytes_of(Element element) { return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2; }
 
 void allow_channels(const TrainParams& bn, int64_t channels) {
@@ -364,6 +374,40 @@ const char* emulated_spatial_mean(const void* x, void* y, int64_t images, int64_
                                nullptr);
   };
   return answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+}
+
+// The sequence of launches, with room for the means. "not covered": the kernel's shared memory is too small.
+const char* emulated_squeeze(const void* x, const SqueezeNumbers* numbers, void* y, const SqueezeProblem* problem,
+                             int element, uint64_t seed) {
+  emulated::begin(seed);
+  const auto type = static_cast<Element>(element);
+  const SqueezeProblem& s = *problem;
+  const auto allow = [&](const void* data, int64_t elements) {
+    emulated::allow(data, data == nullptr ? 0 : static_cast<size_t>(elements) * bytes_of(type));
+  };
+  allow(x, s.images * s.pixels * s.channels);
+  allow(numbers->weight1, s.hidden * s.channels);
+  allow(numbers->bias1, s.hidden);
+  allow(numbers->weight2, s.outputs * s.hidden);
+  allow(numbers->bias2, s.outputs);
+  allow(y, s.images * s.outputs);
+  bool covered = true;
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    covered = squeeze_covers<T>(s);
+    if (!covered) {
+      return cudaSuccess;
+    }
+    const auto data = [](const void* values) { return static_cast<const T*>(values); };
+    const SqueezeOperands<T> operands{data(numbers->weight1), data(numbers->bias1), data(numbers->weight2),
+                                      data(numbers->bias2),   numbers->activation,  numbers->gate,
+                                      numbers->negative_slope};
+    std::vector<T> means(squeeze_needs_means(data(x), s) ? static_cast<size_t>(s.images * s.channels) : 0);
+    emulated::allow(means.data(), means.size() * sizeof(T));
+    return launch_squeeze(data(x), operands, means.data(), static_cast<T*>(y), s, kMultiprocessors, nullptr);
+  };
+  const char* found = answer(type == Element::float64 ? run(double()) : dispatch_element(type, run));
+  return covered ? found : "not covered";
 }
 
 }  // extern "C"

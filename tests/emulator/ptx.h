@@ -111,6 +111,7 @@ inline void griddepcontrol_wait() { wait_for_previous(); }
 
 inline uint32_t cluster_ctarank() { return cluster_rank(); }
 inline void barrier_cluster_arrive_release_aligned() { cluster_arrive(); }
+inline void barrier_cluster_arrive_relaxed_aligned() { cluster_arrive(); }
 inline void barrier_cluster_wait_acquire_aligned() { cluster_wait(); }
 inline void mapa_shared__cluster_u32(uint32_t& to, uint32_t address, int rank) { to = map_to_rank(address, rank); }
 inline void ld_shared__cluster_v4_f32(const List<float, 4>& to, uint32_t address) {

@@ -122,6 +122,21 @@ class PoolWindow(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("input", "output", "kernel", "stride", "padding", "dilation")]
 
 
+class SqueezeProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "hidden", "outputs")),
+        ("channels_last", ctypes.c_bool),
+    ]
+
+
+class SqueezeNumbers(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight1", "bias1", "weight2", "bias2")),
+        *((name, ctypes.c_int) for name in ("activation", "gate")),
+        ("negative_slope", ctypes.c_double),
+    ]
+
+
 class PoolProblem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("images", "channels")),

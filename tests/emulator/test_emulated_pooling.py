@@ -12,13 +12,14 @@ import emulated_pooling
 import fused_conv_bn as fcb
 import test_pooling
 import test_pooling_train
+import test_squeeze
 from common import DTYPES
 from elementwise_problems import arrange
 
 
 @pytest.fixture(autouse=True)
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("max_pool2d", "spatial_mean"):
+    for name in ("max_pool2d", "spatial_mean", "squeeze_excite"):
         monkeypatch.setattr(fcb, name, getattr(emulated_pooling, name))
     for name in ("train", "backward"):
         monkeypatch.setattr(test_pooling_train, name, getattr(emulated_pooling, f"max_pool2d_{name}"))
@@ -98,3 +99,64 @@ def test_one_order_of_sums(generator):
     found = [emulated_pooling.spatial_mean(x) for _ in range(4)]
     assert emulated.launches() == 1
     assert all(torch.equal(found[0], again) for again in found)
+
+
+# ---- squeeze-and-excite ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", test_squeeze.PROBLEMS)
+def test_squeezes(name, dtype, generator):
+    for layout in ("contiguous", "channels_last"):
+        test_squeeze.test_values(name, layout, dtype, "cpu", generator)
+
+
+def test_random_squeezes(generator):
+    test_squeeze.test_random_problems("cpu", generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_of_squeezes(dtype, generator):
+    for layout in ("contiguous", "channels_last"):
+        test_squeeze.test_without_biases(layout, dtype, "cpu", generator)
+    test_squeeze.test_misaligned_memory(dtype, "cpu", generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_activations_of_squeezes(dtype, generator):
+    for activation in fcb.reference.ACTIVATIONS:
+        test_squeeze.test_activations(activation, dtype, "cpu", generator)
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 20, 48, 128])
+def test_hidden_channels(hidden, generator):
+    test_squeeze.test_hidden_channels(hidden, "channels_last", "cpu", generator)
+
+
+def test_squeezes_of_values_that_are_not_finite(generator):
+    test_squeeze.test_values_that_are_not_finite("cpu", generator)
+
+
+def test_what_no_block_has_memory_for(generator):
+    arguments = test_squeeze.tensors(test_squeeze.LARGE, torch.float16, "cpu", "channels_last", generator)
+    with pytest.raises(RuntimeError, match="does not cover"):
+        emulated_pooling.squeeze_excite(*arguments)
+
+
+def test_one_order_of_sums_in_squeezes(generator):
+    """Of the cluster's blocks as well, in one launch."""
+    arguments = test_squeeze.tensors(test_squeeze.PROBLEMS["both"], torch.float16, "cpu", "channels_last", generator)
+    found = [emulated_pooling.squeeze_excite(*arguments) for _ in range(4)]
+    assert emulated.launches() == 1
+    assert all(torch.equal(found[0], again) for again in found)
+
+
+@pytest.mark.parametrize("capability", [75, 86, 120])
+def test_squeezes_of_other_gpus(capability, generator):
+    """Without clusters a kernel takes the means first."""
+    for name in ("both", "odd channels", "one pixel"):
+        for dtype in (torch.float16, torch.float32):
+            arguments = test_squeeze.tensors(test_squeeze.PROBLEMS[name], dtype, "cpu", "channels_last", generator)
+            ours = emulated_pooling.squeeze_excite(*arguments, capability=capability)
+            assert emulated.launches(capability) == (1 if name == "one pixel" else 2)
+            torch.testing.assert_close(ours, fcb.reference.squeeze_excite(*arguments), rtol=2e-3, atol=2e-3)

@@ -48,6 +48,9 @@ def given(op: str, batch: int = 4) -> Given:
         return {"inputs": [x[:, :5], x[:, 5:]], **batch_norm}
     if op in ("max_pool2d", "spatial_mean"):
         return {"input": x}
+    if op == "squeeze_excite":
+        w1, w2 = filters[:3, :, :1, :1], filters[:, :3, :1, :1]
+        return {"input": x, "weight1": w1, "bias1": bias[:3], "weight2": w2, "bias2": filters[:, 0, 0, 0]}
     if op == "gate":
         return {"input": x, "gate": residual[:, :, 0, 0].contiguous(), "residual": residual}
     if op == "scale_shift":
@@ -90,6 +93,15 @@ for _op in ("conv_scale_shift", "conv_bn_scale"):
     CASES[f"{_op}, images and output channels"] = _op, B, B, B
     CASES[f"{_op}, whole"] = _op, R, R, R
     CASES[f"{_op}, columns"] = _op, Shard(3), R, R
+for _of, _images, _others in (
+    ("images", B, R),
+    ("all", B, B),
+    ("channels", C, R),
+    ("whole", R, R),
+    ("rows", Shard(2), B),
+):
+    CASES[f"squeeze_excite, {_of}"] = "squeeze_excite", _images, _others, B if _images is B else R
+CASES["squeeze_excite, parts to be added up"] = "squeeze_excite", Partial(), R, R
 CASES["fold_bn, channels"] = "fold_bn", R, B, B
 CASES["fold_bn, whole"] = "fold_bn", R, R, R
 for _op in ("bn_scale_train", "conv_bn_scale_train"):

@@ -221,6 +221,7 @@ def test_every_overload_is_opchecked() -> None:
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in ops/test_train_integration.py
     checked |= {OPS.max_pool2d.default, OPS.spatial_mean.default}  # in ops/test_pooling.py
     checked |= {OPS.max_pool2d_train.default, OPS.max_pool2d_backward.default}  # in ops/test_pooling_train.py
+    checked |= {OPS.squeeze_excite.default}  # in ops/test_squeeze.py
     # CUDA alone, and not for torch.compile: in ops/test_wgrad.py
     checked |= {OPS._conv_bn_wgrad.default, OPS._conv_bn_scale_train_sums.default}
     # On the CPU alone, and not for torch.compile: in fuse/test_freeze.py and ops/test_packed_chain.py
@@ -464,6 +465,7 @@ FUNCTIONS = {
     "gate": 3,
     "max_pool2d": 1,
     "spatial_mean": 1,
+    "squeeze_excite": 5,
     "scale_shift": 4,
     "conv_scale_shift": 5,
     "conv_bn_scale": 7,
@@ -485,6 +487,9 @@ def function_arguments(name: str, device: str, generator: torch.Generator) -> tu
         return [x, mean.expand(2, C).clone(), x + 1], lambda x, g, r: f(x, g, residual=r, activation="silu")
     if name in ("max_pool2d", "spatial_mean"):
         return [x], lambda x: f(x, 3, 2, 1) if name == "max_pool2d" else f(x)
+    if name == "squeeze_excite":
+        layers = [t.to(device) for t in (torch.randn(3, C, 1, 1), torch.randn(3), torch.randn(C, 3, 1, 1), bias.cpu())]
+        return [x, *layers], lambda *tensors: f(*tensors, activation="silu")
     if name == "bn_scale_cat":
         bn = random_bn(2 * C, torch.float32, device, generator)
         return [x, x + 1, *bn], lambda x, y, *bn: f([x, y], *bn)

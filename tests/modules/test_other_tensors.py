@@ -98,6 +98,7 @@ def test_functions(kind: str) -> None:
         "gate": lambda: fcb.gate(x, torch.ones(2, C)),
         "max_pool2d": lambda: fcb.max_pool2d(x, 2),
         "spatial_mean": lambda: fcb.spatial_mean(x),
+        "squeeze_excite": lambda: fcb.squeeze_excite(x, w[:, :, :1, :1], None, w[:C, :, :1, :1], None),
         "conv_scale_shift": lambda: fcb.conv_scale_shift(x, w, k, k),
         "conv_bn_scale": lambda: fcb.conv_bn_scale(x, w, None, k, k),
         "bn_scale_train": lambda: fcb.bn_scale_train(x, None, None),

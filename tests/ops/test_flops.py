@@ -36,7 +36,8 @@ def test_every_op_with_a_convolution_has_a_formula() -> None:
     ours = {name for name in names if hasattr(_ops, name)} & set(dir(_ops))
     assert {"conv_bn_scale", "gate", "bn_scale_backward"} <= ours
     with_formula = {name for name in ours if getattr(_ops, name) in flop_registry}
-    assert with_formula == {name for name in ours if name.lstrip("_").removeprefix("gate_").startswith("conv_")}
+    convolves = {name for name in ours if name.lstrip("_").removeprefix("gate_").startswith("conv_")}
+    assert with_formula == {*convolves, "squeeze_excite"}
 
 
 @pytest.mark.parametrize("form", ["", "_stats", "_functional", "sums"])

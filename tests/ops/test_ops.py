@@ -466,6 +466,7 @@ TENSORS = {
     "gate": (X, X[..., :1, :1]),
     "max_pool2d": (X,),
     "spatial_mean": (X,),
+    "squeeze_excite": (X, W, None, W, C3),
     "conv_scale_shift": (X, W, C3, C3),
     "conv_bn_scale": (X, W, None, C3, C3),
     "conv_bn_scale_train": (X, W, None, C3, C3),

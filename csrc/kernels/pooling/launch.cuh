@@ -1,11 +1,12 @@
-// What starts the pooling kernels on the GPU: their code is in max.cuh, max_train.cuh, max_backward.cuh and mean.cuh, and compiled
-// by instantiate_pooling.cu and instantiate_pooling_train.cu.
+// What starts the pooling kernels on the GPU: their code is in max.cuh, max_train.cuh, max_backward.cuh, mean.cuh and
+// squeeze.cuh, and compiled by instantiate_pooling.cu, instantiate_pooling_train.cu and instantiate_squeeze.cu.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "kernels/common/activation.h"
 #include "problem.h"
 
 namespace fused_conv_bn {
@@ -29,5 +30,31 @@ cudaError_t launch_max_pool_backward(const T* gradient, const uint8_t* position,
 template <typename T>
 cudaError_t launch_spatial_mean(const T* input, T* output, int64_t images, int64_t pixels, int64_t channels,
                                 int multiprocessors, cudaStream_t stream);
+
+// The weights of a squeeze-and-excite block's layers, dense: (hidden, channels) and (outputs, hidden). No biases: nullptr.
+template <typename T>
+struct SqueezeOperands {
+  const T* weight1;
+  const T* bias1;
+  const T* weight2;
+  const T* bias2;
+  Activation activation;
+  Activation gate;
+  double negative_slope;
+};
+
+// Whether the kernel has the shared memory for such layers.
+template <typename T>
+bool squeeze_covers(const SqueezeProblem& problem);
+
+// Whether another kernel takes the means of these pixels first.
+template <typename T>
+bool squeeze_needs_means(const T* input, const SqueezeProblem& problem);
+
+// gate(weight2 activation(weight1 mean(input) + bias1) + bias2), (images, outputs). means: room for (images, channels), where it
+// needs them.
+template <typename T>
+cudaError_t launch_squeeze(const T* input, const SqueezeOperands<T>& operands, T* means, T* output,
+                           const SqueezeProblem& problem, int multiprocessors, cudaStream_t stream);
 
 }  // namespace fused_conv_bn

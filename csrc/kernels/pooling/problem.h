@@ -1,4 +1,4 @@
-// Windows over images, in numbers.
+// Windows over images, and squeeze-and-excite blocks, in numbers.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,16 @@ struct PoolProblem {
   int64_t channels;
   PoolWindow rows;
   PoolWindow columns;
+};
+
+// A squeeze-and-excite block: means over the pixels of images, and two layers on them.
+struct SqueezeProblem {
+  int64_t images;
+  int64_t pixels;
+  int64_t channels;
+  int64_t hidden;
+  int64_t outputs;
+  bool channels_last;  // else planes of pixels
 };
 
 // What one thread counts in 32 bits: the elements of a row of pixels and one more, rows, and what a window covers.

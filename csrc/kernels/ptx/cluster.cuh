@@ -24,6 +24,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() {
   FCB_CLUSTER("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
+// Of blocks that have read: what they write is behind no such wait.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  FCB_CLUSTER("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
+}
 __device__ __forceinline__ void cluster_wait() { FCB_CLUSTER("barrier.cluster.wait.acquire.aligned;" :: : "memory"); }
 __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();

@@ -84,6 +84,16 @@ class Block(abc.ABC):
     def _statistics(self) -> Any:
         return self.bn_twin._buffers["running_mean"]
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The model's own modules that it computes."""
+        return [m for m in (self.conv, self.bn) if m is not None]
+
+    @property
+    def twins(self) -> list[nn.Module]:
+        """What it gets their tensors from."""
+        return [m for m in (self.conv_twin, self.bn_twin) if m is not None]
+
     @abc.abstractmethod
     def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
         """Any call. ``x``: a tensor, or where a block has several inputs a tuple of them."""

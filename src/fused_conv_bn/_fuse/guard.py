@@ -98,8 +98,10 @@ class Guard:
 
     def look_at(self, blocks: Iterable[Block]) -> None:
         """The tensors of these have to be plain ones."""
-        modules = [m for b in blocks for m in (b.conv_twin, b.bn_twin) if m is not None]
-        places = [(m._parameters, name) for m in modules for name in ("weight", "bias")]
+        modules = [m for b in blocks for m in b.twins]
+        places: list[tuple[dict[str, Any], str]] = [
+            (m._parameters, name) for m in modules for name in ("weight", "bias")
+        ]
         places += [(m._buffers, name) for m in modules for name in ("running_mean", "running_var") if is_norm(m)]
         self.tensors, self.tensor_names = [d for d, _ in places], [name for _, name in places]
 

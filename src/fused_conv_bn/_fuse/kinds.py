@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import fx, nn
 
 from .blocks import Block, CatNormBlock, ConvBlock, ConvNormBlock, NormBlock, PoolBlock, StepsBlock
 from .gates import GateBlock, GatedConvBlock
 from .patterns import Group
+from .squeezes import SqueezeBlock
 
 
-def block_of(group: Group, conv: nn.Module | None, bn: nn.Module | None) -> Block:
+def block_of(group: Group, module: Callable[[fx.Node | None], nn.Module | None], bn: nn.Module | None) -> Block:
+    """``module``: the one that a node calls."""
+    conv = module(group.conv)
+    if group.squeeze is not None:
+        return SqueezeBlock(group, conv, module(group.squeeze.excite.conv))
     if group.is_gate:
         return GateBlock(group, None, None)
     if group.gate is not None:

@@ -1,5 +1,5 @@
 """Which nodes of a graph one fused op computes: a convolution, its BatchNorm, a factor, a residual, an activation; a
-BatchNorm of inputs that are concatenated; the gate of a squeeze-and-excite block; pooling.
+BatchNorm of inputs that are concatenated; what a squeeze-and-excite block squeezes, and its gate; pooling.
 
 The matcher knows dataflow. What a node is, :class:`Words` tell it.
 """
@@ -10,7 +10,7 @@ import dataclasses
 import math
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -29,6 +29,14 @@ Step = tuple[str, fx.Node | float]
 """A change of a BatchNorm's result: "*" or "+", and a number, or a tensor that may have a value for each channel."""
 
 
+class Squeeze(NamedTuple):
+    """The groups that a squeeze-and-excite block's are: a mean, and two convolutions with their activations."""
+
+    mean: Group
+    reduce: Group
+    excite: Group
+
+
 @dataclass
 class Group:
     """Nodes in the order in which they run; the last one is what others read."""
@@ -41,6 +49,7 @@ class Group:
     product: fx.Node | None = None  # of a gate, which has neither: its factors are the inputs
     gate: Group | None = None  # whose product the convolution alone reads: its factors are the inputs
     pooling: Pooling | None = None  # of rows and columns, which has neither
+    squeeze: Squeeze | None = None  # the convolution is the first of two
     layer: fx.Node | None = None  # whose result the BatchNorm alone reads, and which PyTorch computes
     layer_word: str = ""
     steps: list[Step] = field(default_factory=list)  # behind the BatchNorm, before the factor
@@ -74,6 +83,8 @@ class Group:
         """The name of the node that is none of a group where the first call shows that an op does not fit."""
         if self.pooling is not None:
             return self.nodes[0].name
+        if self.squeeze is not None:
+            return self.nodes[-1].name
         if self.gate is not None:
             return self.gate.key
         return self.channelwise or self.adds if self.product is None else self.name
@@ -97,6 +108,8 @@ class Group:
     def describe(self) -> str:
         if self.pooling is not None:
             return self.pooling.describe()
+        if self.squeeze is not None:
+            return " ".join(of.describe() for of in self.squeeze)
         parts = ["gate"] if self.is_gate or self.gate is not None else ["cat"] if self.concatenates else []
         parts += [self.layer_word] if self.layer is not None else []
         parts += [name for name, node in (("conv", self.conv), ("bn", self.bn)) if node is not None]
@@ -121,7 +134,8 @@ def written(node: fx.Node) -> list[fx.Node]:
 class Matcher:
     """Finds the groups of a graph. ``broadcast``: nodes that add what is not of the result's shape, or that have no
     value for each channel. ``pools``: whether pooling is one. ``channelwise``: whether a group may have such values.
-    ``joins``: whether a gate and the convolution behind it are one."""
+    ``joins``: whether a gate and the convolution behind it are one. ``squeezes``: whether a mean and two convolutions
+    behind it are."""
 
     def __init__(
         self,
@@ -131,9 +145,10 @@ class Matcher:
         pools: bool = False,
         channelwise: bool = False,
         joins: bool = False,
+        squeezes: bool = False,
     ) -> None:
         self.graph, self.words, self.broadcast, self.pools = graph, words, broadcast, pools
-        self.channelwise, self.joins = channelwise, joins
+        self.channelwise, self.joins, self.squeezes = channelwise, joins, squeezes
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
         self.why: dict[fx.Node, Why] = {}
@@ -166,6 +181,7 @@ class Matcher:
                 continue
             self.taken |= set(group.nodes)
             found.append(group)
+        found = self.with_squeezes(found) if self.squeezes else found
         for node in self.graph.nodes:
             if node not in self.taken and node.name not in self.broadcast and (factors := self.words.gated(node)):
                 group = self.gate_of(node, factors)
@@ -176,6 +192,47 @@ class Matcher:
             if node not in self.taken and node.name not in self.broadcast and (how := self.words.pooled(node)):
                 found.append(Group(None, None, (node.all_input_nodes[0],), [node], pooling=how, swallowed=[node]))
         return sorted(found, key=lambda g: self.order[g.nodes[0]])
+
+    def with_squeezes(self, groups: list[Group]) -> list[Group]:
+        """Two layers on a mean are one group."""
+        by_last = {g.nodes[-1]: g for g in groups if self.is_layer(g)}
+        joined = [s for g in by_last.values() if (s := self.squeeze_of(g, by_last)) is not None]
+        inside = {node for g in joined for node in g.nodes}
+        self.taken |= inside
+        return [*(g for g in groups if g.nodes[-1] not in inside), *joined]
+
+    def is_layer(self, group: Group) -> bool:
+        """Whether it is a 1x1 convolution and an activation, with nothing else."""
+        conv = group.conv
+        plain = group.bn is None and group.residual is None and group.activation != "none"
+        return plain and conv is not None and self.words.is_pointwise(conv) and self.words.keeps_pixels(conv)
+
+    def squeeze_of(self, excite: Group, layers: dict[fx.Node, Group]) -> Group | None:
+        last = excite.nodes[-1]
+        if excite.activation not in ("sigmoid", "hardsigmoid") or last.name in self.broadcast:
+            return None
+        hidden, behind_hidden = self.behind_what_passes(excite.inputs[0])
+        reduce = layers.get(hidden)
+        if reduce is None:
+            return None
+        mean, behind_mean = self.behind_what_passes(reduce.inputs[0])
+        pooling = self.words.pooled(mean)
+        if pooling is None or not pooling.is_mean or not pooling.keepdim or mean in self.taken:
+            return None
+        if any(self.only_reader(n) is None for n in (mean, *behind_mean, hidden, *behind_hidden)):
+            return None
+        of_mean = Group(None, None, (mean.all_input_nodes[0],), [mean], pooling=pooling, swallowed=[mean])
+        nodes = [mean, *behind_mean, *reduce.nodes, *behind_hidden, *excite.nodes]
+        group = dataclasses.replace(
+            reduce,
+            inputs=of_mean.inputs,
+            nodes=nodes,
+            activation="none",
+            by_hand=False,
+            swallowed=[n for n in nodes if n is not reduce.conv],
+            squeeze=Squeeze(of_mean, reduce, excite),
+        )
+        return group if self.may_move_to(group, last, None, None) else None
 
     def gate_of(self, product: fx.Node, factors: tuple[fx.Node, ...]) -> Group:
         """A factor that a view makes as large as the other one is taken as it is."""

@@ -16,7 +16,7 @@ from .words import Why, why
 class Row(NamedTuple):
     """A convolution or a BatchNorm, or what is fused without them: a linear layer with its BatchNorm behind it, a gate,
     which is a squeeze-and-excite block's product, or, on CUDA, a pool. There the convolution behind a gate may take it
-    along.
+    along, and such a block's mean goes with its convolutions.
 
     ``path``: in the model; of a gate, and of a pool that is no module, its name behind the path of what calls it.
     ``module``: ``"conv"``, ``"bn"``, ``"linear"``, ``"gate"`` or ``"pool"``. ``state``: ``"fused"``, ``"left"``,
@@ -148,6 +148,9 @@ def report(model: nn.Module) -> Report:
                     alone[name] = Row(name, "gate", "fused", g.describe() + own)
                 elif g.pooling is not None:
                     alone[name] = Row(name, "pool", "fused", g.describe())
+                elif g.squeeze is not None and g.conv is not None:
+                    name, conv = (f"{path}.{n}".lstrip(".") for n in (g.squeeze.mean.name, g.conv.target))
+                    alone[name] = Row(name, "pool", "fused", f"with {conv}")
                 elif g.gate is not None and g.conv is not None:
                     name, conv = (f"{path}.{n}".lstrip(".") for n in (g.gate.name, g.conv.target))
                     alone[name] = Row(name, "gate", "fused", f"with {conv}")
@@ -226,6 +229,11 @@ def _rows_of(root: nn.Module, at: str, entry: Entry, known: dict[nn.Module, Row]
         paths = (None if n is None else str(n.target) for n in (group.conv, group.layer))
         conv, layer, bn = (None if path is None else root.get_submodule(path) for path in (*paths, group.bn_path))
         where = " where that is faster" if block.may_be_plain else ""
+        if group.squeeze is not None:
+            excite = group.squeeze.excite.conv
+            assert excite is not None and group.conv is not None
+            of_first = f"{at}.{group.conv.target}".lstrip(".")
+            rows[root.get_submodule(str(excite.target))] = Row("", "", "fused", f"with {of_first}")
         if conv is not None:
             rows[conv] = Row("", "", "fused", group.describe(), "", entry.algorithms.get(str(group.conv.target), ""))  # type: ignore[union-attr]
         if layer is not None:

@@ -30,7 +30,7 @@ from .._block import BnScaleModule
 from .._conv import autocast_dtype
 from .._memory import ran_out
 from ..conditions import is_watched
-from . import gates, pools
+from . import gates, pools, squeezes
 from .capture import Arguments, Refused, capture, has_fixed_defaults, is_compared, modes
 from .chain import Link, call_block, chain_groups, compiled, links_of
 from .channels_last import give_back, inside_of
@@ -125,10 +125,10 @@ class Entry:
         free = {path for path in self.called if not is_watched(modules[path])}
         words = ModuleWords(modules, free)
         devices = {t.device.type for t in arguments.tensors.values()}
-        has_pools, joins = (not devices.isdisjoint(of) for of in (pools.DEVICES, gates.DEVICES))
+        has_pools, joins, squeeze = (not devices.isdisjoint(m.DEVICES) for m in (pools, gates, squeezes))
         # Under autocast such tensors are of another dtype than what they change.
         channelwise = not (frozen or _is_any_autocast_enabled())
-        matcher = Matcher(graph, words, broadcast, has_pools, channelwise, joins)
+        matcher = Matcher(graph, words, broadcast, has_pools, channelwise, joins, squeeze)
         if matcher.writes_attributes():
             raise Refused("it writes to its parameters or buffers")
         self.groups = matcher.groups()
@@ -140,7 +140,7 @@ class Entry:
             return None if node is None else modules[str(node.target)]
 
         norms = [None if g.bn_path is None else modules[g.bn_path] for g in self.groups]
-        self.blocks = [block_of(g, module(g.conv), bn) for g, bn in zip(self.groups, norms, strict=True)]
+        self.blocks = [block_of(g, module, bn) for g, bn in zip(self.groups, norms, strict=True)]
         self.algorithms: dict[str, str] = {}
         # Modules whose calls are gone, so that nobody sees hooks of theirs.
         gone = (n for g in self.groups for n in (g.conv, g.bn, *g.swallowed))
@@ -162,9 +162,9 @@ class Entry:
             self.full = self.quick = [frozen_call(b, g) for b, g in zip(self.blocks, self.groups, strict=True)]
             self.graph, self.links = graph, links_of(graph, words)
             silent |= {m for n in self.links if n.op == "call_module" and (m := module(n))}
-            packed = [m for b in self.blocks for m in (b.conv, b.bn)]
-            packed += [link.linear for link in self.links.values()]
-            self.versions = Versions(m for m in packed if m is not None)
+            packed = [m for b in self.blocks for m in b.parts]
+            packed += [link.linear for link in self.links.values() if link.linear is not None]
+            self.versions = Versions(packed)
         of_functions = {paths[bn] for g, bn in zip(self.groups, norms, strict=True) if bn is not None and g.function}
         gone_through = {*self.called, *of_functions, *(paths[m] for m in (*captured.inlined[1:], *chain(*parts)))}
         # Of what is neither called nor gone into a forward reads attributes.

@@ -122,6 +122,9 @@ class Words(Protocol):
     def is_pointwise(self, node: fx.Node) -> bool:
         """Whether a convolution has windows of one pixel, over all channels: its op may take a gate along."""
 
+    def keeps_pixels(self, node: fx.Node) -> bool:
+        """Whether such a convolution of images has neither stride nor padding."""
+
     def pooled(self, node: fx.Node) -> Pooling | None:
         """How a node pools, if an op does that and it is to be called."""
 
@@ -202,6 +205,9 @@ class FunctionWords:
         return ()
 
     def is_pointwise(self, node: fx.Node) -> bool:
+        return False
+
+    def keeps_pixels(self, node: fx.Node) -> bool:
         return False
 
     def pooled(self, node: fx.Node) -> Pooling | None:
@@ -351,6 +357,10 @@ class ModuleWords(FunctionWords):
     def is_pointwise(self, node: fx.Node) -> bool:
         m: Any = self.module(node)
         return m is not None and (m.groups, m.padding_mode, {*m.kernel_size}) == (1, "zeros", {1})
+
+    def keeps_pixels(self, node: fx.Node) -> bool:
+        m: Any = self.module(node)
+        return m is not None and class_of_conv(m) is nn.Conv2d and (m.stride, m.padding) == ((1, 1), (0, 0))
 
     def pooled(self, node: fx.Node) -> Pooling | None:
         m = self.module(node)

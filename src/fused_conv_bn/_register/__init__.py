@@ -23,7 +23,7 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     Returns:
         A dictionary from each op that an evaluation graph may have to a function that writes it: ``bn_scale``,
         ``bn_scale_cat``, ``conv_bn_scale``, ``conv_scale_shift``, ``fold_bn``, ``gate``,
-        ``gate_conv_bn_scale``, ``max_pool2d``, ``scale_shift``, ``spatial_mean``.
+        ``gate_conv_bn_scale``, ``max_pool2d``, ``scale_shift``, ``spatial_mean``, ``squeeze_excite``.
 
     Raises:
         ImportError: onnxscript is not installed.

@@ -41,6 +41,13 @@ for _name in (
         _library.impl(_name, _under_autocast(getattr(_ops, _name).default), _key)
 
 
+def _squeeze_under_autocast(input: Tensor, *layers: Tensor | None, **kwargs: Any) -> Any:
+    """Its convolutions with everything cast, biases too, as PyTorch's are."""
+    tensors = [t if t is None else t.to(autocast_dtype(t)) for t in (input, *layers)]
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
+        return _ops.squeeze_excite.default(*tensors, **kwargs)
+
+
 def _gated_under_autocast(input: Tensor, gate: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     """In two steps where the convolution casts what the gate puts out: that is rounded before."""
     if not input.dtype == gate.dtype == autocast_dtype(input):
@@ -51,3 +58,4 @@ def _gated_under_autocast(input: Tensor, gate: Tensor, weight: Tensor, *args: An
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl("gate_conv_bn_scale", _gated_under_autocast, _key)
+    _library.impl("squeeze_excite", _squeeze_under_autocast, _key)

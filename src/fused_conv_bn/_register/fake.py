@@ -91,6 +91,11 @@ def _spatial_mean(input, *, keepdim=False):
     return input.new_empty((*input.shape[:2], *[1] * (input.dim() - 2 if keepdim else 0)))
 
 
+@torch.library.register_fake("fused_conv_bn::squeeze_excite")
+def _squeeze_excite(input, weight1, bias1, weight2, bias2, *, activation="relu", gate="sigmoid", negative_slope=0.01):
+    return input.new_empty((input.size(0), weight2.size(0), *[1] * (input.dim() - 2)))
+
+
 for _name in ("bn_scale", "scale_shift", "bn_scale_train", "gate"):
     torch.library.register_fake(f"fused_conv_bn::{_name}")(_like_input)
 for _name in ("bn_scale.out", "bn_scale_", "scale_shift.out", "scale_shift_"):

@@ -33,6 +33,12 @@ def _gate_conv_flop(input_shape: Any, gate_shape: Any, weight_shape: Any, *args:
     return _conv_flop(input_shape, weight_shape, *args, **kwargs)
 
 
+def _squeeze_flop(
+    input_shape: Any, weight1_shape: Any, bias1_shape: Any, weight2_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * int(input_shape[0]) * (math.prod(weight1_shape) + math.prod(weight2_shape))
+
+
 def _weight_flop(
     dy_shape: Any,
     result_shape: Any,
@@ -76,6 +82,7 @@ def _register_with(flop_counter: Any) -> None:
         (_ops.conv_scale_shift, _conv_flop, False),
         (_ops.conv_bn_scale, _conv_flop, False),
         (_ops.gate_conv_bn_scale, _gate_conv_flop, False),
+        (_ops.squeeze_excite, _squeeze_flop, False),
         (_ops.conv_bn_scale_train, _conv_flop, False),
         (_ops.conv_bn_scale_train_stats, _conv_flop, False),
         (_ops.conv_bn_scale_train_functional, _conv_flop, False),

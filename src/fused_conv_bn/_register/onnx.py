@@ -305,6 +305,22 @@ def spatial_mean(input, keepdim: bool = False):
     return op.ReduceMean(input, axes, keepdims=int(keepdim))
 
 
+def squeeze_excite(
+    input,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    negative_slope: float = 0.01,
+):
+    window = (1,), (0,), (1,), 1
+    hidden = _convolution(spatial_mean(input, True), weight1, bias1, *window)
+    hidden = _epilogue(hidden, None, activation, negative_slope, False)
+    return _epilogue(_convolution(hidden, weight2, bias2, *window), None, gate, negative_slope, False)
+
+
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The translation of each op."""
     return {
@@ -320,5 +336,6 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             max_pool2d,
             scale_shift,
             spatial_mean,
+            squeeze_excite,
         )
     }

@@ -42,6 +42,9 @@ _ELEMENTWISE = {
 }
 """Ops that compute each element of an image, or each channel, from its own: which dimensions may be distributed."""
 
+_OF_IMAGES = ("squeeze_excite",)
+"""Ops that compute each image from itself and tensors that are whole."""
+
 _CONVOLUTIONS = "conv_scale_shift", "conv_bn_scale"
 _TRAINING = tuple(
     f"{name}{form}" for name in ("bn_scale_train", "conv_bn_scale_train") for form in ("", "_stats", "_functional")
@@ -99,6 +102,8 @@ def _axis(call: _Call, i: int) -> int | None:
         else:
             taken = by_weight if weight is not None else _shards(call.input, i, 1)
         return 1 if taken else None
+    if name in _OF_IMAGES:
+        return 0 if _shards(call.input, i, 0) else None
     if name in _CONVOLUTIONS:
         return 0 if _shards(call.input, i, 0) else 1 if by_weight else None
     axis = _sharded(named.get("out", call.input), i)
@@ -259,7 +264,7 @@ def _differentiably(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     return _run(op, getattr(ops, plain.__name__), named | kwargs)
 
 
-for _name in (*_ELEMENTWISE, *_CONVOLUTIONS, *_TRAINING, "fold_bn"):
+for _name in (*_ELEMENTWISE, *_OF_IMAGES, *_CONVOLUTIONS, *_TRAINING, "fold_bn"):
     torch.library.register_torch_dispatch(f"fused_conv_bn::{_name}", DTensor, _rule)
 for _name in ("bn_scale", "scale_shift"):
     torch.library.register_torch_dispatch(f"fused_conv_bn::{_name}.out", DTensor, _rule)

@@ -1,0 +1,80 @@
+"""The block of what a squeeze-and-excite block squeezes: a mean over its pixels, and two 1x1 convolutions behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import conditions
+from .blocks import REFUSALS, Block, ConvBlock, PoolBlock, is_dense
+from .patterns import Group
+
+_op = torch.ops.fused_conv_bn.squeeze_excite.default._op
+_exports_ops = conditions.exports_ops
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+DEVICES = ("cuda",)
+"""Where it is one launch, or two. Elsewhere the op calls what the steps call."""
+
+
+class SqueezeBlock(Block):
+    """One op where no gradient is needed. With gradients, under autocast and for what the op refuses they are three
+    blocks. ``conv`` and ``excite``: the model's own convolutions."""
+
+    def __init__(self, group: Group, conv: nn.Module | None, excite: nn.Module | None) -> None:
+        super().__init__(group, conv, None)
+        assert group.squeeze is not None
+        mean, reduce, of_gates = group.squeeze
+        self.mean = PoolBlock(mean, None, None)
+        self.reduce, self.excite = ConvBlock(reduce, conv, None), ConvBlock(of_gates, excite, None)
+        self.is_quick = self.reduce.is_quick and self.excite.is_quick
+        self.named = {"activation": reduce.activation, "gate": of_gates.activation}
+        if reduce.activation == "leaky_relu":
+            self.named["negative_slope"] = reduce.negative_slope
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [*self.reduce.parts, *self.excite.parts]
+
+    @property
+    def twins(self) -> list[nn.Module]:
+        return [*self.reduce.twins, *self.excite.twins]
+
+    def forward(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        read = (t for m in self.twins for t in m._parameters.values())
+        if self.is_quick and not self._needs_grad(x, *read) and (y := self._in_one_op(x)) is not None:
+            return y
+        return self.excite.forward(self.reduce.forward(self.mean.forward(x)))
+
+    def _in_one_op(self, x: Any) -> Tensor | None:
+        if (type(x) is not Tensor and not _exports_ops()) or x.dim() != 4 or _is_any_autocast_enabled():
+            return None
+        layers = []
+        for block in (self.reduce, self.excite):
+            conv = block.conv_twin.__dict__
+            # What a capture does not look at, for a convolution's op gets it.
+            if conv["padding"] != (0, 0) or conv["groups"] != 1:
+                return None
+            layers += [conv["_parameters"]["weight"], conv["_parameters"]["bias"]]
+        if not is_dense(x):  # then the op would copy it
+            return None
+        try:
+            y: Tensor = _op(x, *layers, **self.named)
+            return y
+        except REFUSALS:
+            return None
+
+    def quick(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        y = self._in_one_op(x)
+        return self.excite.quick(self.reduce.quick(self.mean.quick(x))) if y is None else y
+
+    def plain(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        return self.excite.plain(self.reduce.plain(self.mean.plain(x)))
+
+    def takes(self, x: Any, residual: Any) -> bool:
+        return self.mean.takes(x, residual)
+
+    def algorithm(self, x: Any, residual: Tensor | None) -> str | None:
+        return None

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_HEADERS = "API call failed at "  # of aten::contiguous and the like, whose errors are of memory
-_ALLOCATIONS = "fused_conv_bn: PyTorch could not allocate memory", _HEADERS
+_HEADERS = "API call failed at "
+_ALLOCATION = "fused_conv_bn: PyTorch could not allocate memory"
 _CALLS = "fused_conv_bn: PyTorch could not ", _HEADERS
 
 def is_pytorchs(error: RuntimeError) -> bool:
@@ -29,13 +29,14 @@ def out_of_memory(error: RuntimeError, of: Tensor | None) -> torch.OutOfMemoryEr
 
     Programs that look for a batch size which fits know it by the class or by its first words.
     """
-    if of is not None and of.is_cuda and any(words in str(error) for words in _ALLOCATIONS):
+    if of is not None and of.is_cuda and _ALLOCATION in str(error):
         return torch.OutOfMemoryError(f"CUDA out of memory. {error}")
     return None
 
 
 _WORDS = (
-    *_ALLOCATIONS,
+    _ALLOCATION,
+    _HEADERS,  # of aten::contiguous and the like: what failed for another reason fails again
     "out of memory",
     "unable to find an engine to execute",  # of cuDNN, where no workspace fits
     "STATUS_ALLOC_FAILED",

@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool_backward_any_kernel(con
   for (int row = rows.first; row <= rows.last; ++row) {
     uint32_t row_rest = static_cast<uint32_t>(rows.element - row * p.of.stride[0]);
     const uint32_t of_row = div_mod(p.dilation[0], row_rest) * static_cast<uint32_t>(p.of.kernel[1]);
+#pragma unroll 2
     for (int column = columns.first; column <= columns.last; ++column) {
       uint32_t rest = static_cast<uint32_t>(columns.element - column * p.of.stride[1]);
       const uint32_t position = of_row + div_mod(p.dilation[1], rest);

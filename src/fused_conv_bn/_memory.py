@@ -13,6 +13,7 @@ _HEADERS = "API call failed at "
 _ALLOCATION = "fused_conv_bn: PyTorch could not allocate memory"
 _CALLS = "fused_conv_bn: PyTorch could not ", _HEADERS
 
+
 def is_pytorchs(error: RuntimeError) -> bool:
     """Whether that is what an op raised. PyTorch's ops in its place say the reason, in an error of their own."""
     return any(words in str(error) for words in _CALLS)

@@ -18,8 +18,8 @@ _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 DEVICES = ("cuda",)
 """Where it is one launch, or two. Elsewhere the op calls what the steps call."""
 MOST_IMAGES = 64
-"""On an H200 the op takes 0.9 to 1.9 times the three kernels' time, and what starts them takes longer than they do: with it
-EfficientNet-B0 takes 1.4 ms for 64 images, and 2.0 with the three. A CUDA graph starts kernels for nothing."""
+"""On an H200 the op takes 0.9 to 1.9 times the three kernels' time, and what starts them takes longer than they do:
+with it EfficientNet-B0 takes 1.4 ms for 64 images, and 2.0 with the three. A CUDA graph starts kernels for nothing."""
 
 
 def _is_captured(x: Tensor) -> bool:
@@ -27,8 +27,8 @@ def _is_captured(x: Tensor) -> bool:
 
 
 class SqueezeBlock(Block):
-    """One op where no gradient is needed and the host is what takes time. With gradients, under autocast, of many images,
-    in a CUDA graph and for what the op refuses they are three blocks. ``conv`` and ``excite``: the model's own
+    """One op where no gradient is needed and the host is what takes time. With gradients, under autocast, of many
+    images, in a CUDA graph and for what the op refuses they are three blocks. ``conv`` and ``excite``: the model's own
     convolutions."""
 
     def __init__(self, group: Group, conv: nn.Module | None, excite: nn.Module | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fused_conv_bn as fcb
 from common import assert_no_worse_than_eager
 from fused_conv_bn._fuse import channels_last, gates, squeezes
+from fused_conv_bn._fuse.blocks import ConvBlock
 from small_network import random_statistics
 
 C, R = 16, 4
@@ -182,6 +183,27 @@ def test_three_kernels_where_they_are_faster(device: str, called: list[str], mon
             called.clear()
             assert_no_worse_than_eager(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
             assert len(called) == count, (n, captured)
+
+
+def test_a_graph_finds_what_warm_ups_made(device: str, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made in a capture is written by its replays, and by nothing before them."""
+    fused = fcb.fuse(model_of("timm's", device).bfloat16(), data(device, torch.bfloat16))
+    made: list[int] = []
+
+    def nothing(block: Any, bias: Tensor, own: Any = ConvBlock.nothing) -> Any:
+        before = block.statistics
+        found = own(block, bias)
+        made.append(block.statistics is not before)
+        return found
+
+    with torch.no_grad():
+        x = data(device, torch.bfloat16)
+        fused(x)
+        monkeypatch.setattr(ConvBlock, "nothing", nothing)
+        monkeypatch.setattr(squeezes, "_is_captured", lambda _: True)
+        called.clear()
+        fused(x)
+    assert not called and made and not any(made)
 
 
 def test_the_cpu_has_pytorchs_steps() -> None:

@@ -48,10 +48,6 @@ def parser() -> argparse.ArgumentParser:
 
 def sanitizer(tool: str, index: int) -> list[str]:
     options = ["--tool", tool, "--kernel-name", "kns=fused_conv_bn", "--port", str(FIRST_PORT + 16 * index)]
-    if (
-        tool == "racecheck"
-    ):  # which ends in an internal error of its own in kernels with wgmma; the emulator checks them
-        options += ["--kernel-name-exclude", "kns=_sm90_kernel", "--kernel-name-exclude", "kns=sm90_split_kernel"]
     return ["compute-sanitizer", *options, "--error-exitcode", str(FOUND), "--print-limit", "20"]
 
 

@@ -231,7 +231,7 @@ class ConvBlock(Block):
         super().__init__(group, conv, bn)
         self.statistics: tuple[Tensor, Tensor] | None = None
 
-    def _nothing(self, bias: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def nothing(self, bias: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """A BatchNorm that changes nothing, for a bias of 16 bits. Its op takes that as it is, where all of its tensors
         have one dtype; a shift would have to be cast first."""
         found = self.statistics
@@ -276,7 +276,7 @@ class ConvBlock(Block):
         try:
             if bias is not None and bias.dtype.itemsize == 2:
                 y = _conv_bn(
-                    x, c["weight"], bias, *self._nothing(bias), 1.0, 0.0, *window, residual=residual, **self.named
+                    x, c["weight"], bias, *self.nothing(bias), 1.0, 0.0, *window, residual=residual, **self.named
                 )
             else:
                 named = self.named_tf32 if allows_tf32(x, c["weight"]) else self.named

@@ -65,7 +65,10 @@ class SqueezeBlock(Block):
             # What a capture does not look at, for a convolution's op gets it.
             if conv["padding"] != (0, 0) or conv["groups"] != 1:
                 return None
-            layers += [conv["_parameters"]["weight"], conv["_parameters"]["bias"]]
+            bias = conv["_parameters"]["bias"]
+            layers += [conv["_parameters"]["weight"], bias]
+            if bias is not None and bias.dtype.itemsize == 2:
+                block.nothing(bias)  # made here, since in a CUDA graph each replay would make it again
         if not is_dense(x):  # then the op would copy it
             return None
         if x.size(0) > MOST_IMAGES or _is_captured(x):

@@ -241,8 +241,8 @@ def forms(case: Case) -> dict[str, Callable[[], nn.Module]]:
     found: dict[str, Callable[[], nn.Module]] = {"eager": lambda: case.model, "fused": fused}
     if not case.train:
         found["frozen"] = lambda: fused(freeze=True)
-        if case.on_cuda:  # on the CPU it is the model itself
-            found["graphed"] = lambda: fcb.graphed(fused())
+    if case.on_cuda:  # on the CPU it is the model itself
+        found["graphed"] = lambda: fcb.graphed(fused())
     if case.compile:
         compiler: Any = torch.compile
         found["compile"] = lambda: compiler(copy.deepcopy(case.model))

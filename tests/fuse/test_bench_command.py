@@ -315,7 +315,7 @@ def test_forms_take_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     case.device = "cuda"
     assert list(_model_times.forms(case)) == ["eager", "fused", "frozen", "graphed"]
     case.train = True
-    assert list(_model_times.forms(case)) == ["eager", "fused"]
+    assert list(_model_times.forms(case)) == ["eager", "fused", "graphed"]
 
 
 class NoDoubles(nn.Module):

@@ -51,6 +51,8 @@ class Watch:
                     f"graphed: a parameter or buffer of the model is a {type(t).__name__}, expected plain tensors"
                 )
         self.parameters = Looked(p for p in self.tensors if isinstance(p, nn.Parameter))
+        own = [p for m in self.modules for p in m._parameters.values() if p is not None]
+        self.exchanged = not all(isinstance(p, nn.Parameter) for p in own)  # by functional_call, say
         self.pointers, self.sizes = [*map(_data_ptr, self.tensors)], [*map(_numel, self.parameters)]
         self.attributes = [m.__dict__ for m in self.modules]
         self.types = [*map(type, self.modules)]

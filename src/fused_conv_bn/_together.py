@@ -31,9 +31,13 @@ _now = _Now()
 
 def cast_weight(weight: Tensor) -> Tensor:
     """What a convolution under autocast takes for its weight: the cast that is there already, or the weight."""
-    if _now.asked is not None:
+    if _now.asked is None and _now.cast is None:
+        return weight
+    dtype = autocast_dtype(weight)
+    if _now.asked is not None and dtype is not weight.dtype:
         _now.asked.append(weight)
-    return weight if _now.cast is None else _now.cast.get(id(weight), weight)
+    cast = weight if _now.cast is None else _now.cast.get(id(weight), weight)
+    return cast if cast.dtype is dtype else weight  # a part of the model may be out of autocast
 
 
 def count(batches: Tensor) -> None:
@@ -97,3 +101,12 @@ class _Cast(torch.autograd.Function):
             torch._foreach_copy_(made, there)
         fresh = iter(made)
         return None, *(None if g is None else next(fresh) for g in grads)
+
+
+_cast_node: Any = getattr(_Cast, "_backward_cls")  # noqa: B009 (of a metaclass, of which mypy knows nothing)
+
+
+def edges(node: Any, output: int) -> Sequence[tuple[Any, int]]:
+    """What the gradient of a node's result flows to: of a cast that is there for all weights, one of them."""
+    found: Sequence[tuple[Any, int]] = node.next_functions
+    return found[output : output + 1] if isinstance(node, _cast_node) else found

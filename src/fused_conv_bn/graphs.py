@@ -26,9 +26,9 @@ from . import conditions
 from ._fuse.root import undisturbed
 from ._graphs.calls import NOT_STRIDED, Call, call_key, is_backward_watched, is_watched
 from ._graphs.cuda import Cuda
-from ._graphs.model import Attributes, Leaves, Watch
+from ._graphs.model import Attributes, Leaves, Watch, is_recorded
 from ._graphs.recording import Explained, Recording, Results, copies, share_memory
-from ._graphs.with_backward import WithBackward, differentiate, leaves_of
+from ._graphs.with_backward import WithBackward, differentiate, in_this_thread, leaves_of, refuse_others
 from ._together import asking, together
 
 _is_compiling = torch.compiler.is_compiling
@@ -75,7 +75,7 @@ class Graphs:
             if watch is None or not watch.holds():
                 watch = self._look_again()
             needs_grad = watch.needs_grad(call.tensors)
-            if needs_grad and is_backward_watched():
+            if (watch.exchanged and is_recorded()) or (needs_grad and is_backward_watched()):
                 pass
             elif not watch.has_hooks(needs_grad):
                 needs = (*map(_requires_grad, call.tensors),) if needs_grad else ()
@@ -172,23 +172,29 @@ class Graphs:
     def _warm_up(self, call: Call, side: Any, needs_grad: bool) -> tuple[Watch, list[Tensor]]:
         """Calls that leave no trace: whatever libraries and fused modules do at a first call happens here. Returns the
         weights, too, that layers asked for a cast of."""
-        grad, watch = torch.is_grad_enabled(), self.watch
+        grad, watch = is_recorded(), self.watch
         assert watch is not None
+        name = type(self.model).__name__
         with side.aside(), undisturbed(self.model), _as_called(grad):
             for left in reversed(range(_WARM_UPS)):
                 if not left and not watch.holds():  # fused modules have found more of them, lazy ones their parameters
                     watch = self._look_again()
-                args, kwargs = call.with_tensors(copies(call.tensors, needs_grad))
-                with asking() as asked:
+                given = copies(call.tensors, needs_grad)
+                args, kwargs = call.with_tensors(given)
+                with asking() as asked, _told_of_writes(name, call.tensors):
                     result = self.model(*args, **kwargs)
                 if needs_grad:
                     found = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn is not None]
                     leaves = {id(leaf): leaf for t in found for leaf in leaves_of(t)}
-                    differentiate(found, [*leaves.values()], [torch.ones_like(t) for t in found])
+                    refuse_others(name, leaves, {*map(id, self.model.parameters()), *map(id, given)})
+                    with Explained(f"backward of {name}"):
+                        grads = differentiate(found, [*leaves.values()], [torch.ones_like(t) for t in found])
+                    if any(g is not None and g.layout is not torch.strided for g in grads):
+                        raise TypeError(f"graphed: {name} has a gradient that is sparse, expected strided ones")
         if not watch.holds():
             self._forget()
             raise RuntimeError(
-                f"graphed: the forward of {type(self.model).__name__} replaces modules, parameters or buffers at each "
+                f"graphed: the forward of {name} replaces modules, parameters or buffers at each "
                 "call, which a replay does not"
             )
         return watch, asked
@@ -213,11 +219,12 @@ class Graphs:
         versions = [s.tensor._version for s in statics], [t._version for t in own]
         attributes = Attributes(watch)
         leaves = Leaves(watch)
-        to_cast = leaves.others_of(asked) if needs_grad and torch.is_autocast_enabled(device.type) else []
-        mode, name = torch.is_grad_enabled(), type(self.model).__name__
+        casts = needs_grad and torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled()
+        to_cast = leaves.others_of(asked) if casts else []
+        mode, name = is_recorded(), type(self.model).__name__
 
         def run() -> Any:
-            with _as_called(mode), leaves, together(to_cast):
+            with _as_called(mode, casts=needs_grad), leaves, together(to_cast):
                 return self.model(*args, **kwargs)
 
         graphs = []
@@ -231,11 +238,12 @@ class Graphs:
                 raise RuntimeError(f"graphed: the forward of {changed} at each call, which a replay does not")
             result = tree_map(leaves.owner, result)
             results = Results(result, [s.tensor for s in statics], watch, device)
-            if any(map(_requires_grad, results.new)):
+            if mode and any(map(_requires_grad, results.new)):
                 with_backward = WithBackward(side, statics, unique, graph, results)
                 graphs.append(with_backward.record(name, leaves.owners, self.lock))
                 recording: Recording = with_backward
             else:
+                results.new = [t.detach() if t.requires_grad else t for t in results.new]
                 recording = Recording(side, statics, unique, graph, results)
         except BaseException:
             attributes.restore()
@@ -251,17 +259,32 @@ class Graphs:
 
 
 @contextlib.contextmanager
-def _as_called(grad: bool) -> Iterator[None]:
+def _told_of_writes(name: str, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """What is no leaf of autograd may be written to, and the tensor in its place is one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" not in str(error) or all(t.is_leaf for t in tensors):
+            raise
+        raise RuntimeError(
+            f"graphed: the forward of {name} writes to an argument that requires a gradient, which a replay does not"
+        ) from error
+
+
+@contextlib.contextmanager
+def _as_called(grad: bool, casts: bool = False) -> Iterator[None]:
     """For a warm-up or a capture: the caller's grad mode, and nothing that outlives it.
 
     Inference mode is off, so that tensors made here can be written to in any mode. Autocast's cache is off: it keeps
-    weights that were cast in a warm-up, of which a graph would see no change.
+    weights that were cast in a warm-up, of which a graph would see no change. ``casts``: one call may have it for
+    itself, so that the gradient of a weight that is used twice adds up in 16 bits, as eager's does. Other threads have
+    the same cache, and other parameters than a capture.
     """
     cached = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
+    torch.set_autocast_cache_enabled(casts and cached)
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), in_this_thread():
             yield
     finally:
         torch.clear_autocast_cache()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -109,7 +110,8 @@ def _hashable(spec: Any) -> Hashable:
 def _autocast() -> Hashable:
     if not torch._C._is_any_autocast_enabled():
         return None
-    return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cuda", "cpu"))
+    of_devices = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cuda", "cpu"))
+    return of_devices, torch.is_autocast_cache_enabled()
 
 
 def _flags() -> Hashable:
@@ -137,7 +139,7 @@ def is_watched() -> bool:
     """Whether someone wants to see what a call runs: a trace, a transform, a mode, a hook for all modules."""
     if torch._C._get_tracing_state() is not None or conditions.transformed() or conditions.hooks_for_all():
         return True
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or parametrize._cache_enabled:  # which keeps tensors from call to call
         return True
     count = torch._C._len_torch_function_stack()
     return count > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count))

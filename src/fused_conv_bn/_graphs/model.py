@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -20,6 +21,11 @@ _values: Callable[[Any], Iterable[Any]] = dict.values
 _WIDE = torch.float32
 _training = operator.itemgetter("training")
 _requires_grad, _backward_hooks = operator.attrgetter("requires_grad"), operator.attrgetter("_backward_hooks")
+
+
+def is_recorded() -> bool:
+    """Whether autograd records. Grad mode may be on in inference mode, where it does not."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 class Looked(list[Any]):
@@ -45,6 +51,8 @@ class Watch:
                     f"graphed: a parameter or buffer of the model is a {type(t).__name__}, expected plain tensors"
                 )
         self.parameters = Looked(p for p in self.tensors if isinstance(p, nn.Parameter))
+        own = [p for m in self.modules for p in m._parameters.values() if p is not None]
+        self.exchanged = not all(isinstance(p, nn.Parameter) for p in own)  # by functional_call, say
         self.pointers, self.sizes = [*map(_data_ptr, self.tensors)], [*map(_numel, self.parameters)]
         self.attributes = [m.__dict__ for m in self.modules]
         self.types = [*map(type, self.modules)]
@@ -65,9 +73,7 @@ class Watch:
         return needs_grad and (any(self.backward_hooks) or any(map(_backward_hooks, self.parameters)))
 
     def needs_grad(self, arguments: Iterable[Tensor]) -> bool:
-        return torch.is_grad_enabled() and (
-            any(map(_requires_grad, self.parameters)) or any(map(_requires_grad, arguments))
-        )
+        return is_recorded() and (any(map(_requires_grad, self.parameters)) or any(map(_requires_grad, arguments)))
 
     def holds(self) -> bool:
         """Whether each module has the same children, the same tensors in the same memory, and class."""
@@ -96,6 +102,17 @@ class Leaves:
         self.owners |= {id(others[id(p)]): p for p in self.parameters if id(p) in others}
         found = [(m._parameters, name, p) for m in watch.modules for name, p in m._parameters.items()]
         self.places = [(place, name, p, others[id(p)]) for place, name, p in found if id(p) in others]
+        # These have lists of their own, which a look at the parameters would make anew.
+        recurrent = [m.__dict__ for m in watch.modules if isinstance(m, nn.RNNBase)]
+        self.places += [(d, name, d[name], made) for d in recurrent for name, made in self._lists(d)]
+
+    def _lists(self, of: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+        weights = [*map(self.other, of["_flat_weights"])]
+        yield "_flat_weights", weights
+        yield "_flat_weight_refs", [None if w is None else weakref.ref(w) for w in weights]
+
+    def other(self, v: Any) -> Any:
+        return self.others.get(id(v), v)
 
     def owner(self, v: Any) -> Any:
         return self.owners.get(id(v), v)

@@ -121,7 +121,8 @@ class Recording:
 
     def replay(self, tensors: Sequence[Tensor], clone: bool) -> Any:
         inputs = self.inputs(tensors)
-        return self.run(inputs, lambda: self.results.take(inputs, clone))
+        with torch.no_grad():  # an argument may require a gradient where no result has one
+            return self.run(inputs, lambda: self.results.take(inputs, clone))
 
 
 class Explained:

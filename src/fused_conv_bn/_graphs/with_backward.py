@@ -9,42 +9,69 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._together import edges
 from .recording import Explained, Recording, Static
 
 _version = operator.attrgetter("_version")
+_data_ptr: Callable[[Any], int] = Tensor.data_ptr
 _apply: Callable[..., Any]
+_replayed: Any
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def leaves_of(result: Tensor) -> list[Tensor]:
-    """The tensors that a result's gradient flows to."""
+    """The tensors that a result's gradient flows to, and replayed calls, which a capture cannot go through."""
     if result.grad_fn is None:
         return [result] if result.requires_grad else []
-    found: dict[int, Tensor] = {}
-    seen, left = {result.grad_fn}, [result.grad_fn]
+    found: dict[int, Any] = {}
+    left: list[tuple[Any, int]] = [(result.grad_fn, result.output_nr)]
+    seen = {*left}
     while left:
-        node = left.pop()
-        leaf = getattr(node, "variable", None)
+        node, output = left.pop()
+        leaf = node if isinstance(node, _replayed) else getattr(node, "variable", None)
         if leaf is not None:
             found[id(leaf)] = leaf
-        fresh = {n for n, _ in node.next_functions if n is not None} - seen
+            continue
+        fresh = {edge for edge in edges(node, output) if edge[0] is not None} - seen
         seen |= fresh
         left += fresh
     return list(found.values())
+
+
+def refuse_others(name: str, leaves: Iterable[int], known: Container[int]) -> None:
+    """``leaves``: ids of what gradients of a forward's results flow to. ``known``: of parameters and arguments."""
+    if not all(i in known for i in leaves):
+        raise RuntimeError(
+            f"graphed: the forward of {name} uses a tensor that requires a gradient and is neither a parameter nor "
+            "an argument, expected none: a replay has no gradient for it"
+        )
+
+
+def in_this_thread() -> Any:
+    """Where backward runs. A device's own thread may be in another call's, which waits for what is recorded here."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 def differentiate(results: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Any]:
     """Backward of results that need gradients, without a trace in the leaves, and outside of autocast as in loops."""
     if not leaves:
         return ()
-    with torch.autocast(results[0].device.type, enabled=False):
-        return torch.autograd.grad(results, leaves, grads, allow_unused=True)
+    with torch.autocast(results[0].device.type, enabled=False), in_this_thread():
+        try:
+            return torch.autograd.grad(results, leaves, grads, allow_unused=True)
+        finally:  # a checkpoint casts weights once more
+            torch.clear_autocast_cache()
 
 
 class Ticket:
@@ -68,6 +95,10 @@ class WithBackward(Recording):
     """Of the new results."""
     flows: list[frozenset[int]]
     """Of each of those that have, which leaves its gradient flows to."""
+    pointers: list[int]
+    """Where the leaves are."""
+    alone: frozenset[int]
+    """Which gradients have memory to themselves: one that flows on to several leaves, or as it came, has not."""
     incoming: list[Static]
     grads: Sequence[Tensor | None]
     backward_graph: Any
@@ -91,11 +122,7 @@ class WithBackward(Recording):
         known |= {id(s.tensor): i for i, s in enumerate(self.statics)}
         reached = [leaves_of(t) for t in outputs]
         unique = {id(leaf): leaf for leaf in itertools.chain.from_iterable(reached)}
-        if not unique.keys() <= known.keys():
-            raise RuntimeError(
-                f"graphed: the forward of {name} uses a tensor that requires a gradient and is neither a parameter nor "
-                "an argument, expected none: a replay has no gradient for it"
-            )
+        refuse_others(name, unique, known)
         places = {i: place for place, i in enumerate(unique)}
         leaves, self.given = list(unique.values()), [known[i] for i in unique]
         self.leaves = [owners.get(i, leaf) for i, leaf in unique.items()]
@@ -107,6 +134,10 @@ class WithBackward(Recording):
         given = [s.tensor for s in self.incoming]
         with Explained(f"backward of {name}"):
             self.backward_graph, self.grads = self.side.capture(lambda: differentiate(outputs, leaves, given))
+        self.pointers = [*map(_data_ptr, self.leaves)]
+        found = {i: g for i, g in enumerate(self.grads) if g is not None}
+        memory = Counter(map(_storage, [*found.values(), *given]))
+        self.alone = frozenset(i for i, g in found.items() if memory[_storage(g)] == 1)
         self.results.new = [t.detach() for t in new]
         return self.backward_graph
 
@@ -119,7 +150,10 @@ class WithBackward(Recording):
         self.waiting = weakref.ref(ticket)
         return self.results.put(list(new), inputs)
 
-    def replay_backward(self, ticket: Ticket, clone: bool, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def replay_backward(
+        self, ticket: Ticket, clone: bool, grads: Sequence[Tensor | None], nodes: Sequence[tuple[Any, int]]
+    ) -> list[Tensor | None]:
+        """``nodes``: of autograd, that the leaves' gradients go to."""
         with self.lock:
             if ticket.came:
                 raise RuntimeError(
@@ -132,9 +166,16 @@ class WithBackward(Recording):
                     "graphed: a parameter was changed in place between a call and its backward, which reads it, "
                     "expected backward before the change"
                 )
+            if [*map(_data_ptr, self.leaves)] != self.pointers:
+                raise RuntimeError(
+                    "graphed: a parameter was moved between a call and its backward, which reads it where it was, "
+                    "expected backward before the move"
+                )
             flowing = frozenset().union(*(to for to, g in zip(self.flows, grads, strict=True) if g is not None))
             stream = self.side.begin()
             try:
+                if not clone:
+                    self._leave(node.variable for node, _ in nodes if hasattr(node, "variable"))
                 for static, g in zip(self.incoming, grads, strict=True):
                     if g is None:
                         static.memory.zero_()
@@ -147,13 +188,20 @@ class WithBackward(Recording):
                     made = [torch.empty_like(g) for g in there]
                     torch._foreach_copy_(made, there)
                 else:
-                    made = [g.detach() for g in there]
+                    made = [g.detach() if i in self.alone else g.clone() for i, g in enumerate(found) if g is not None]
             finally:
                 self.side.end(stream)
             if self.dropped:
                 self.side.free(self.graphs, last=True)
         fresh = iter(made)
         return [None if g is None else next(fresh) for g in found]
+
+    def _leave(self, leaves: Iterable[Tensor]) -> None:
+        """What has added up in this graph's memory is to stay, for what comes is added to it."""
+        memory = {_data_ptr(self.grads[i]) for i in self.alone}
+        for leaf in leaves:
+            if leaf.grad is not None and leaf.grad.layout is torch.strided and _data_ptr(leaf.grad) in memory:
+                leaf.grad = leaf.grad.clone()
 
 
 class _Replayed(torch.autograd.Function):
@@ -175,7 +223,8 @@ class _Replayed(torch.autograd.Function):
         ticket = ctx.ticket
         recording = ticket.recording
         wanted = [g for g, has in zip(grads, recording.has_gradient, strict=True) if has]
-        return (None, None, None, *recording.replay_backward(ticket, ctx.clone, wanted))
+        return (None, None, None, *recording.replay_backward(ticket, ctx.clone, wanted, ctx.next_functions))
 
 
 _apply = _Replayed.apply
+_replayed = getattr(_Replayed, "_backward_cls")  # noqa: B009

@@ -41,6 +41,7 @@ _WORDS = (
     "out of memory",
     "unable to find an engine to execute",  # of cuDNN, where no workspace fits
     "STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: ",
 )
 
 

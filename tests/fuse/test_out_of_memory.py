@@ -186,6 +186,7 @@ def test_a_first_call_whose_comparison_never_fits(generator: torch.Generator) ->
         ("fused_conv_bn: PyTorch could not allocate memory for the result; its own message is on stderr", True),
         ("GET was unable to find an engine to execute this computation", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496 bytes.", True),
         ("the op is wrong", False),
     ],
 )

@@ -165,6 +165,43 @@ def test_statistics_that_a_first_call_updates(lasting: bool, generator: torch.Ge
     assert at > 50
 
 
+class Broadcast(nn.Module):
+    """Adds what is of another shape, so that its first call is captured twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.last, self.last_bn = nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        return torch.relu(self.last_bn(self.last(y)) + y.mean((2, 3), keepdim=True)).sigmoid()
+
+
+@pytest.mark.parametrize("lasting", [ONCE, FROM_THERE_ON], ids=["once", "from there on"])
+@pytest.mark.parametrize("refused", [False, True], ids=["captured twice", "refused"])
+@torch.no_grad()
+def test_statistics_behind_a_comparison(
+    refused: bool, lasting: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """The call that follows the comparison is no part of it: where that fails nothing runs in its place."""
+    plain = random_statistics(Broadcast(), generator)
+    plain.bn.train()
+    x = torch.randn(2, 3, 16, 16, generator=generator)
+    if refused:
+        monkeypatch.setattr(blocks.ConvNormBlock, "plain", lambda *_: x)
+    most = 0
+    for at in itertools.count():
+        model = fcb.fuse(copy.deepcopy(plain))
+        enough, y = outcome(at, lasting, lambda model=model: model(x))
+        updates = int(model.bn.num_batches_tracked)
+        assert updates in (0, 1) and (updates == 1 or y is None), at
+        most += y is None
+        if enough:
+            break
+    assert at > 50 and most > 0
+
+
 @torch.no_grad()
 def test_a_first_call_whose_comparison_never_fits(generator: torch.Generator) -> None:
     """The model's own forward does. It is not compared again and again, and the report says why."""

@@ -405,7 +405,9 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
     A call is the model's own where no argument is on CUDA, with a forward hook or one for gradients (and a warning),
     and under torch.compile, torch.export, torch.func, traces, modes, and where anomalies or saved tensors are watched.
 
-    Any thread and any stream may call. Replays wait for each other, since all graphs of the model share memory.
+    Any thread and any stream may call. Replays wait for each other, since all graphs of the model share memory. While a
+    first call with gradients is recorded, the model's parameters are others with the same memory: another thread's call
+    of the model itself would have no gradients then.
 
     Args:
         model: an nn.Module, fused or not, with all its parameters and buffers on the device of its arguments.

@@ -37,15 +37,16 @@ class FakeGraph:
             if isinstance(kept, Tensor) and kept is not new:
                 with torch.inference_mode(False), torch.no_grad():
                     kept.copy_(new)
-                latest[id(kept)] = new
+                if new.requires_grad:
+                    latest[id(kept)] = kept, new  # which keeps the id from being another's
 
 
-latest: dict[int, Tensor] = {}
+latest: dict[int, tuple[Tensor, Tensor]] = {}
 """Of the results that a capture left, those of the last replay: their graph of autograd is the one to go back through."""
 
 
 def differentiate(results: Sequence[Tensor], *rest: Any) -> Any:
-    return _differentiate([latest.pop(id(t), t) for t in results], *rest)
+    return _differentiate([latest.pop(id(t), (t, t))[1] for t in results], *rest)
 
 
 _differentiate, with_backward.differentiate = with_backward.differentiate, differentiate

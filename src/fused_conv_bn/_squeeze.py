@@ -8,6 +8,7 @@ from torch import Tensor
 from . import reference
 from ._checks import check_squeeze
 from ._dispatch import RAW, twin, way_of
+from ._memory import go_on_behind
 
 _op = torch.ops.fused_conv_bn.squeeze_excite.default
 _NAMES = ("input", "weight1", "weight2", "bias1", "bias2")
@@ -51,8 +52,11 @@ def squeeze_excite(
     way = way_of("squeeze_excite", _NAMES, (input, weight1, weight2), (bias1, bias2))
     named = {"activation": activation, "gate": gate, "negative_slope": negative_slope}
     if way == RAW:
-        y: Tensor = _op(input, weight1, bias1, weight2, bias2, **named)
-        return y
+        try:
+            y: Tensor = _op(input, weight1, bias1, weight2, bias2, **named)
+            return y
+        except RuntimeError as error:
+            go_on_behind(error)
     reference.check_activation("squeeze_excite", activation, RuntimeError)
     reference.check_activation("squeeze_excite", gate, RuntimeError, "gate")
     check_squeeze(input, weight1, bias1, weight2, bias2)

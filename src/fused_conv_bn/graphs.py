@@ -75,9 +75,9 @@ class Graphs:
             if watch is None or not watch.holds():
                 watch = self._look_again()
             needs_grad = watch.needs_grad(call.tensors)
-            if (watch.exchanged and is_recorded()) or (needs_grad and is_backward_watched()):
-                pass
-            elif not watch.has_hooks(needs_grad):
+            if watch.has_hooks(needs_grad):
+                self._warn_of_hooks(watch)
+            elif not ((watch.exchanged and is_recorded()) or (needs_grad and is_backward_watched())):
                 needs = (*map(_requires_grad, call.tensors),) if needs_grad else ()
                 key = call_key(call), watch.kind(), needs
                 recording = self.recordings.get(key)
@@ -88,14 +88,17 @@ class Graphs:
                     self.recordings.move_to_end(key)
                     if not (recording.is_waiting() or (recording.written and share_memory(call.tensors))):
                         return recording.replay(call.tensors, self.clone_outputs)
-            elif not (self.warned or watch.lazy):  # lazy modules have hooks until they have parameters
-                self.warned = True
-                warnings.warn(
-                    "graphed: a module of the model has a forward hook, or one for gradients, which a replay would not "
-                    "call; the model runs without graphs",
-                    stacklevel=3,
-                )
         return model(*args, **kwargs)
+
+    def _warn_of_hooks(self, watch: Watch) -> None:
+        if self.warned or watch.lazy:  # lazy modules have hooks until they have parameters
+            return
+        self.warned = True
+        warnings.warn(
+            "graphed: a module of the model has a forward hook, or one for gradients, which a replay would not call; "
+            "the model runs without graphs",
+            stacklevel=4,
+        )
 
     def _device(self, tensors: Sequence[Tensor]) -> torch.device | None:
         """The tensors' device, where graphs are for it. None where the call is the model's own."""
@@ -219,8 +222,9 @@ class Graphs:
         versions = [s.tensor._version for s in statics], [t._version for t in own]
         attributes = Attributes(watch)
         leaves = Leaves(watch)
-        casts = needs_grad and torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled()
-        to_cast = leaves.others_of(asked) if casts else []
+        casts = needs_grad and torch.is_autocast_enabled(device.type)
+        # Without autocast's cache a weight that is used twice is cast twice, and its gradients add up in float32.
+        to_cast = leaves.others_of(asked, once=not torch.is_autocast_cache_enabled()) if casts else []
         mode, name = is_recorded(), type(self.model).__name__
 
         def run() -> Any:

@@ -48,7 +48,6 @@ _MOST_KINDS = 32
 """Captures of a root. What is no tensor is baked into one, an argument as an attribute, and may be new at each call."""
 _MOST_ATTEMPTS = 3
 """To compare a first call. Each may fill memory, which then is freed and allocated anew."""
-_UNKNOWN = object()
 _lock = threading.RLock()
 _log = logging.getLogger("fused_conv_bn")
 _SECONDS = 3.0
@@ -365,14 +364,15 @@ def _run(root: nn.Module, state: State, own: Any, args: tuple[Any, ...], kwargs:
     if not entry.groups:
         return own(root, *args, **kwargs)
     if entry.unchecked:
+        runs_short = False
         try:
             result = _checked(root, state, key, entry, own, arguments, args, kwargs)
         except RuntimeError as error:
             left = _entry_of(root, state, key)  # another one, where a sum was of no shape for its group
             if key in state.refused or not ((left is None or left.unchecked) and ran_out(error)):
                 raise
-            result = _UNKNOWN
-        if result is _UNKNOWN:  # what the comparison had is free by now
+            runs_short = True
+        if runs_short:  # what the comparison had is free by now
             return _without_comparison(root, state, key, entry, own, args, kwargs)
     else:
         result = _call(root, entry, [*arguments.tensors.values()])

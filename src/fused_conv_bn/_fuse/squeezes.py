@@ -59,6 +59,9 @@ class SqueezeBlock(Block):
     def _in_one_op(self, x: Any) -> Tensor | None:
         if (type(x) is not Tensor and not _exports_ops()) or x.dim() != 4 or _is_any_autocast_enabled():
             return None
+        # What is not dense the op would copy.
+        if x.size(0) > MOST_IMAGES or _is_captured(x) or not is_dense(x):
+            return None
         layers = []
         for block in (self.reduce, self.excite):
             conv = block.conv_twin.__dict__
@@ -69,10 +72,6 @@ class SqueezeBlock(Block):
             layers += [conv["_parameters"]["weight"], bias]
             if bias is not None and bias.dtype.itemsize == 2:
                 block.nothing(bias)  # made here, since in a CUDA graph each replay would make it again
-        if not is_dense(x):  # then the op would copy it
-            return None
-        if x.size(0) > MOST_IMAGES or _is_captured(x):
-            return None
         try:
             y: Tensor = _op(x, *layers, **self.named)
             return y

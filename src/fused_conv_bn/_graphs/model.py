@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from .calls import CONSTANTS
 
 _data_ptr, _numel = Tensor.data_ptr, Tensor.numel
 _values: Callable[[Any], Iterable[Any]] = dict.values
-_WIDE = torch.float32
 _training = operator.itemgetter("training")
 _requires_grad, _backward_hooks = operator.attrgetter("requires_grad"), operator.attrgetter("_backward_hooks")
 
@@ -58,13 +58,11 @@ class Watch:
         self.types = [*map(type, self.modules)]
         self.states = [d for d in self.attributes if "training" in d]
         self.sends_gradients = any(isinstance(m, DistributedDataParallel) for m in self.modules)
-        self.kinds: dict[Hashable, int] = {}
 
-    def kind(self) -> int:
-        """A number for what graphs depend on and a loop of training and evaluation changes in turn: the modules' modes,
-        and which parameters require gradients."""
-        now = (*map(_training, self.states), *map(_requires_grad, self.parameters))
-        return self.kinds.setdefault(now, len(self.kinds))
+    def kind(self) -> tuple[bool, ...]:
+        """What graphs depend on and a loop of training and evaluation changes in turn: the modules' modes, and which
+        parameters require gradients."""
+        return (*map(_training, self.states), *map(_requires_grad, self.parameters))
 
     def has_hooks(self, needs_grad: bool) -> bool:
         """Whether somebody is to be called that a replay would not call, in backward as well."""
@@ -96,10 +94,9 @@ class Leaves:
     """
 
     def __init__(self, watch: Watch) -> None:
-        self.parameters = list(watch.parameters)
-        self.others = others = {id(p): _other(p) for p in self.parameters if p.requires_grad}
-        self.owners: dict[int, Tensor] = {id(p): p for p in self.parameters}
-        self.owners |= {id(others[id(p)]): p for p in self.parameters if id(p) in others}
+        self.others = others = {id(p): _other(p) for p in watch.parameters if p.requires_grad}
+        self.owners: dict[int, Tensor] = {id(p): p for p in watch.parameters}
+        self.owners |= {id(others[id(p)]): p for p in watch.parameters if id(p) in others}
         found = [(m._parameters, name, p) for m in watch.modules for name, p in m._parameters.items()]
         self.places = [(place, name, p, others[id(p)]) for place, name, p in found if id(p) in others]
         # These have lists of their own, which a look at the parameters would make anew.
@@ -117,9 +114,10 @@ class Leaves:
     def owner(self, v: Any) -> Any:
         return self.owners.get(id(v), v)
 
-    def others_of(self, those: Iterable[Tensor]) -> list[Tensor]:
-        """Of parameters of float32 among these."""
-        return [self.others[i] for i, t in {id(t): t for t in those}.items() if i in self.others and t.dtype is _WIDE]
+    def others_of(self, those: Sequence[Tensor], once: bool) -> list[Tensor]:
+        """Of parameters of float32 among these. ``once``: of those that are there once."""
+        times = Counter(id(t) for t in those if t.dtype is torch.float32)
+        return [self.others[i] for i, n in times.items() if i in self.others and not (once and n > 1)]
 
     def __enter__(self) -> None:
         for place, name, _, other in self.places:

@@ -62,6 +62,9 @@ STABLE_TORCH_LIBRARY(fused_conv_bn, m) {
   // conv_bn_scale of gate(input, gate), which an algorithm may take along.
   m.def("gate_conv_bn_scale(Tensor input, Tensor gate, Tensor conv_weight, Tensor? conv_bias, " FCB_BN ", " FCB_WINDOW
         ", *, " FCB_EPILOGUE ", bool allow_tf32=False) -> Tensor");
+  // And spatial_mean(output, keepdim=True), which an algorithm may put out too.
+  m.def("conv_bn_scale_mean(Tensor input, Tensor conv_weight, Tensor? conv_bias, " FCB_BN ", " FCB_WINDOW
+        ", *, " FCB_EPILOGUE ", bool allow_tf32=False) -> (Tensor output, Tensor mean)");
   // The gradients of a convolution's weight and of the BatchNorm behind it, on CUDA, for few input channels: from the gradient
   // of the output, `dy`, the input, and the activation's `result` where it has a derivative. has_statistics: BatchNorm took
   // the batch's; then `var` is its inverse deviation. Of what is not asked for, empty tensors. The gradient of the

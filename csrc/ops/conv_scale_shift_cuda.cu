@@ -1,23 +1,34 @@
-// conv_scale_shift, conv_bn_scale, gate_conv_bn_scale and squeeze_excite on CUDA: runs the algorithm that is chosen.
+// conv_scale_shift, conv_bn_scale, gate_conv_bn_scale, conv_bn_scale_mean and squeeze_excite on CUDA: runs the algorithm that is chosen.
+#include "conv_bn_scale_mean.h"
 #include "conv_cuda.h"
 #include "conv_scale_shift.h"
 #include "gate_conv_bn_scale.h"
 #include "kernels/conv/launch.cuh"
 #include "kernels/pooling/launch.cuh"
+#include "spatial_mean.h"
 #include "squeeze_excite.h"
 
 namespace fused_conv_bn {
 namespace {
 
-// By an algorithm of this package. gates: of the input, where it takes them.
+// By an algorithm of this package. gates: of the input, where it takes them. means: of the result, where it puts them out.
 Tensor run_kernel(const char* op, const ConvArguments& c, const CudaConvChoice& choice,
-                  const OptionalOperand& gates = std::nullopt) {
+                  const OptionalOperand& gates = std::nullopt, const OptionalTensor& means = std::nullopt) {
   const CudaScope cuda(c.input.device);
   Copies copies;
   KernelConv conv(c, requirements_of(choice.plan, choice.problem));
   conv.operands.affine = affine_tensors(c.affine, c.input.dtype, copies);
   conv.operands.residual = c.residual.has_value() ? conv.copies.data(*c.residual, conv.channels_last) : nullptr;
   conv.operands.gates = gates.has_value() ? conv.copies.data(*gates, false) : nullptr;
+  OptionalTensor sums;
+  if (means.has_value()) {
+    conv.operands.means = means->data_ptr();
+    const int64_t stride = 1;
+    if (const int64_t count = means->numel() * most_parts(choice.plan, choice.problem, choice.gpu); count > 0) {
+      sums = empty_strided(1, &count, &stride, ScalarType::Float, c.input.device);
+      conv.operands.sums = static_cast<float*>(sums->data_ptr());
+    }
+  }
   const ConvCall call{choice.problem, conv.operands, choice.gpu, c.epilogue};
   dispatch_dtype(c.input.dtype, [&]<typename T>(TypeTag<T>) {
     if constexpr (sizeof(T) <= 4) {  // none is for float64
@@ -31,9 +42,23 @@ struct CudaKernel {
   static constexpr RunGate* kRunGate = run_gate_cuda;
 
   static Tensor run(const char* op, const ConvArguments& c, bool allow_tf32) {
-    const CudaConvChoice choice = choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32);
+    return run(op, c, choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32));
+  }
+  static Tensor run(const char* op, const ConvArguments& c, const CudaConvChoice& choice) {
     return std::holds_alternative<Aten>(choice.plan) ? convolve_and_apply<run_elementwise_cuda>(op, c)
                                                      : run_kernel(op, c, choice);
+  }
+
+  // In one launch, or with one behind it that takes the means.
+  static std::tuple<Tensor, Tensor> run_with_means(const char* op, const ConvArguments& c, bool allow_tf32) {
+    const CudaConvChoice choice = choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32);
+    // A problem in two dimensions may have more images than the call has.
+    if (takes_means(choice.plan, choice.problem) && choice.problem.N == c.sizes[0]) {
+      const Tensor means = empty_means(c);
+      return {run_kernel(op, c, choice, std::nullopt, means), means};
+    }
+    const Tensor y = run(op, c, choice);
+    return {y, spatial_mean_cuda(y, true)};
   }
 
   static OptionalTensor run_gated(const char* op, const ConvArguments& c, const Operand& gates, bool allow_tf32) {
@@ -86,6 +111,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) {
   m.impl("conv_scale_shift", TORCH_BOX(&ConvOps<CudaKernel>::conv_scale_shift));
   m.impl("conv_bn_scale", TORCH_BOX(&ConvOps<CudaKernel>::conv_bn_scale));
   m.impl("gate_conv_bn_scale", TORCH_BOX(&gate_conv_bn_scale<CudaKernel>));
+  m.impl("conv_bn_scale_mean", TORCH_BOX(&conv_bn_scale_mean<CudaKernel>));
   m.impl("squeeze_excite", TORCH_BOX(&squeeze_excite<CudaKernel>));
 }
 

@@ -6,6 +6,9 @@
 
 namespace fused_conv_bn {
 
+Tensor spatial_mean_cpu(Tensor input, bool keepdim);
+Tensor spatial_mean_cuda(Tensor input, bool keepdim);
+
 inline Operand check_spatial_mean(const Tensor& input) {
   const char* op = "spatial_mean";
   const Operand x("input", input);

@@ -2,7 +2,6 @@
 #include "spatial_mean.h"
 
 namespace fused_conv_bn {
-namespace {
 
 Tensor spatial_mean_cpu(Tensor input, bool keepdim) {
   const Operand x = check_spatial_mean(input);
@@ -12,8 +11,6 @@ Tensor spatial_mean_cpu(Tensor input, bool keepdim) {
   }
   return torch::stable::contiguous(torch_mean(input, dims, keepdim));
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CPU, m) { m.impl("spatial_mean", TORCH_BOX(&spatial_mean_cpu)); }
 

@@ -3,7 +3,6 @@
 #include "spatial_mean.h"
 
 namespace fused_conv_bn {
-namespace {
 
 Tensor spatial_mean_cuda(Tensor input, bool keepdim) {
   const char* op = "spatial_mean";
@@ -27,8 +26,6 @@ Tensor spatial_mean_cuda(Tensor input, bool keepdim) {
   }
   return output;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_conv_bn, CUDA, m) { m.impl("spatial_mean", TORCH_BOX(&spatial_mean_cuda)); }
 

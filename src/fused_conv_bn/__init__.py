@@ -15,6 +15,7 @@ except ImportError as error:
     raise
 
 from . import _choices, _register, conditions, reference  # noqa: E402, F401  (the ops exist from here on)
+from ._conv_mean import conv_bn_scale_mean  # noqa: E402
 from ._fuse import Report, fuse, report, thaw, unfuse  # noqa: E402
 from ._gated import gate_conv_bn_scale  # noqa: E402
 from ._register import onnx_translations  # noqa: E402
@@ -65,6 +66,7 @@ __all__ = [
     "bn_scale_train",
     "conditions",
     "conv_bn_scale",
+    "conv_bn_scale_mean",
     "conv_bn_scale_train",
     "conv_scale_shift",
     "explain",

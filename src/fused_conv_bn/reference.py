@@ -352,6 +352,12 @@ def conv_bn_scale(
     )
 
 
+def conv_bn_scale_mean(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """Twin of :func:`fused_conv_bn.conv_bn_scale_mean`."""
+    y = conv_bn_scale(*args, **named)
+    return y, spatial_mean(y, keepdim=True)
+
+
 def gate_conv_bn_scale(input: Tensor, gated_by: Tensor, *args: Any, **named: Any) -> Tensor:
     """Twin of :func:`fused_conv_bn.gate_conv_bn_scale`."""
     return conv_bn_scale(gate(input, gated_by), *args, **named)

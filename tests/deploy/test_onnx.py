@@ -113,6 +113,9 @@ def test_convolutions(window: str, generator: torch.Generator, tmp_path: Path) -
 OTHERS: dict[str, Callable[..., Any]] = {
     "bn_scale of no affine": lambda x, g, mean, var, *_: fcb.bn_scale(x, mean, var, None, None, 2.0),
     "bn_scale_cat": lambda x, g, *bn: fcb.bn_scale_cat([x[:, :2], x[:, 2:]], *bn, 2.0, activation="mish"),
+    "conv_bn_scale_mean": lambda x, g, *bn: fcb.conv_bn_scale_mean(
+        *(x, x.new_ones(C, C, 1, 1), bn[3], *bn, 1.5), residual=x, activation="silu"
+    ),
     "fold_bn": lambda x, g, *bn: fcb.fold_bn(*bn, 1.5, 1e-3, bn[1]),
     "fold_bn of no affine": lambda x, g, mean, var, *_: fcb.fold_bn(mean, var),
     "gate": lambda x, g, *_: fcb.gate(x, g, activation="hardswish"),

@@ -193,6 +193,7 @@ class _Conv:
         algorithm: str,
         allow_tf32: bool = False,
         gates: Tensor | None = None,
+        means: Tensor | None = None,
     ) -> None:
         self.y = y
         last = not self.y.is_contiguous()
@@ -209,6 +210,7 @@ class _Conv:
             "residual": None if residual is None else _dense(residual, last, alignment),
             "y": self.y,
             "gates": None if gates is None else _dense(gates, False, alignment),
+            "means": means,
         }
         self.affine = affine
         extents = (input.shape[2:], weight.shape[2:], self.y.shape[2:], *windows)
@@ -241,8 +243,9 @@ def _conv(
     capability: int,
     allow_tf32: bool,
     gates: Tensor | None = None,
+    means: Tensor | None = None,
 ) -> Tensor:
-    conv = _Conv(y, input, weight, affine, windows, groups, residual, algorithm, allow_tf32, gates)
+    conv = _Conv(y, input, weight, affine, windows, groups, residual, algorithm, allow_tf32, gates, means)
     _call(
         capability,
         "emulated_conv",
@@ -304,13 +307,15 @@ def conv_bn_scale(
     layout: GemmSm90Layout | None = None,
     capability: int = 90,
     gates: Tensor | None = None,
+    means: Tensor | None = None,
 ) -> Tensor:
+    """``means``: where those of the result are put."""
     windows = _windows(input, stride, padding, dilation)
     y = _result("conv_scale_shift", input, conv_weight, None, None, *windows, groups)
     bn = dict(mean=running_mean, var=running_var, weight=weight, bias=bias, conv_bias=conv_bias)
     affine = _AffineTensors(input.dtype, scaling_factor, eps, **bn)
     epilogue = _epilogue(activation, negative_slope, residual_last)
-    named = dict(allow_tf32=allow_tf32, gates=gates)
+    named = dict(allow_tf32=allow_tf32, gates=gates, means=means)
     _conv(y, input, conv_weight, affine, windows, groups, residual, epilogue, algorithm, layout, capability, **named)
     # The op's with_bn_strides(): extents of 1 have others.
     arguments = (conv_weight, conv_bias, running_mean, running_var, weight, bias, scaling_factor, eps, *windows, groups)

@@ -51,6 +51,7 @@ void allow_operands(const Conv2d& c, const ConvOperands& o) {
   emulated::allow(o.residual, elements(c.N * c.K * c.P * c.Q));
   emulated::allow(o.y, elements(c.N * c.K * c.P * c.Q));
   emulated::allow(o.gates, elements(c.N * c.C));
+  emulated::allow(o.means, elements(c.N * c.K));
   allow_affine(o.affine, c.K, static_cast<size_t>(o.affine.wide ? 4 : c.element_bytes));
 }
 
@@ -145,12 +146,21 @@ const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, i
                           const char* algorithm, GemmSm90Layout* layout, uint64_t seed) {
   const std::optional<ConvPlan> plan = layout == nullptr ? make_plan(algorithm, *problem, kGpu)
                                                          : make_plan(*layout, *problem);
-  if (!plan.has_value() || (operands->gates != nullptr && !takes_gates(*plan, *problem, true))) {
+  if (!plan.has_value() || (operands->gates != nullptr && !takes_gates(*plan, *problem, true)) ||
+      (operands->means != nullptr && !takes_means(*plan, *problem))) {
     return "not covered";
   }
   emulated::begin(seed);
   allow_operands(*problem, *operands);
-  const ConvCall call{*problem, *operands, kGpu, *epilogue};
+  ConvOperands given = *operands;
+  std::vector<float> sums;
+  if (operands->means != nullptr) {  // NaN where nobody writes
+    const int64_t count = problem->N * problem->K * most_parts(*plan, *problem, kGpu);
+    sums.assign(static_cast<size_t>(count), std::numeric_limits<float>::quiet_NaN());
+    given.sums = count > 0 ? sums.data() : nullptr;
+    emulated::allow(given.sums, sums.size() * sizeof(float));
+  }
+  const ConvCall call{*problem, given, kGpu, *epilogue};
   return answer(dispatch_element(static_cast<Element>(element),
                                  [&](auto tag) { return launch_conv<decltype(tag)>(*plan, call, nullptr); }));
 }

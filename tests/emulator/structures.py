@@ -51,7 +51,7 @@ class Operands(ctypes.Structure):
         *((f"w_stride_{name}", ctypes.c_int64) for name in "kcrs"),
         ("affine", Affine),
         ("late_affine", ctypes.c_bool),
-        *((name, ctypes.c_void_p) for name in ("residual", "y", "gates")),
+        *((name, ctypes.c_void_p) for name in ("residual", "y", "means", "sums", "gates")),
     ]
 
 

@@ -217,6 +217,7 @@ def test_every_overload_is_opchecked() -> None:
     """Guards the lists above: a new op needs samples."""
     checked = {op for op, *_ in (*CALLS.values(), *MORE_CALLS.values())} | {OPS.fold_bn.default, OPS.cuda_archs.default}
     checked |= {OPS.conv_scale_shift.default}  # in ops/test_conv_integration.py
+    checked |= {OPS.conv_bn_scale_mean.default}  # in ops/test_conv_mean.py
     checked |= {OPS.gate_conv_bn_scale.default}  # in ops/test_gated_conv.py
     checked |= {OPS.bn_scale_train.default, OPS.conv_bn_scale_train.default}  # in ops/test_train_integration.py
     checked |= {OPS.max_pool2d.default, OPS.spatial_mean.default}  # in ops/test_pooling.py

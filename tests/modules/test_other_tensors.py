@@ -101,6 +101,7 @@ def test_functions(kind: str) -> None:
         "squeeze_excite": lambda: fcb.squeeze_excite(x, w[:, :, :1, :1], None, w[:C, :, :1, :1], None),
         "conv_scale_shift": lambda: fcb.conv_scale_shift(x, w, k, k),
         "conv_bn_scale": lambda: fcb.conv_bn_scale(x, w, None, k, k),
+        "conv_bn_scale_mean": lambda: fcb.conv_bn_scale_mean(x, w, None, k, k)[1],
         "bn_scale_train": lambda: fcb.bn_scale_train(x, None, None),
         "conv_bn_scale_train": lambda: fcb.conv_bn_scale_train(x, w, None, None, None),
     }

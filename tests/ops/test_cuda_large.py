@@ -152,6 +152,14 @@ def test_a_gated_convolution(device: str) -> None:
     assert_near(taken(y, images), reference.conv_bn_scale(gated, w.double(), None, *(t.double() for t in bn), 1.5))
 
 
+def test_means_of_a_depthwise_convolution(device: str) -> None:
+    c = CONVOLUTIONS["depthwise, channels_last"]
+    x, w = operands_of(c, device)
+    y, means = fcb.conv_bn_scale_mean(x, w, None, *bn_of(c.weight[0], device), 1.5, 1e-5, 1, c.padding, 1, c.groups)
+    images = edges(x, y)
+    assert_near(taken(means, images), taken(y, images).double().mean((2, 3), keepdim=True))
+
+
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Of images, of all tensors alike."""
     largest = max(t.numel() // t.size(0) for t in tensors)

@@ -89,6 +89,10 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
         lambda x, w, *bn: fcb.conv_bn_scale(x, w, None, *bn, 1.5, padding=1, groups=16),
     ),
     "16 bits": (("x", "w", *BN24), lambda x, w, *bn: fcb.conv_bn_scale(half(x), half(w), None, *bn, padding=1)),
+    "conv_bn_scale_mean": (
+        ("x", "depthwise", *BN16),
+        lambda x, w, *bn: fcb.conv_bn_scale_mean(half(x), half(w), None, *bn, padding=1, groups=16)[1],
+    ),
     "gate_conv_bn_scale": (
         ("x", "gate", "w1", *BN24),
         lambda x, g, w, *bn: fcb.gate_conv_bn_scale(half(x), g.half(), half(w), None, *bn),

@@ -129,6 +129,8 @@ struct ConvOperands {
   bool late_affine;
   const void* residual;  // nullptr: none
   void* y;
+  void* means;        // an element for each image and channel of y, whose mean it is; nullptr: none
+  float* sums;        // room for sums of so many parts of y's images as the plan may need, (N, parts, K); nullptr: none
   const void* gates;  // an element for each image and channel of x, which is multiplied by it first; nullptr: none
 
   // Of a weight of dim - 2 spatial dimensions, as narrow_to_2d() sees them.

@@ -10,4 +10,8 @@ namespace fused_conv_bn {
 FCB_FORALL_ELEMENTS(FCB_INSTANTIATE)
 #undef FCB_INSTANTIATE
 
+template cudaError_t launch_mean_of_sums(const float*, float16*, int64_t, int64_t, int64_t, int64_t, int, cudaStream_t);
+template cudaError_t launch_mean_of_sums(const float*, bfloat16*, int64_t, int64_t, int64_t, int64_t, int,
+                                         cudaStream_t);
+
 }  // namespace fused_conv_bn

@@ -31,6 +31,11 @@ template <typename T>
 cudaError_t launch_spatial_mean(const T* input, T* output, int64_t images, int64_t pixels, int64_t channels,
                                 int multiprocessors, cudaStream_t stream);
 
+// The same of sums over parts of the pixels, (images, parts, channels), of a multiple of 4 channels. T: float16, bfloat16.
+template <typename T>
+cudaError_t launch_mean_of_sums(const float* sums, T* output, int64_t images, int64_t parts, int64_t channels,
+                                int64_t pixels, int multiprocessors, cudaStream_t stream);
+
 // The weights of a squeeze-and-excite block's layers, dense: (hidden, channels) and (outputs, hidden). No biases: nullptr.
 template <typename T>
 struct SqueezeOperands {

@@ -16,12 +16,13 @@
 
 namespace fused_conv_bn {
 
-template <typename T>
+template <typename T, typename Out>
 struct MeanColumnsParams {
   const T* input;
-  T* output;
+  Out* output;
   int64_t pixels;
   int64_t block_pixels;  // of a block of the cluster
+  int64_t divisor;       // of the sums
   uint32_t channels;
   uint32_t lanes;   // vectors of a block: a power of 2, up to 32
   uint32_t groups;  // of so many vectors, in an image
@@ -29,9 +30,9 @@ struct MeanColumnsParams {
 };
 
 // kElements: of a vector, 16 bytes of them or one.
-template <typename T, int kElements>
+template <typename T, int kElements, typename Out>
 __global__ void __launch_bounds__(kMeanThreads, kMeanBlocksOfMultiprocessor)
-    mean_columns_kernel(const MeanColumnsParams<T> p) {
+    mean_columns_kernel(const MeanColumnsParams<T, Out> p) {
   using Acc = acc_t<T>;
   constexpr int kPiece = kVecBytes / static_cast<int>(sizeof(Acc));
   const uint32_t lane = threadIdx.x & (p.lanes - 1);
@@ -73,10 +74,10 @@ __global__ void __launch_bounds__(kMeanThreads, kMeanBlocksOfMultiprocessor)
     }
     of_block[threadIdx.x] = sum;
   }
-  T* const output = p.output + image * p.channels + first_channel;
+  Out* const output = p.output + image * p.channels + first_channel;
   const auto store = [&](uint32_t column, Acc sum) {
     if (first_channel + column < p.channels) {
-      output[column] = from_acc<T>(sum / static_cast<Acc>(p.pixels));
+      output[column] = from_acc<Out>(sum / static_cast<Acc>(p.divisor));
     }
   };
   if (p.cluster == 1) {
@@ -193,9 +194,9 @@ cudaError_t launch_mean_planes(const T* input, T* output, int64_t planes, int64_
   return vectors <= 1024 ? launch(mean_planes_kernel<T, 32>, 32) : launch(mean_planes_kernel<T, 256>, 256);
 }
 
-template <int kElements, typename T>
-cudaError_t launch_mean_columns(const T* input, T* output, int64_t images, int64_t pixels, int64_t channels,
-                                int multiprocessors, cudaStream_t stream) {
+template <int kElements, typename T, typename Out>
+cudaError_t launch_mean_columns(const T* input, Out* output, int64_t images, int64_t pixels, int64_t channels,
+                                int64_t divisor, int multiprocessors, cudaStream_t stream) {
   const int64_t vectors = (channels + kElements - 1) / kElements;
   const int64_t wanted = int64_t{kMeanBlocksOfMultiprocessor} * multiprocessors;
   // Vectors of a block: a line of the caches, and more where pixels are too few for all loads of a thread.
@@ -218,8 +219,9 @@ cudaError_t launch_mean_columns(const T* input, T* output, int64_t images, int64
   while (lanes > least && 2 * blocks() * cluster <= wanted) {
     lanes /= 2;
   }
-  MeanColumnsParams<T> p{};
+  MeanColumnsParams<T, Out> p{};
   p.pixels = pixels;
+  p.divisor = divisor;
   p.block_pixels = (pixels + cluster - 1) / cluster;
   p.channels = static_cast<uint32_t>(channels);
   p.lanes = static_cast<uint32_t>(lanes);
@@ -231,7 +233,7 @@ cudaError_t launch_mean_columns(const T* input, T* output, int64_t images, int64
     p.input = input + begin * pixels * channels;
     p.output = output + begin * channels;
     const auto grid = static_cast<unsigned>(std::min(step, images - begin) * p.groups * cluster);
-    const cudaError_t status = launch_cluster(mean_columns_kernel<T, kElements>, dim3(grid), cluster, kMeanThreads,
+    const cudaError_t status = launch_cluster(mean_columns_kernel<T, kElements, Out>, dim3(grid), cluster, kMeanThreads,
                                               shared, true, stream, p);
     if (status != cudaSuccess) {
       return status;
@@ -247,9 +249,16 @@ cudaError_t launch_spatial_mean(const T* input, T* output, int64_t images, int64
     return launch_mean_planes(input, output, images, pixels, stream);
   }
   const bool by_vector = channels % Vec<T>::kSize == 0 && is_aligned(input);
-  return by_vector
-             ? launch_mean_columns<Vec<T>::kSize>(input, output, images, pixels, channels, multiprocessors, stream)
-             : launch_mean_columns<1>(input, output, images, pixels, channels, multiprocessors, stream);
+  return by_vector ? launch_mean_columns<Vec<T>::kSize>(input, output, images, pixels, channels, pixels,
+                                                        multiprocessors, stream)
+                   : launch_mean_columns<1>(input, output, images, pixels, channels, pixels, multiprocessors, stream);
+}
+
+// The same of sums that somebody has taken over parts of the pixels: (images, parts, channels), aligned vectors of them.
+template <typename T>
+cudaError_t launch_mean_of_sums(const float* sums, T* output, int64_t images, int64_t parts, int64_t channels,
+                                int64_t pixels, int multiprocessors, cudaStream_t stream) {
+  return launch_mean_columns<Vec<float>::kSize>(sums, output, images, parts, channels, pixels, multiprocessors, stream);
 }
 
 }  // namespace fused_conv_bn

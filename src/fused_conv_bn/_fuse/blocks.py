@@ -504,8 +504,12 @@ class PoolBlock(Block):
             y = _mean(x, keepdim=pooling.keepdim)
         except REFUSALS:
             return self.plain(x)
+        return self.placed(y, x)
+
+    def placed(self, y: Tensor, x: Tensor) -> Tensor:
+        """Means of x in the strides of PyTorch's."""
         _, by_channel, _, by_column = x.stride()
-        if pooling.adaptive and by_channel == 1 and by_column > 1:
+        if self.pooling.adaptive and by_channel == 1 and by_column > 1:
             n, c, _, _ = x.shape
             return y.as_strided((n, c, 1, 1), (c, 1, c, c))
         return y

@@ -9,7 +9,7 @@ from torch import fx, nn
 from .blocks import Block, CatNormBlock, ConvBlock, ConvNormBlock, NormBlock, PoolBlock, StepsBlock
 from .gates import GateBlock, GatedConvBlock
 from .patterns import Group
-from .squeezes import SqueezeBlock
+from .squeezes import SqueezeBlock, SqueezedBlock
 
 
 def block_of(group: Group, module: Callable[[fx.Node | None], nn.Module | None], bn: nn.Module | None) -> Block:
@@ -29,4 +29,4 @@ def block_of(group: Group, module: Callable[[fx.Node | None], nn.Module | None],
         return StepsBlock(group, conv, bn)
     if conv is None:
         return CatNormBlock(group, None, bn) if group.concatenates else NormBlock(group, None, bn)
-    return ConvNormBlock(group, conv, bn)
+    return SqueezedBlock(group, conv, bn) if group.is_squeezed else ConvNormBlock(group, conv, bn)

@@ -50,6 +50,7 @@ class Group:
     gate: Group | None = None  # whose product the convolution alone reads: its factors are the inputs
     pooling: Pooling | None = None  # of rows and columns, which has neither
     squeeze: Squeeze | None = None  # the convolution is the first of two
+    is_squeezed: bool = False  # a squeeze reads it, and beside that gates' products alone
     layer: fx.Node | None = None  # whose result the BatchNorm alone reads, and which PyTorch computes
     layer_word: str = ""
     steps: list[Step] = field(default_factory=list)  # behind the BatchNorm, before the factor
@@ -199,6 +200,10 @@ class Matcher:
         joined = [s for g in by_last.values() if (s := self.squeeze_of(g, by_last)) is not None]
         inside = {node for g in joined for node in g.nodes}
         self.taken |= inside
+        squeezed = {g.inputs[0] for g in joined}
+        for g in groups:
+            last = g.nodes[-1]
+            g.is_squeezed = last in squeezed and all(n in inside or self.words.gated(n) for n in last.users)
         return [*(g for g in groups if g.nodes[-1] not in inside), *joined]
 
     def is_layer(self, group: Group) -> bool:

@@ -31,6 +31,7 @@ _ops = torch.ops.fused_conv_bn
 CONV_OPS = {  # and whether they take the batch's statistics
     _ops.conv_scale_shift.default: False,
     _ops.conv_bn_scale.default: False,
+    _ops.conv_bn_scale_mean.default: False,
     _ops.gate_conv_bn_scale.default: False,
     _ops.conv_bn_scale_train.default: True,
     _ops.conv_bn_scale_train_stats.default: True,

@@ -22,7 +22,7 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Returns:
         A dictionary from each op that an evaluation graph may have to a function that writes it: ``bn_scale``,
-        ``bn_scale_cat``, ``conv_bn_scale``, ``conv_scale_shift``, ``fold_bn``, ``gate``,
+        ``bn_scale_cat``, ``conv_bn_scale``, ``conv_bn_scale_mean``, ``conv_scale_shift``, ``fold_bn``, ``gate``,
         ``gate_conv_bn_scale``, ``max_pool2d``, ``scale_shift``, ``spatial_mean``, ``squeeze_excite``.
 
     Raises:

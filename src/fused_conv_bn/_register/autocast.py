@@ -33,6 +33,7 @@ _library = torch.library.Library("fused_conv_bn", "IMPL")
 for _name in (
     "conv_scale_shift",
     "conv_bn_scale",
+    "conv_bn_scale_mean",
     "conv_bn_scale_train",
     "conv_bn_scale_train_stats",
     "conv_bn_scale_train_functional",

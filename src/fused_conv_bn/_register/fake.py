@@ -304,6 +304,12 @@ def _conv_bn_scale(
     return _like(_convolution(input, conv_weight, stride, padding, dilation, groups))
 
 
+@torch.library.register_fake("fused_conv_bn::conv_bn_scale_mean")
+def _conv_bn_scale_mean(*args, **kwargs):
+    y = _conv_bn_scale(*args, **kwargs)
+    return y, _spatial_mean(y, keepdim=True)
+
+
 @torch.library.register_fake("fused_conv_bn::gate_conv_bn_scale")
 def _gate_conv_bn_scale(input, gate, *args, **kwargs):
     return _conv_bn_scale(input, *args, **kwargs)

@@ -81,6 +81,7 @@ def _register_with(flop_counter: Any) -> None:
     formulas: list[tuple[Any, Callable[..., int], bool]] = [
         (_ops.conv_scale_shift, _conv_flop, False),
         (_ops.conv_bn_scale, _conv_flop, False),
+        (_ops.conv_bn_scale_mean, _conv_flop, False),
         (_ops.gate_conv_bn_scale, _gate_conv_flop, False),
         (_ops.squeeze_excite, _squeeze_flop, False),
         (_ops.conv_bn_scale_train, _conv_flop, False),

@@ -235,6 +235,33 @@ def conv_bn_scale(
     return _epilogue(y, residual, activation, negative_slope, residual_last)
 
 
+def conv_bn_scale_mean(
+    input,
+    conv_weight,
+    conv_bias,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    scaling_factor: float = 1.0,
+    eps: float = 1e-5,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+    residual=None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual_last: bool = False,
+    allow_tf32: bool = False,
+):
+    bn = running_mean, running_var, weight, bias, scaling_factor, eps
+    window = stride, padding, dilation, groups
+    epilogue = residual, activation, negative_slope, residual_last
+    y = conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, *epilogue)
+    return y, spatial_mean(y, True)
+
+
 def _gated(input: Any, gate: Any) -> Any:
     # (N, C) and perhaps ones: 0 is an extent that stays, of which all that follow are 1.
     shape = op.Constant(value_ints=[0, 0, *[1] * (len(input.shape) - 2)])
@@ -329,6 +356,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             bn_scale,
             bn_scale_cat,
             conv_bn_scale,
+            conv_bn_scale_mean,
             conv_scale_shift,
             fold_bn,
             gate,

@@ -4,6 +4,9 @@
 // the inputs: one step is computed while the next ones arrive (cp.async). A thread has two channels, its lane, of
 // seven columns. The weights stay in registers. Padding is zeros: that of columns lies in the ring
 // from the start, that of rows is copied as such.
+//
+// It may put out the mean of each image's channels too: a thread adds up what it has stored, and at an image's end the block adds
+// up its columns. Where it has less than the image, another kernel adds up the sums of all parts. One order of sums.
 #pragma once
 
 #include <algorithm>
@@ -49,6 +52,55 @@ __device__ __forceinline__ uint32_t bound_word(uint32_t word, uint32_t low, uint
   }
 #endif
   return word;
+}
+
+__device__ __forceinline__ void add_to(float2& sum, const float2& v) {
+  sum.x += v.x;
+  sum.y += v.y;
+}
+
+// The range that has a row.
+template <typename T>
+__device__ __forceinline__ uint32_t range_of(const DepthwiseParams<T>& p, uint32_t row) {
+  const uint32_t in_longer = p.longer_ranges * p.rows_of_longer_range.divisor;
+  return row < in_longer ? p.rows_of_longer_range.div(row) : p.rows_of_range.div(row - p.longer_ranges);
+}
+
+// At the end of an image: its means where the block has all of it, else sums, from what each thread has added up, which is 0 again
+// behind this. The range ends in front of row `end`.
+template <typename T>
+__device__ __forceinline__ void finish_image(const DepthwiseParams<T>& p, float2* sums, uint32_t end) {
+  const uint32_t lanes = p.lanes.divisor, image = p.image_rows.div(end - 1);
+  __syncthreads();
+  float2 total{};
+  if (threadIdx.x < lanes) {
+    for (uint32_t i = 0; i < p.col_threads.divisor; ++i) {
+      add_to(total, sums[i * lanes + threadIdx.x]);
+    }
+  }
+  __syncthreads();
+  sums[threadIdx.x] = {0, 0};
+  uint32_t chunk = blockIdx.x;  // anew: there are no registers for it
+  const uint32_t tile = div_mod(p.chunks, chunk);
+  const uint32_t channel = chunk * p.channels + threadIdx.x * kDepthwiseLaneChannels;
+  if (threadIdx.x >= lanes || channel >= static_cast<uint32_t>(p.C)) {
+    return;
+  }
+  if (p.means != nullptr) {
+    const float pixels = static_cast<float>(p.P) * static_cast<float>(p.Q);
+    const uint32_t word = pack_word(T(), total.x / pixels, total.y / pixels);
+    *reinterpret_cast<uint32_t*>(p.means + int64_t{image} * p.C + channel) = word;
+    return;
+  }
+  // A tile's last part of an image is followed by zeros, up to as many parts as images have at most.
+  const uint32_t of_tile = p.parts / p.tiles_q, part = blockIdx.y - range_of(p, image * p.P);
+  const uint32_t behind = end == (image + 1) * p.P ? of_tile : part + 1;
+  float* to = p.sums + (int64_t{image} * p.parts + tile * of_tile + part) * p.C + channel;
+  for (uint32_t i = part; i < behind; ++i) {
+    *reinterpret_cast<float2*>(to) = total;
+    total = {0, 0};
+    to += p.C;
+  }
 }
 
 // The steps of a range of rows, image by image: those of an image are one for each row of outputs, behind those that
@@ -100,6 +152,7 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
   constexpr int kPieces = (kIn * V + kPiece - 1) / kPiece;  // of a row, for a thread, at most
   constexpr int kBytes = static_cast<int>(sizeof(T));
   constexpr int kWords = V * kBytes / 4;
+  const bool has_sums = depthwise_sums(sizeof(T)) && p.sums_offset != 0;
   extern __shared__ uint4 shared[];
   float2* const affine = reinterpret_cast<float2*>(shared);  // scale and shift of a channel
   unsigned char* const ring = reinterpret_cast<unsigned char*>(affine + p.channels);
@@ -116,7 +169,7 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
   const int cols = works && c0 < p.C ? p.Q - q : 0;  // that the thread has to compute, or more
   DepthwiseWalk<R, kStride> walk;
   walk.row = blockIdx.y * p.range_rows + min(blockIdx.y, p.longer_ranges);
-  walk.end = walk.row + p.range_rows + (blockIdx.y < p.longer_ranges ? 1 : 0);
+  walk.end = min(walk.row + p.range_rows + (blockIdx.y < p.longer_ranges ? 1 : 0), p.all_rows);
 
   // What the thread copies of a row: 16 bytes of channels of every pixel_step-th pixel. Where a pixel does not exist, the
   // ring has zeros from the start.
@@ -216,6 +269,13 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
     affine[k] = {of_channel.scale, of_channel.shift};
   }
 
+  const auto of_threads = [&] {
+    return reinterpret_cast<float2*>(reinterpret_cast<unsigned char*>(shared) + p.sums_offset);
+  };
+  if (has_sums) {
+    of_threads()[threadIdx.x] = {0, 0};
+  }
+
   // A lane's taps lie an odd number of words behind the one before, which spreads them over the banks.
   copy_async_wait_all_but<kStages - 2>();
   __syncthreads();
@@ -246,83 +306,102 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
   const int in_offset = (col_thread * kCols * kStride * p.channels + lane_channel) * kBytes;
   T* out = p.y + (static_cast<int64_t>(walk.row) * p.Q + q) * p.C + c0;
 #pragma unroll 1
-  while (walk.left > 0 || walk.row < walk.end) {
-    if (walk.left == 0) {
-      walk.next_image(p);
-    }
-    copy_async_wait_all_but<kStages - 2>();
-    __syncthreads();
-    copy_step();
-    if (cols > 0) {
-      step_down<R, kStride, kCols, V>(
-          weights, sums,
-          [&](int i, acc_t<T>(&in)[kIn][V]) {
-            const unsigned char* from = ring + (stage - ring_start) + i * row_bytes + in_offset;
+  while (walk.row < walk.end) {
+    walk.next_image(p);
+#pragma unroll 1
+    while (walk.left > 0) {
+      copy_async_wait_all_but<kStages - 2>();
+      __syncthreads();
+      copy_step();
+      if (cols > 0) {
+        step_down<R, kStride, kCols, V>(
+            weights, sums,
+            [&](int i, acc_t<T>(&in)[kIn][V]) {
+              const unsigned char* from = ring + (stage - ring_start) + i * row_bytes + in_offset;
 #pragma unroll
-            for (int col = 0; col < kIn; ++col) {
-              load_lane(reinterpret_cast<const T*>(from), in[col]);
-              from += pixel_bytes;
-            }
-          },
-          [&](const acc_t<T>(&sum)[kCols][V]) {
-            if (!walk.finishes()) {
-              return;
-            }
-            const float4 of_lane = *reinterpret_cast<const float4*>(affine + lane_channel);
-            const Affine<float> of_channel[V] = {{0, of_lane.x, of_lane.y}, {0, of_lane.z, of_lane.w}};
-            acc_t<T> z[kCols * V];
+              for (int col = 0; col < kIn; ++col) {
+                load_lane(reinterpret_cast<const T*>(from), in[col]);
+                from += pixel_bytes;
+              }
+            },
+            [&](const acc_t<T>(&sum)[kCols][V]) {
+              if (!walk.finishes()) {
+                return;
+              }
+              const float4 of_lane = *reinterpret_cast<const float4*>(affine + lane_channel);
+              const Affine<float> of_channel[V] = {{0, of_lane.x, of_lane.y}, {0, of_lane.z, of_lane.w}};
+              acc_t<T> z[kCols * V];
 #pragma unroll
-            for (int k = 0; k < kCols * V; ++k) {
-              z[k] = apply_affine(sum[k / V][k % V], of_channel[k % V]);
-            }
-            const auto add_residual = [&] {
-              const T* from = p.residual + (out - p.y);
+              for (int k = 0; k < kCols * V; ++k) {
+                z[k] = apply_affine(sum[k / V][k % V], of_channel[k % V]);
+              }
+              const auto add_residual = [&] {
+                const T* from = p.residual + (out - p.y);
 #pragma unroll
-              for (int col = 0; col < kCols; ++col) {
-                if (col < cols) {
-                  acc_t<T> residual[V];
-                  load_lane(from + col * p.C, residual);
+                for (int col = 0; col < kCols; ++col) {
+                  if (col < cols) {
+                    acc_t<T> residual[V];
+                    load_lane(from + col * p.C, residual);
 #pragma unroll
-                  for (int k = 0; k < V; ++k) {
-                    z[col * V + k] += residual[k];
+                    for (int k = 0; k < V; ++k) {
+                      z[col * V + k] += residual[k];
+                    }
                   }
                 }
+              };
+              if (p.residual != nullptr && !residual_last) {
+                add_residual();
               }
-            };
-            if (p.residual != nullptr && !residual_last) {
-              add_residual();
-            }
-            if constexpr (!kBounds) {
-              activate_all<T, false>(p.activation, p.negative_slope, z);
-            }
-            if (residual_last) [[unlikely]] {
-              if constexpr (kBounds) {
-                activate_all<T, true>(p.activation, p.negative_slope, z);
+              if constexpr (!kBounds) {
+                activate_all<T, false>(p.activation, p.negative_slope, z);
               }
-              add_residual();
-            }
-            T* to = out;
-#pragma unroll
-            for (int col = 0; col < kCols; ++col) {
-              uint32_t words[kWords];
-#pragma unroll
-              for (int i = 0; i < kWords; ++i) {
-                const float* of_word = z + col * V + i * (V / kWords);
-                words[i] = pack_word(T(), of_word[0], of_word[V / kWords - 1]);
+              if (residual_last) [[unlikely]] {
                 if constexpr (kBounds) {
-                  words[i] = bound_word<T>(words[i], low, high);
+                  activate_all<T, true>(p.activation, p.negative_slope, z);
+                }
+                add_residual();
+              }
+              T* to = out;
+#pragma unroll
+              for (int col = 0; col < kCols; ++col) {
+                uint32_t words[kWords];
+#pragma unroll
+                for (int i = 0; i < kWords; ++i) {
+                  const float* of_word = z + col * V + i * (V / kWords);
+                  words[i] = pack_word(T(), of_word[0], of_word[V / kWords - 1]);
+                  if constexpr (kBounds) {
+                    words[i] = bound_word<T>(words[i], low, high);
+                  }
+                }
+                if (col < cols) {
+                  store_words(to, words);
+                }
+                if constexpr (depthwise_sums(sizeof(T))) {
+                  z[col] = __uint_as_float(words[0]);
+                }
+                to += p.C;
+              }
+              if constexpr (depthwise_sums(sizeof(T))) {
+                if (has_sums) {
+                  float2 sum{};
+#pragma unroll
+                  for (int col = 0; col < kCols; ++col) {
+                    if (col < cols) {
+                      add_to(sum, unpack_pair(T(), __float_as_uint(z[col])));
+                    }
+                  }
+                  add_to(of_threads()[threadIdx.x], sum);
                 }
               }
-              if (col < cols) {
-                store_words(to, words);
-              }
-              to += p.C;
-            }
-            out += p.Q * p.C;
-          },
-          walk.left == 1);
+              out += p.Q * p.C;
+            },
+            walk.left == 1);
+      }
+      walk.next_step();
     }
-    walk.next_step();
+    if (has_sums) {
+      finish_image(p, of_threads(), walk.row);
+    }
   }
 #endif
 }

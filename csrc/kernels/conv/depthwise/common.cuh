@@ -42,6 +42,14 @@ struct DepthwiseParams {
   // channels_last; range i has range_rows rows of all images, one more if i < longer_ranges
   int channels;
   uint32_t range_rows, longer_ranges;
+  uint32_t all_rows;
+  // Of y, one or the other: means, an element for each image and channel, where each range has whole images; or sums of each
+  // block's part of an image, (N, parts, C), which another kernel adds up.
+  T* means;
+  float* sums;
+  uint32_t parts, tiles_q;
+  FastDiv rows_of_range, rows_of_longer_range;
+  int sums_offset;   // in shared memory, of the threads' sums; 0: neither
   bool next_begins;  // whether blocks of the next kernel may come before these end
   FastDiv lanes;
   FastDiv chunks;

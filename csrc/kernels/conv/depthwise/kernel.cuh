@@ -16,6 +16,7 @@
 #include "channels_last.cuh"
 #include "contiguous.cuh"
 #include "kernels/common/fast_div.h"
+#include "kernels/pooling/launch.cuh"
 
 namespace fused_conv_bn {
 
@@ -47,6 +48,8 @@ DepthwiseParams<T> make_depthwise_params(const Conv2d& c, const ConvOperands& op
     p.lanes = FastDiv(static_cast<uint32_t>(plan.lanes));
     p.chunks = FastDiv(static_cast<uint32_t>(plan.chunks));
     p.image_rows = FastDiv(static_cast<uint32_t>(c.P));
+    p.tiles_q = static_cast<uint32_t>(plan.tiles_q);
+    p.all_rows = static_cast<uint32_t>(c.N * c.P);
   } else {
     p.rows = plan.rows;
     p.tile_rows = plan.tile_rows;
@@ -85,13 +88,18 @@ cudaError_t dispatch_depthwise(const Conv2d& c, bool bounds, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// The rows of all images, cut into ranges for the blocks below one another. Returns the shared memory of a block.
+// The rows of all images, cut into ranges for the blocks below one another, which have whole images where they put out means.
+// Returns the shared memory of a block.
 template <typename T>
 int cut_into_ranges(const Conv2d& c, const DepthwisePlan& plan, const GpuTraits& gpu, int64_t most_blocks,
                     DepthwiseParams<T>& p, dim3& grid) {
   const int64_t columns = int64_t{plan.tiles_q} * plan.chunks;
-  const int64_t rows = c.N * c.P;
-  const int64_t ranges = depthwise_ranges(c, plan, most_blocks);
+  int64_t rows = c.N * c.P, ranges = depthwise_ranges(c, plan, most_blocks);
+  if (p.means != nullptr) {
+    const int64_t images = depthwise_images(c, plan, most_blocks);
+    ranges = ceil_div(c.N, images);
+    rows = ranges * images * c.P;
+  }
   p.range_rows = static_cast<uint32_t>(rows / ranges);
   p.longer_ranges = static_cast<uint32_t>(rows % ranges);
   grid = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(ranges));
@@ -113,7 +121,15 @@ cudaError_t Depthwise::launch(const ConvCall& call, cudaStream_t stream) const {
   if (c.N == 0) {
     return cudaSuccess;
   }
-  DepthwiseParams<T> p = make_depthwise_params<T>(c, operands, epilogue, plan);
+  const bool puts_out = operands.means != nullptr && has_whole_images;
+  DepthwisePlan cut = puts_out ? with_means : plan;
+  if (operands.means != nullptr && !puts_out) {
+    cut.shared_bytes += depthwise_sums_bytes(cut);
+  }
+  DepthwiseParams<T> p = make_depthwise_params<T>(c, operands, epilogue, cut);
+  p.means = puts_out ? static_cast<T*>(operands.means) : nullptr;
+  p.sums = operands.sums;
+  p.sums_offset = operands.means != nullptr ? cut.shared_bytes - depthwise_sums_bytes(cut) : 0;
   return dispatch_depthwise<T>(c, is_bound(epilogue.activation), [&](auto kernel) {
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               kDepthwiseMaxSharedBytes);
@@ -121,19 +137,31 @@ cudaError_t Depthwise::launch(const ConvCall& call, cudaStream_t stream) const {
       return status;
     }
     int resident = 0;
-    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared_bytes);
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, cut.threads, cut.shared_bytes);
     if (status != cudaSuccess) {
       return status;
     }
     const int64_t most = std::max<int64_t>(int64_t{resident} * gpu.multiprocessors, 1);
     dim3 grid;
-    int shared_bytes = plan.shared_bytes;
+    int shared_bytes = cut.shared_bytes;
     if (c.channels_last) {
-      shared_bytes = cut_into_ranges(c, plan, gpu, most, p, grid);
+      shared_bytes = cut_into_ranges(c, cut, gpu, most, p, grid);
     } else {  // the tiles are shared out evenly to no more blocks than run at a time
-      grid = dim3(static_cast<unsigned>(ceil_div(plan.tiles, ceil_div(plan.tiles, most))));
+      grid = dim3(static_cast<unsigned>(ceil_div(cut.tiles, ceil_div(cut.tiles, most))));
     }
-    return launch_kernel(kernel, grid, static_cast<unsigned>(plan.threads), shared_bytes, true, stream, p);
+    if (p.sums != nullptr) {
+      p.parts = static_cast<uint32_t>(cut.tiles_q * depthwise_parts(c, grid.y));
+      p.rows_of_range = FastDiv(p.range_rows);
+      p.rows_of_longer_range = FastDiv(p.range_rows + 1);
+    }
+    status = launch_kernel(kernel, grid, static_cast<unsigned>(cut.threads), shared_bytes, true, stream, p);
+    if constexpr (depthwise_sums(sizeof(T))) {
+      if (status == cudaSuccess && p.sums != nullptr) {
+        status = launch_mean_of_sums(p.sums, static_cast<T*>(operands.means), c.N, p.parts, c.C, c.P * c.Q,
+                                     gpu.multiprocessors, stream);
+      }
+    }
+    return status;
   });
 }
 

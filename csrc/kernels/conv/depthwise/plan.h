@@ -17,6 +17,7 @@ constexpr int kDepthwiseMaxSharedBytes = 99 * 1024;  // what every GPU from comp
 constexpr int kDepthwiseZeroBytes = 256;             // contiguous: what is read where a row of the image is missing
 constexpr int64_t kDepthwiseMaxSide = 1 << 15;       // of a padded image
 constexpr int kDepthwiseAffineBytes = 8;             // channels_last: a channel's scale and shift, in float32
+constexpr int kDepthwiseSumBytes = 8;                // channels_last, with means: a thread's sums
 constexpr int kSectorBytes = 32;                     // of global memory: what one access moves at least
 
 // Columns that a thread computes side by side. More of them share more of their inputs and of the work around the sums,
@@ -32,6 +33,9 @@ constexpr int depthwise_lane_blocks(int r) { return r == 3 ? 4 : 3; }
 
 // channels_last: steps of input rows in shared memory, one of which is computed while the others arrive.
 constexpr int depthwise_stages(int stride) { return stride == 1 ? 4 : 3; }
+
+// channels_last: whether the kernels of a dtype put out means. Those of float32 with 3x3 filters have no registers for it.
+constexpr bool depthwise_sums(int element_bytes) { return element_bytes == 2; }
 
 // Contiguous: a block computes tiles of `planes` planes, tile_rows rows of each in full width. Its threads walk down
 // `rows` rows each; row_threads of them lie below one another.
@@ -61,6 +65,9 @@ struct DepthwisePlan {
 // The size of the pieces when `size` is cut evenly into as few as have at most `most`.
 inline int even_piece(int64_t size, int64_t most) { return static_cast<int>(ceil_div(size, ceil_div(size, most))); }
 
+// Shared memory of the sums of a block's threads.
+inline int depthwise_sums_bytes(const DepthwisePlan& p) { return p.threads * kDepthwiseSumBytes; }
+
 inline int inputs_of(int outputs, int stride, int filter) { return (outputs - 1) * stride + filter; }
 
 // Rows of outputs that a thread walks down. More rows re-read less, fewer keep the tile in shared memory small; at
@@ -75,6 +82,16 @@ inline int64_t depthwise_ranges(const Conv2d& c, const DepthwisePlan& p, int64_t
   return std::clamp<int64_t>(std::min(blocks / (int64_t{p.tiles_q} * p.chunks), c.N * c.P / p.tile_rows), 1, kMost);
 }
 
+// Parts that a tile across the image cuts an image's rows into, at most.
+inline int64_t depthwise_parts(const Conv2d& c, int64_t ranges) {
+  return 1 + ceil_div(c.P - 1, std::max<int64_t>(c.N * c.P / ranges, 1));
+}
+
+// Images that each range has, where it has whole ones.
+inline int64_t depthwise_images(const Conv2d& c, const DepthwisePlan& p, int64_t blocks) {
+  return ceil_div(c.N, std::max<int64_t>(blocks / p.chunks, 1));
+}
+
 // Shared memory that a block asks for so that no more than so many find room on a multiprocessor of compute capability
 // 9.0, the only one where kernels begin early.
 inline int depthwise_bytes_of_share(int64_t blocks) {
@@ -87,17 +104,22 @@ inline int depthwise_bytes_of_share(int64_t blocks) {
 // Pieces of pixels move more slowly where they are not whole lines. Of all plans for 29 layers (3x3 and 5x5, 16 bits
 // and float32, batches of 8 and 64), measured on an H200, this finds one that takes 1.03 times the fastest one's time
 // in the mean, 1.16 at worst.
-inline int64_t channels_last_cost(const Conv2d& c, const DepthwisePlan& p, int multiprocessors) {
+inline int64_t channels_last_cost(const Conv2d& c, const DepthwisePlan& p, int multiprocessors, bool whole_images) {
   constexpr int kLineBytes = 128, kStartSteps = 2, kWaitTurns = 4;
   constexpr int64_t kSharedBytes = 220 * 1024;  // of a multiprocessor
   const int r = static_cast<int>(c.R);
   const int most_threads = depthwise_lane_threads(r) * depthwise_lane_blocks(r);
   const int64_t resident = std::max<int64_t>(
       std::min(most_threads / p.threads, static_cast<int>(kSharedBytes / p.shared_bytes)), 1);
-  const int64_t ranges = depthwise_ranges(c, p, resident * multiprocessors);
-  const int64_t rows = std::max<int64_t>(ceil_div(c.N * c.P, ranges), 1);
+  int64_t ranges = depthwise_ranges(c, p, resident * multiprocessors);
+  int64_t rows = std::max<int64_t>(ceil_div(c.N * c.P, ranges), 1);
   // A range begins anew with each image.
-  const int64_t images = rows * ranges == c.N * c.P && c.P % rows == 0 ? 1 : 1 + ceil_div(rows, c.P);
+  int64_t images = rows * ranges == c.N * c.P && c.P % rows == 0 ? 1 : 1 + ceil_div(rows, c.P);
+  if (whole_images) {
+    images = depthwise_images(c, p, resident * multiprocessors);
+    ranges = ceil_div(c.N, images);
+    rows = images * c.P;
+  }
   const int64_t steps = rows + images * ((c.R - 1) / c.stride_h);
   const int64_t blocks = ceil_div(ranges * p.tiles_q * p.chunks, multiprocessors);
   const int64_t cost = blocks * (p.threads / 32) * (steps + kStartSteps) + kWaitTurns * steps;
@@ -105,8 +127,9 @@ inline int64_t channels_last_cost(const Conv2d& c, const DepthwisePlan& p, int m
   return cost * (whole_lines ? 4 : 5) * 64 * p.in_cols / (p.tile_cols * c.stride_w);
 }
 
-// Tries numbers of columns, of channels, in whole sectors and evenly shared out, and of rows.
-inline DepthwisePlan plan_channels_last(const Conv2d& c, int multiprocessors) {
+// Tries numbers of columns, of channels, in whole sectors and evenly shared out, and of rows. whole_images: for blocks that put out
+// means; there may be no such plan, which has no channels.
+inline DepthwisePlan plan_channels_last(const Conv2d& c, int multiprocessors, bool whole_images = false) {
   constexpr int kMostColThreads = 16;
   const int r = static_cast<int>(c.R), stride = static_cast<int>(c.stride_w);
   const int sector = kSectorBytes / c.element_bytes;
@@ -119,6 +142,9 @@ inline DepthwisePlan plan_channels_last(const Conv2d& c, int multiprocessors) {
     p.tiles_q = static_cast<int>(ceil_div(c.Q, p.tile_cols));
     p.in_cols = inputs_of(p.tile_cols, stride, r);
     p.channels = 0;
+    if (whole_images && p.tiles_q > 1) {
+      continue;
+    }
     for (int threads = depthwise_lane_threads(r); threads >= 64; threads -= 32) {
       const int most = std::max(threads / p.col_threads * kDepthwiseLaneChannels / sector, 1) * sector;
       const int channels = static_cast<int>(round_up(even_piece(c.C, most), sector));
@@ -132,12 +158,15 @@ inline DepthwisePlan plan_channels_last(const Conv2d& c, int multiprocessors) {
       p.stage_bytes = stride * p.in_cols * p.channels * c.element_bytes;
       const int weight_bytes = r * r * p.channels * c.element_bytes;
       p.shared_bytes = depthwise_stages(stride) * p.stage_bytes + weight_bytes + p.channels * kDepthwiseAffineBytes;
+      if (whole_images) {
+        p.shared_bytes += depthwise_sums_bytes(p);
+      }
       if (p.shared_bytes > kDepthwiseMaxSharedBytes) {
         continue;
       }
       for (int64_t rows = c.P;; rows = ceil_div(rows, 2)) {
         p.tile_rows = static_cast<int>(rows);
-        const int64_t cost = channels_last_cost(c, p, multiprocessors);
+        const int64_t cost = channels_last_cost(c, p, multiprocessors, whole_images);
         if (best_cost == 0 || cost < best_cost) {
           best = p;
           best_cost = cost;
@@ -236,12 +265,36 @@ struct Depthwise {
   static constexpr GathersMoments kGathersMoments = GathersMoments::never;
 
   DepthwisePlan plan;
+  DepthwisePlan with_means{};  // where has_whole_images
+  bool has_whole_images = false;
 
+  // Whether means are put out by blocks that have whole images, or from sums of their parts by another kernel. Of 64 layers on an
+  // H200 (batches of 1 to 64) the first are faster up to 14x14 pixels by up to 3 us, where there are blocks for half the
+  // multiprocessors; above, by 1 us for 64 images of 28x28, and the others by up to 25.
   static std::optional<Depthwise> make(const Conv2d& c, const GpuTraits& gpu) {
+    constexpr int64_t kMostPixels = 256;
     if (gpu.compute_capability < 80 || !depthwise_supports(c)) {
       return std::nullopt;
     }
-    return Depthwise{plan_depthwise(c, gpu.multiprocessors)};
+    Depthwise made{plan_depthwise(c, gpu.multiprocessors)};
+    if (c.channels_last && depthwise_sums(c.element_bytes) && c.P * c.Q <= kMostPixels) {
+      const DepthwisePlan p = plan_channels_last(c, gpu.multiprocessors, true);
+      made.with_means = p;
+      made.has_whole_images = p.channels > 0 && 2 * c.N * p.chunks >= gpu.multiprocessors;
+    }
+    return made;
+  }
+
+  bool takes_means(const Conv2d& c) const {
+    return c.channels_last && depthwise_sums(c.element_bytes) &&
+           (has_whole_images || plan.shared_bytes + depthwise_sums_bytes(plan) <= kDepthwiseMaxSharedBytes);
+  }
+
+  // How many sums of parts there may be for a channel of an image, whichever number of blocks runs at a time.
+  int64_t most_parts(const Conv2d& c, const GpuTraits& gpu) const {
+    constexpr int kMostThreads = 2048, kMostBlocks = 32;  // of a multiprocessor
+    const int64_t blocks = int64_t{std::min(kMostThreads / plan.threads, kMostBlocks)} * gpu.multiprocessors;
+    return has_whole_images ? 0 : plan.tiles_q * depthwise_parts(c, depthwise_ranges(c, plan, blocks));
   }
 
   bool is_faster(const Conv2d& c, bool) const {

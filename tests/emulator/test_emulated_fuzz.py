@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import emulated
 from fuzz import __main__ as program
 from fuzz import truth
 from fuzz.problem import Problem
@@ -12,6 +13,16 @@ from fuzz.run import Failure, check
 
 def test_some_seconds():
     assert program.main(["--device", "emulator", "--first", "0", "--count", "120", "--seconds", "40"]) == 0
+
+
+def test_gradients_of_max_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+    p = Problem("max_pool2d", "float16", (2, 8, 9, 10), "channels_last", gradients=True, **window)
+    called = []
+    original = emulated._call
+    monkeypatch.setattr(emulated, "_call", lambda *arguments: called.append(arguments[1]) or original(*arguments))
+    assert check(p, "emulator")
+    assert called == ["emulated_max_pool_train"] * 2 + ["emulated_max_pool_backward"] * 2
 
 
 # So small that one of its values is not finite.

@@ -9,7 +9,7 @@ from typing import Any
 from common import CONV_ALGORITHMS
 from fused_conv_bn.reference import ACTIVATIONS
 
-from .problem import CONVOLVED, OPS, RUNNING, TRAINING, Problem, changed
+from .problem import CONVOLVED, OPS, POOLED, RUNNING, TRAINING, Problem, changed
 from .values import LAYOUTS
 
 DEVICES = ("cpu", "cuda", "emulator")
@@ -55,6 +55,7 @@ TRAIN_WAYS = (
     ("stem_sm90", "from_input"),
     *((name, "from_output") for name in ("stem_sm90", "stem_sm80", "depthwise", "gemm_sm90", "gemm_sm80")),
 )
+HIDDEN = (1, 2, 4, 6, 7, 8, 10, 12, 16, 20, 28, 33, 48, 64, 100)
 WINDOWS = (
     (3, 2, 1, 1),
     (3, 2, 0, 1),
@@ -78,11 +79,12 @@ def generate(seed: int, device: str) -> Problem:
     if emulated and named["dtype"] == "float64" and op in CONVOLVED:
         named["dtype"] = "float32"
     big = g.random() < 0.02
-    make = {"max_pool2d": _max_pool2d, "spatial_mean": _mean}.get(op, _conv if op in CONVOLVED else _elementwise)
+    pools = {"max_pool2d": _max_pool2d, "spatial_mean": _mean, "squeeze_excite": _squeeze}
+    make = pools.get(op, _conv if op in CONVOLVED else _elementwise)
     named |= make(g, op, named["dtype"], device, big)
-    if op not in ("max_pool2d", "spatial_mean"):
+    if op not in POOLED:
         named |= _parameters(g, op, named["dtype"])
-    if op not in ("max_pool2d", "spatial_mean", "fold_bn"):
+    if op not in (*POOLED, "fold_bn"):
         named |= _epilogue(g, op)
     p = _gated(g, _way(g, Problem(**named), device), device)
     return _fit(p, BUDGETS[device][big], TAPS[device][big])
@@ -90,7 +92,7 @@ def generate(seed: int, device: str) -> Problem:
 
 def _gated(g: random.Random, p: Problem, device: str) -> Problem:
     """Some convolutions with gates, most of them as gemm_sm90 takes them along."""
-    if (p.op, p.way, p.gradients) != ("conv_bn_scale", "function", False) or g.random() > 0.2:
+    if (p.op, p.way) != ("conv_bn_scale", "function") or g.random() > 0.2:
         return p
     p = changed(p, op="gate_conv_bn_scale", tf32=False)
     if device == "emulator" or g.random() < 0.8:
@@ -100,7 +102,7 @@ def _gated(g: random.Random, p: Problem, device: str) -> Problem:
             p, kernel=ones, stride=ones, padding=(0,) * dim, dilation=ones, groups=groups, layout="channels_last"
         )
         p = changed(p, shape=(p.shape[0], g.choice(WHOLE), *p.shape[2:]), filters=g.choice(WHOLE))
-        if device != "cpu":
+        if device != "cpu" and not p.gradients:
             p = changed(p, algorithm="gemm_sm90", dtype=g.choice(("float16", "bfloat16")), given_dtype="float32")
     return p
 
@@ -113,6 +115,18 @@ def _sometimes(g: random.Random, chance: float, *choices: Any) -> Any:
 def _layout(g: random.Random) -> dict[str, Any]:
     usual = g.choice(("contiguous", "channels_last"))
     return {"layout": _sometimes(g, 0.3, usual, *LAYOUTS), "offset": _sometimes(g, 0.25, 0, 1, 2, 3, 4, 5, 7, 8)}
+
+
+def _weight_layout(g: random.Random) -> dict[str, Any]:
+    usual = g.choice(("contiguous", "channels_last"))
+    return {
+        "weight_layout": _sometimes(g, 0.15, usual, *LAYOUTS[2:8]),
+        "weight_offset": _sometimes(g, 0.15, 0, 1, 3, 4, 8),
+    }
+
+
+def _residual_layout(g: random.Random) -> str:
+    return _sometimes(g, 0.3, g.choice(("contiguous", "channels_last")), *LAYOUTS)
 
 
 def _space(g: random.Random, dim: int) -> tuple[int, ...]:
@@ -160,6 +174,21 @@ def _mean(g: random.Random, op: str, dtype: str, device: str, big: bool) -> dict
     return {"shape": shape, "keepdim": g.random() < 0.5, **_layout(g)}
 
 
+def _squeeze(g: random.Random, op: str, dtype: str, device: str, big: bool) -> dict[str, Any]:
+    dim = g.choices((3, 4, 5), (1, 6, 1))[0]
+    channels = g.choice(_sometimes(g, 0.4, WHOLE, CHANNELS))
+    shape = (_sometimes(g, 0.02, g.choice(IMAGES), 0), channels, *_space(g, dim))
+    return {
+        **{"shape": shape, "hidden": g.choice(HIDDEN), "filters": _sometimes(g, 0.3, channels, *CHANNELS)},
+        **{"activation": g.choice(list(ACTIVATIONS)), "gate_activation": _sometimes(g, 0.5, "sigmoid", *ACTIVATIONS)},
+        **{"slope": _sometimes(g, 0.5, 0.01, 0.3), "mean": _sometimes(g, 0.5, 0.0, 0.5, 3.0)},
+        "given": tuple(name for name in ("bias1", "bias2") if g.random() < 0.85),
+        "given_layout": _sometimes(g, 0.15, "contiguous", "sliced", "expanded"),
+        **_weight_layout(g),
+        **_layout(g),
+    }
+
+
 def _conv(g: random.Random, op: str, dtype: str, device: str, big: bool) -> dict[str, Any]:
     kind = g.choices(("few", "whole", "depthwise", "grouped", "any", "1d", "3d"), (4, 5, 2, 1, 2, 0.5, 0.5))[0]
     dim = {"1d": 3, "3d": 5}.get(kind, 4)
@@ -190,10 +219,7 @@ def _conv(g: random.Random, op: str, dtype: str, device: str, big: bool) -> dict
     if kind == "whole":
         layout["layout"] = _sometimes(g, 0.2, "channels_last", *LAYOUTS)
     images = _sometimes(g, 0.0 if device == "emulator" else 0.02, g.choice(IMAGES), 0)
-    weight = {
-        "weight_layout": _sometimes(g, 0.15, g.choice(("contiguous", "channels_last")), *LAYOUTS[2:8]),
-        "weight_offset": _sometimes(g, 0.15, 0, 1, 3, 4, 8),
-    }
+    weight = _weight_layout(g)
     tf32 = dtype == "float32" and (op, device) != ("conv_bn_scale_train", "emulator") and g.random() < 0.3
     algorithm, statistics = "by rule", "by rule"
     covering = {
@@ -263,7 +289,7 @@ def _epilogue(g: random.Random, op: str) -> dict[str, Any]:
     if op != "bn_scale_cat" and g.random() < 0.4:
         named |= {
             "residual": g.choice(("first", "last")),
-            "residual_layout": _sometimes(g, 0.3, g.choice(("contiguous", "channels_last")), *LAYOUTS),
+            "residual_layout": _residual_layout(g),
             "residual_offset": _sometimes(g, 0.25, 0, 1, 2, 4, 7),
         }
     return named
@@ -298,19 +324,24 @@ def _way(g: random.Random, p: Problem, device: str) -> Problem:
     if p.op in TRAINING and not p.tf32:
         p = changed(p, mean=_sometimes(g, 0.2, 0.0, 3.0, 100.0))
     empty = 0 in p.shape or 0 in p.parts
-    if p.way in ("function", "module") and device != "emulator" and g.random() < 0.25 and not empty:
+    differentiable = p.op == "max_pool2d" if device == "emulator" else p.op != "fold_bn"
+    if p.way in ("function", "module") and differentiable and g.random() < 0.25 and not empty:
         # hardsigmoid's derivative in float64 has a float's sixth in PyTorch.
         # A window without an element of the image has a gradient in PyTorch, at an element of another one.
         fits = p.op != "max_pool2d" or max(p.dilation) == 1 or max(p.padding) == 0
-        if fits and p.op != "fold_bn" and (p.dtype, p.activation) != ("float64", "hardsigmoid"):
-            if p.layout != "expanded" and p.algorithm == "by rule":
-                p = changed(p, gradients=True, given_layout="contiguous", tf32=False)
+        fits = fits and not (p.dtype == "float64" and "hardsigmoid" in (p.activation, p.gate_activation))
+        if fits and p.layout != "expanded" and p.algorithm == "by rule":
+            p = changed(p, gradients=True, given_layout="contiguous", tf32=False)
+            if p.residual == "none":
+                p = changed(p, residual_layout=_residual_layout(g))
     return p
 
 
 def cost(p: Problem) -> tuple[int, int]:
     """Elements of the largest tensor, and taps of all outputs."""
     inputs = (p.shape[0], sum(p.parts), *p.shape[2:]) if p.parts else p.shape
+    if p.op == "squeeze_excite":
+        return max(math.prod(inputs), p.hidden * max(p.shape[1], p.filters)), 0
     if p.op not in CONVOLVED:
         return math.prod(inputs), 0
     out = p.out_shape()
@@ -338,6 +369,9 @@ def _fit(p: Problem, elements: int, taps: int) -> Problem:
             window = zip(p.kernel, p.padding, p.dilation, strict=True)
             least[2:] = [max(d * (k - 1) + 1 - 2 * pad, pad + 1) for k, pad, d in window]
         large = [i for i in range(2, len(shape)) if shape[i] > max(4, least[i])]
+        if p.op == "squeeze_excite" and math.prod(shape) < size:  # which its weights are
+            p = changed(p, hidden=p.hidden // 2)
+            continue
         if large:
             i = max(large, key=lambda i: shape[i])
             shape[i] = max(least[i], shape[i] - shape[i] // 2)

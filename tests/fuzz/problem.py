@@ -11,10 +11,8 @@ from .values import Spec
 CONVOLVED = ("conv_scale_shift", "conv_bn_scale", "conv_bn_scale_train", "gate_conv_bn_scale")
 GATED = ("gate", "gate_conv_bn_scale")
 TRAINING = ("bn_scale_train", "conv_bn_scale_train")
-OPS = (
-    *CONVOLVED,
-    *("bn_scale", "scale_shift", "bn_scale_train", "bn_scale_cat", "gate", "max_pool2d", "spatial_mean", "fold_bn"),
-)
+POOLED = ("max_pool2d", "spatial_mean", "squeeze_excite")
+OPS = (*CONVOLVED, "bn_scale", "scale_shift", "bn_scale_train", "bn_scale_cat", "gate", *POOLED, "fold_bn")
 WAYS = ("function", "out", "out is input", "out is residual", "module")
 RUNNING = ("running_mean", "running_var")
 PAIR, BN = ("scale", "shift"), ("weight", "bias")
@@ -40,14 +38,14 @@ class Problem:
     weight_offset: int = 0
     tf32: bool = False
     padding_mode: str = "zeros"
-    # What is there, of scale, shift, running_mean (with running_var), weight, bias and conv_bias.
+    # What is there, of scale, shift, running_mean (with running_var), weight, bias, conv_bias, bias1 and bias2.
     given: tuple[str, ...] = ()
     given_dtype: str = ""  # "mixed": running statistics alone are float32
     given_layout: str = "contiguous"
     factor: float = 1.0
     eps: float = 1e-5
     momentum: float = 0.1
-    # The epilogue.
+    # The epilogue. The gradient of the result lies as a residual does.
     residual: str = "none"
     residual_layout: str = "contiguous"
     residual_offset: int = 0
@@ -57,6 +55,8 @@ class Problem:
     parts: tuple[int, ...] = ()
     ceil_mode: bool = False
     keepdim: bool = False
+    hidden: int = 1
+    gate_activation: str = "sigmoid"
     # How it is called, and by what values.
     way: str = "function"
     out_layout: str = "contiguous"
@@ -114,6 +114,12 @@ class Problem:
                 terms *= n
             named = {"layout": self.weight_layout, "offset": self.weight_offset, "factor": max(terms, 1) ** -0.5}
             add("weight" if self.op == "conv_scale_shift" else "conv_weight", shape, tf32=self.tf32, **named)
+        if self.op == "squeeze_excite":
+            named = {"layout": self.weight_layout, "offset": self.weight_offset}
+            for i, (n, of) in enumerate(((self.hidden, self.shape[1]), (self.filters, self.hidden)), 1):
+                add(f"weight{i}", (n, of, *[1] * (len(self.shape) - 2)), factor=of**-0.5, **named)
+                if f"bias{i}" in self.given:
+                    add(f"bias{i}", (n,), layout=self.given_layout)
         if self.op in GATED:
             add("gate", self.shape[:2], values="unit", layout=self.given_layout)
         inference = self.op in ("bn_scale", "conv_bn_scale", "gate_conv_bn_scale", "bn_scale_cat", "fold_bn")
@@ -157,6 +163,9 @@ class Problem:
             return [input, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode], {}
         if self.op == "spatial_mean":
             return [input], {"keepdim": True} if self.keepdim else {}
+        if self.op == "squeeze_excite":
+            named = {"activation": self.activation, "gate": self.gate_activation, "negative_slope": self.slope}
+            return [input, *map(get, ("weight1", "bias1", "weight2", "bias2"))], named
         if self.op == "scale_shift":
             return [input, get("scale"), get("shift")], epilogue
         if self.op == "conv_scale_shift":

@@ -3,10 +3,11 @@ bits twice; nothing written but what is to be; no value taken from beyond a tens
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from fused_conv_bn import conditions
+from fused_conv_bn import _pooling, conditions
 
-from . import truth
-from .problem import CONVOLVED, RUNNING, TRAINING, Problem
+from . import squeeze, truth
+from .problem import CONVOLVED, POOLED, RUNNING, TRAINING, Problem
 from .truth import Exact, unit
 from .values import Spec, bits, placed, tensor
 
@@ -96,7 +97,9 @@ def _emulated() -> tuple[Any, Any]:
 def function_of(p: Problem, device: str) -> Callable[..., Any]:
     if device != "emulator":
         return getattr(fcb, p.op)
-    kernels = _emulated()[p.op in ("max_pool2d", "spatial_mean")]
+    if p.gradients:
+        return getattr(fcb, p.op)  # by emulated kernels: see ours_everywhere()
+    kernels = _emulated()[p.op in POOLED]
     named: dict[str, Any] = {"capability": p.capability}
     if p.op in CONVOLVED:
         named["algorithm"] = p.algorithm
@@ -105,6 +108,20 @@ def function_of(p: Problem, device: str) -> Callable[..., Any]:
     if p.op == "conv_bn_scale_train":
         named["statistics"] = p.statistics
     return functools.partial(getattr(kernels, p.op), **named)
+
+
+@contextlib.contextmanager
+def ours_everywhere(p: Problem, device: str) -> Iterator[None]:
+    """Where small steps, and on the CPU the gradients of max pooling, are PyTorch's by rule, our ops run."""
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(patch(conditions, "LEAST_OF_STEPS", {True: 0, False: 0}))
+        stack.enter_context(patch(_pooling, "TRAINS_ON", ("cpu", "cuda")))
+        if device == "emulator" and p.gradients:
+            for name in ("_train", "_backward"):
+                emulated = getattr(_emulated()[1], f"max_pool2d{name}")
+                stack.enter_context(patch(_pooling, name, functools.partial(emulated, capability=p.capability)))
+        yield
 
 
 def module_of(p: Problem, t: dict[str, Tensor]) -> fcb.ConvBnScale2d:
@@ -142,8 +159,7 @@ def call(p: Problem, device: str, t: dict[str, Tensor]) -> tuple[dict[str, Tenso
                 of_module = {"conv_weight": m.conv.weight, "conv_bias": m.conv.bias}
                 of_module |= {"weight": m.bn.weight, "bias": m.bn.bias}
                 leaves |= {k: v for k, v in of_module.items() if k in leaves}
-            with mock.patch.object(conditions, "LEAST_OF_STEPS", {True: 0, False: 0}):  # small steps are PyTorch's
-                y = m(t["input"], t.get("residual"))
+            y = m(t["input"], t.get("residual"))
             if p.op in TRAINING and "running_mean" in t and int(m.bn.num_batches_tracked) != 1:
                 raise Failure("num_batches_tracked was not counted up")
         else:
@@ -179,11 +195,32 @@ def spreads(p: Problem, device: str, t: dict[str, Tensor]) -> bool:
 def ends_work_on_cuda(p: Problem, t: dict[str, Tensor]) -> bool:
     """Whether PyTorch's convolution or its derivative gets channels_last tensors that do not begin on 16 bytes. cuDNN reads
     them in vectors all the same, a misaligned address, after which the GPU takes no more work (torch 2.11, cuDNN 9.19)."""
+    if p.op == "squeeze_excite":  # whose convolutions get a mean that is aligned
+        weights = t["weight1"], t["weight2"]
+        return p.gradients and "channels" in p.weight_layout and any(w.data_ptr() % 16 for w in weights)
     if p.op not in CONVOLVED or "channels" not in p.layout + p.weight_layout:
         return False
     misaligned = t["input"].data_ptr() % 16 != 0 or filters_of(p, t).data_ptr() % 16 != 0
     by_rule = p.algorithm in ("by rule", "aten")
     return misaligned and (p.gradients or (by_rule and runs_on_cuda(p, t, "aten")))
+
+
+def ends_the_process(p: Problem, device: str) -> bool:
+    """Whether PyTorch's convolution with its bias, which runs where a gradient is needed, is a segmentation fault: oneDNN's
+    dilated ones in channels_last may be, if no window has an element of the image in some dimension (torch 2.13)."""
+    if (
+        device != "cpu"
+        or p.op not in CONVOLVED
+        or not p.gradients
+        or "conv_bias" not in p.given
+        or max(p.dilation) == 1
+    ):
+        return False
+    window = zip(p.shape[2:], p.out_shape()[2:], p.kernel, p.stride, p.padding, p.dilation, strict=True)
+    return not all(
+        any(0 <= at * stride - pad + tap * step < n for at in range(out) for tap in range(kernel))
+        for n, out, kernel, stride, pad, step in window
+    )
 
 
 def not_covered(error: RuntimeError) -> bool:
@@ -216,6 +253,10 @@ def measures(y: Tensor, exact: Exact, steps: Tensor, axis: int = 1) -> Measures:
     channels = norm.square() / energies.square().sum()
     numbers = torch.stack([largest, error.norm(), norm.sqrt(), (~same).sum().double(), channels]).tolist()
     return Measures(numbers[0], numbers[1] / (numbers[2] or 1.0), int(numbers[3]), numbers[4])
+
+
+def roundings_of(u: float) -> int:
+    return STORED_ROUNDINGS if u > 2.0**-20 else ROUNDINGS
 
 
 def hold(
@@ -267,6 +308,11 @@ def like_eagers(y: Tensor, eager: Tensor) -> bool:
 
 def check(p: Problem, device: str) -> bool:
     """False where the algorithm that is asked for does not cover the problem."""
+    with ours_everywhere(p, device):
+        return _holds(p, device)
+
+
+def _holds(p: Problem, device: str) -> bool:
     where = "cpu" if device == "emulator" else device
     try:
         made = Placed(p, where)
@@ -274,10 +320,12 @@ def check(p: Problem, device: str) -> bool:
         raise Invalid(str(error)) from error
     if device == "cuda" and ends_work_on_cuda(p, made.tensors):
         raise Invalid("PyTorch's convolution of channels_last tensors that do not begin on 16 bytes")
+    if ends_the_process(p, device):
+        raise Invalid("PyTorch's convolution of nothing but padding")
     first = made.first_values()
     own: torch.dtype = getattr(torch, p.dtype)
     yardsticks = (torch.float32, own) if p.dtype == "float64" else (own,)
-    eager = functools.cache(lambda: [truth.eager(p, first, dtype) for dtype in yardsticks])
+    eager = functools.cache(lambda: [exact_of(p).eager(p, first, dtype) for dtype in yardsticks])
     try:
         ours, leaves = call(p, device, made.tensors)
     except RuntimeError as error:
@@ -301,15 +349,14 @@ def check(p: Problem, device: str) -> bool:
         if rings:
             raise Failure(message)
     results, forward = results_of(p, first)
-    all_groups = forward is not None and spreads(p, device, first)
+    all_groups = isinstance(forward, truth.Forward) and spreads(p, device, first)
     for name, exact in results.items():
         y = kept[name]
         if y.shape != exact.values.shape:
             raise Failure(f"{name}: has shape {list(y.shape)}, expected {list(exact.values.shape)}")
         if all_groups:
             y = truth.spread(y, exact, forward, p.op in TRAINING)
-        stored = exact.unit > 2.0**-20
-        roundings = 0 if p.op == "max_pool2d" else STORED_ROUNDINGS if stored else ROUNDINGS
+        roundings = 0 if p.op == "max_pool2d" else roundings_of(exact.unit)
         luck = 0.5 if p.special == "none" else None
         hold(name, y, exact, lambda name=name: [of[name] for of in eager()], roundings, luck)
     # One in four: PyTorch takes a while for a convolution that it has not seen.
@@ -324,20 +371,29 @@ def check(p: Problem, device: str) -> bool:
     return True
 
 
-def results_of(p: Problem, first: dict[str, Tensor]) -> tuple[dict[str, Exact], truth.Forward | None]:
+Computed = truth.Forward | squeeze.Squeezed | None
+"""On the way to a result, where there is one."""
+
+
+def exact_of(p: Problem) -> Any:
+    """The module that has its forward(), and what follows from that."""
+    return squeeze if p.op == "squeeze_excite" else truth
+
+
+def results_of(p: Problem, first: dict[str, Tensor]) -> tuple[dict[str, Exact], Computed]:
     double = {k: v.double() for k, v in first.items() if k != "out"}
     if p.op == "fold_bn":
         return truth.folded(p, double), None
     if p.op in ("max_pool2d", "spatial_mean"):
         return truth.pooled(p, double), None
-    forward = truth.forward(p, double)
+    forward = exact_of(p).forward(p, double)
     return forward.results, forward
 
 
 def check_gradients(
     p: Problem,
     first: dict[str, Tensor],
-    forward: truth.Forward | None,
+    forward: Computed,
     ours: tuple[dict[str, Tensor], dict[str, Tensor]],
     again: tuple[dict[str, Tensor], dict[str, Tensor]],
     yardsticks: tuple[torch.dtype, ...],
@@ -349,7 +405,8 @@ def check_gradients(
     if p.op in CONVOLVED and y.is_cuda and "channels" in spec.layout:
         dy = truth.aligned(dy)  # cuDNN's derivatives read it in vectors (see ends_work_on_cuda)
     if forward is not None:
-        dy = dy.masked_fill(truth.kinks_near(p, forward), 0) if p.activation in truth.KINKS else dy
+        jumps = exact_of(p).kinks_near(p, forward)
+        dy = dy.masked_fill(jumps, 0) if jumps.any() else dy
     names = list(leaves)
 
     def reference_gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -357,14 +414,17 @@ def check_gradients(
         # PyTorch's batch_norm takes its tensors in the input's dtype, or all of them in float32.
         own = {"scale", "shift"} | ({*RUNNING, "weight", "bias"} if p.given_dtype else set())
         of = {k: v.detach().to(wide if k in own and v.dim() == 1 else dtype, copy=True) for k, v in first.items()}
-        if p.op == "max_pool2d":  # contiguous, as truth.pooled() has it
-            of = {k: v.contiguous() for k, v in of.items()}
+        result_gradient = dy
+        # PyTorch's kernels have their gaps in other strides: see truth.pooled(), and of an image of one column, whose channels
+        # lie beside each other, BatchNorm's gradient is another one (torch 2.13).
+        if dtype == torch.float64 or p.op not in CONVOLVED:
+            of, result_gradient = {k: v.contiguous() for k, v in of.items()}, dy.contiguous()
         of = {k: v if k in RUNNING else v.requires_grad_() for k, v in of.items()}
         positional, named = p.arguments(of)
         named.pop("allow_tf32", None)
         with torch.enable_grad():
             z = truth.twin(p)(*positional, **named)
-            return torch.autograd.grad(z, [of[name] for name in names], truth.aligned(dy.to(z.dtype)))
+            return torch.autograd.grad(z, [of[name] for name in names], truth.aligned(result_gradient.to(z.dtype)))
 
     eager = functools.cache(lambda: [reference_gradients(dtype) for dtype in yardsticks])
     try:
@@ -378,36 +438,38 @@ def check_gradients(
         raise
     exact = reference_gradients(torch.float64)
     double = {k: v.double() for k, v in first.items()}
-    sizes = truth.gradient_sizes(p, double, forward, dy.double()) if forward is not None else {}
+    if forward is None:
+        sizes = truth.pooled_gradient_sizes(p, double, dy.double())
+    else:
+        sizes = exact_of(p).gradient_sizes(p, double, forward, dy.double())
     own: torch.dtype = getattr(torch, p.dtype)
     u = unit(own)
     for i, name in enumerate(names):
         g = got[i]
         # On the CPU that of a convolution's bfloat16 weight is PyTorch's, and has uninitialised memory in it (torch 2.13).
-        if p.op in CONVOLVED and name in ("weight", "conv_weight") and g.dim() > 1 and p.dtype == "bfloat16":
-            if not g.is_cuda:
-                continue
+        of_filters = "weight" in name and g.dim() > 1
+        if of_filters and p.dtype == "bfloat16" and not g.is_cuda:
+            continue
         if (g.shape, g.dtype) != (leaves[name].shape, leaves[name].dtype):
             raise Failure(f"gradient of {name}: is {list(g.shape)} of {g.dtype}, expected {list(leaves[name].shape)}")
         # On the CPU PyTorch's gradients of a convolution are not the same bits every time, on CUDA those of copied borders.
         varies = g.is_cuda and name == "input" and p.padding_mode in ("reflect", "replicate")
-        same = p.op not in CONVOLVED or name not in ("input", "weight", "conv_weight") or (g.is_cuda and not varies)
+        convolved = p.op in CONVOLVED and (of_filters or name in ("input", "gate"))
+        same = not (convolved or p.op == "squeeze_excite") or (g.is_cuda and not varies)
         if same and not torch.equal(bits(g), bits(got_again[i])):
             raise Failure(f"gradient of {name}: two runs differ")
         size = sizes[name] if name in sizes else exact[i].abs()
-        if p.op == "spatial_mean" or p.op == "max_pool2d":
-            size = exact[i].abs() + dy.double().abs().sum() * 2.0**-20
         roundoff = max(u, unit(g.dtype))
         size = torch.maximum(size, exact[i].abs()).clamp_min(truth.smallest(g.dtype))
         theirs = lambda i=i: [of[i] for of in eager()]  # noqa: E731
-        axis = 0 if p.op in CONVOLVED and name.endswith("weight") else 1  # the filters
+        axis = 0 if of_filters else 1
         least = 0.0 if p.dtype == "float64" else roundoff
         hold(
             f"gradient of {name}",
             g,
             Exact(exact[i], size, roundoff),
             theirs,
-            GRADIENT_ROUNDINGS,
+            roundings_of(roundoff) if forward is None else GRADIENT_ROUNDINGS,  # a pool's has no chain
             STEPS[own],
             least,
             axis,

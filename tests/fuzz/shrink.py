@@ -73,7 +73,7 @@ def candidates(p: Problem) -> Iterator[Problem]:
                 yield changed(p, **{name: (*value[:i], less, *value[i + 1 :])})
 
 
-SIZES = ("shape", "filters", "kernel", "stride", "padding", "dilation", "parts", "groups")
+SIZES = ("shape", "filters", "hidden", "kernel", "stride", "padding", "dilation", "parts", "groups")
 """A group's channels are halved together with the groups."""
 
 

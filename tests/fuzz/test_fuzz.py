@@ -12,12 +12,12 @@ from torch import Tensor
 
 import fused_conv_bn as fcb
 from common import CONV_ALGORITHMS, DTYPES
-from fused_conv_bn import autograd, conditions, reference
+from fused_conv_bn import _pooling, autograd, conditions, reference
 from fused_conv_bn.reference import ACTIVATIONS
 from fuzz import __main__ as program
 from fuzz import truth
 from fuzz.generate import BUDGETS, DEVICES, cost, generate
-from fuzz.problem import OPS, WAYS, Problem
+from fuzz.problem import OPS, WAYS, Problem, changed
 from fuzz.run import Failure, Invalid, check
 from fuzz.values import LAYOUTS, Spec, placed
 
@@ -147,6 +147,78 @@ def test_wrong_ops_are_found_and_made_small(
         assert scope["result"].shape == problem.shape
 
 
+WINDOW = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+SHAPE = {"shape": (2, 8, 9, 10), "filters": 8}
+POOL = {"shape": (2, 8, 9, 10), **WINDOW}
+SQUEEZE = {**SHAPE, "hidden": 4, "given": ("bias1", "bias2"), "activation": "silu"}
+
+
+@pytest.mark.parametrize(
+    ("p", "wrong"),
+    [
+        (Problem("squeeze_excite", **SQUEEZE), [0, 1, 2, 3, 4]),
+        (Problem("gate_conv_bn_scale", **SHAPE, **WINDOW), [0, 1, 2]),
+        (Problem("max_pool2d", **POOL), [0]),
+        (Problem("spatial_mean", shape=(2, 8, 9, 10)), [0]),
+        (Problem("bn_scale_cat", shape=(2, 1, 9, 10), parts=(3, 5)), [0]),
+    ],
+    ids=lambda p: p.op if isinstance(p, Problem) else "",
+)
+def test_wrong_gradients_are_found(p: Problem, wrong: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one element of one argument."""
+    p = changed(p, gradients=True)
+    assert check(p, "cpu")
+    op = getattr(fcb, p.op)
+
+    def with_hook(t: Tensor) -> Tensor:
+        t = t.view_as(t)
+        t.register_hook(lambda d: torch.where(torch.arange(d.numel()).view(d.shape) == d.numel() // 2, d + 0.01, d))
+        return t
+
+    for i in wrong:
+
+        def of_wrong(*arguments: Any, i: int = i, **named: Any) -> Tensor:
+            changed = list(arguments)
+            first = changed[i]
+            changed[i] = [with_hook(first[0]), *first[1:]] if isinstance(first, list) else with_hook(first)
+            return op(*changed, **named)
+
+        monkeypatch.setattr(fcb, p.op, of_wrong)
+        with pytest.raises(Failure, match=r"gradient of \w+: .* unit roundoffs off"):
+            check(p, "cpu")
+
+
+def test_gradients_of_max_pooling_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU as well, where PyTorch's op runs by rule: the position of each maximum, and what becomes of it."""
+    p = Problem("max_pool2d", gradients=True, **POOL)
+    backward = _pooling._backward
+    monkeypatch.setattr(_pooling, "_backward", lambda dy, position, *others: backward(dy, position ^ 1, *others))
+    with pytest.raises(Failure, match="gradient of input: an element is .* unit roundoffs off"):
+        check(p, "cpu")
+
+
+def wrong_hidden(input: Tensor, weight1: Tensor, bias1: Tensor | None, *others: Any, **named: Any) -> Tensor:
+    return reference.squeeze_excite(input, weight1, bias1 if bias1 is None else bias1.roll(1), *others, **named)
+
+
+def wrong_mean(input: Tensor, *others: Any, **named: Any) -> Tensor:
+    return reference.squeeze_excite(input[..., :4], *others, **named)
+
+
+def other_gate(*arguments: Any, gate: str, **named: Any) -> Tensor:
+    return reference.squeeze_excite(*arguments, gate="hardsigmoid", **named)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("wrong", [wrong_hidden, wrong_mean, other_gate], ids=lambda f: f.__name__)
+def test_wrong_squeezes_are_found(wrong: Callable[..., Tensor], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = Problem("squeeze_excite", dtype, **SQUEEZE)
+    assert check(p, "cpu")
+    monkeypatch.setattr(fcb, "squeeze_excite", wrong)
+    with pytest.raises(Failure, match="result: an element is .* unit roundoffs off"):
+        check(p, "cpu")
+
+
 def plain(p: Problem) -> Problem:
     """Without gradients, which these wrong functions have none of."""
     return Problem(**{**vars(p), "gradients": False})
@@ -176,13 +248,16 @@ def test_what_the_numbers_reach() -> None:
         assert {p.layout for p in made} == {p.residual_layout for p in made} == set(LAYOUTS)
         assert {p.residual for p in made} == {"none", "first", "last"}
         assert {p.special for p in made} == {"none", "finite", "non-finite"}
+        assert {p.gate_activation for p in made} == set(ACTIVATIONS)
+        differentiable = {"max_pool2d"} if device == "emulator" else set(OPS) - {"fold_bn"}
+        assert {p.op for p in made if p.gradients} == differentiable
         algorithms = {p.algorithm for p in made}
         if device == "cpu":
             assert algorithms == {"by rule"}
         else:
             assert algorithms == {"by rule", *CONV_ALGORITHMS} - ({"aten"} if device == "emulator" else set())
         if device != "emulator":
-            assert {p.way for p in made} == set(WAYS) and any(p.gradients for p in made)
+            assert {p.way for p in made} == set(WAYS)
             assert any(0 in p.shape for p in made)
         sizes = sorted(cost(p)[0] for p in made)
         assert sizes[len(sizes) // 2] <= BUDGETS[device][0] and sizes[-1] <= 4 * BUDGETS[device][1]
@@ -224,6 +299,22 @@ def test_steps_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     named = {"shape": (2, 3, 8, 8), "filters": 4, "given": ("bias", "running_mean", "running_var", "weight"), **window}
     assert check(Problem("conv_bn_scale_train", way="module", gradients=True, **named), "cpu")
     assert len(calls) == 2
+
+
+def test_a_convolution_that_ends_the_process() -> None:
+    """Of nothing but padding in its second dimension. With one more column there is something to convolve."""
+    window = {"kernel": (1, 1), "stride": (2, 2), "padding": (1, 1), "dilation": (3, 3)}
+    named = {"layout": "channels_last", "filters": 16, "given": ("conv_bias",), "gradients": True, **window}
+    with pytest.raises(Invalid, match="PyTorch's convolution of nothing but padding"):
+        check(Problem("conv_bn_scale", shape=(2, 16, 17, 1), **named), "cpu")
+    assert check(Problem("conv_bn_scale", shape=(2, 16, 17, 2), **named), "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_that_are_not_eagers(dtype: str) -> None:
+    """PyTorch's BatchNorm is wrong about them where the channels of one column lie beside each other, and ours is right."""
+    p = Problem("bn_scale_train", dtype, shape=(1, 2, 3, 1), layout="permuted", gradients=True)
+    assert check(p, "cpu")
 
 
 def test_a_problem_that_is_none() -> None:

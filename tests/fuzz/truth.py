@@ -30,6 +30,8 @@ KINKS = {
     "hardsigmoid": (-3.0, 3.0),
 }
 """Where an activation's derivative jumps."""
+STEEPEST = 1.5
+"""No activation is steeper, nor is a second derivative larger."""
 
 PAD_MODES = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
@@ -291,22 +293,29 @@ def pooled(p: Problem, t: dict[str, Tensor]) -> dict[str, Exact]:
     return {"result": Exact(y, sizes.clamp_min(smallest(dtype)), u)}
 
 
+def near(activation: str, v: Tensor, sizes: Tensor, u: float) -> Tensor:
+    """Where an error of ``v``, of so many roundoffs, could put it beyond a kink of the activation."""
+    found = torch.zeros_like(v, dtype=torch.bool)
+    for kink in KINKS.get(activation, ()):
+        found |= (v - kink).abs() <= 40 * u * sizes
+    return found
+
+
 def kinks_near(p: Problem, f: Forward) -> Tensor:
-    """Where an error could put an element beyond a kink of the activation."""
-    near = torch.zeros_like(f.v, dtype=torch.bool)
-    reach = 40 * unit(getattr(torch, p.dtype)) * f.v_sizes
-    for kink in KINKS.get(p.activation, ()):
-        near |= (f.v - kink).abs() <= reach
-    return near
+    """Of which elements of the result the gradient may jump."""
+    return near(p.activation, f.v, f.v_sizes, unit(getattr(torch, p.dtype)))
+
+
+def steepened(dy: Tensor, activation: str, sizes: Tensor) -> Tensor:
+    """The size of a gradient in front of an activation: the second derivative is what an error of its input, of so many
+    roundoffs, makes of the first."""
+    return dy if activation == "none" else dy * STEEPEST * (1 + sizes)
 
 
 def gradient_sizes(p: Problem, t: dict[str, Tensor], f: Forward, dy: Tensor) -> dict[str, Tensor]:
-    """Of each gradient the magnitudes of the terms that are added up in it. No activation is steeper than 1.5, nor is a
-    second derivative larger than 1.5: what an error of its input, of ``v_sizes`` roundoffs, makes of the first."""
+    """Of each gradient the magnitudes of the terms that are added up in it."""
     dims, dim = _others(f.z), f.z.dim()
-    dv = dy.abs()
-    if p.activation != "none":
-        dv = dv * 1.5 * (1 + f.v_sizes)
+    dv = steepened(dy.abs(), p.activation, f.v_sizes)
     sizes = {"residual": dv}
     spread = f.z_sizes
     if p.op in TRAINING:
@@ -336,11 +345,27 @@ def gradient_sizes(p: Problem, t: dict[str, Tensor], f: Forward, dy: Tensor) -> 
         sizes["input"] = dz
     else:
         name = "weight" if p.op == "conv_scale_shift" else "conv_weight"
+        convolved = gated(p, t)
         with torch.enable_grad():
-            x, w = (t[k].detach().abs().requires_grad_() for k in ("input", name))
+            x, w = (convolved[k].detach().abs().requires_grad_() for k in ("input", name))
             y, _ = convolve(p, x, w)
             sizes["input"], sizes[name] = torch.autograd.grad(y, (x, w), dz)
+        if p.op == "gate_conv_bn_scale":
+            dx = sizes["input"]
+            sizes["input"] = dx * t["gate"].abs().view(*dx.shape[:2], *[1] * (dim - 2))
+            sizes["gate"] = (dx * t["input"].abs()).sum(list(range(2, dim)))
     return sizes
+
+
+def pooled_gradient_sizes(p: Problem, t: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    """Of max_pool2d the magnitudes that are added up in an element's gradient. A mean's is one term."""
+    if p.op == "spatial_mean":
+        return {}
+    with torch.enable_grad():
+        x = t["input"].detach().contiguous().requires_grad_()  # as pooled() has it
+        y = reference.max_pool2d(x, p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode)
+        (added,) = torch.autograd.grad(y, x, dy.abs())
+    return {"input": added * of_sums(unit(getattr(torch, p.dtype)))}
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -390,14 +415,18 @@ def eager(p: Problem, t: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
         name = "weight" if p.op == "conv_scale_shift" else "conv_weight"
         x, padding = padded(p, t["input"].to(dtype))
         w = t[name].to(dtype)
+        # With a gradient the convolution is PyTorch's with its bias, which its sums may begin with: each is rounded to its size.
+        conv_bias = t.get("conv_bias")
+        begins = conv_bias.to(dtype) if p.gradients and conv_bias is not None else None
         # Factors of TF32 problems have its digits already. Its sums are those of the tensor cores, in eager's as well.
         allowed = torch.backends.cudnn.allow_tf32
         try:
             torch.backends.cudnn.allow_tf32 = p.tf32
-            z = reference.convolution(x, w, None, p.stride, padding, p.dilation, p.groups).to(wide)
+            z = reference.convolution(x, w, begins, p.stride, padding, p.dilation, p.groups).to(wide)
         finally:
             torch.backends.cudnn.allow_tf32 = allowed
-        arranged["input"] = z if "conv_bias" not in t else z + channel(arranged["conv_bias"], z.dim())
+        apart = conv_bias is not None and begins is None
+        arranged["input"] = z + channel(arranged["conv_bias"], z.dim()) if apart else z
         names = {
             "conv_scale_shift": "scale_shift",
             "conv_bn_scale": "bn_scale",

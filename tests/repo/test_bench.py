@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benching import TINY, call, small_cases
-from benchmarks import __main__, bn_scale, conv, layers, record, report, report_conv
+from benchmarks import __main__, bn_scale, conv, layers, pools, record, report, report_conv
 from benchmarks.common import (
     COMPILE_MODES,
     MB,
@@ -28,7 +28,7 @@ from benchmarks.common import (
     statistics_errors,
 )
 from benchmarks.layers import Layer
-from benchmarks.stopwatch import kernelbench_us
+from benchmarks.stopwatch import Stopwatch, kernelbench_us
 from fused_conv_bn import reference
 from fused_conv_bn._table import table
 
@@ -121,11 +121,32 @@ def test_pools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "record.jsonl"
     assert call("--only=pools", "--quick", "--repeats=1", "--device=cpu", f"--record={path}") == 0
     found = record.read(path)
-    assert [row["op"] for row in found["pools"]] == ["max_pool2d", "spatial_mean"]
+    of_maxima = [("max_pool2d", "train"), ("max_pool2d", "backward")]
+    ops = [("max_pool2d", ""), ("spatial_mean", ""), *of_maxima]
+    assert [(row["op"], row["step"]) for row in found["pools"]] == ops
+    forward, _, train, backward = (row["bytes_moved"] for row in found["pools"])
+    assert forward < backward < 1.1 * forward and train == 2 * backward  # a byte for each position
     for row in found["pools"]:
         assert {"copy", "ours", "eager"} == row["us"].keys()
         assert row["ours/copy"] == row["us"]["ours"]["median"] / row["us"]["copy"]["median"]
-    assert found["validation"]["count"] == 2 and "max_pool2d and spatial_mean" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert found["validation"]["count"] == 6 and "max_pool2d and spatial_mean" in printed
+    assert "64 224x224 batch 1 float32 channels_last backward" in printed
+
+
+@pytest.mark.parametrize("wrong", ["result", "gradient"])
+def test_wrong_steps_of_pools_are_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = pools.PoolCase("max_pool2d", "3x3/2", 1, 8, 16, torch.float32, "nchw", "train")
+    bench = pools.PoolBench("cpu", 1, Stopwatch("cpu"))
+    assert [c["case"] for c in bench.check([case])] == [str(case), f"{case}, gradient"]
+
+    def of_wrong(case: pools.PoolCase, x: Tensor) -> Tensor:
+        y = pools.eager(case, x)
+        return y * 1.01 if wrong == "result" else y + 0.01 * (x.sum() - x.detach().sum())
+
+    monkeypatch.setattr(pools, "ours", of_wrong)
+    with pytest.raises(InaccurateError, match="max_pool2d .* train" + (", gradient:" if wrong == "gradient" else ":")):
+        bench.check([case])
 
 
 def test_from_json_prints_the_tables_and_draws(

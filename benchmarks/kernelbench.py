@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from fused_conv_bn._fuse.root import undisturbed
+from fused_conv_bn._fuse.undisturbed import undisturbed
 from fused_conv_bn._model_times import fill_in_statistics
 from fused_conv_bn._stopwatch import call_us
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import fused_conv_bn as fcb
 from fused_conv_bn import reference
-from fused_conv_bn._fuse.root import STATE, is_root
+from fused_conv_bn._fuse.guard import STATE
+from fused_conv_bn._fuse.root import is_root
 
 from . import jax_models
 from .conv import activated

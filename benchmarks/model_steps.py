@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_conv_bn._fuse.root import undisturbed
+from fused_conv_bn._fuse.undisturbed import undisturbed
 from fused_conv_bn._model_times import FACTOR, LARGE, norm_error
 
 NOTES = {

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from fused_conv_bn._fuse.root import STATE, is_root
+from fused_conv_bn._fuse.guard import STATE
+from fused_conv_bn._fuse.root import is_root
 
 from .layers import Extent, Layer
 

@@ -18,7 +18,9 @@ import fused_conv_bn as fcb
 
 from ._cli_model import UsageError, first_line
 from ._fuse.difference import TOLERANCES
-from ._fuse.root import STATE, is_root, undisturbed
+from ._fuse.guard import STATE
+from ._fuse.root import is_root
+from ._fuse.undisturbed import undisturbed
 from ._progress import progress
 from ._stopwatch import Figure, Processors, call_us
 

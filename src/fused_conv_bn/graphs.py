@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import conditions
-from ._fuse.root import undisturbed
+from ._fuse.undisturbed import undisturbed
 from ._graphs.calls import NOT_STRIDED, Call, call_key, is_backward_watched, is_watched
 from ._graphs.cuda import Cuda
 from ._graphs.model import Attributes, Leaves, Watch, is_recorded

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import fused_conv_bn as fcb
 from fused_conv_bn import graphs
-from fused_conv_bn._fuse.root import undisturbed
+from fused_conv_bn._fuse.undisturbed import undisturbed
 from fused_conv_bn._graphs import with_backward
 from fused_conv_bn._graphs.recording import Static
 

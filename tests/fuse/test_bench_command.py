@@ -20,7 +20,8 @@ from fused_conv_bn import _bench, _model_times, _progress
 from fused_conv_bn.__main__ import main
 from fused_conv_bn._cli import UsageError
 from fused_conv_bn._cli_model import load
-from fused_conv_bn._fuse.root import STATE, is_root
+from fused_conv_bn._fuse.guard import STATE
+from fused_conv_bn._fuse.root import is_root
 from fused_conv_bn._model_times import Case, Race
 from fused_conv_bn._stopwatch import Processors
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from fused_conv_bn._fuse import root
+from fused_conv_bn._fuse import entry
 from fused_conv_bn._fuse.guard import STATE
 
 
@@ -276,7 +276,7 @@ def test_what_a_forward_does_not_mention_of_its_class(monkeypatch: pytest.Monkey
         def again(*_: object) -> None:
             raise AssertionError("it is captured again")
 
-        monkeypatch.setattr(root, "capture", again)
+        monkeypatch.setattr(entry, "capture", again)
         assert torch.equal(model(x), want)
 
 

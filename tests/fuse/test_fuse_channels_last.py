@@ -21,7 +21,7 @@ import fused_conv_bn as fcb
 from common import assert_no_worse_than_eager
 from fused_conv_bn._fuse import blocks
 from fused_conv_bn._fuse import channels_last as inside
-from fused_conv_bn._fuse.root import STATE
+from fused_conv_bn._fuse.guard import STATE
 from fused_conv_bn._graphs.model import Watch
 
 

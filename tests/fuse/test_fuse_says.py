@@ -309,7 +309,7 @@ def test_loading_leaves_nothing_in_a_model() -> None:
 
 
 def test_a_first_call_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["fused_conv_bn._fuse.root"], "_SECONDS", -1.0)
+    monkeypatch.setattr(sys.modules["fused_conv_bn._fuse.compare"], "_SECONDS", -1.0)
     caplog.set_level(logging.INFO, "fused_conv_bn")
     model = fcb.fuse(network(), image())
     lines = [record.getMessage() for record in caplog.records if record.name == "fused_conv_bn"]

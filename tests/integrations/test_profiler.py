@@ -51,11 +51,11 @@ def test_a_fused_model_names_its_layers_and_algorithms() -> None:
 
 
 def test_nothing_is_spent_without_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_conv_bn._fuse import root
+    from fused_conv_bn._fuse import entry
 
     model = fcb.fuse(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)).eval(), X)
     calls = []
-    monkeypatch.setattr(root, "record_function", lambda name: calls.append(name) or profiling.record_function(name))
+    monkeypatch.setattr(entry, "record_function", lambda name: calls.append(name) or profiling.record_function(name))
     with torch.no_grad():
         model(X)
         assert calls == []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from fused_conv_bn._fuse import root as fused_root
+from fused_conv_bn._fuse import entry as fused_entry
 
 PACKAGES = ("torchvision", "timm", "ultralytics", "segmentation_models_pytorch")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -103,7 +103,7 @@ def test_a_second_call_captures_nothing(subject: Subject, monkeypatch: pytest.Mo
 
     with torch.no_grad():
         subject.case.run(model, 0)
-        monkeypatch.setattr(fused_root, "capture", again)
+        monkeypatch.setattr(fused_entry, "capture", again)
         assert difference(subject.case.run(model, 0), subject.wanted[0]) <= 1e-5
 
 

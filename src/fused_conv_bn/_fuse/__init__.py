@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..conditions import compiled_by
+from .compare import call_once
 from .report import Report, report
-from .root import call_once, restore, swap
 from .root import freeze as freeze_roots
+from .root import restore, swap
 
 __all__ = ["Report", "fuse", "report", "thaw", "unfuse"]
 

@@ -28,7 +28,7 @@ from .patterns import Group
 from .words import ModuleWords
 
 if TYPE_CHECKING:
-    from .root import Entry
+    from .entry import Entry
 
 Difference: TypeAlias = "Callable[[Any, Any], str | None]"
 

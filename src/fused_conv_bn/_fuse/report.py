@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .. import conditions
+from .entry import Entry, State
+from .guard import STATE
 from .layers import is_conv, is_norm
-from .root import STATE, Entry, State, around, is_root
+from .root import around, is_root
 from .words import Why, why
 
 

@@ -25,7 +25,9 @@ from .._choices import Problem
 from .._progress import part
 from .._stopwatch import Figure, Processors, call_us
 from ..algorithms import use_algorithm
-from .root import STATE, State, undisturbed
+from .entry import State
+from .guard import STATE
+from .undisturbed import undisturbed
 
 _ops = torch.ops.fused_conv_bn
 CONV_OPS = {  # and whether they take the batch's statistics

@@ -14,7 +14,6 @@ import itertools
 import operator
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from . import conditions
 from ._fuse.undisturbed import undisturbed
 from ._graphs.calls import NOT_STRIDED, Call, call_key, is_backward_watched, is_watched
 from ._graphs.cuda import Cuda
+from ._graphs.kinds import Kinds
 from ._graphs.model import Attributes, Leaves, Watch, is_recorded
 from ._graphs.recording import Explained, Recording, Results, copies, share_memory
 from ._graphs.with_backward import WithBackward, differentiate, in_this_thread, leaves_of, refuse_others
@@ -47,13 +47,15 @@ _in_use = _InUse()
 
 
 class Graphs:
-    """The graphs of a model, the least recently used first."""
+    """The graphs of a model."""
 
     def __init__(self, model: nn.Module, max_graphs: int, clone_outputs: bool, side: Any = Cuda) -> None:
-        self.model, self.max_graphs, self.clone_outputs = model, max_graphs, clone_outputs
+        self.model, self.clone_outputs = model, clone_outputs
         self.kind, self.new_side, self.is_capturing = side.kind, side, side.is_capturing
         self.sides: dict[torch.device, Any] = {}
-        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self.kinds = Kinds(max_graphs)
+        self.plain = 0
+        """Calls of the model itself under way that are to have gradients: a recording exchanges its parameters."""
         self.watch: Watch | None = None
         self.lock = threading.Lock()
         self.warned = False
@@ -80,15 +82,33 @@ class Graphs:
             elif not ((watch.exchanged and is_recorded()) or (needs_grad and is_backward_watched())):
                 needs = (*map(_requires_grad, call.tensors),) if needs_grad else ()
                 key = call_key(call), watch.kind(), needs
-                recording = self.recordings.get(key)
-                if recording is None:
-                    if any(map(_numel, call.tensors)):
-                        return self._record(key, call, device, needs_grad).replay(call.tensors, self.clone_outputs)
-                else:
-                    self.recordings.move_to_end(key)
-                    if not (recording.is_waiting() or (recording.written and share_memory(call.tensors))):
-                        return recording.replay(call.tensors, self.clone_outputs)
-        return model(*args, **kwargs)
+                recording = self._recording_for(key, call, device, needs_grad)
+                if recording is not None:
+                    return recording.replay(call.tensors, self.clone_outputs)
+            self.plain += needs_grad
+        try:
+            return model(*args, **kwargs)
+        finally:
+            if needs_grad:
+                with self.lock:
+                    self.plain -= 1
+
+    def _recording_for(self, key: Hashable, call: Call, device: torch.device, needs_grad: bool) -> Recording | None:
+        """None where the call is the model's own."""
+        kind = self.kinds.find(key)
+        if kind is None:
+            may = any(map(_numel, call.tensors)) and not (needs_grad and self.plain)
+            return self._record(key, call, device, needs_grad) if may else None
+        if kind.recordings[0].written and share_memory(call.tensors):
+            return None
+        recording = kind.free()
+        if recording is not None or not kind.needs_another() or self.plain or not self.kinds.has_room():
+            return recording
+        try:
+            return self._record(key, call, device, needs_grad)
+        except torch.OutOfMemoryError:  # the call itself may have enough
+            kind.most = len(kind.recordings)
+            return None
 
     def _warn_of_hooks(self, watch: Watch) -> None:
         if self.warned or watch.lazy:  # lazy modules have hooks until they have parameters
@@ -123,13 +143,11 @@ class Graphs:
         return self.watch
 
     def _forget(self) -> None:
-        recordings = [*self.recordings.values()]
-        self.recordings.clear()
-        self._free(recordings)
+        self._free(self.kinds.pop_all())
 
-    def _evict(self, limit: int) -> None:
-        while len(self.recordings) > limit:
-            self._free([self.recordings.popitem(last=False)[1]])
+    def _make_room(self) -> None:
+        while not self.kinds.has_room():
+            self._free([self.kinds.pop_one()])
 
     def _free(self, recordings: list[Recording]) -> None:
         """Of recordings that nobody finds any more. One whose backward is still to come is freed behind that."""
@@ -165,11 +183,11 @@ class Graphs:
         _in_use.value = True
         try:
             watch, asked = self._warm_up(call, side, needs_grad)
-            self._evict(self.max_graphs - 1)
+            self._make_room()
             recording = self._capture(call, side, device, watch, needs_grad, asked)
         finally:
             _in_use.value = False
-        self.recordings[key] = recording
+        self.kinds.add(key, recording)
         return recording
 
     def _warm_up(self, call: Call, side: Any, needs_grad: bool) -> tuple[Watch, list[Tensor]]:
@@ -259,7 +277,7 @@ class Graphs:
         return recording
 
     def _give_up(self, side: Any, graphs: list[Any]) -> None:
-        side.free(graphs, last=all(r.side is not side for r in self.recordings.values()))
+        side.free(graphs, last=all(r.side is not side for r in self.kinds.all()))
 
 
 @contextlib.contextmanager
@@ -319,7 +337,7 @@ class Graphed(nn.Module):
     @property
     def graphs(self) -> int:
         """How many graphs there are."""
-        return len(self.__dict__["_graphs"].recordings)
+        return len(self.__dict__["_graphs"].kinds)
 
     def clear(self) -> None:
         """Frees all graphs and their memory. The next call captures again.
@@ -353,7 +371,7 @@ class Graphed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         graphs = self.__dict__["_graphs"]
-        return _rebuilt, (graphs.model, graphs.max_graphs, graphs.clone_outputs)
+        return _rebuilt, (graphs.model, graphs.kinds.most, graphs.clone_outputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphed:
         _, (model, *options) = self.__reduce_ex__(None)
@@ -400,8 +418,11 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
     replays draw random numbers as eager calls do.
 
     In a training loop a call that needs gradients has a second graph, of its backward, and ``loss.backward()`` replays
-    it. Gradients are copies that add up in ``p.grad`` as eager's do. A call that comes while the backward of one of
-    its kind is still to come is the model's own.
+    it. Gradients are copies that add up in ``p.grad`` as eager's do.
+
+    Where calls of a kind wait for their backward together, as those of a GAN's discriminator, each has graphs of its
+    own from the second step on, up to 4 of a kind. Before that and beyond, one that comes while the others wait is the
+    model's own. A call waits until its backward has come, or nobody holds its results.
 
     Parameters and buffers that change in place are seen. Ones that were moved or replaced, other children, and another
     class of a module lead to new captures. Python code runs in the warm-ups and the capture alone.
@@ -415,7 +436,8 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
 
     Args:
         model: an nn.Module, fused or not, with all its parameters and buffers on the device of its arguments.
-        max_graphs: how many graphs are kept. The least recently used one is freed for a new one.
+        max_graphs: how many graphs are kept, with or without backward. For a new kind of call a further one of another
+            kind is freed, or else those of the least recently used kind; further ones have the room that is left.
         clone_outputs: without it results and gradients are the graphs' own memory, which the next call overwrites.
 
     Returns:
@@ -424,7 +446,8 @@ def graphed(model: nn.Module, *, max_graphs: int = 16, clone_outputs: bool = Tru
 
     Raises:
         TypeError: ``model`` is no module, or a ScriptModule. When called: arguments or results that are neither tensors
-            nor simple values; gradients of a model with a DistributedDataParallel in it.
+            nor simple values; gradients of a model with a DistributedDataParallel in it; a model with a ScriptModule
+            in it that is not frozen.
         ValueError: ``max_graphs`` is less than 1. When called: tensors on several devices.
         RuntimeError: when called: the current stream is being captured, or the model's forward or backward cannot be
             captured (it waits for results, changes its own attributes, or needs gradients of tensors that are neither

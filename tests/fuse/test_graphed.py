@@ -328,7 +328,7 @@ def test_changes_are_seen(change: Callable[[Any], None], device: str) -> None:
     fast = made(model, device)
     assert_follows(fast, model, image(device))
     assert_follows(fast, model, image(device, 3))
-    graphs_before = [r.graph for r in fast._graphs.recordings.values()]
+    graphs_before = [r.graph for r in fast._graphs.kinds.all()]
     change(model)
     x = image(device)
     if change is double:
@@ -336,7 +336,7 @@ def test_changes_are_seen(change: Callable[[Any], None], device: str) -> None:
     for _ in range(3):
         expected = copy.deepcopy(model)(x)
         assert torch.equal(fast(x), expected)
-    left = [r.graph for r in fast._graphs.recordings.values()]
+    left = [r.graph for r in fast._graphs.kinds.all()]
     if change is in_place:
         assert left[0] is graphs_before[1] and left[1] is graphs_before[0]
     elif change is other_mode:
@@ -500,10 +500,10 @@ def test_the_least_recently_used_graph_goes(device: str) -> None:
     graphs_of: list[Any] = []
     for x in (xs[0], xs[1], xs[0], xs[2]):
         assert_follows(fast, model, x)
-        graphs_of.append(next(reversed(fast._graphs.recordings.values())).graph)
-    assert [r.graph for r in fast._graphs.recordings.values()] == [graphs_of[0], graphs_of[3]]
+        graphs_of.append(fast._graphs.kinds.all()[-1].graph)
+    assert [r.graph for r in fast._graphs.kinds.all()] == [graphs_of[0], graphs_of[3]]
     assert_follows(fast, model, xs[1])
-    assert [r.graph for r in fast._graphs.recordings.values()][0] is graphs_of[3]
+    assert fast._graphs.kinds.all()[0].graph is graphs_of[3]
     one = made(model, device, max_graphs=1)
     for x in (*xs, *xs):
         assert_follows(one, model, x)
@@ -852,7 +852,7 @@ def test_copies_and_pickles(device: str) -> None:
     buffer.seek(0)
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), torch.load(buffer, weights_only=False)):
         assert type(twin) is graphs.Graphed and twin.module is not model and twin.graphs == 0
-        assert twin._graphs.max_graphs == 3 and not twin._graphs.clone_outputs
+        assert twin._graphs.kinds.most == 3 and not twin._graphs.clone_outputs
         assert torch.equal(twin(x), expected)
         twin.module[0].weight.add_(1)
         assert not torch.equal(twin(x), expected) and torch.equal(fast(x), expected)

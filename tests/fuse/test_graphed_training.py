@@ -4,7 +4,6 @@ the CPU a stand-in takes the place of CUDA's graphs; on CUDA the same tests run 
 from __future__ import annotations
 
 import copy
-import gc
 import threading
 import warnings
 from collections.abc import Callable
@@ -175,26 +174,6 @@ def test_results_that_a_loss_leaves_out(device: str, deterministic: None) -> Non
         assert (fast.other.weight.grad is None) == ("extra" not in names)
         assert_same(fast, model)
     assert fast.graphs == 1
-
-
-def test_two_calls_before_one_backward(device: str, deterministic: None) -> None:
-    """The graphs' memory is the first call's until its backward: the second runs plainly. So does a call whose result is
-    still there, until nobody holds it."""
-    fast, model = pair(Net(), device)
-    fast.drop.p = model.drop.p = 0.0
-    for _ in range(3):
-        x, y = image(device), image(device)
-        for m in (fast, model):
-            m.zero_grad()
-            a, b = m(x), m(y)
-            (a.square().sum() + b.sum()).backward()
-        assert_same(fast, model)
-    graph = next(iter(fast._graphs.recordings.values()))
-    kept = fast(x)
-    assert graph.is_waiting()
-    del kept
-    gc.collect()
-    assert not graph.is_waiting() and fast.graphs == 1
 
 
 def test_other_calls_before_backward(device: str, deterministic: None) -> None:

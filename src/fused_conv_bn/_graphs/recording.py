@@ -78,8 +78,17 @@ def _index(t: Tensor, those: Sequence[Tensor]) -> int | None:
     return next((i for i, other in enumerate(those) if other is t), None)
 
 
+class Need:
+    """Of one kind of call: how many have waited together for their backward, and got it. Recordings know this, and not
+    their kind, which has them: memory is free with its last user, and not at a collection."""
+
+    calls = 1
+
+
 class Recording:
     """One graph, and what it needs."""
+
+    need: Need
 
     def __init__(
         self, side: Any, statics: list[Static], unique: list[int] | None, graph: Any, results: Results
@@ -99,6 +108,9 @@ class Recording:
     def is_waiting(self) -> bool:
         """Whether a backward is still to come that reads this recording's memory."""
         return False
+
+    def waits_beside(self, others: int) -> None:
+        """So many calls of its kind have come since, or wait as well."""
 
     def inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors if self.unique is None else [tensors[i] for i in self.unique]

@@ -77,10 +77,10 @@ def differentiate(results: Sequence[Tensor], leaves: Sequence[Tensor], grads: Se
 class Ticket:
     """Of one call: whether its backward is still to come."""
 
-    __slots__ = "__weakref__", "came", "recording", "versions"
+    __slots__ = "__weakref__", "beside", "came", "recording", "versions"
 
     def __init__(self, recording: WithBackward) -> None:
-        self.recording, self.came = recording, False
+        self.recording, self.came, self.beside = recording, False, 0
         self.versions: list[int] = []
 
 
@@ -112,6 +112,11 @@ class WithBackward(Recording):
     def is_waiting(self) -> bool:
         ticket = None if self.waiting is None else self.waiting()
         return ticket is not None and not ticket.came
+
+    def waits_beside(self, others: int) -> None:
+        ticket = None if self.waiting is None else self.waiting()
+        if ticket is not None:
+            ticket.beside = others
 
     def record(self, name: str, owners: dict[int, Tensor], lock: Any) -> Any:
         """Behind the capture of the forward, whose results still have their graph of autograd. ``owners``: by a leaf's
@@ -161,6 +166,7 @@ class WithBackward(Recording):
                     "saved; add the results up, and call backward once"
                 )
             ticket.came = True
+            self.need.calls = max(self.need.calls, 1 + ticket.beside)
             if [*map(_version, self.leaves)] != ticket.versions:
                 raise RuntimeError(
                     "graphed: a parameter was changed in place between a call and its backward, which reads it, "

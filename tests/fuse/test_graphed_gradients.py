@@ -280,6 +280,46 @@ def test_sparse_gradients_are_refused(device: str) -> None:
     assert fast.graphs == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_script_modules(device: str) -> None:
+    """No look at one finds its parameters and its mode, but frozen ones have none."""
+    first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).to(device)
+    x = image(device)
+    for script, name in (
+        (torch.jit.script(first), "RecursiveScriptModule"),
+        (torch.jit.trace(first, x, check_trace=False), "TopLevelTracedModule"),
+        (torch.jit.script(nn.Dropout()), "RecursiveScriptModule"),
+    ):
+        fast = made(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ModuleDict({"part": script})).to(device), device)
+        for grad in (False, True):
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(
+                    TypeError,
+                    match=rf"^graphed: '1\.part' of the model is a {name}, expected an nn.Module that is no Sc",
+                ),
+            ):
+                fast(x)
+        assert fast.graphs == 0
+    fast, model = pair(Around(torch.jit.freeze(torch.jit.script(first.eval()))), device)
+    for _ in range(3):
+        for m in (fast, model):
+            m.zero_grad()
+            m(x).square().sum().backward()
+        assert_same(fast, model)
+    assert fast.graphs == 1
+
+
+class Around(nn.Module):
+    def __init__(self, script: Any) -> None:
+        super().__init__()
+        self.script, self.c = script, nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.script(x))
+
+
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()

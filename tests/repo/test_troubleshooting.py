@@ -21,6 +21,7 @@ EXPLAINED = {
     f"{PACKAGE}/_block.py": {"TypeError", "ValueError"},
     f"{PACKAGE}/modules.py": {"TypeError"},
     f"{PACKAGE}/graphs.py": {"RuntimeError", "TypeError", "ValueError", "warn"},
+    f"{PACKAGE}/_graphs/model.py": {"TypeError"},
     f"{PACKAGE}/_graphs/recording.py": {"RuntimeError"},
     f"{PACKAGE}/_graphs/with_backward.py": {"RuntimeError"},
     f"{PACKAGE}/_fuse/__init__.py": {"RuntimeError", "TypeError", "ValueError"},

@@ -36,6 +36,7 @@ class Watch:
     """A model's modules and tensors as they were. All of it is lists, so that a look at them is a few calls into C."""
 
     def __init__(self, model: nn.Module) -> None:
+        _refuse_scripts(model)
         self.modules = list(model.modules())
         contents = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
         self.filled, self.empty = [d for d in contents if d], [d for d in contents if not d]
@@ -84,6 +85,18 @@ class Watch:
             and not any(self.empty)
             and [*map(type, self.modules)] == self.types
         )
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    """Their parameters, modes and attributes are in C++, where no look finds a change. Frozen ones have none."""
+    for name, m in model.named_modules():
+        if not isinstance(m, torch.jit.ScriptModule):
+            continue
+        if hasattr(m, "training") or any((m._modules, m._parameters, m._buffers)):
+            raise TypeError(
+                f"graphed: {name!r} of the model is a {type(m).__name__}, expected an nn.Module that is no "
+                "ScriptModule, or a frozen one (torch.jit.freeze)"
+            )
 
 
 class Leaves:

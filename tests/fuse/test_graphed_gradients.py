@@ -214,6 +214,13 @@ def test_gradients_without_copies_add_up(set_to_none: bool, device: str) -> None
         assert_same(fast, model)
         assert torch.equal(x.grad, y.grad)
     assert fast.graphs == 1
+    memory = [g.data_ptr() for g in fast._graphs.kinds.all()[0].grads]
+    fast.zero_grad()
+    for factor in (1, 2):
+        loss = factor * fast(x.detach().requires_grad_()).square().sum()
+        assert not any(p.grad is not None and p.grad.data_ptr() in memory for p in fast.parameters())
+        loss.backward()
+        assert factor == 2 or any(p.grad is not None and p.grad.data_ptr() in memory for p in fast.parameters())
 
 
 def test_gradients_without_copies_are_apart(device: str) -> None:

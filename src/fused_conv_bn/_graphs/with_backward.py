@@ -150,6 +150,8 @@ class WithBackward(Recording):
         inputs = self.inputs(tensors)
         ticket = Ticket(self)
         leaves = [p if i is None else inputs[i] for p, i in zip(self.leaves, self.given, strict=True)]
+        if not clone:
+            self._leave(t for t in leaves if t.is_leaf)
         new = _apply(ticket, clone, inputs, *leaves)
         ticket.versions = [*map(_version, self.leaves)]
         self.waiting = weakref.ref(ticket)
@@ -203,7 +205,8 @@ class WithBackward(Recording):
         return [None if g is None else next(fresh) for g in found]
 
     def _leave(self, leaves: Iterable[Tensor]) -> None:
-        """What has added up in this graph's memory is to stay, for what comes is added to it."""
+        """What has added up in this graph's memory is to stay, for what comes is added to it. Forward writes there,
+        too: a gradient may have the memory of what forward needs for a moment."""
         memory = {_data_ptr(self.grads[i]) for i in self.alone}
         for leaf in leaves:
             if leaf.grad is not None and leaf.grad.layout is torch.strided and _data_ptr(leaf.grad) in memory:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_conv_bn as fcb
-from fused_conv_bn import _pooling, conditions
+from fused_conv_bn import _pooling, conditions, reference
 
 from . import squeeze, truth
 from .problem import CONVOLVED, POOLED, RUNNING, TRAINING, Problem
@@ -165,10 +165,30 @@ def call(p: Problem, device: str, t: dict[str, Tensor]) -> tuple[dict[str, Tenso
         else:
             positional, named = p.arguments(t)
             y = function_of(p, device)(*positional, **named)
+            if p.op == "conv_bn_scale" and p.way == "function" and device != "emulator" and not p.gradients:
+                check_means(y, *fcb.conv_bn_scale_mean(*positional, **named))
     results = dict(zip(("scale", "shift"), y, strict=True)) if p.op == "fold_bn" else {"result": y}
     if p.op in TRAINING:
         results |= {name: t[name] for name in RUNNING if name in t}
     return results, leaves
+
+
+def check_means(expected: Tensor, y: Tensor, means: Tensor) -> None:
+    """Of conv_bn_scale_mean, beside conv_bn_scale's result: a mean is rounded once, and its sum for each pixel at most."""
+    if y.stride() != expected.stride() or (bits(y) != bits(expected)).any():
+        raise Failure("conv_bn_scale_mean: another result than conv_bn_scale's")
+    dims = tuple(range(2, y.dim()))
+    if not means.numel() or not y.numel():
+        return
+    exact, size = y.double().mean(dims, keepdim=True), y.double().abs().mean(dims, keepdim=True)
+    sums = torch.finfo(reference.wide(y.dtype)).eps / 2 * y[0, 0].numel() * size
+    info = torch.finfo(y.dtype)
+    bound = info.eps / 2 * (exact.abs() + sums) + sums + info.tiny
+    near = (means.double() - exact).abs() <= bound
+    near |= ~exact.isfinite() & ~means.isfinite()
+    near |= exact.abs() + bound > info.max  # which a mean may round to infinity
+    if not near.all():
+        raise Failure("conv_bn_scale_mean: a mean is further off than its roundings")
 
 
 def filters_of(p: Problem, t: dict[str, Tensor]) -> Tensor:

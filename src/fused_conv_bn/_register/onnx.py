@@ -259,7 +259,7 @@ def conv_bn_scale_mean(
     window = stride, padding, dilation, groups
     epilogue = residual, activation, negative_slope, residual_last
     y = conv_bn_scale(input, conv_weight, conv_bias, *bn, *window, *epilogue)
-    return y, spatial_mean(y, True)
+    return y, _mean(y, len(input.shape), True)
 
 
 def _gated(input: Any, gate: Any) -> Any:
@@ -327,9 +327,13 @@ def max_pool2d(
     return y[0] if isinstance(y, Sequence) else y
 
 
+def _mean(y: Any, dims: int, keepdim: bool) -> Any:
+    """``dims``: how many it has, which what is made here does not know."""
+    return op.ReduceMean(y, op.Constant(value_ints=list(range(2, dims))), keepdims=int(keepdim))
+
+
 def spatial_mean(input, keepdim: bool = False):
-    axes = op.Constant(value_ints=list(range(2, len(input.shape))))
-    return op.ReduceMean(input, axes, keepdims=int(keepdim))
+    return _mean(input, len(input.shape), keepdim)
 
 
 def squeeze_excite(

@@ -11,7 +11,7 @@ from benchmarks import documents, record
 
 ROOT = Path(__file__).resolve().parents[2]
 # What tests/fuzz/many.py wrote.
-FUZZED = [record.RESULTS / f"h200_{name}.jsonl" for name in ("fuzz", "memcheck", "synccheck")]
+FUZZED = [record.RESULTS / f"h200_{name}.jsonl" for name in ("fuzz", "memcheck", "racecheck", "synccheck")]
 RECORDS = sorted(set(record.RESULTS.glob("*.jsonl")) - set(FUZZED))
 
 

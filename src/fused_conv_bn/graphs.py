@@ -29,6 +29,7 @@ from ._graphs.kinds import Kinds
 from ._graphs.model import Attributes, Leaves, Watch, is_recorded
 from ._graphs.recording import Explained, Recording, Results, copies, share_memory
 from ._graphs.with_backward import WithBackward, differentiate, in_this_thread, leaves_of, refuse_others
+from ._memory import ran_out
 from ._together import asking, together
 
 _is_compiling = torch.compiler.is_compiling
@@ -97,7 +98,7 @@ class Graphs:
         """None where the call is the model's own."""
         kind = self.kinds.find(key)
         if kind is None:
-            may = any(map(_numel, call.tensors)) and not (needs_grad and self.plain)
+            may = any(map(_numel, call.tensors)) and not self.plain
             return self._record(key, call, device, needs_grad) if may else None
         if kind.recordings[0].written and share_memory(call.tensors):
             return None
@@ -106,9 +107,11 @@ class Graphs:
             return recording
         try:
             return self._record(key, call, device, needs_grad)
-        except torch.OutOfMemoryError:  # the call itself may have enough
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             kind.most = len(kind.recordings)
-            return None
+        return None  # behind the error, which keeps memory: the call itself may have enough
 
     def _warn_of_hooks(self, watch: Watch) -> None:
         if self.warned or watch.lazy:  # lazy modules have hooks until they have parameters

@@ -378,13 +378,18 @@ def test_changes_of_the_model_between_calls(device: str) -> None:
     step(fast, model, device, 2)
 
 
-def test_a_recording_without_memory(device: str, recorded: list[int]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. A test"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")],
+    ids=["PyTorch's", "cuDNN's"],
+)
+def test_a_recording_without_memory(error: Exception, device: str, recorded: list[int]) -> None:
     """The call that would have had one has enough for itself, and none tries again."""
     short = False
 
     def run(m: Any, x: Tensor) -> Tensor:
         if short and graphs._in_use.value and fast._graphs.is_capturing():
-            raise torch.OutOfMemoryError("CUDA out of memory. A test")
+            raise error
         return m.b(m.c(x))
 
     fast, model = pair(Run(run), device)
@@ -401,7 +406,8 @@ def test_a_recording_without_memory(device: str, recorded: list[int]) -> None:
     assert fast.graphs == 2
 
 
-def test_a_recording_beside_another_threads_call(device: str) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_recording_beside_another_threads_call(grad: bool, device: str) -> None:
     """It would exchange the parameters of a plain call under way, which had no gradients then."""
     comes, goes = threading.Event(), threading.Event()
     waits = False
@@ -420,11 +426,12 @@ def test_a_recording_beside_another_threads_call(device: str) -> None:
     thread = threading.Thread(target=lambda: results.append(fast(image(device))))
     thread.start()
     assert comes.wait(60)
-    small = fast(image(device, 2))
+    with torch.set_grad_enabled(grad):
+        small = fast(image(device, 2))
     assert fast.graphs == 1
     goes.set()
     thread.join()
-    for y in (results[0], small, held):
+    for y in (results[0], small, held) if grad else (results[0], held):
         fast.zero_grad()
         y.square().sum().backward()
         assert fast.c.weight.grad is not None and fast.b.weight.grad is not None

@@ -21,7 +21,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_conv_bn as fcb
 from common import random_bn
-from fused_conv_bn import _block, _conv, _gated, _joined, _memory, _pooling, _sync, _together, autograd, graphs, ops
+from fused_conv_bn import (
+    _block,
+    _conv,
+    _conv_mean,
+    _gated,
+    _joined,
+    _memory,
+    _pooling,
+    _sync,
+    _together,
+    autograd,
+    graphs,
+    ops,
+)
 from fused_conv_bn._fuse import blocks, channels_last, gates, pools
 from fused_conv_bn._graphs import with_backward
 from fused_conv_bn._graphs.recording import Results, Static
@@ -423,7 +436,8 @@ def test_the_error_of_a_function_is_pytorchs(name: str, message: str, monkeypatc
     expected = call(*(given[n] for n in names))
     for of in (ops, _joined, _pooling):
         monkeypatch.setattr(of, "_ops", Ops())
-    monkeypatch.setattr(_gated, "_op", fails)
+    for of in (_conv_mean, _gated):
+        monkeypatch.setattr(of, "_op", fails)
     for function in ("bn_scale", "scale_shift", "bn_scale_train"):
         monkeypatch.setattr(autograd, function, fails)
     with Ours() as ours:

@@ -89,7 +89,7 @@ inline int64_t depthwise_parts(const Conv2d& c, int64_t ranges) {
 
 // Images that each range has, where it has whole ones.
 inline int64_t depthwise_images(const Conv2d& c, const DepthwisePlan& p, int64_t blocks) {
-  return ceil_div(c.N, std::max<int64_t>(blocks / p.chunks, 1));
+  return ceil_div(std::max<int64_t>(c.N, 1), std::max<int64_t>(blocks / p.chunks, 1));
 }
 
 // Shared memory that a block asks for so that no more than so many find room on a multiprocessor of compute capability

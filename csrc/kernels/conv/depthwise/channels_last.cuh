@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
   constexpr int kPieces = (kIn * V + kPiece - 1) / kPiece;  // of a row, for a thread, at most
   constexpr int kBytes = static_cast<int>(sizeof(T));
   constexpr int kWords = V * kBytes / 4;
-  const bool has_sums = depthwise_sums(sizeof(T)) && p.sums_offset != 0;
+  constexpr bool kSums = depthwise_sums(sizeof(T)) && !kBounds;  // these have no registers for it on some GPUs
+  const bool has_sums = kSums && p.sums_offset != 0;
   extern __shared__ uint4 shared[];
   float2* const affine = reinterpret_cast<float2*>(shared);  // scale and shift of a channel
   unsigned char* const ring = reinterpret_cast<unsigned char*>(affine + p.channels);
@@ -376,12 +377,12 @@ __global__ void __launch_bounds__(depthwise_lane_threads(R), depthwise_lane_bloc
                 if (col < cols) {
                   store_words(to, words);
                 }
-                if constexpr (depthwise_sums(sizeof(T))) {
+                if constexpr (kSums) {
                   z[col] = __uint_as_float(words[0]);
                 }
                 to += p.C;
               }
-              if constexpr (depthwise_sums(sizeof(T))) {
+              if constexpr (kSums) {
                 if (has_sums) {
                   float2 sum{};
 #pragma unroll

@@ -130,7 +130,8 @@ cudaError_t Depthwise::launch(const ConvCall& call, cudaStream_t stream) const {
   p.means = puts_out ? static_cast<T*>(operands.means) : nullptr;
   p.sums = operands.sums;
   p.sums_offset = operands.means != nullptr ? cut.shared_bytes - depthwise_sums_bytes(cut) : 0;
-  return dispatch_depthwise<T>(c, is_bound(epilogue.activation), [&](auto kernel) {
+  // The kernels of bounds do not add up.
+  return dispatch_depthwise<T>(c, is_bound(epilogue.activation) && operands.means == nullptr, [&](auto kernel) {
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               kDepthwiseMaxSharedBytes);
     if (status != cudaSuccess) {

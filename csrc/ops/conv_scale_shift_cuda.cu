@@ -11,9 +11,11 @@
 namespace fused_conv_bn {
 namespace {
 
-// By an algorithm of this package. gates: of the input, where it takes them. means: of the result, where it puts them out.
+// By an algorithm of this package. gates: of the input, where it takes them. means: of the result, where it puts them out, from so
+// many parts of each image.
 Tensor run_kernel(const char* op, const ConvArguments& c, const CudaConvChoice& choice,
-                  const OptionalOperand& gates = std::nullopt, const OptionalTensor& means = std::nullopt) {
+                  const OptionalOperand& gates = std::nullopt, const OptionalTensor& means = std::nullopt,
+                  int64_t parts = 0) {
   const CudaScope cuda(c.input.device);
   Copies copies;
   KernelConv conv(c, requirements_of(choice.plan, choice.problem));
@@ -24,7 +26,7 @@ Tensor run_kernel(const char* op, const ConvArguments& c, const CudaConvChoice& 
   if (means.has_value()) {
     conv.operands.means = means->data_ptr();
     const int64_t stride = 1;
-    if (const int64_t count = means->numel() * most_parts(choice.plan, choice.problem, choice.gpu); count > 0) {
+    if (const int64_t count = means->numel() * parts; count > 0) {
       sums = empty_strided(1, &count, &stride, ScalarType::Float, c.input.device);
       conv.operands.sums = static_cast<float*>(sums->data_ptr());
     }
@@ -53,9 +55,10 @@ struct CudaKernel {
   static std::tuple<Tensor, Tensor> run_with_means(const char* op, const ConvArguments& c, bool allow_tf32) {
     const CudaConvChoice choice = choose_conv_cuda(op, c, c.residual.has_value(), false, allow_tf32);
     // A problem in two dimensions may have more images than the call has.
-    if (takes_means(choice.plan, choice.problem) && choice.problem.N == c.sizes[0]) {
+    const std::optional<int64_t> parts = parts_of_means(choice.plan, choice.problem, choice.gpu);
+    if (parts.has_value() && choice.problem.N == c.sizes[0]) {
       const Tensor means = empty_means(c);
-      return {run_kernel(op, c, choice, std::nullopt, means), means};
+      return {run_kernel(op, c, choice, std::nullopt, means, *parts), means};
     }
     const Tensor y = run(op, c, choice);
     return {y, spatial_mean_cuda(y, true)};

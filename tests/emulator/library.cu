@@ -147,7 +147,7 @@ const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, i
   const std::optional<ConvPlan> plan = layout == nullptr ? make_plan(algorithm, *problem, kGpu)
                                                          : make_plan(*layout, *problem);
   if (!plan.has_value() || (operands->gates != nullptr && !takes_gates(*plan, *problem, true)) ||
-      (operands->means != nullptr && !takes_means(*plan, *problem))) {
+      (operands->means != nullptr && !parts_of_means(*plan, *problem, kGpu))) {
     return "not covered";
   }
   emulated::begin(seed);
@@ -155,7 +155,7 @@ const char* emulated_conv(const Conv2d* problem, const ConvOperands* operands, i
   ConvOperands given = *operands;
   std::vector<float> sums;
   if (operands->means != nullptr) {  // NaN where nobody writes
-    const int64_t count = problem->N * problem->K * most_parts(*plan, *problem, kGpu);
+    const int64_t count = problem->N * problem->K * *parts_of_means(*plan, *problem, kGpu);
     sums.assign(static_cast<size_t>(count), std::numeric_limits<float>::quiet_NaN());
     given.sums = count > 0 ? sums.data() : nullptr;
     emulated::allow(given.sums, sums.size() * sizeof(float));

@@ -13,8 +13,8 @@
 //     launch<T>(call, stream)     T: float, float16, bfloat16
 //     takes_gates(problem)        whether it can multiply x by gates on its way; without it, it never does
 //     has_faster_gates(problem)   than a pass of their own before it, by measurements
-//     takes_means(problem)        whether it can put out the means of its results' channels too; without it, it never does
-//     most_parts(problem, gpu)    of an image, whose sums it needs room for then
+//     parts_of_means(problem, gpu)  of how many parts of each image it needs room for sums to put out the means of its results'
+//                                   channels too, perhaps 0; nullopt where it can not; without it, it never does
 #pragma once
 
 #include <optional>
@@ -62,24 +62,14 @@ inline bool takes_gates(const ConvPlan& plan, const Conv2d& problem, bool asked_
       plan);
 }
 
-inline bool takes_means(const ConvPlan& plan, const Conv2d& problem) {
+// nullopt where the algorithm puts out no means.
+inline std::optional<int64_t> parts_of_means(const ConvPlan& plan, const Conv2d& problem, const GpuTraits& gpu) {
   return std::visit(
-      [&]<typename Plan>(const Plan& p) {
-        if constexpr (requires { p.takes_means(problem); }) {
-          return p.takes_means(problem);
+      [&]<typename Plan>(const Plan& p) -> std::optional<int64_t> {
+        if constexpr (requires { p.parts_of_means(problem, gpu); }) {
+          return p.parts_of_means(problem, gpu);
         } else {
-          return false;
-        }
-      },
-      plan);
-}
-inline int64_t most_parts(const ConvPlan& plan, const Conv2d& problem, const GpuTraits& gpu) {
-  return std::visit(
-      [&]<typename Plan>(const Plan& p) -> int64_t {
-        if constexpr (requires { p.most_parts(problem, gpu); }) {
-          return p.most_parts(problem, gpu);
-        } else {
-          return 0;
+          return std::nullopt;
         }
       },
       plan);

@@ -43,8 +43,11 @@ class _Means(threading.local):
         self.kept = weakref.ref(x), mean
 
     def take(self, x: Any) -> Tensor | None:
-        kept, self.kept = self.kept, None
-        return kept[1] if kept is not None and kept[0]() is x else None
+        kept = self.kept
+        if kept is None or kept[0]() is not x:
+            return None
+        self.kept = None
+        return kept[1]
 
 
 _means = _Means()

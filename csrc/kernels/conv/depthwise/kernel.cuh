@@ -121,8 +121,8 @@ cudaError_t Depthwise::launch(const ConvCall& call, cudaStream_t stream) const {
   if (c.N == 0) {
     return cudaSuccess;
   }
-  const bool puts_out = operands.means != nullptr && has_whole_images;
-  DepthwisePlan cut = puts_out ? with_means : plan;
+  const bool puts_out = operands.means != nullptr && whole_images.has_value();
+  DepthwisePlan cut = puts_out ? *whole_images : plan;
   if (operands.means != nullptr && !puts_out) {
     cut.shared_bytes += depthwise_sums_bytes(cut);
   }

@@ -34,7 +34,7 @@ constexpr int depthwise_lane_blocks(int r) { return r == 3 ? 4 : 3; }
 // channels_last: steps of input rows in shared memory, one of which is computed while the others arrive.
 constexpr int depthwise_stages(int stride) { return stride == 1 ? 4 : 3; }
 
-// channels_last: whether the kernels of a dtype put out means. Those of float32 with 3x3 filters have no registers for it.
+// channels_last: whether the kernels of a dtype add up means. Those of float32 with 3x3 filters have no registers for it.
 constexpr bool depthwise_sums(int element_bytes) { return element_bytes == 2; }
 
 // Contiguous: a block computes tiles of `planes` planes, tile_rows rows of each in full width. Its threads walk down
@@ -265,12 +265,11 @@ struct Depthwise {
   static constexpr GathersMoments kGathersMoments = GathersMoments::never;
 
   DepthwisePlan plan;
-  DepthwisePlan with_means{};  // where has_whole_images
-  bool has_whole_images = false;
+  std::optional<DepthwisePlan>
+      whole_images{};  // of means by blocks that have whole images; else parts of them are added up
 
-  // Whether means are put out by blocks that have whole images, or from sums of their parts by another kernel. Of 64 layers on an
-  // H200 (batches of 1 to 64) the first are faster up to 14x14 pixels by up to 3 us, where there are blocks for half the
-  // multiprocessors; above, by 1 us for 64 images of 28x28, and the others by up to 25.
+  // Whole images are faster up to 14x14 pixels, where there are blocks for half the multiprocessors: of 64 layers on an H200
+  // (batches of 1 to 64) by 1 to 3 us.
   static std::optional<Depthwise> make(const Conv2d& c, const GpuTraits& gpu) {
     constexpr int64_t kMostPixels = 256;
     if (gpu.compute_capability < 80 || !depthwise_supports(c)) {
@@ -279,22 +278,25 @@ struct Depthwise {
     Depthwise made{plan_depthwise(c, gpu.multiprocessors)};
     if (c.channels_last && depthwise_sums(c.element_bytes) && c.P * c.Q <= kMostPixels) {
       const DepthwisePlan p = plan_channels_last(c, gpu.multiprocessors, true);
-      made.with_means = p;
-      made.has_whole_images = p.channels > 0 && 2 * c.N * p.chunks >= gpu.multiprocessors;
+      if (p.channels > 0 && 2 * c.N * p.chunks >= gpu.multiprocessors) {
+        made.whole_images = p;
+      }
     }
     return made;
   }
 
-  bool takes_means(const Conv2d& c) const {
-    return c.channels_last && depthwise_sums(c.element_bytes) &&
-           (has_whole_images || plan.shared_bytes + depthwise_sums_bytes(plan) <= kDepthwiseMaxSharedBytes);
-  }
-
-  // How many sums of parts there may be for a channel of an image, whichever number of blocks runs at a time.
-  int64_t most_parts(const Conv2d& c, const GpuTraits& gpu) const {
+  // Of how many parts of an image there may be sums, whichever number of blocks runs at a time.
+  std::optional<int64_t> parts_of_means(const Conv2d& c, const GpuTraits& gpu) const {
     constexpr int kMostThreads = 2048, kMostBlocks = 32;  // of a multiprocessor
+    if (whole_images.has_value()) {
+      return 0;
+    }
+    if (!c.channels_last || !depthwise_sums(c.element_bytes) ||
+        plan.shared_bytes + depthwise_sums_bytes(plan) > kDepthwiseMaxSharedBytes) {
+      return std::nullopt;
+    }
     const int64_t blocks = int64_t{std::min(kMostThreads / plan.threads, kMostBlocks)} * gpu.multiprocessors;
-    return has_whole_images ? 0 : plan.tiles_q * depthwise_parts(c, depthwise_ranges(c, plan, blocks));
+    return plan.tiles_q * depthwise_parts(c, depthwise_ranges(c, plan, blocks));
   }
 
   bool is_faster(const Conv2d& c, bool) const {
